@@ -1,0 +1,30 @@
+# PYTHON makes the environment; ARGS reaches the command: make test ARGS="tests/kernels -x"
+PYTHON ?= python3
+BIN := .venv/bin
+# The stamp is made last, so an interrupted installation is repeated and a finished one never is.
+STAMP := .venv/installed
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## decode with the bundled model
+	$(BIN)/dkv demo $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove all that is generated, the environment too
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint]'
+	touch $@

@@ -1,0 +1,50 @@
+"""`dkv demo`: the bundled model at work."""
+
+import argparse
+import json
+
+SUMMARY = "Watch the bundled model answer, and compare the cache policies on it: speed, work and answers."
+
+EXAMPLES = """\
+examples:
+  dkv demo
+  dkv demo --problems 100 --threads 1
+  dkv demo --json > demo.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--problems", type=int, default=24, metavar="N", help="problems to answer per policy (default: %(default)s)")
+    add("--model", default="tiny", help="tiny, or a folder with a model of the same task (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    add("--json", action="store_true", help="the table as one JSON object, without the drafts")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("problems", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    import torch
+
+    import dkv
+    from dkv.demo import ROUNDS, Race, meaning, show, table
+    from dkv.models.tasks import held_out
+    from dkv.text import encode, load_tokenizer
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = dkv.load(args.model, device="cpu")
+    tokenizer = load_tokenizer(args.model, model.spec.family)
+    problems = held_out(args.problems)
+    race = Race(model, tokenizer, *encode(tokenizer, [prompt for prompt, _ in problems]), [a for _, a in problems])
+    if not args.json:
+        show(race, *problems[0])
+    results = race.measure()
+    if args.json:
+        facts = {"model": args.model, "problems": args.problems, "threads": torch.get_num_threads(), "rounds": ROUNDS}
+        print(json.dumps({**facts, "results": results}))
+    else:
+        print(table(results, args.problems))
+        print(meaning(sum(p.numel() for p in model.parameters()), torch.get_num_threads()))
+    return 0

@@ -1,0 +1,155 @@
+"""`dkv generate`: continue a prompt, or a file of them."""
+
+import argparse
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+SUMMARY = "Continue a prompt with a diffusion language model."
+
+EXAMPLES = """\
+examples:
+  dkv generate '+7 -3 +9 +2 -5=' --max-new-tokens 64
+  dkv generate --model GSAI-ML/LLaDA-8B-Instruct --chat --cache decode --refresh 8 'Why is the sky blue?'
+  dkv generate --model GSAI-ML/LLaDA-8B-Base --cache greedy --refresh 2 --window 4 --stats --file prompt.txt
+  dkv generate --lines --json < prompts.txt > answers.json
+
+In a terminal the drafts are shown as they fill: masks as a shade, new tokens bold. Elsewhere only
+the final text is written. Write a prompt that begins with a dash after `--`.
+"""
+
+# Options that go into the policy, by their names there.
+POLICY_OPTIONS = ("refresh", "window", "warmup", "shift_rule")
+# Options that go into `dkv.DiffusionConfig` as they are; the others have its defaults.
+SETTINGS = (
+    "max_new_tokens", "steps", "block_length", "schedule", "confidence", "temperature", "top_p", "top_k",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prompt").add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or none at all reads standard input")
+    add("--file", type=Path, metavar="FILE", help="take the whole text of FILE as the prompt")
+    add("--lines", action="store_true", help="every line that is not blank is a prompt; they make one batch")
+    add("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="tiny", help="tiny, a checkpoint folder or a Hugging Face hub id (default: %(default)s)")
+    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
+
+    _add_decoding(parser)
+    _add_cache(parser)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--raw", action="store_true", help="do not cut the text at its end, and write special tokens out")
+    add("--stats", action="store_true", help="tokens, time, passes, computed share and seed on standard error")
+    add("--json", action="store_true", help="an object with text, tokens and stats (with --lines: lists of them)")
+    add("--no-stream", action="store_true", help="do not show drafts in a terminal")
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="slots to fill (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="passes in all (default: one per slot)")
+    add("--block-length", type=int, metavar="N", help="fill blocks of N slots one by one (default: one block)")
+    add("--schedule", help="blocks (LLaDA) or time (Dream) (default: that of the model)")
+    rules = "probability, margin, entropy or random"
+    add("--confidence", default="probability", help=f"what is decoded first: {rules} (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="above 0 tokens are drawn (default: %(default)s)")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    add("--seed", type=int, metavar="N", help="of the random numbers (default: a new one, which --stats tells)")
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "cache", "The policy and its options; each goes with the policies in brackets, see also dkv info."
+    ).add_argument
+    add("--cache", default="none", metavar="POLICY", help="none, decode, greedy, prefill or pd (default: %(default)s)")
+    own = "default: the policy's own"
+    add("--refresh", type=int, metavar="N", help=f"full pass every N steps, 0: never [decode, greedy, pd] ({own})")
+    add("--window", type=int, metavar="N", help=f"masked neighbours computed per slot [greedy] ({own})")
+    add("--warmup", type=int, metavar="N", help=f"full passes at the start of a block [decode, pd] ({own})")
+    add("--shift-rule", metavar="RULE", help=f"un, un_right or right: when Dream caches a slot [decode, pd] ({own})")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = read_prompts(args)
+    import dkv
+    from dkv.streaming import DraftStreamer, ProgressStreamer, draws_drafts
+    from dkv.text import answer, encode, load_tokenizer, vocab_limit
+
+    config = dkv.DiffusionConfig(**settings(args))
+    model = dkv.load(args.model, dtype=args.dtype, device=args.device)
+    tokenizer = load_tokenizer(args.model, model.spec.family)
+    config.update(vocab_limit=vocab_limit(tokenizer, model.spec))
+    ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
+    stream = draws_drafts() and not (args.json or args.no_stream)
+    if stream:
+        streamer = DraftStreamer(tokenizer, model.spec, args.raw)
+    else:
+        streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
+    try:
+        output = dkv.generate(model, ids, mask, config, streamer)
+    finally:
+        streamer.end()
+    rows = output.sequences[:, ids.shape[1] :].tolist()
+    texts = [answer(tokenizer, model.spec, row, args.raw) for row in rows]
+    if args.json:
+        text, tokens = (texts, rows) if args.lines else (texts[0], rows[0])
+        print(json.dumps({"text": text, "tokens": tokens, "stats": output.stats.to_dict()}))
+    elif not stream:
+        print(*texts, sep="\n")
+    if args.stats:
+        print(summary(output.stats), file=sys.stderr)
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that the arguments name; the newline that ends a file is not part of one.
+
+    Raises:
+        ValueError: there is none, or two, or the input is not text.
+        OSError: the file cannot be read.
+    """
+    text, source = args.prompt, None
+    if args.file is not None:
+        if text is not None:
+            raise ValueError("give a prompt or --file, not both")
+        text, source = _read(args.file.open(encoding="utf-8"), args.file), args.file
+    elif text in (None, "-"):
+        if text is None and sys.stdin.isatty():
+            raise ValueError("no prompt: give one, or --file FILE, or pipe it in")
+        text, source = _read(sys.stdin, "standard input"), "standard input"
+    prompts = [line for line in text.splitlines() if line.strip()] if args.lines else [text]
+    # An empty prompt is allowed where it was meant.
+    if not any(prompts) and (args.lines or source):
+        raise ValueError(f"no prompt: {source or 'PROMPT'} is empty")
+    return prompts
+
+
+def _read(stream: TextIO, source: object) -> str:
+    try:
+        return stream.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not text in {error.encoding}") from error
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `dkv.DiffusionConfig` that the arguments ask for."""
+    policy = {name: value for name in POLICY_OPTIONS if (value := getattr(args, name)) is not None}
+    chosen = {name: getattr(args, name) for name in SETTINGS}
+    seed = secrets.randbits(62) if args.seed is None else args.seed
+    return {**chosen, "seed": seed, "cache": {"name": args.cache, **policy}}
+
+
+def summary(stats: Any) -> str:
+    """What a generation cost, in one line."""
+    return (
+        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
+        f"{stats.passes} passes ({stats.full_passes} full), {stats.computed_share:.0%} of the slots computed, "
+        f"seed {stats.seed}, {stats.settings['dtype'].removeprefix('torch.')} on {stats.settings['device']}"
+    )

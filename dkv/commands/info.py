@@ -1,0 +1,83 @@
+"""`dkv info`: what is installed, and what it would run on."""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import fields
+from typing import Any
+
+SUMMARY = "Tell versions, devices, backends, bundled models and cache policies."
+
+EXAMPLES = """\
+examples:
+  dkv info
+  dkv info --json      the same for a program; paste either into a report of a fault
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dkv.models.loader import BUNDLED
+    from dkv.policies import POLICIES
+    from dkv.version import versions
+
+    facts = {
+        "versions": versions(),
+        "devices": devices(),
+        "backends": backends(),
+        "models": {name: {"path": str(p), "present": (p / "config.json").is_file()} for name, p in BUNDLED.items()},
+        "policies": {name: {f.name: f.default for f in fields(policy)} for name, policy in POLICIES.items()},
+    }
+    print(json.dumps(facts) if args.json else described(facts))
+    return 0
+
+
+def devices() -> dict[str, dict[str, Any]]:
+    """The CPU and every CUDA or ROCm device, by their names in torch."""
+    import torch
+
+    cpu = {"name": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    found: dict[str, dict[str, Any]] = {"cpu": {**cpu, "torch_threads": torch.get_num_threads()}}
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        found[f"cuda:{index}"] = {"name": card.name, "memory_gib": round(card.total_memory / 2**30, 1), "kind": kind}
+    return found
+
+
+def backends() -> dict[str, Any]:
+    """The implementations of the operations, and which runs now, on every device."""
+    from dkv.kernels import BACKENDS
+    from dkv.kernels.backend import current
+
+    chosen = current()
+    known = {name: module.__doc__.partition("\n")[0] for name, module in BACKENDS.items()}
+    return {"used": next(name for name, module in BACKENDS.items() if module is chosen), "known": known}
+
+
+def described(facts: dict[str, Any]) -> str:
+    """The facts as text."""
+    lines = [", ".join(f"{name} {version}" for name, version in facts["versions"].items())]
+    lines += ["", "devices"]
+    for name, device in facts["devices"].items():
+        if "cores" in device:
+            detail = f"{device['cores']} cores, {device['torch_threads']} torch threads"
+        else:
+            detail = f"{device['memory_gib']} GiB, {device['kind']}"
+        lines.append(f"  {name:10} {device['name']}, {detail}")
+    used = facts["backends"]["used"]
+    lines += ["", f"backends (used on every device: {used}; DKV_BACKEND or dkv.use_backend choose another)"]
+    lines += [f"  {name:10} {says}" for name, says in facts["backends"]["known"].items()]
+    if "triton" not in facts["backends"]["known"]:
+        lines.append("  Triton kernels are not part of this version: a GPU too runs the operations through PyTorch.")
+    lines += ["", "models"]
+    for name, model in facts["models"].items():
+        lines.append(f"  {name:10} {model['path']}{'' if model['present'] else ' (missing)'}")
+    lines += ["", "policies (dkv generate --cache NAME) and the defaults of their options"]
+    for name, options in facts["policies"].items():
+        lines.append(f"  {name:10} {' '.join(f'{option}={value}' for option, value in options.items())}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""`dkv.generate`: fill a canvas step by step, computing only the slots that a policy names."""
+
+import copy
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkv import kernels
+from dkv.canvas import Canvas
+from dkv.config import DiffusionConfig
+from dkv.inputs import checked_inputs
+from dkv.output import DiffusionOutput, Stats
+from dkv.randomness import Numbers, Randomness
+from dkv.sampler import Pass, Sampler
+from dkv.version import versions
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    generation_config: DiffusionConfig | None = None,
+    streamer: Any = None,
+    generator: torch.Generator | None = None,
+    numbers: Numbers | None = None,
+    **overrides: Any,
+) -> DiffusionOutput:
+    """Continue prompts with a diffusion language model.
+
+    Args:
+        model: from `dkv.load` or `dkv.wrap`.
+        input_ids: integers [B, P], prompts of one batch, padded on either side. A mask id in a
+            prompt is left as it is.
+        attention_mask: [B, P], 0 at padding; None: no padding. Padding is told by this mask alone,
+            is never computed, and does not count in positions.
+        generation_config: settings; None: the defaults of `DiffusionConfig`.
+        streamer: has `put(ids)` and `end()` as in transformers; gets the prompts [B, P] first and
+            the sequences [B, P + new] last, and with a `put_draft(ids)` the canvas after every step.
+        generator: source of the seed if the settings have none; default: torch's own.
+        numbers: callable (step, (B, P + new)) -> uniform numbers, used for random orders instead of
+            our own: once per step for the "random" rule, once per block for `Greedy`.
+        overrides: settings that replace those of the configuration.
+
+    Returns:
+        `DiffusionOutput`; its `sequences` [B, P + new_tokens] keep the prompts as they came.
+
+    Raises:
+        ValueError, IndexError: the inputs or settings are impossible, or the logits hold NaN.
+
+    Example:
+        >>> model = dkv.load("tiny")
+        >>> output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.Decode(refresh=8))
+        >>> output.sequences[:, ids.shape[1]:], output.stats.computed_share
+    """
+    start = time.perf_counter()
+    config = DiffusionConfig() if generation_config is None else copy.copy(generation_config)
+    config.update(**overrides)
+    input_ids, attention_mask = checked_inputs(model, input_ids, attention_mask, config)
+    mask_id = model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
+    seed = config.seed
+    if seed is None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
+    canvas = Canvas(input_ids, attention_mask, config.max_new_tokens, mask_id)
+    sampler = Sampler(model, canvas, config, Randomness(seed, canvas, numbers), mask_id)
+    history, active, logits = [], [], []
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    draft = getattr(streamer, "put_draft", None)
+    for step in config.plan(model.spec.shifted):
+        if sampler.masked_count == 0:
+            break
+        done = sampler.run(step)
+        if config.output_history:
+            history.append(canvas.sequences())
+        if config.output_active:
+            active.append(_active(canvas, done))
+        if config.output_logits:
+            logits.append(_logits(canvas, done, model.head))
+        if draft is not None:
+            draft(canvas.sequences().cpu())
+    sampler.check()
+    sequences = canvas.sequences()
+    if streamer is not None:
+        streamer.put(sequences.cpu())
+        streamer.end()
+    stats = replace(
+        sampler.stats, new_tokens=len(input_ids) * config.max_new_tokens, seconds=time.perf_counter() - start, seed=seed,
+        settings={**config.to_dict(), **versions(), "dtype": str(model.dtype), "device": str(model.device)},
+    )  # fmt: skip
+    return DiffusionOutput(
+        sequences=sequences,
+        history=torch.stack(history) if history else None,
+        active=torch.stack(active) if active else None,
+        logits=tuple(logits) if logits else None,
+        stats=stats,
+    )
+
+
+def _active(canvas: Canvas, done: Pass) -> Tensor:
+    """bool [B, P + new]: the slots that a pass computed."""
+    mask = torch.ones_like(canvas.masked) if done.active is None else done.active.mask
+    return canvas.to_caller(mask)
+
+
+def _logits(canvas: Canvas, done: Pass, head: torch.nn.Module) -> Tensor:
+    """[B, P + new, V]: the logits of the slots that a pass computed, 0 at the others."""
+    logits = head(done.hidden)
+    wide = logits.new_zeros(len(logits), canvas.size + 1, logits.shape[-1])
+    return canvas.to_caller(kernels.scatter_rows_(wide, done.positions, logits, validate=False)[:, :-1])

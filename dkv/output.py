@@ -1,0 +1,73 @@
+"""What a generation returns."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class Stats:
+    """What a generation cost, and what is needed to repeat it.
+
+    Attributes:
+        passes, full_passes: forward passes, and those that computed every slot.
+        computed_slots, total_slots: slots sent through the network, and what plain decoding sends.
+        new_tokens: slots filled, all rows.
+        seconds: wall time of the whole call.
+        seed: of the random numbers.
+        settings: the configuration, versions, dtype, device and backend.
+    """
+
+    passes: int = 0
+    full_passes: int = 0
+    computed_slots: int = 0
+    total_slots: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cached_passes(self) -> int:
+        return self.passes - self.full_passes
+
+    @property
+    def computed_share(self) -> float:
+        """Slots computed, as a share of those that plain decoding computes; 0 without a pass."""
+        return self.computed_slots / max(self.total_slots, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / max(self.seconds, 1e-9)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens of all rows per pass of the batch."""
+        return self.new_tokens / max(self.passes, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("cached_passes", "computed_share", "tokens_per_second", "tokens_per_forward")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+@dataclass
+class DiffusionOutput(ModelOutput):
+    """The result of `dkv.generate`.
+
+    Attributes:
+        sequences: int64 [B, P + new], the prompt as it was given and the new tokens.
+        history: int64 [steps, B, P + new], the canvas after each step (`output_history`).
+        active: bool [steps, B, P + new], the slots each pass computed (`output_active`); padding
+            never is.
+        logits: one [B, P + new, V] per step, raw (not shifted), 0 where a slot was not computed
+            (`output_logits`).
+        stats: `Stats`.
+    """
+
+    sequences: Tensor | None = None
+    history: Tensor | None = None
+    active: Tensor | None = None
+    logits: tuple[Tensor, ...] | None = None
+    stats: Stats | None = None

@@ -1,0 +1,293 @@
+"""Which slots a pass recomputes. A policy is index logic: it sees the canvas, never the model.
+
+All keys and values live in one buffer indexed by position (`dkv.buffer`). What a policy does not
+name keeps the keys and values of the last pass that computed it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dkv.canvas import mask_of, slots_of
+from dkv.schedule import Step
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known before a pass. Masks are bool [B, S] over the slots of the canvas.
+
+    Attributes:
+        step: the step about to run.
+        masked: slots without a token.
+        fresh: slots that the previous step decoded.
+        planned: slots that this step will decode, where that is known beforehand: int64 [B, n] in
+            the order of decoding, ragged rows filled up with S.
+        masked_count, fresh_count: the largest number of them in any row, known to the host.
+        prompt_lengths, lengths: [B, 1], where a row's prompt and the row end.
+        new_tokens: slots to decode in all.
+        shifted: the output of a slot predicts the next one (Dream).
+    """
+
+    step: Step
+    masked: Tensor
+    fresh: Tensor
+    planned: Tensor | None
+    masked_count: int
+    fresh_count: int
+    prompt_lengths: Tensor
+    lengths: Tensor
+    new_tokens: int
+    shifted: bool
+
+    @property
+    def slot(self) -> Tensor:
+        return torch.arange(self.masked.shape[1], device=self.masked.device)
+
+
+@dataclass(frozen=True)
+class Active:
+    """Slots to recompute: bool [B, S], and how many a row has at most."""
+
+    mask: Tensor
+    count: int
+
+
+def sources(slots: Tensor) -> Tensor:
+    """The slots whose output predicts the slots of a mask [B, S], in a shifted model."""
+    left = slots.roll(-1, 1)
+    left[:, -1] = False
+    left[:, 0] |= slots[:, 0]
+    return left
+
+
+class Policy(ABC):
+    """Base of all policies.
+
+    Attributes:
+        name: as which `DiffusionConfig(cache=...)` and the command line know it.
+        plans: the slots of a cached step must be chosen before the pass.
+    """
+
+    name: ClassVar[str]
+    plans: ClassVar[bool] = False
+
+    @abstractmethod
+    def full(self, step: Step, shifted: bool) -> bool:
+        """Whether the step recomputes every slot."""
+
+    @abstractmethod
+    def active(self, view: View) -> Active:
+        """The slots of a pass that is not full."""
+
+    def check(self, shifted: bool) -> None:
+        """Raise ValueError where the policy does not go with the model."""
+
+
+def _check_refresh(refresh: int | None) -> None:
+    if refresh is not None and (refresh != int(refresh) or refresh < 0):
+        raise ValueError(f"refresh must be a whole number of steps, or 0 or None for never; got {refresh!r}")
+
+
+@dataclass(frozen=True)
+class NoCache(Policy):
+    """Every slot in every step: plain decoding."""
+
+    name: ClassVar[str] = "none"
+
+    def full(self, step: Step, shifted: bool) -> bool:
+        return True
+
+    def active(self, view: View) -> Active:
+        return Active(view.slot < view.lengths, view.masked.shape[1])
+
+
+@dataclass(frozen=True)
+class Decode(Policy):
+    """dKV-Cache-Decode: masked slots, and those decoded last, whose K and V settle one step late.
+
+    Args:
+        refresh: every so many steps, counted from the start of the block, everything is recomputed
+            (paper: 8 for LLaDA, 4 for Dream); 1 is plain decoding, 0 or None never refreshes.
+        warmup: full passes at the start of a block. The published code makes 2 for LLaDA (its first
+            pass stores nothing) and 1 for Dream; None stands for these. 1 saves a full pass per
+            block of LLaDA and caches the prompt as it was seen with one more mask.
+        keep_across_blocks: False drops the buffer at each block, as published. True goes on with
+            it: `refresh` then counts from the first step, and only the first block warms up.
+        shift_rule: for shifted models, when a slot may be cached: "un" once its output is no longer
+            needed (published default; its own token may still be a mask then, and stay stale until
+            the next refresh), "un_right" once also its own token is known, "right" once its own
+            token is known, though its output may still be needed (only with refresh 1).
+    """
+
+    name: ClassVar[str] = "decode"
+    refresh: int | None = 8
+    warmup: int | None = None
+    keep_across_blocks: bool = False
+    shift_rule: str = "un"
+
+    def __post_init__(self):
+        _check_refresh(self.refresh)
+        if self.warmup is not None and self.warmup < 1:
+            raise ValueError(f"warmup must be at least 1 full pass, got {self.warmup}")
+        if self.shift_rule not in ("un", "un_right", "right"):
+            raise ValueError(f'shift_rule must be "un", "un_right" or "right", got {self.shift_rule!r}')
+
+    def check(self, shifted: bool) -> None:
+        if shifted and self.shift_rule == "right" and self.refresh != 1:
+            raise ValueError(
+                'shift_rule "right" caches a slot while its output is still needed for the next one, which then '
+                'has no logits; it is exact with refresh=1 only. Use "un" or "un_right"'
+            )
+
+    def _time(self, step: Step) -> int:
+        return step.index if self.keep_across_blocks else step.in_block
+
+    def _refreshes(self, step: Step, shifted: bool) -> bool:
+        warmup = self.warmup if self.warmup is not None else 1 if shifted else 2
+        time = self._time(step)
+        return time < warmup or bool(self.refresh) and time % self.refresh == 0
+
+    def full(self, step: Step, shifted: bool) -> bool:
+        return self._refreshes(step, shifted)
+
+    def active(self, view: View) -> Active:
+        unsettled, count = view.masked | view.fresh, view.masked_count + view.fresh_count
+        if not view.shifted:
+            return Active(unsettled, count)
+        last = view.slot == view.lengths - 1
+        if self.shift_rule == "un":
+            active = sources(unsettled)
+            # The published rule takes the last slot as cached from the second pass on.
+            return Active(active | last, count + 1) if self._time(view.step) == 1 else Active(active, count)
+        # Every run of unsettled slots adds the slot before it, and a settled slot splits one run at
+        # most; the last slot shares the verdict of the one before it.
+        runs = min(count, view.new_tokens - count + 1)
+        tail = last & unsettled.roll(1, 1)
+        return Active(unsettled | sources(unsettled) | tail, count + runs + 1)
+
+
+def _beyond_prompt(view: View) -> Active:
+    """All slots after the prompt; in a shifted model also the one whose output predicts the first."""
+    start = view.prompt_lengths - int(view.shifted)
+    return Active((view.slot >= start) & (view.slot < view.lengths), view.new_tokens + view.shifted)
+
+
+@dataclass(frozen=True)
+class Prefill(Policy):
+    """dKV-Cache-Prefill: the prompt is computed once, everything after it in every step."""
+
+    name: ClassVar[str] = "prefill"
+
+    def full(self, step: Step, shifted: bool) -> bool:
+        return step.index == 0
+
+    def active(self, view: View) -> Active:
+        return _beyond_prompt(view)
+
+
+@dataclass(frozen=True)
+class PrefillDecode(Decode):
+    """dKV-Cache-PD: as `Decode`, but a refresh leaves the prompt alone.
+
+    The arguments are those of `Decode`; `refresh=1` is `Prefill`.
+    """
+
+    name: ClassVar[str] = "pd"
+
+    def full(self, step: Step, shifted: bool) -> bool:
+        return step.index == 0
+
+    def active(self, view: View) -> Active:
+        return _beyond_prompt(view) if self._refreshes(view.step, view.shifted) else super().active(view)
+
+
+@dataclass(frozen=True)
+class Greedy(Policy):
+    """dKV-Cache-Greedy: the slots decoded last, the ones to be decoded now, and a window of masks.
+
+    Its cost does not grow with the number of masked slots. The slots to decode must be known before
+    the pass: with the "random" confidence rule their order is drawn at the start of each block, as
+    published. With another rule (ours) a full pass decodes its own most confident slots, and a
+    cached pass those that were most confident when they were last computed.
+
+    Args:
+        refresh: every so many steps of a block, from its first, everything is recomputed (paper: 2);
+            0 or None: only the first.
+        window: further slots per slot of the centre.
+        window_rule: "masked", the nearest slots that are still masked, left before right (published
+            code), or "neighbours", the slots at most window / 2 away, masked or not (paper).
+        window_centre: around the slots decoded "next" (published code) or "last" (the paper's choice).
+    """
+
+    name: ClassVar[str] = "greedy"
+    plans: ClassVar[bool] = True
+    refresh: int | None = 2
+    window: int = 4
+    window_rule: str = "masked"
+    window_centre: str = "next"
+
+    def __post_init__(self):
+        _check_refresh(self.refresh)
+        if self.window < 0:
+            raise ValueError(f"window must be 0 or more slots, got {self.window}")
+        if self.window_rule not in ("masked", "neighbours"):
+            raise ValueError(f'window_rule must be "masked" or "neighbours", got {self.window_rule!r}')
+        if self.window_centre not in ("next", "last"):
+            raise ValueError(f'window_centre must be "next" or "last", got {self.window_centre!r}')
+
+    def full(self, step: Step, shifted: bool) -> bool:
+        return step.in_block == 0 or bool(self.refresh) and step.in_block % self.refresh == 0
+
+    def active(self, view: View) -> Active:
+        planned, planned_count = mask_of(view.planned, view.masked), view.planned.shape[1]
+        chosen, count = view.fresh | planned, view.fresh_count + planned_count
+        if view.shifted:
+            chosen, count = chosen | sources(planned), count + planned_count
+        centres = view.planned
+        if self.window_centre == "last":
+            centres = slots_of(view.fresh, view.fresh_count, chosen.shape[1])
+        wanted = centres.shape[1] * self.window
+        if wanted == 0:
+            return Active(chosen, count)
+        if self.window_rule == "neighbours":
+            near = neighbours(mask_of(centres, view.masked), self.window) & (view.slot < view.lengths)
+            return Active(chosen | near, count + wanted)
+        chosen = with_masked_window(chosen, view.masked, centres, self.window)
+        return Active(chosen, count + min(wanted, max(view.masked_count - planned_count, 0)))
+
+
+def neighbours(centre: Tensor, window: int) -> Tensor:
+    """Slots from ceil(window / 2) before to window // 2 after a centre [B, S] (paper, section on Greedy)."""
+    near = centre.clone()
+    for shift in range(1, (window + 1) // 2 + 1):
+        near[:, :-shift] |= centre[:, shift:]
+        if shift <= window // 2:
+            near[:, shift:] |= centre[:, :-shift]
+    return near
+
+
+def with_masked_window(chosen: Tensor, masked: Tensor, centres: Tensor, window: int) -> Tensor:
+    """`chosen` and, for each of the `centres`, the `window` nearest masked slots not yet chosen.
+
+    Of two equally near slots the left one comes first; the windows are filled one after the other.
+
+    Args:
+        chosen, masked: bool [B, S].
+        centres: int64 [B, n], ragged rows filled up with S.
+    """
+    slots = chosen.shape[1]
+    slot, far = torch.arange(slots, device=chosen.device), 4 * slots
+    chosen = chosen.clone()
+    for centre in centres.unbind(1):
+        offset = slot - centre[:, None]
+        distance = 2 * offset.abs() - (offset < 0).long()
+        open_ = masked & ~chosen & (centre < slots)[:, None]
+        nearest = torch.where(open_, distance, far).topk(min(window, slots), largest=False)
+        chosen.scatter_(1, nearest.indices, chosen.gather(1, nearest.indices) | (nearest.values < far))
+    return chosen
+
+
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode)}

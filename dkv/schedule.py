@@ -1,0 +1,81 @@
+"""How many slots each step decodes: known on the host before the first pass."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass and the decoding after it.
+
+    Attributes:
+        index: number of the step, from 0.
+        block, in_block: its block, and its number within the block.
+        start, stop: the block's slots, counted from the end of the prompt.
+        count: slots to decode per row; None when chance decides (`probability`).
+        probability: of decoding a masked slot, when chance decides.
+    """
+
+    index: int
+    block: int
+    in_block: int
+    start: int
+    stop: int
+    count: int | None
+    probability: float = 0.0
+
+
+def block_schedule(new_tokens: int, steps: int, block_length: int) -> list[Step]:
+    """LLaDA's schedule: blocks from left to right, and equal shares of a block in each of its steps.
+
+    Where the shares are not whole, the first steps decode one slot more (published code,
+    `get_num_transfer_tokens`). The published code needs lengths and steps to be multiples; here the
+    last block may be shorter, and the first blocks take the steps that are left over. A block never
+    has more steps than slots.
+
+    Args:
+        new_tokens: slots to decode.
+        steps: in total, at least one per block.
+        block_length: slots of a block.
+
+    Raises:
+        ValueError: fewer steps than blocks.
+    """
+    starts = range(0, new_tokens, block_length)
+    if steps < len(starts):
+        raise ValueError(
+            f"steps ({steps}) is the total over all blocks and must be at least the number of blocks: "
+            f"{new_tokens} new tokens in blocks of {block_length} need {len(starts)}"
+        )
+    plan: list[Step] = []
+    for block, start in enumerate(starts):
+        stop = min(start + block_length, new_tokens)
+        share = steps // len(starts) + (block < steps % len(starts))
+        base, extra = divmod(stop - start, share)
+        for i in range(min(share, stop - start)):
+            plan.append(Step(len(plan), block, i, start, stop, base + (i < extra)))
+    return plan
+
+
+def time_schedule(new_tokens: int, steps: int, eps: float, by_chance: bool) -> list[Step]:
+    """Dream's schedule: one block, times from 1 down to `eps`, and the masks that a time step frees.
+
+    Counts are truncated in float32 as in the published code: with as many steps as slots the first
+    step decodes nothing and the last one two.
+
+    Args:
+        new_tokens: slots to decode.
+        steps: time steps, which may exceed the slots.
+        eps: the last time, in (0, 1).
+        by_chance: every masked slot is decoded with the probability of the step (Dream's "origin").
+    """
+    times = torch.linspace(1, eps, steps + 1)
+    plan, left = [], torch.tensor(float(new_tokens))
+    for i in range(steps):
+        last = i == steps - 1
+        share = torch.tensor(1.0) if last else 1 - times[i + 1] / times[i]
+        count = int(left * share)
+        left = left - count
+        plan.append(Step(i, 0, i, 0, new_tokens, None if by_chance else count, share.item()))
+    return plan

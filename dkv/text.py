@@ -1,0 +1,111 @@
+"""Text into token ids and back: the tokenizer of a checkpoint, batches of prompts, answers."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers, which warns of every model type that it does not know, ours among them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def load_tokenizer(path_or_id: str, family: str) -> Any:
+    """The tokenizer that comes with a checkpoint. No code of the checkpoint is run.
+
+    Args:
+        path_or_id: as for `dkv.load`.
+        family: of the model, `model.spec.family`.
+
+    Raises:
+        FileNotFoundError: there is none, or none that transformers can read.
+    """
+    from transformers import AutoTokenizer, Qwen2TokenizerFast
+
+    from dkv.models.loader import BUNDLED
+
+    name = str(BUNDLED.get(path_or_id) or Path(path_or_id).expanduser())
+    # Dream ships the code of its tokenizer, which is Qwen2's under another name.
+    kinds = (AutoTokenizer, Qwen2TokenizerFast) if family == "dream" else (AutoTokenizer,)
+    reasons = []
+    for kind in kinds:
+        try:
+            with _quiet():
+                return kind.from_pretrained(name, trust_remote_code=False)
+        # transformers raises several kinds of errors, and the hub's client its own.
+        except Exception as error:
+            reasons.append(str(error).partition("\n")[0].rstrip(": "))
+    raise FileNotFoundError(
+        f"{path_or_id} has no tokenizer that transformers can read ({reasons[0]}): put the tokenizer's files, such as "
+        "tokenizer.json and tokenizer_config.json, beside the weights"
+    )
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch, padded on the left.
+
+    Args:
+        prompts: at least one.
+        chat: each prompt is the message of a user, put into the tokenizer's chat template.
+
+    Returns:
+        Token ids and attention mask, both int64 [B, P]. The ids at padding mean nothing.
+
+    Raises:
+        ValueError: there is no chat template, or no token for a character.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the model's tokenizer has no chat template: give the prompt as it is")
+        talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in talks]
+    # A template writes the special tokens itself.
+    rows = [_ids(tokenizer, prompt, add_special_tokens=not chat) for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
+    return ids, mask
+
+
+def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    try:
+        return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    except Exception as error:
+        # The tokenizers library has no error class for this.
+        if "Missing [UNK] token" not in str(error):
+            raise
+        vocabulary = tokenizer.get_vocab()
+        for special in tokenizer.all_special_tokens:
+            text = text.replace(special, "")
+        unknown = ", ".join(repr(c) for c in dict.fromkeys(text) if c not in vocabulary)
+        known = "".join(sorted(token for token in vocabulary if len(token) == 1))
+        raise ValueError(f"the model has no token for {unknown}; it knows the characters {known!r}") from None
+
+
+def vocab_limit(tokenizer: Any, spec: Any) -> int | None:
+    """How many ids the tokenizer can turn into text, if the model has more; else None."""
+    limit = 1 + max(tokenizer.get_vocab().values())
+    return limit if limit < spec.vocab_size else None
+
+
+def until_end(tokenizer: Any, spec: Any, ids: Sequence[int]) -> list[int]:
+    """The ids before the first that ends a text, by the tokenizer or by the model's configuration."""
+    ends = {tokenizer.eos_token_id, spec.eos_token_id}
+    return list(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
+
+
+def answer(tokenizer: Any, spec: Any, ids: Sequence[int], raw: bool = False) -> str:
+    """New tokens as text: up to the end and without special tokens, or `raw`, all of them."""
+    return tokenizer.decode(ids if raw else until_end(tokenizer, spec, ids), skip_special_tokens=not raw)

@@ -1,0 +1,34 @@
+"""Masked bidirectional attention over a position-indexed K/V buffer, and what goes with it.
+
+Every operation checks its arguments, then the current backend runs it. Letters in shapes: B rows,
+S slots, N active slots, R rows of output, Hq query heads, Hkv key heads, D head size, P positions
+of the rotary table, V vocabulary, d hidden size.
+
+Checks of shapes, dtypes and devices are free. Checks of values (index ranges, NaN) read numbers
+back from the device; `validate=False` leaves them out, for a caller that owns its indices.
+"""
+
+from dkv.kernels.attention import cached_attention
+from dkv.kernels.backend import BACKENDS, use_backend
+from dkv.kernels.choose import RULES, choose_token, choose_token_fused
+from dkv.kernels.commit import commit_
+from dkv.kernels.reference import head_norm, rotate
+from dkv.kernels.rope_scatter import rope_scatter_
+from dkv.kernels.rows import gather_rows, scatter_rows_
+from dkv.kernels.workspace import Workspace
+
+__all__ = [
+    "BACKENDS",
+    "RULES",
+    "Workspace",
+    "cached_attention",
+    "choose_token",
+    "choose_token_fused",
+    "commit_",
+    "gather_rows",
+    "head_norm",
+    "rope_scatter_",
+    "rotate",
+    "scatter_rows_",
+    "use_backend",
+]

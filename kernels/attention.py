@@ -1,0 +1,69 @@
+"""Attention of the active queries over the buffer."""
+
+import torch
+from torch import Tensor
+
+from dkv.kernels import backend, checks
+
+
+def cached_attention(
+    q: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    *,
+    query_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    block_ids: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Bidirectional attention of the active queries over the whole buffer.
+
+    A key is visible to a query when every rule that is given allows it. A query without a visible
+    key gives 0, and -inf as its log-sum-exp.
+
+    Args:
+        q: [B, N, Hq, D], float16, bfloat16, float32 or float64; Hq is a multiple of Hkv, and query
+            head h reads key head h // (Hq / Hkv).
+        k_buf, v_buf: [B, S, Hkv, D], dtype of q; any strides.
+        query_lengths: [B] integers; queries from this number on give 0.
+        key_ranges: [B, 2] integers, first visible slot and the one after the last.
+        key_mask: [B, S] bool, False hides a slot.
+        block_ids: integers ([B, N], [B, S]): a key is visible when its block is not later than the
+            block of the query.
+        scale: factor of the scores; default D ** -0.5.
+        return_lse: also return the natural log-sum-exp of the scaled scores.
+
+    Returns:
+        [B, N, Hq, D] in the dtype of q, and on request the log-sum-exp [B, N, Hq], float32
+        (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    b, n, hq, d = checks.shape("q", q, None, None, None, None)
+    checks.shape("k_buf", k_buf, b, None, None, d)
+    s, hkv = k_buf.shape[1:3]
+    checks.shape("v_buf", v_buf, b, s, hkv, d)
+    if hkv == 0 or hq % hkv:
+        raise ValueError(f"q has {hq} heads, which is not a multiple of the {hkv} heads of k_buf")
+    checks.dtype("q", q, checks.FLOATS)
+    checks.same_dtype(q=q, k_buf=k_buf, v_buf=v_buf)
+    query_blocks, key_blocks = (None, None) if block_ids is None else block_ids
+    extras = {
+        "query_lengths": (query_lengths, (b,), checks.INTEGERS),
+        "key_ranges": (key_ranges, (b, 2), checks.INTEGERS),
+        "key_mask": (key_mask, (b, s), (torch.bool,)),
+        "block_ids[0]": (query_blocks, (b, n), checks.INTEGERS),
+        "block_ids[1]": (key_blocks, (b, s), checks.INTEGERS),
+    }
+    for name, (x, shape, dtypes) in extras.items():
+        if x is not None:
+            checks.shape(name, x, *shape)
+            checks.dtype(name, x, dtypes)
+    checks.same_device(q=q, k_buf=k_buf, v_buf=v_buf, **{name: x for name, (x, _, _) in extras.items()})
+    return backend.current().cached_attention(
+        q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask,
+        block_ids=block_ids, scale=scale, return_lse=return_lse,
+    )  # fmt: skip

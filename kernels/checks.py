@@ -1,0 +1,49 @@
+"""Argument checks: every mistake is named, with what was found and what is needed."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def shape(name: str, x: Tensor, *expected: int | None) -> tuple[int, ...]:
+    """x has `expected` sizes, which are returned; None stands for any size."""
+    sizes = tuple(x.shape)
+    if len(sizes) != len(expected) or any(e is not None and e != s for e, s in zip(expected, sizes, strict=True)):
+        want = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape [{want}], got {list(sizes)}")
+    return sizes
+
+
+def dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name} must be {names}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def same_dtype(**tensors: Tensor) -> None:
+    (first, reference), *rest = tensors.items()
+    for name, x in rest:
+        if x.dtype != reference.dtype:
+            raise ValueError(f"{name} is {x.dtype} but {first} is {reference.dtype}: convert one of them")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """All tensors that are not None live on one device."""
+    (first, reference), *rest = ((n, x) for n, x in tensors.items() if x is not None)
+    for name, x in rest:
+        if x.device != reference.device:
+            raise ValueError(f"{name} is on {x.device} but {first} is on {reference.device}: move one of them")
+
+
+def index_range(name: str, index: Tensor, size: int, lengths: Tensor | None = None) -> None:
+    """Every index (of the first `lengths` of a row) is in [0, size). Reads two numbers back."""
+    if lengths is not None:
+        used = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
+        index = torch.where(used, index, 0)
+    if index.numel() == 0:
+        return
+    low, high = (int(v) for v in index.aminmax())
+    if low < 0 or high >= size:
+        raise IndexError(f"{name} must be in 0..{size - 1}, got {low if low < 0 else high}")

@@ -1,0 +1,162 @@
+"""The eager definition of every operation: what is right, in few lines, for any float dtype.
+
+Half-precision inputs are computed in float32, as the kernels do; float64 stays float64. Arguments
+are those of the public functions of `dkv.kernels`, which check them and document their shapes.
+"""
+
+import torch
+from torch import Tensor
+
+from dkv.kernels.noise import gumbel
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of accumulation."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def visibility(q, k_buf, query_lengths, key_ranges, key_mask, block_ids) -> Tensor | None:
+    """Which keys a query sees: bool [B, N or 1, S], or None when every query sees every key."""
+    slot = torch.arange(k_buf.shape[1], device=q.device)
+    parts = []
+    if key_ranges is not None:
+        parts.append(((slot >= key_ranges[:, :1]) & (slot < key_ranges[:, 1:])).unsqueeze(1))
+    if key_mask is not None:
+        parts.append(key_mask.bool().unsqueeze(1))
+    if block_ids is not None:
+        query_block, key_block = block_ids
+        parts.append(key_block.unsqueeze(1) <= query_block.unsqueeze(2))
+    if query_lengths is not None:
+        row = torch.arange(q.shape[1], device=q.device)
+        parts.append((row < query_lengths[:, None]).unsqueeze(2))
+    visible = None
+    for part in parts:
+        visible = part if visible is None else visible & part
+    return visible
+
+
+def cached_attention(
+    q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, block_ids=None, scale=None,
+    return_lse=False,
+):  # fmt: skip
+    group = q.shape[2] // k_buf.shape[2]
+    key, value = (wide(x).repeat_interleave(group, 2) for x in (k_buf, v_buf))
+    scores = torch.einsum("bnhd,bshd->bhns", wide(q), key) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    visible = visibility(q, k_buf, query_lengths, key_ranges, key_mask, block_ids)
+    if visible is not None:
+        scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
+    out = torch.einsum("bhns,bshd->bnhd", weights, value).to(q.dtype)
+    return (out, lse.transpose(1, 2)) if return_lse else out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, "rotate half" layout, in the wider of the dtypes of x and the tables.
+
+    Args:
+        x: [B, N, H, D].
+        cos, sin: [N, D / 2] or [B, N, D / 2].
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def head_norm(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
+    """RMS norm over the head size; `norm` is (gain [D], eps) or None for none."""
+    if norm is None:
+        return x
+    gain, eps = norm
+    normed = (wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (normed * gain).to(x.dtype)
+
+
+def rope_scatter_(
+    q, k, v, cos, sin, positions, k_buf, v_buf, *, query_positions=None, lengths=None, q_norm=None, k_norm=None
+):
+    if lengths is not None:
+        used = torch.arange(positions.shape[1], device=positions.device) < lengths[:, None]
+        positions = torch.where(used, positions, 0)
+    query_positions = positions if query_positions is None else query_positions
+    key = rotate(head_norm(k, k_norm), cos[positions], sin[positions])
+    for b in range(len(positions)):
+        n = positions.shape[1] if lengths is None else int(lengths[b])
+        k_buf[b, positions[b, :n]] = key[b, :n].to(k_buf.dtype)
+        v_buf[b, positions[b, :n]] = v[b, :n].to(v_buf.dtype)
+    return rotate(head_norm(q, q_norm), cos[query_positions], sin[query_positions])
+
+
+def gather_rows(x, index):
+    return torch.stack([row[i] for row, i in zip(x, index, strict=True)])
+
+
+def scatter_rows_(x, index, source):
+    for b in range(len(index)):
+        x[b, index[b]] = source[b].to(x.dtype)
+    return x
+
+
+def keep_best(x: Tensor, best: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """x with the ids outside top-p and then top-k at -inf; `best` [R] is always kept.
+
+    Dream's order and cuts: an id stays while the probability before it is at most `top_p`; ids that
+    tie with the k-th best stay.
+    """
+    kept = x
+    if top_p is not None and top_p < 1:
+        ordered, order = kept.sort(dim=-1, descending=True, stable=True)
+        drop = ordered.softmax(-1).cumsum(-1).roll(1, -1) > top_p
+        drop[:, 0] = False
+        kept = kept.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+    if top_k is not None and top_k < x.shape[-1]:
+        kept = kept.masked_fill(kept < kept.topk(top_k).values[:, -1:], -torch.inf)
+    return kept if kept is x else kept.scatter(1, best[:, None], x.gather(1, best[:, None]))
+
+
+def choose_token(
+    logits, *, rule, temperature=0.0, confidence_temperature=1.0, top_k=None, top_p=None, seed=0, row_keys=None,
+    banned=(), vocab_limit=None, workspace=None,
+):  # fmt: skip
+    x = wide(logits) / confidence_temperature
+    allowed = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
+    allowed[list(banned)] = False
+    allowed[x.shape[-1] if vocab_limit is None else vocab_limit :] = False
+    best = x.masked_fill(~allowed, -torch.inf).argmax(-1)
+    x = keep_best(x, best, top_k, top_p)
+    open_ = x.masked_fill(~allowed, -torch.inf)
+    token = best
+    if temperature > 0:
+        noisy = open_ * (confidence_temperature / temperature)
+        token = (noisy + gumbel(seed, row_keys, x.shape[-1]).to(x.dtype)).argmax(-1)
+    # In float64, where a probability near 1 is told from 1; the fast backends sum the tail instead.
+    log_p = x.double().log_softmax(-1)
+    if rule == "margin":
+        top = open_.log_softmax(-1).topk(min(2, open_.shape[-1])).indices
+        first, second = log_p.gather(1, top[:, :1])[:, 0], log_p.gather(1, top[:, 1:])
+        second = second[:, 0].masked_fill(~allowed[top[:, -1]], -torch.inf) if second.numel() else -torch.inf
+        confidence = first + torch.log1p(-torch.exp(second - first))
+    elif rule == "entropy":
+        confidence = -torch.special.entr(log_p.exp()).sum(-1)
+    else:
+        confidence = log_p.gather(1, token[:, None])[:, 0]
+    nothing_to_choose = open_.amax(-1) == -torch.inf
+    return token, confidence.to(x.dtype).masked_fill(nothing_to_choose, torch.nan)
+
+
+def choose_token_fused(hidden, head_weight, *, head_bias=None, **how):
+    logits = hidden @ head_weight.T
+    return choose_token(logits if head_bias is None else logits + head_bias, **how)
+
+
+def commit_(canvas, token, log_confidence, eligible, count, *, positions=None):
+    if positions is None:
+        positions = torch.arange(canvas.shape[1], device=canvas.device).expand_as(canvas)
+    committed = torch.zeros_like(eligible)
+    for b in range(len(canvas)):
+        open_ = [i for i in range(eligible.shape[1]) if eligible[b, i]]
+        open_.sort(key=lambda i: (-float(log_confidence[b, i]), int(positions[b, i])))
+        for i in open_[: max(0, int(count[b]))]:
+            canvas[b, positions[b, i]] = token[b, i]
+            committed[b, i] = True
+    return committed

@@ -1,0 +1,7 @@
+"""Diffusion language models: one bidirectional transformer, a thin adapter per family, and a loader."""
+
+from dkv.models.loader import load, wrap
+from dkv.models.spec import ModelSpec
+from dkv.models.transformer import Transformer
+
+__all__ = ["ModelSpec", "Transformer", "load", "wrap"]

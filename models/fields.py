@@ -1,0 +1,88 @@
+"""Reading the fields of a `config.json`: every complaint names the field, what it holds and what it should."""
+
+from collections.abc import Mapping
+
+
+def value(config: Mapping, field: str, default=None):
+    """A field that may be absent or null."""
+    found = config.get(field)
+    return default if found is None else found
+
+
+def only(supported: Mapping, config: Mapping) -> None:
+    """Every field of `supported` is as it says there, or absent."""
+    for field, wanted in supported.items():
+        found = value(config, field, wanted)
+        if found != wanted:
+            raise ValueError(f"the configuration has {field}={found!r}; only {wanted!r} is implemented")
+
+
+def count(config: Mapping, field: str, default: int | None = None) -> int:
+    """A whole number of at least 1."""
+    found = value(config, field, default)
+    if found is None:
+        raise ValueError(f"the configuration lacks {field!r}: take config.json from the same place as the weights")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ValueError(f"the configuration has {field}={found!r}; a whole number of at least 1 is needed")
+    return found
+
+
+def positive(config: Mapping, field: str, default: float) -> float:
+    """A number above 0."""
+    found = value(config, field, default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+        raise ValueError(f"the configuration has {field}={found!r}; a number above 0 is needed")
+    return float(found)
+
+
+def share(config: Mapping, whole_field: str, parts_field: str) -> int:
+    """One field divided by another, without a remainder."""
+    whole, parts = count(config, whole_field), count(config, parts_field)
+    if whole % parts:
+        raise ValueError(f"the configuration has {whole_field}={whole}, not a multiple of {parts_field}={parts}")
+    return whole // parts
+
+
+def token_id(config: Mapping, field: str, default: int | None, rows: int) -> int | None:
+    """A token id, or the first of a list of them; None where only a default outside the vocabulary is left."""
+    found = config.get(field)
+    if isinstance(found, list | tuple):
+        found = found[0] if found else None
+    if found is None:
+        return default if default is not None and default < rows else None
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < rows:
+        raise ValueError(
+            f"the configuration has {field}={found!r}, but the model has {rows} tokens: correct config.json, "
+            "or take it from the same place as the weights"
+        )
+    return found
+
+
+def mask_id(config: Mapping, default: int, rows: int) -> int:
+    """The id of the mask token, which every model must have."""
+    found = token_id(config, "mask_token_id", default, rows)
+    if found is None:
+        raise ValueError(
+            f"the configuration has no mask_token_id, and the usual {default} is outside the vocabulary of {rows}: "
+            "add the id of the mask token to config.json"
+        )
+    return found
+
+
+def rope_theta(config: Mapping, default: float) -> float:
+    """The rotary base: inside `rope_parameters` (transformers 5) or `rope_scaling`, or `rope_theta` itself."""
+    nested = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        part = value(config, field, {})
+        if not isinstance(part, Mapping):
+            raise ValueError(f"the configuration has {field}={part!r}; an object or null is needed")
+        nested.update({k: v for k, v in part.items() if v is not None})
+    kinds = {nested.pop(key) for key in ("rope_type", "type") if key in nested}
+    theta = nested.pop("rope_theta", None)
+    if nested or not kinds <= {"default"}:
+        asked = ", ".join([*(f"rope_type={k!r}" for k in sorted(kinds)), *(f"{k}={v!r}" for k, v in nested.items())])
+        raise ValueError(
+            f"the configuration changes its rotary embedding (rope_scaling or rope_parameters: {asked}); "
+            "only rope_type='default' with a rope_theta is implemented"
+        )
+    return positive(config if theta is None else {"rope_theta": theta}, "rope_theta", default)

@@ -1,0 +1,185 @@
+"""One pre-norm bidirectional transformer for every family; a `ModelSpec` says which."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dkv import kernels
+from dkv.buffer import KVBuffer
+from dkv.models.spec import ModelSpec
+
+# (layer, query [B, R, Hq, D], key and value [B, N, Hkv, D]) -> [B, R, Hq, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: computed in float32, cast back, then scaled (as LLaDA and Dream do)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+class Layer(nn.Module):
+    """Attention and gated MLP, each on a normed copy that is added to the residual."""
+
+    def __init__(self, spec: ModelSpec, index: int):
+        super().__init__()
+        self.index, self.head_dim = index, spec.head_dim
+        d, q, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        bias = spec.linear_bias
+        self.attn_norm = RMSNorm(d, spec.norm_eps)
+        self.q_proj = nn.Linear(d, q, bias=spec.qkv_bias or bias)
+        self.k_proj = nn.Linear(d, kv, bias=spec.qkv_bias or bias)
+        self.v_proj = nn.Linear(d, kv, bias=spec.qkv_bias or bias)
+        self.o_proj = nn.Linear(q, d, bias=bias)
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.mlp_norm = RMSNorm(d, spec.norm_eps)
+        self.gate_proj = nn.Linear(d, spec.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(d, spec.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(spec.intermediate_size, d, bias=bias)
+
+    def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """x [B, N, d] -> [B, N, d], or [B, R, d] for the `rows` [B, R] alone."""
+        h = self.attn_norm(x)
+        key, value = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
+        if rows is not None:
+            x, h = (kernels.gather_rows(t, rows, validate=False) for t in (x, h))
+        query = self._heads(self.q_proj(h))
+        x = x + self.o_proj(attend(self.index, query, key, value).flatten(-2))
+        h = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class Transformer(nn.Module):
+    """A mask predictor: token ids in, a distribution for every slot out."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(spec, i) for i in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=spec.linear_bias)
+        if spec.tied_head:
+            self.head.weight = self.embed.weight
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [>= length, D / 2], whose dtype is the one in which q and k are rotated."""
+        spec = self.spec
+        dtype = torch.promote_types(self.dtype, torch.float32) if spec.rope_float32 else self.dtype
+        table = self._rope
+        if table is None or table[0].shape[0] < length or table[0].dtype != dtype or table[0].device != self.device:
+            rows = max(length, 256)
+            wide = torch.promote_types(dtype, torch.float32)
+            exponent = torch.arange(0, spec.head_dim, 2, device=self.device, dtype=torch.int64).to(wide)
+            frequency = 1.0 / spec.rope_theta ** (exponent / spec.head_dim)
+            angle = torch.outer(torch.arange(rows, device=self.device, dtype=wide), frequency)
+            table = self._rope = (angle.cos().to(dtype), angle.sin().to(dtype))
+        return table
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of a whole sequence without a buffer; differentiable.
+
+        Args:
+            input_ids: [B, S] token ids.
+            attention_mask: [B, S], 0 at padding. Padded keys are never attended to and do not
+                count in the positions, wherever they stand.
+
+        Returns:
+            [B, S, V], not shifted: in a shifted model the logits at slot j predict slot j + 1.
+        """
+        length = input_ids.shape[1]
+        cos, sin = self.rope_tables(length)
+        if attention_mask is None:
+            cos, sin, visible = cos[:length], sin[:length], None
+        else:
+            real = attention_mask.bool()
+            positions = (real.cumsum(-1) - 1).clamp_(min=0)
+            cos, sin, visible = cos[positions], sin[positions], real[:, None, None, :]
+        group = self.spec.num_heads // self.spec.num_kv_heads
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query = kernels.rotate(kernels.head_norm(query, self._head_norm(layer, "q_norm")), cos, sin)
+            key = kernels.rotate(kernels.head_norm(key, self._head_norm(layer, "k_norm")), cos, sin)
+            key, value = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (key, value))
+            out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=visible)
+            return out.transpose(1, 2)
+
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, attend)
+        return self.head(self.norm(x))
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        buffer: KVBuffer,
+        *,
+        key_ranges: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Recompute the active slots over the buffer: their K and V are written, then attended to.
+
+        Args:
+            tokens: [B, N] ids at the active slots.
+            positions: [B, N] int64, their slots, which are also their rotary positions. The slot
+                after the last visible one may be used to fill up ragged rows.
+            buffer: keys and values of all slots; every visible slot must have been written.
+            key_ranges: [B, 2] first visible slot and the one after the last; None: all slots.
+            rows: [B, R] which of the N active slots need an output; None: all.
+
+        Returns:
+            [B, R or N, d] hidden states after the final norm, ready for `head`.
+        """
+        cos, sin = self.rope_tables(buffer.slots)
+        last = len(self.layers) - 1
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            k_buf, v_buf = buffer.layer(layer, like=key)
+            here = positions.gather(1, rows) if layer == last and rows is not None else None
+            norms = {"q_norm": self._head_norm(layer, "q_norm"), "k_norm": self._head_norm(layer, "k_norm")}
+            keys, values = k_buf[:, : buffer.length], v_buf[:, : buffer.length]
+            if buffer.rotated:
+                query = kernels.rope_scatter_(
+                    query, key, value, cos, sin, positions, k_buf, v_buf, query_positions=here, validate=False, **norms
+                )
+            else:
+                here = positions if here is None else here
+                query = kernels.rotate(kernels.head_norm(query, norms["q_norm"]), cos[here], sin[here])
+                key = kernels.head_norm(key, norms["k_norm"])
+                kernels.scatter_rows_(k_buf, positions, key, validate=False)
+                kernels.scatter_rows_(v_buf, positions, value, validate=False)
+                keys = kernels.rotate(keys, cos[: buffer.length], sin[: buffer.length])
+            return kernels.cached_attention(query, keys, values, key_ranges=key_ranges)
+
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, attend, rows if layer.index == last else None)
+        return self.norm(x)
+
+    def _head_norm(self, layer: int, name: str) -> tuple[Tensor, float] | None:
+        norm = getattr(self.layers[layer], name)
+        return None if norm is None else (norm.weight, norm.eps)

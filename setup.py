@@ -1,0 +1,53 @@
+"""Package metadata.
+
+The folders stand side by side in the repository, but only the name `dkv` is installed: top-level
+packages called `kernels` or `models` would collide with those of other people.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+# Read, not imported: the build environment has no torch.
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "dkv" / "version.py").read_text("utf-8"), re.M)[1]
+
+LINT = ["ruff"]
+# The packaging tests build without isolation, so they need the build backend too.
+TEST = ["pytest>=8", "pytest-benchmark", "hypothesis", "setuptools>=77"]
+
+setup(
+    name="dkv",
+    version=VERSION,
+    description="Fast decoding of diffusion language models (LLaDA, Dream) with dKV-Cache",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="The dkv authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["diffusion language model", "dKV-Cache", "key-value cache", "LLaDA", "Dream", "Triton", "PyTorch"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.4; platform_system == 'Linux'",
+        "transformers>=4.57",
+        "numpy",
+        "safetensors",
+        "huggingface_hub",
+        "tqdm",
+    ],
+    extras_require={"test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
+    packages=["dkv", "dkv.commands", "dkv.kernels", "dkv.models", "dkv.bench"],
+    package_dir={"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"},
+    # Named by suffix, so that a training checkpoint left in the folder is not shipped.
+    package_data={"dkv.models": ["tiny/*.json", "tiny/*.jsonl", "tiny/*.safetensors"]},
+    entry_points={"console_scripts": ["dkv = dkv.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,105 @@
+"""What the tests of the operations share."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dkv.kernels import use_backend
+
+# Shapes are small: more threads only wait for each other.
+torch.set_num_threads(1)
+settings.register_profile("kernels", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("kernels")
+
+
+def pytest_make_parametrize_id(val) -> str | None:
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=["torch", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that runs on this machine, in use during the test."""
+    with use_backend(request.param):
+        yield request.param
+
+
+def _assert_close(actual: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:
+    """`actual` is off by no more than twice what `plain` is off, and a few roundings.
+
+    Args:
+        exact: the answer, float64.
+        plain: the same sum written in plain torch, at the dtype of `actual`; if that is float64, at
+            float32, as nothing is more exact than float64. Its error counts in roundings of its dtype.
+    """
+    assert actual.shape == exact.shape
+    assert exact.dtype == torch.float64
+    if exact.numel() == 0:
+        return
+    error = torch.where(actual == exact, 0, (actual - exact).abs())
+    eps, eps_sum = (torch.finfo(t).eps for t in (actual.dtype, torch.promote_types(actual.dtype, torch.float32)))
+    size = exact[exact.isfinite()].abs()
+    bound = (eps / 2 + 4 * eps_sum) * size.amax().item() if size.numel() else 0.0
+    if plain is not None:
+        assert plain.dtype == (torch.float32 if actual.dtype == torch.float64 else actual.dtype)
+        off = torch.where(plain == exact, 0, (plain - exact).abs()).amax().item()
+        bound += 2 * off * eps / torch.finfo(plain.dtype).eps
+    assert (error <= bound).all(), f"off by {error.amax().item():.3g}, allowed {bound:.3g}"
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[..., None]:
+    return _assert_close
+
+
+def transposed(x: Tensor) -> Tensor:
+    dims = (1, 2) if x.dim() > 2 else (0, 1)
+    return x.transpose(*dims).contiguous().transpose(*dims)
+
+
+def within_nan(x: Tensor) -> Tensor:
+    """A slice of a larger buffer of NaN."""
+    buffer = x.new_full([size + 2 for size in x.shape], torch.nan)
+    return buffer[tuple(slice(1, size + 1) for size in x.shape)].copy_(x)
+
+
+def every_second(x: Tensor) -> Tensor:
+    """A stride of 2 in the last dimension, with NaN between."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+@pytest.fixture(params=[transposed, within_nan, every_second], ids=lambda f: f.__name__)
+def restride(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
+    """A function that gives the same values with other strides."""
+    return request.param
+
+
+class _Forbid(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, or a CUDA graph capture fail."""
+
+    # Values on the host, and shapes that depend on values.
+    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.NAMES, f"{name} waits for the device"
+        # A list made into a tensor is a copy from the host; a number is an argument of the launch.
+        assert name != "lift_fresh" or args[0].dim() == 0, "a tensor of host data"
+        if name.startswith(("index", "_index_put", "_unsafe_index")) and isinstance(args[1], (list, tuple)):
+            by_mask = [i.dtype for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            assert not by_mask, f"{name} with a boolean index waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def no_readback() -> type[TorchDispatchMode]:
+    """A context in which an operation that would stop a CUDA stream fails."""
+    return _Forbid

@@ -1,0 +1,283 @@
+"""rope_scatter_ and rotate."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dkv.kernels import cached_attention, rope_scatter_, rotate, use_backend
+
+# B rows, N active slots, S slots, Hq and Hkv heads, D head size
+SHAPES = [
+    (1, 1, 1, 1, 1, 16),
+    (2, 5, 11, 4, 2, 80),
+    (3, 4, 9, 7, 1, 96),
+    (2, 7, 7, 3, 3, 64),
+    (1, 3, 17, 8, 2, 112),
+    (2, 3, 6, 14, 2, 128),
+]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+OPTIONS = ["lengths", "query_positions", "q_norm", "k_norm"]
+
+
+def shape_id(shape: tuple[int, ...]) -> str:
+    return "B{}-N{}-S{}-H{}/{}-D{}".format(*shape)
+
+
+def inputs(shape: tuple[int, ...], dtype=torch.float32, table=torch.float32, buffer=None) -> dict[str, Tensor]:
+    b, n, s, hq, hkv, d = shape
+    angle = torch.arange(s + 3)[:, None] * 100.0 ** -torch.linspace(0, 1, d // 2)
+    sizes = {"q": (b, n, hq, d), "k": (b, n, hkv, d), "v": (b, n, hkv, d)}
+    return {
+        **{name: torch.randn(size).to(dtype) for name, size in sizes.items()},
+        "cos": angle.cos().to(table),
+        "sin": angle.sin().to(table),
+        "positions": torch.stack([torch.randperm(s)[:n] for _ in range(b)]),
+        "k_buf": torch.randn(b, s, hkv, d).to(buffer or dtype),
+        "v_buf": torch.randn(b, s, hkv, d).to(buffer or dtype),
+    }
+
+
+def options(shape: tuple[int, ...], names: list[str], dtype=torch.float32) -> dict:
+    b, n, s, *_, d = shape
+    every = {
+        "lengths": torch.randint(1, n + 1, (b,)) * (torch.arange(b) < max(b - 1, 1)),  # the last of several has none
+        "query_positions": torch.randint(0, s + 3, (b, n)),
+        "q_norm": (torch.randn(d).to(dtype), 1e-5),
+        "k_norm": (torch.randn(d).to(dtype), 1e-6),
+    }
+    return {name: every[name] for name in names}
+
+
+def plain(q, k, v, cos, sin, positions, k_buf, v_buf, lengths=None, query_positions=None, q_norm=None, k_norm=None):
+    """The rotated queries and both buffers, one entry at a time, at the dtypes given."""
+    b, n = positions.shape
+    k_buf, v_buf, out = k_buf.clone(), v_buf.clone(), torch.empty_like(q)
+    query_positions = positions if query_positions is None else query_positions
+
+    def turn(x: Tensor, norm: tuple[Tensor, float] | None, place: Tensor) -> Tensor:
+        if norm is not None:
+            gain, eps = norm
+            x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+        first, second = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+        c, s = cos[place], sin[place]
+        return torch.cat((first * c - second * s, first * s + second * c), -1)
+
+    for row in range(b):
+        for i in range(n if lengths is None else lengths[row]):
+            k_buf[row, positions[row, i]] = turn(k[row, i], k_norm, positions[row, i]).to(k.dtype).to(k_buf.dtype)
+            v_buf[row, positions[row, i]] = v[row, i].to(v_buf.dtype)
+        for i in range(q.shape[1]):
+            out[row, i] = turn(q[row, i], q_norm, query_positions[row, i]).to(q.dtype)
+    return out, k_buf, v_buf
+
+
+def cast(args: dict, dtype: torch.dtype) -> dict:
+    def one(x):
+        if isinstance(x, tuple):
+            return (x[0].to(dtype), x[1])
+        return x.to(dtype) if x.is_floating_point() else x
+
+    return {name: one(x) for name, x in args.items()}
+
+
+def compare(assert_close, args: dict, extra: dict) -> None:
+    """The result and the buffers against the loop in float64."""
+    exact = plain(**cast(args, torch.float64), **cast(extra, torch.float64))
+    double = args["q"].dtype == torch.float64
+    rough = plain(**cast(args, torch.float32), **cast(extra, torch.float32)) if double else plain(**args, **extra)
+    out = rope_scatter_(**args, **extra)
+    assert out.dtype == args["q"].dtype
+    used = torch.ones(out.shape[:2], dtype=torch.bool)
+    if "lengths" in extra and "query_positions" not in extra:  # what is not used has no place to be rotated to
+        used = torch.arange(out.shape[1]) < extra["lengths"][:, None]
+    assert_close(out[used], exact[0][used], rough[0][used])
+    assert_close(args["k_buf"], exact[1], rough[1])
+    if not double:
+        assert torch.equal(args["v_buf"], rough[2])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("table", [torch.float32, None], ids=["table-float32", "table-as-q"])
+def test_dtypes(shape, dtype, table, backend, assert_close):
+    compare(assert_close, inputs(shape, dtype, table or dtype), {})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("names", [*([name] for name in OPTIONS), OPTIONS], ids="+".join)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_options(shape, names, dtype, backend, assert_close):
+    compare(assert_close, inputs(shape, dtype), options(shape, names, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "buffer"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_buffer_of_another_dtype(dtype, buffer, backend, assert_close):
+    args = inputs(SHAPES[1], dtype, buffer=buffer)
+    compare(assert_close, args, options(SHAPES[1], ["lengths"]))
+    assert args["k_buf"].dtype == args["v_buf"].dtype == buffer
+
+
+def test_gain_of_another_dtype_leaves_the_dtype_of_q(backend):
+    args = inputs(SHAPES[1], torch.bfloat16)
+    assert rope_scatter_(**args, **options(SHAPES[1], ["q_norm", "k_norm"])).dtype == torch.bfloat16
+
+
+def test_fewer_queries_than_keys(backend):
+    shape = SHAPES[1]
+    args = inputs(shape)
+    expected = rope_scatter_(**args)
+    args["q"] = args["q"][:, [3, 1]]
+    assert torch.equal(rope_scatter_(**args, query_positions=args["positions"][:, [3, 1]]), expected[:, [3, 1]])
+
+
+@pytest.mark.parametrize("garbage", [-5, 10**6])
+@pytest.mark.parametrize("lengths", [[2, 4], [0, 5], [0, 0]], ids=str)
+def test_entries_beyond_lengths_may_hold_anything(garbage, lengths, backend):
+    args, lengths = inputs(SHAPES[1]), torch.tensor(lengths)
+    unused = torch.arange(5) >= lengths[:, None]
+    expected = plain(**args, lengths=lengths)
+    args["positions"] = args["positions"].masked_fill(unused, garbage)
+    for name in ("q", "k", "v"):
+        args[name][unused] = torch.nan
+    out = rope_scatter_(**args, lengths=lengths)
+    torch.testing.assert_close(out[~unused], expected[0][~unused])
+    torch.testing.assert_close(args["k_buf"], expected[1])
+    torch.testing.assert_close(args["v_buf"], expected[2])
+
+
+def test_strides(restride, backend):
+    args = inputs(SHAPES[1])
+    strided = {name: restride(x) if x.is_floating_point() else x for name, x in args.items()}
+    strided["positions"] = torch.stack([args["positions"]] * 2, -1)[..., 0]
+    torch.testing.assert_close(rope_scatter_(**strided), rope_scatter_(**args))
+    for name in args:  # the buffers are written, the others are as they were
+        torch.testing.assert_close(strided[name], args[name])
+
+
+def test_nothing_around_a_slice_of_a_buffer_is_written(backend):
+    args = inputs(SHAPES[1])
+    for name in ("k_buf", "v_buf"):
+        whole = torch.full([size + 2 for size in args[name].shape], torch.nan)
+        args[name] = whole[1:-1, 1:-1, 1:-1, 1:-1].copy_(args[name])
+        rope_scatter_(**args)
+        assert (~whole.isnan()).sum() == args[name].numel()
+
+
+def test_rotation_is_a_product_of_complex_numbers():
+    args = inputs(SHAPES[1], torch.float64, torch.float64)
+    q, turn = args["q"], torch.complex(args["cos"], args["sin"])[args["positions"]].unsqueeze(2)
+    product = torch.complex(q[..., :40], q[..., 40:]) * turn
+    expected = torch.cat((product.real, product.imag), -1)
+    cos, sin = (args[name][args["positions"]] for name in ("cos", "sin"))
+    torch.testing.assert_close(rotate(q, cos, sin), expected)
+
+
+@pytest.mark.parametrize("names", [[], ["lengths"], OPTIONS], ids=["plain", "lengths", "all"])
+def test_nothing_is_read_back(names, no_readback):
+    args, extra = inputs(SHAPES[1]), options(SHAPES[1], names)
+    with use_backend("torch"), no_readback():
+        rope_scatter_(**args, **extra, validate=False)
+
+
+# Public reports
+
+
+def test_A10_int32_and_int64_give_the_same(backend):
+    args, extra = inputs(SHAPES[1]), options(SHAPES[1], OPTIONS)
+    narrow = {name: x.clone().int() if name == "positions" else x.clone() for name, x in args.items()}
+    short = {name: x.int() if name in OPTIONS[:2] else x for name, x in extra.items()}
+    assert torch.equal(rope_scatter_(**narrow, **short), rope_scatter_(**args, **extra))
+    assert torch.equal(narrow["k_buf"], args["k_buf"])
+
+
+@pytest.mark.parametrize("place", [-1, 11, 12])
+def test_A19_positions_outside(place, backend):
+    args = inputs(SHAPES[1])
+    args["positions"][1, 2] = place
+    before = args["k_buf"].clone()
+    with pytest.raises(IndexError, match=rf"^positions must be in 0\.\.10, got {place}$"):
+        rope_scatter_(**args)
+    assert torch.equal(args["k_buf"], before)
+
+
+@pytest.mark.parametrize("place", [-1, 14])
+def test_A19_query_positions_outside(place, backend):
+    args, extra = inputs(SHAPES[1]), options(SHAPES[1], ["query_positions"])
+    extra["query_positions"][0, 1] = place
+    with pytest.raises(IndexError, match=rf"^query_positions must be in 0\.\.13, got {place}$"):
+        rope_scatter_(**args, **extra)
+
+
+def test_A19_tables_shorter_than_the_buffer(backend):
+    args = inputs(SHAPES[1])
+    args["cos"], args["sin"] = args["cos"][:7], args["sin"][:7]
+    args["positions"][0, 0] = 7
+    with pytest.raises(IndexError, match=r"^positions must be in 0\.\.6"):
+        rope_scatter_(**args)
+
+
+@pytest.mark.parametrize("counts", [(2, 4), (0, 5), (2, 3)], ids=str)
+def test_B07_rows_at_different_steps(counts, backend):
+    """A cached step of two rows, padded to the longer, is the step of each row alone."""
+    shape = (2, max(counts), 5, 4, 2, 16)
+    args = inputs(shape)
+    alone = [{name: x if name in ("cos", "sin") else x[row : row + 1].clone() for name, x in args.items()}
+             for row in range(2)]  # fmt: skip
+    lengths = torch.tensor(counts)
+    query = rope_scatter_(**args, lengths=lengths)
+    out = cached_attention(query, args["k_buf"], args["v_buf"], query_lengths=lengths)
+    for row, (count, own) in enumerate(zip(counts, alone, strict=True)):
+        own |= {name: own[name][:, :count] for name in ("q", "k", "v", "positions")}
+        expected = cached_attention(rope_scatter_(**own), own["k_buf"], own["v_buf"])
+        torch.testing.assert_close(out[row, :count], expected[0], atol=1e-5, rtol=0)
+        assert (out[row, count:] == 0).all()
+        torch.testing.assert_close(args["k_buf"][row], own["k_buf"][0], atol=1e-6, rtol=0)
+        assert torch.equal(args["v_buf"][row], own["v_buf"][0])
+
+
+def call(**changes):
+    args = inputs((2, 3, 5, 4, 2, 16)) | changes
+    return rope_scatter_(**args)
+
+
+def zeros(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": zeros(2, 3, 16)}, r"^q must have shape"),
+        ({"q": zeros(2, 3, 4, 15)}, r"^q must have an even head size, got 15"),
+        ({"q": zeros(2, 3, 4, 16, dtype=torch.int64)}, r"^q must be float16"),
+        ({"q": zeros(2, 2, 4, 16)}, r"^q has 2 entries and k has 3: give query_positions"),
+        ({"k": zeros(2, 3, 2, 14)}, r"^k must have shape"),
+        ({"k": zeros(2, 3, 2, 16, dtype=torch.float16)}, r"^k is torch.float16 but q is torch.float32"),
+        ({"v": zeros(2, 3, 1, 16)}, r"^v must have shape"),
+        ({"v": zeros(2, 3, 2, 16, dtype=torch.float16)}, r"^v is torch.float16 but q"),
+        ({"cos": zeros(8, 16)}, r"^cos must have shape \[any, 8\]"),
+        ({"sin": zeros(7, 8)}, r"^sin must have shape \[8, 8\]"),
+        ({"positions": zeros(2, 4, dtype=torch.int64)}, r"^positions must have shape"),
+        ({"positions": zeros(2, 3)}, r"^positions must be int32, int64"),
+        ({"k_buf": zeros(2, 5, 1, 16)}, r"^k_buf must have shape"),
+        ({"v_buf": zeros(2, 6, 2, 16)}, r"^v_buf must have shape"),
+        ({"query_positions": zeros(2, 4, dtype=torch.int64)}, r"^query_positions must have shape"),
+        ({"query_positions": zeros(2, 3)}, r"^query_positions must be int32"),
+        ({"lengths": zeros(3, dtype=torch.int64)}, r"^lengths must have shape"),
+        ({"lengths": zeros(2)}, r"^lengths must be int32"),
+        ({"q_norm": (zeros(8), 1e-6)}, r"^q_norm\[0\] must have shape"),
+        ({"k_norm": (zeros(8), 1e-6)}, r"^k_norm\[0\] must have shape"),
+        ({"k_norm": (zeros(16, device="meta"), 1e-6)}, r"^k_norm\[0\] is on meta but q is on cpu"),
+    ],
+)
+def test_arguments_are_checked(changes, message):
+    call()
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "cos", "sin", "positions", "k_buf", "v_buf", "query_positions", "lengths"])
+def test_A14_two_devices(name):
+    args = inputs((2, 3, 5, 4, 2, 16)) | options((2, 3, 5, 4, 2, 16), ["query_positions", "lengths"])
+    with pytest.raises(ValueError, match=f"^{name} is on meta but q is on cpu"):
+        rope_scatter_(**args | {name: args[name].to("meta")})
