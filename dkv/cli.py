@@ -10,9 +10,9 @@ from dkv.version import __version__
 
 EXAMPLES = """\
 examples:
-  dkv demo                                                 the bundled model, with and without a cache
-  echo '+7 -3 +9=' | dkv generate --max-new-tokens 64      answer a prompt
-  dkv generate --help                                      all options of a command
+  dkv demo                                    the bundled model, with and without a cache
+  dkv generate --file prompt.txt --stats      continue a text
+  dkv generate --help                         all options of a command, with examples
 """
 
 # What bad input raises. Anything else is a fault of ours and keeps its traceback.
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         command.add_arguments(options)
-        options.set_defaults(run=command.run)
+        options.set_defaults(run=command.run, parser=options)
     return parser
 
 
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard error; 130 when interrupted; 141 when nobody reads the output any more.
     """
     try:
-        args = build_parser().parse_args(argv)
+        args, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unknown arguments: {' '.join(unknown)}")
     except SystemExit as stop:
         return stop.code
     try:

@@ -77,8 +77,11 @@ def policy_of(value: Any) -> Policy:
         return NoCache()
     if isinstance(value, Policy):
         return value
-    name, arguments = (value, {}) if isinstance(value, str) else (value.get("name"), {**value})
-    arguments.pop("name", None)
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"cache must be a policy, its name or a dict, got {value!r}")
+    name, arguments = value.get("name"), {k: v for k, v in value.items() if k != "name"}
     if name not in POLICIES:
         raise ValueError(f"cache: unknown policy {name!r}; known are {', '.join(POLICIES)}")
     known = {f.name for f in fields(POLICIES[name])}

@@ -105,7 +105,7 @@ def show(race: Race, prompt: str, right: str) -> None:
             pieces = draft_pieces(race.tokenizer, race.model.spec, ids, [False] * len(ids))
             print(f"step {step + 1:2}  {''.join(text for _, text in pieces)}")
     (found,) = race.texts(output.sequences)
-    print(f"\n{'right' if found == right else f'wrong: it is {right}'}\n")
+    print(f"\n{'right' if found == right else f'wrong: the answer is {right}'}\n")
 
 
 def table(results: list[dict[str, Any]], problems: int) -> str:
@@ -123,9 +123,9 @@ def table(results: list[dict[str, Any]], problems: int) -> str:
 def meaning(parameters: int, threads: int) -> str:
     """What the table says, and what it does not."""
     return f"""
-tokens/s is the median of {ROUNDS} answers, one at a time on {threads} CPU threads, and speed compares it with plain.
+tokens/s is the median of {ROUNDS} answers, one at a time (CPU threads: {threads}); speed compares it with plain.
 computed: slots sent through the network, against plain. exact: answers right in every digit.
 
-A cached step computes few slots, but every operation has a fixed cost, too. With {parameters / 1e6:.1f} M parameters that
-weighs so much that the speed stays behind what the computed share would allow, and can be below 1. A model of 8 B
-parameters is bound by the work itself: for such a one the computed share tells more."""
+A cached step computes few slots, but every operation has a fixed cost, too. With {parameters / 1e6:.1f} M parameters
+this cost weighs so much that the speed stays behind what the computed share would allow, and can be below 1. In one
+of 8 B parameters the work itself dominates; for such a model the computed share tells more."""

@@ -79,7 +79,7 @@ def generate(
         if config.output_active:
             active.append(_active(canvas, done))
         if config.output_logits:
-            logits.append(_logits(canvas, done, model.head))
+            logits.append(_logits(canvas, done, model))
         if draft is not None:
             draft(canvas.sequences().cpu())
     sampler.check()
@@ -100,14 +100,17 @@ def generate(
     )
 
 
-def _active(canvas: Canvas, done: Pass) -> Tensor:
+def _active(canvas: Canvas, done: Pass | None) -> Tensor:
     """bool [B, P + new]: the slots that a pass computed."""
-    mask = torch.ones_like(canvas.masked) if done.active is None else done.active.mask
-    return canvas.to_caller(mask)
+    if done is None:
+        return canvas.to_caller(torch.zeros_like(canvas.masked))
+    return canvas.to_caller(torch.ones_like(canvas.masked) if done.active is None else done.active.mask)
 
 
-def _logits(canvas: Canvas, done: Pass, head: torch.nn.Module) -> Tensor:
+def _logits(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
     """[B, P + new, V]: the logits of the slots that a pass computed, 0 at the others."""
-    logits = head(done.hidden)
-    wide = logits.new_zeros(len(logits), canvas.size + 1, logits.shape[-1])
-    return canvas.to_caller(kernels.scatter_rows_(wide, done.positions, logits, validate=False)[:, :-1])
+    batch, size = canvas.masked.shape
+    wide = torch.zeros(batch, size + 1, model.spec.vocab_size, dtype=model.dtype, device=model.device)
+    if done is not None:
+        kernels.scatter_rows_(wide, done.positions, model.head(done.hidden), validate=False)
+    return canvas.to_caller(wide[:, :-1])

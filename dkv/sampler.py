@@ -55,8 +55,8 @@ class Sampler:
         self.remembered = torch.full(canvas.masked.shape, -torch.inf, device=canvas.tokens.device)
         self.invalid = torch.zeros((), dtype=torch.bool, device=canvas.tokens.device)
 
-    def run(self, step: Step) -> Pass:
-        """Carry out a step: the canvas holds its tokens afterwards."""
+    def run(self, step: Step) -> Pass | None:
+        """Carry out a step: the canvas holds its tokens afterwards. None: there was nothing to compute."""
         canvas = self.canvas
         if step.in_block == 0:
             self.open_count = step.stop - step.start
@@ -66,6 +66,9 @@ class Sampler:
         open_ = canvas.masked & canvas.span(step.start, step.stop)
         planned = self._plan(step, open_, full)
         active = None if full else self._active(step, planned)
+        if active is not None and active.count == 0:
+            canvas.commit(slots_of(open_, 0, canvas.size), open_[:, :0])
+            return None
         slots = self._scored(step, open_, planned, active)
         done = self._pass(active, slots)
         if slots.shape[1]:

@@ -101,7 +101,11 @@ class DraftStreamer:
 
 
 class ProgressStreamer:
-    """A progress bar over the steps on standard error, if that is a terminal."""
+    """A progress bar over the steps on standard error, if that is a terminal.
+
+    Args:
+        steps: of the generation, `len(config.plan(shifted))`.
+    """
 
     def __init__(self, steps: int):
         self._bar = tqdm(total=steps, unit="step", leave=False, disable=None, file=sys.stderr)

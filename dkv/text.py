@@ -36,21 +36,21 @@ def load_tokenizer(path_or_id: str, family: str) -> Any:
 
     from dkv.models.loader import BUNDLED
 
-    name = str(BUNDLED.get(path_or_id) or Path(path_or_id).expanduser())
+    folder = BUNDLED.get(path_or_id) or Path(path_or_id).expanduser()
+    advice = "put its files, such as tokenizer.json and tokenizer_config.json, beside the weights"
+    if folder.is_dir() and not any(folder.glob("*token*")):
+        raise FileNotFoundError(f"{path_or_id} has no tokenizer: {advice}")
     # Dream ships the code of its tokenizer, which is Qwen2's under another name.
     kinds = (AutoTokenizer, Qwen2TokenizerFast) if family == "dream" else (AutoTokenizer,)
     reasons = []
     for kind in kinds:
         try:
             with _quiet():
-                return kind.from_pretrained(name, trust_remote_code=False)
+                return kind.from_pretrained(str(folder), trust_remote_code=False)
         # transformers raises several kinds of errors, and the hub's client its own.
         except Exception as error:
-            reasons.append(str(error).partition("\n")[0].rstrip(": "))
-    raise FileNotFoundError(
-        f"{path_or_id} has no tokenizer that transformers can read ({reasons[0]}): put the tokenizer's files, such as "
-        "tokenizer.json and tokenizer_config.json, beside the weights"
-    )
+            reasons.append(str(error))
+    raise FileNotFoundError(f"transformers cannot read the tokenizer of {path_or_id}: {advice} ({reasons[0]})")
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False) -> tuple[Tensor, Tensor]:

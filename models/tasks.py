@@ -2,28 +2,26 @@
 
 import random
 
-BALANCE_TERMS = 21
+TERMS, OPENING = 21, 50
 
 
 def balance(rng: random.Random) -> tuple[str, str]:
-    """A list of deposits and withdrawals, and the balance after each of them.
+    """Deposits and withdrawals of 1 to 3, and the balance after each of them.
 
-    The balance starts at 0 and stays within 0..99, so every number of the answer has two digits
-    and depends on the number before it: `+7 -3 +9 ...` gives `07 04 13 ...`.
+    The account opens with 50, so every balance has two digits, and each depends on the one before
+    it: `+2 -3 +1 ...` gives `52 49 50 ...`.
 
     Returns:
         prompt and answer, 63 and 62 characters for 21 terms.
     """
-    total, terms, totals = 0, [], []
-    for _ in range(BALANCE_TERMS):
-        amount = rng.randint(1, 9)
-        if rng.random() < 0.5:
-            amount = -amount
-        if not 0 <= total + amount <= 99:
-            amount = -amount
+    total, terms, totals = OPENING, [], []
+    for _ in range(TERMS):
+        amount = rng.choice((-3, -2, -1, 1, 2, 3))
+        # Turned round at the ends, so that it keeps its two digits for any number of terms.
+        amount = amount if 10 <= total + amount <= 99 else -amount
         total += amount
         terms.append(f"{amount:+d}")
-        totals.append(f"{total:02d}")
+        totals.append(str(total))
     return " ".join(terms) + "=", " ".join(totals)
 
 

@@ -29,7 +29,7 @@ EOS, MASK = len(ALPHABET), len(ALPHABET) + 1
 ANSWER = 64
 SPEC = ModelSpec(
     family="llada", vocab_size=16, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
-    intermediate_size=384, max_positions=512, rope_theta=10000.0, norm_eps=1e-5,
+    intermediate_size=384, max_positions=512, rope_theta=200.0, norm_eps=1e-5,
     mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS,
 )  # fmt: skip
 
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     model = Transformer(SPEC)
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.02)
+            torch.nn.init.normal_(parameter, std=0.08)
     train(model, args.out, args.steps, args.batch, args.rate, args.seed)
 
 

@@ -11,7 +11,7 @@ SUMMARY = "Continue a prompt with a diffusion language model."
 
 EXAMPLES = """\
 examples:
-  dkv generate '+7 -3 +9 +2 -5=' --max-new-tokens 64
+  dkv generate --max-new-tokens 64 '+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2='
   dkv generate --model GSAI-ML/LLaDA-8B-Instruct --chat --cache decode --refresh 8 'Why is the sky blue?'
   dkv generate --model GSAI-ML/LLaDA-8B-Base --cache greedy --refresh 2 --window 4 --stats --file prompt.txt
   dkv generate --lines --json < prompts.txt > answers.json
@@ -88,14 +88,17 @@ def run(args: argparse.Namespace) -> int:
     config.update(vocab_limit=vocab_limit(tokenizer, model.spec))
     ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
     stream = draws_drafts() and not (args.json or args.no_stream)
+    # Every draft costs a copy from the device: none where nobody sees it.
+    streamer = None
     if stream:
         streamer = DraftStreamer(tokenizer, model.spec, args.raw)
-    else:
+    elif sys.stderr.isatty():
         streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
     try:
         output = dkv.generate(model, ids, mask, config, streamer)
     finally:
-        streamer.end()
+        if streamer is not None:
+            streamer.end()
     rows = output.sequences[:, ids.shape[1] :].tolist()
     texts = [answer(tokenizer, model.spec, row, args.raw) for row in rows]
     if args.json:
@@ -119,12 +122,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.file is not None:
         if text is not None:
             raise ValueError("give a prompt or --file, not both")
-        text, source = _read(args.file.open(encoding="utf-8"), args.file), args.file
+        with args.file.open(encoding="utf-8") as stream:
+            text, source = _read(stream, args.file), args.file
     elif text in (None, "-"):
         if text is None and sys.stdin.isatty():
             raise ValueError("no prompt: give one, or --file FILE, or pipe it in")
         text, source = _read(sys.stdin, "standard input"), "standard input"
-    prompts = [line for line in text.splitlines() if line.strip()] if args.lines else [text]
+    prompts = [line for line in text.split("\n") if line.strip()] if args.lines else [text]
     # An empty prompt is allowed where it was meant.
     if not any(prompts) and (args.lines or source):
         raise ValueError(f"no prompt: {source or 'PROMPT'} is empty")

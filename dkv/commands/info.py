@@ -65,7 +65,7 @@ def described(facts: dict[str, Any]) -> str:
     lines += ["", "devices"]
     for name, device in facts["devices"].items():
         if "cores" in device:
-            detail = f"{device['cores']} cores, {device['torch_threads']} torch threads"
+            detail = f"cores: {device['cores']}, threads of torch: {device['torch_threads']}"
         else:
             detail = f"{device['memory_gib']} GiB, {device['kind']}"
         lines.append(f"  {name:10} {device['name']}, {detail}")

@@ -128,6 +128,21 @@ def test_probabilities_near_one_stay_apart(rule, backend):
     check(logits, rule=rule)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_probabilities_near_one_of_a_token_that_is_not_chosen(rule, backend):
+    logits = torch.tensor([[-2.0, 20.0], [-1.0, 20.0]])
+    check(logits, rule=rule, vocab_limit=1)
+    check(logits, rule=rule, banned=(1,))
+    token, _ = choose_token(logits.repeat(50, 1), temperature=50.0)
+    assert token.unique().tolist() == [0, 1]
+    check(logits.repeat(50, 1), rule=rule, temperature=50.0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_id_that_is_banned_and_beyond_the_limit_counts_once(rule, backend):
+    check(torch.tensor([[0.0, 1.0, 2.0, 2.5]]), rule=rule, vocab_limit=2, banned=(3, 3))
+
+
 def test_input_is_left_alone(backend):
     logits = torch.randn(4, 33)
     before = logits.clone()
@@ -221,6 +236,12 @@ def test_C06_frequencies_in_low_precision(dtype, backend):
     assert drawn == pytest.approx([0.771, 0.185, 0.044], abs=0.015)
 
 
+@pytest.mark.parametrize("confidence_temperature", [0.3, 4.0])
+def test_frequencies_do_not_depend_on_the_temperature_of_the_confidence(confidence_temperature, backend):
+    drawn = frequencies([2.0, 1.0, 0.0], temperature=0.7, confidence_temperature=confidence_temperature)
+    assert drawn == pytest.approx([0.771, 0.185, 0.044], abs=0.015)
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 1e-6}, {"temperature": 1.0, "top_k": 1}], ids=str)
 def test_C06_limits_of_sampling(how, backend):
     assert frequencies([2.0, 1.0, 2.5, 0.0], draws=200, **how) == [0, 0, 1, 0]
@@ -240,6 +261,9 @@ def test_C07_top_p(top_p, kept, backend):
 
 
 def test_C07_ties_at_the_cut_keep_an_id(backend):
+    even = torch.zeros(50, 2)
+    assert choose_token(even, temperature=1.0, top_p=0.5)[0].unique().tolist() == [0, 1]
+    assert choose_token(even, temperature=1.0, top_p=0.49)[0].unique().tolist() == [0]
     logits = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(50, 4)
     assert choose_token(logits, temperature=1.0, top_p=0.0)[0].unique().tolist() == [0]
     assert choose_token(logits, temperature=1.0, top_k=1)[0].unique().tolist() == [0, 1, 2]

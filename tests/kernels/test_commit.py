@@ -106,6 +106,9 @@ def test_nothing_is_read_back(by_position, no_readback):
 def test_A17_ties_go_to_the_lowest_slot(dtype, backend):
     for _ in range(10):
         assert one_row(torch.full((8,), 0.5, dtype=dtype), 3)[1] == [0, 1, 2]
+    confidence = torch.zeros(100, dtype=dtype)
+    confidence[::3] = 0.5
+    assert one_row(confidence, 20)[1] == list(range(0, 60, 3))
 
 
 def test_A17_close_confidences_are_ranked_in_float32(backend):

@@ -1,0 +1,93 @@
+"""The command line as a whole: help, version, and how a command stops."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dkv
+from dkv.cli import build_parser, main
+from dkv.commands import demo, generate, info, verify
+from dkv.config import DEFAULTS
+from dkv.policies import POLICIES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["generate", "verify", "info", "demo"])
+def test_every_command_explains_itself_with_an_example(capsys, name):
+    assert main([name, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"usage: dkv {name}" in out and f"\nexamples:\n  dkv {name}" in out
+
+
+def test_the_examples_parse():
+    for command in (generate, verify, info, demo):
+        for line in command.EXAMPLES.splitlines():
+            if line.startswith("  dkv "):
+                words = shlex.split(line.partition("      ")[0].partition("<")[0].partition(">")[0])
+                assert build_parser().parse_args(words[1:]).run is command.run
+
+
+def test_defaults_are_those_of_the_settings():
+    args = build_parser().parse_args(["generate"])
+    assert {name: getattr(args, name) for name in generate.SETTINGS} == {n: DEFAULTS[n] for n in generate.SETTINGS}
+
+
+def test_help_names_every_policy(capsys):
+    main(["generate", "--help"])
+    *others, last = POLICIES
+    assert f"{', '.join(others)} or {last} (default: none)" in capsys.readouterr().out
+
+
+def test_help_is_quick_and_the_module_runs():
+    code = "import sys; from dkv.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    for command in (["-c", code], ["-m", "dkv", "--help"]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "") and "dkv demo" in done.stdout
+
+
+def test_version_and_no_command(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dkv {dkv.__version__}\n"
+    assert main([]) == 2
+    assert capsys.readouterr().err == "dkv: error: the following arguments are required: COMMAND (see dkv --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "dkv info: error: CUDA out of memory. Tried\n"),
+        (PermissionError(13, "Permission denied", "x"), 2, "dkv info: error: x: Permission denied\n"),
+        (ValueError(), 2, "dkv info: error: ValueError\n"),
+    ],
+    ids=repr,
+)
+def test_how_a_command_stops(capsys, monkeypatch, error, code, message):
+    def stop(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", stop)
+    assert main(["info"]) == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(info, "run", lambda args: {}["ours"])
+    with pytest.raises(KeyError):
+        main(["info"])
+
+
+def test_nobody_reads_the_output(monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert main(["info"]) == 141
+    assert capfd.readouterr().err == ""

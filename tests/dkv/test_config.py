@@ -1,0 +1,86 @@
+"""Names, aliases and values of `DiffusionConfig`."""
+
+import pytest
+
+import dkv
+from dkv import DiffusionConfig
+from dkv.config import policy_of
+
+
+def test_names_of_both_families_are_accepted():
+    llada = DiffusionConfig(gen_length=32, steps=16, block_length=8, remasking="low_confidence", mask_id=5, cfg_scale=0.0)
+    assert (llada.max_new_tokens, llada.confidence, llada.mask_token_id) == (32, "probability", 5)
+    names = {"origin": "random", "maskgit_plus": "probability", "topk_margin": "margin", "entropy": "entropy"}
+    for alg, rule in names.items():
+        dream = DiffusionConfig(max_new_tokens=8, alg=alg, alg_temp=0.5, eps=1e-3, return_dict_in_generate=True)
+        assert (dream.confidence, dream.selection_temperature) == (rule, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tempreature": 1.0}, "unknown setting 'tempreature'; did you mean 'temperature'"),
+        ({"num_beams": 4}, "unknown setting 'num_beams'"),
+        ({"cfg_scale": 1.5}, "cfg_scale can only be 0.0"),
+        ({"gen_length": 8, "max_new_tokens": 9}, "contradicts"),
+        ({"remasking": "high_confidence"}, "confidence must be one of"),
+        ({"temperature": -1}, "temperature must be between"),
+        ({"temperature": float("nan")}, "temperature must be between"),
+        ({"top_p": 1.5}, "top_p must be between"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be"),
+        ({"max_new_tokens": True}, "max_new_tokens must be"),
+        ({"steps": 0}, "steps must be"),
+        ({"block_length": 0}, "block_length must be"),
+        ({"max_new_tokens": 64, "block_length": 8, "steps": 4}, "at least the number of blocks"),
+        ({"schedule": "cosine"}, "schedule must be"),
+        ({"schedule": "time", "block_length": 8}, "block_length goes with"),
+        ({"cache": "delta"}, "unknown policy 'delta'; known are none, decode"),
+        ({"cache": {"name": "decode", "window": 4}}, "policy 'decode' has no window; it takes"),
+        ({"cache": 8}, "cache must be a policy"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig(**settings)
+
+
+def test_update_refuses_what_the_constructor_refuses():
+    config = DiffusionConfig()
+    config.update(gen_length=4, cache="greedy")
+    assert config.max_new_tokens == 4 and config.cache == dkv.Greedy()
+    with pytest.raises(ValueError, match="unknown setting"):
+        config.update(blocklength=4)
+
+
+@pytest.mark.parametrize("name", ["none", "decode", "greedy", "prefill", "pd"])
+def test_policies_by_name(name):
+    assert policy_of(name).name == name
+
+
+def test_saved_and_loaded_again(tmp_path):
+    config = DiffusionConfig(
+        max_new_tokens=64, block_length=32, temperature=0.5, cache=dkv.Decode(4, shift_rule="un_right"), seed=7,
+        savings=dkv.Savings(needed_rows=False), eos_token_id=3,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    again = DiffusionConfig.from_pretrained(tmp_path)
+    assert again.to_dict()["cache"] == config.to_dict()["cache"] and again.cache == config.cache
+    for name in ("max_new_tokens", "block_length", "temperature", "seed", "savings", "eos_token_id", "steps"):
+        assert getattr(again, name) == getattr(config, name)
+
+
+def test_policies_refuse_impossible_values():
+    for make, message in [
+        (lambda: dkv.Decode(-1), "refresh must be"),
+        (lambda: dkv.Decode(2.5), "refresh must be"),
+        (lambda: dkv.Decode(4, warmup=0), "warmup must be"),
+        (lambda: dkv.Decode(4, shift_rule="left"), "shift_rule must be"),
+        (lambda: dkv.Greedy(2, window=-1), "window must be"),
+        (lambda: dkv.Greedy(2, window_rule="all"), "window_rule must be"),
+        (lambda: dkv.Greedy(2, window_centre="first"), "window_centre must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()

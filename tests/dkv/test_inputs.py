@@ -1,0 +1,114 @@
+"""Impossible inputs: named, before any work."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dkv
+
+IDS = torch.tensor([[5, 9, 3], [1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "settings", "error", "message"),
+    [
+        (IDS[0], None, {}, ValueError, r"input_ids must have shape \[any, any\], got \[3\]"),
+        (IDS.float(), None, {}, ValueError, "input_ids must be int32, int64"),
+        ([[1, 2]], None, {}, ValueError, "input_ids must be a tensor"),
+        (IDS[:0], None, {}, ValueError, "input_ids holds no rows"),
+        (IDS.to("meta"), None, {}, ValueError, "input_ids is on meta but the model is on cpu"),
+        (IDS + 60, None, {}, IndexError, r"input_ids must be in 0\.\.63, the model's vocabulary, got 69"),
+        (-IDS, None, {}, IndexError, "got -9"),
+        (IDS, torch.ones(2, 4), {}, ValueError, r"attention_mask must have shape \[2, 3\], got \[2, 4\]"),
+        (IDS, torch.full((2, 3), 2), {}, ValueError, "attention_mask must hold 1 at real tokens and 0"),
+        (IDS, torch.ones(2, 3, device="meta"), {}, ValueError, "attention_mask is on meta but input_ids is on cpu"),
+        (IDS, None, {"max_new_tokens": 254}, ValueError, r"prompt \(3 tokens\) and max_new_tokens \(254\) need 257 .* 256"),
+        (IDS, None, {"mask_token_id": 64}, ValueError, "mask_token_id must be at most 63"),
+        (IDS, None, {"vocab_limit": 65}, ValueError, "vocab_limit must be at most 64"),
+        (IDS, None, {"gen_lenght": 8}, ValueError, "did you mean 'gen_length'"),
+    ],
+)  # fmt: skip
+def test_impossible_inputs_are_named(llada, ids, mask, settings, error, message):
+    with pytest.raises(error, match=message):
+        dkv.generate(llada, ids, mask, **settings)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match=r"model must come from dkv\.load\(path\) or dkv\.wrap\(hf_model\), got Linear"):
+        dkv.generate(torch.nn.Linear(2, 2), IDS)
+
+
+def test_int32_ids_and_bool_masks_are_fine(llada):
+    expected = dkv.generate(llada, IDS, max_new_tokens=2).sequences
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    assert torch.equal(dkv.generate(llada, IDS.int(), mask, max_new_tokens=2).sequences, expected)
+
+
+@pytest.mark.parametrize("cache", ["none", "decode", "greedy"])
+def test_nan_in_the_logits_is_an_error(build, cache):
+    model = build()
+    model.layers[0].up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+        dkv.generate(model, IDS, max_new_tokens=4, cache=cache)
+
+
+READ_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "equal")
+
+
+class Watch(TorchDispatchMode):
+    """Names of operations that read values back to the host, boolean indexing included."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in READ_BACK:
+            self.seen.append(name)
+        if name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)):
+            self.seen += [f"{name} by bool" for i in args[1] if i is not None and i.dtype == torch.bool]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [dkv.Decode(0), dkv.Decode(0, shift_rule="un_right"), dkv.Prefill(), dkv.PrefillDecode(3), dkv.Greedy(0, 2),
+     dkv.Greedy(0, 3, window_rule="neighbours", window_centre="last")],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("rule", ["probability", "margin", "entropy", "random"])
+def test_cached_steps_read_nothing_back(model, padded, cache, rule):
+    """In every cached step of a fixed schedule, ragged rows included, greedy and sampled."""
+    if rule == "random" and model.spec.shifted:
+        return  # Dream's own random order leaves even the counts to chance
+    from dkv.sampler import Sampler
+
+    run, seen, cached = Sampler.run, [], 0
+
+    def watched(self, step):
+        nonlocal cached
+        if self.policy.full(step, bool(self.shifted)):
+            return run(self, step)
+        cached += 1
+        with Watch() as watch:
+            done = run(self, step)
+        seen.extend(watch.seen)
+        return done
+
+    ids, mask = padded([[5, 9], [7, 3, 20, 41, 2]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "run", watched)
+        for temperature in (0.0, 0.8):
+            dkv.generate(
+                model, ids, mask, max_new_tokens=6, cache=cache, confidence=rule, temperature=temperature, top_k=9
+            )
+    assert cached >= 8 and seen == []
+
+
+def test_the_watch_sees_what_it_looks_for():
+    x = torch.arange(3)
+    with Watch() as watch:
+        _ = x[x > 1], int(x[0]), x.nonzero()
+        x[x > 1] = 0
+    assert {"_local_scalar_dense", "nonzero", "index by bool", "index_put_ by bool"} <= set(watch.seen)

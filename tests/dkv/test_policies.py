@@ -1,0 +1,161 @@
+"""Policies are index logic: their slots, their counts and their cadence."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dkv
+from dkv.canvas import mask_of, slots_of
+from dkv.policies import View, neighbours, sources, with_masked_window
+from dkv.schedule import Step, block_schedule
+
+S = 10
+
+
+def mask(*slots, size=S):
+    out = torch.zeros(1, size, dtype=torch.bool)
+    out[0, list(slots)] = True
+    return out
+
+
+def slots(x):
+    return x[0].nonzero().flatten().tolist()
+
+
+def view(*, masked, fresh=(), planned=None, step=3, prompt=2, size=S, shifted=False, in_block=None):
+    return View(
+        Step(step, 0, step if in_block is None else in_block, 0, size - prompt, 1),
+        mask(*masked, size=size), mask(*fresh, size=size), None if planned is None else torch.tensor([planned]),
+        len(masked), len(fresh), torch.tensor([[prompt]]), torch.tensor([[size]]), size - prompt, shifted,
+    )  # fmt: skip
+
+
+def full_passes(policy, plan, shifted=False):
+    return [step.index for step in plan if policy.full(step, shifted)]
+
+
+def test_S08_cadence_of_decode():
+    one, two = block_schedule(8, 8, 8), block_schedule(16, 16, 8)
+    assert full_passes(dkv.Decode(4), one) == [0, 1, 4]
+    assert full_passes(dkv.Decode(4), two) == [0, 1, 4, 8, 9, 12]
+    assert full_passes(dkv.Decode(4), one, shifted=True) == [0, 4]
+    assert full_passes(dkv.Decode(4, warmup=1), two) == [0, 4, 8, 12]
+    assert full_passes(dkv.Decode(3, keep_across_blocks=True), two) == [0, 1, 3, 6, 9, 12, 15]
+    assert full_passes(dkv.Greedy(2), one) == [0, 2, 4, 6]
+    assert full_passes(dkv.Prefill(), two) == full_passes(dkv.PrefillDecode(4), two) == [0]
+
+
+@pytest.mark.parametrize("never", [0, None, 9, 100])
+def test_S06_refresh_that_never_comes(never):
+    plan = block_schedule(8, 8, 8)
+    assert full_passes(dkv.Decode(never), plan) == [0, 1]
+    assert full_passes(dkv.Greedy(never), plan) == [0]
+
+
+def test_S06_refresh_1_is_plain_decoding():
+    plan = block_schedule(8, 8, 8)
+    assert full_passes(dkv.Decode(1), plan) == full_passes(dkv.Greedy(1), plan) == list(range(8))
+
+
+def test_decode_computes_masked_slots_and_those_decoded_last():
+    active = dkv.Decode().active(view(masked=(4, 7, 8), fresh=(5,)))
+    assert slots(active.mask) == [4, 5, 7, 8] and active.count == 4
+
+
+def test_S05_shift_rules():
+    """[1, 2, M, 7, M]: under "un" slot 1 waits for slot 2, slot 3 for slot 4; slot 2 is stale until a refresh."""
+    seen = view(masked=(2, 4), prompt=2, size=5, shifted=True)
+    assert slots(dkv.Decode(shift_rule="un").active(seen).mask) == [1, 3]
+    assert slots(dkv.Decode(shift_rule="un_right").active(seen).mask) == [1, 2, 3, 4]
+    first = view(masked=(2, 3), prompt=2, size=5, shifted=True, step=1, fresh=(4,))
+    assert 4 in slots(dkv.Decode(shift_rule="un").active(first).mask)
+    with pytest.raises(ValueError, match='"right" caches a slot while its output is still needed'):
+        dkv.Decode(4, shift_rule="right").check(shifted=True)
+    dkv.Decode(1, shift_rule="right").check(shifted=True)
+    dkv.Decode(4, shift_rule="right").check(shifted=False)
+
+
+def test_prefill_keeps_the_slot_that_predicts_the_first_new_one():
+    assert slots(dkv.Prefill().active(view(masked=(5,), shifted=False)).mask) == list(range(2, S))
+    assert slots(dkv.Prefill().active(view(masked=(5,), shifted=True)).mask) == list(range(1, S))
+
+
+def test_prefill_decode_refreshes_all_but_the_prompt():
+    policy = dkv.PrefillDecode(4)
+    assert slots(policy.active(view(masked=(5, 6), fresh=(4,), step=8)).mask) == list(range(2, S))
+    assert slots(policy.active(view(masked=(5, 6), fresh=(4,), step=9)).mask) == [4, 5, 6]
+
+
+def test_S09_greedy_windows():
+    around = torch.tensor([[4]])
+    assert slots(with_masked_window(mask(4), mask(2, 3, 7), around, 4)) == [2, 3, 4, 7]
+    assert slots(with_masked_window(mask(4), mask(2, 3, 5, 7), around, 2)) == [3, 4, 5]
+    assert slots(with_masked_window(mask(4), mask(), around, 4)) == [4]
+    # The second window takes what the first has left, in the order of decoding.
+    pair, masked = mask(4, 6), mask(3, 5, 7)
+    assert slots(with_masked_window(pair, masked, torch.tensor([[6, 4]]), 1)) == [3, 4, 5, 6]
+    assert slots(with_masked_window(pair, masked, torch.tensor([[4, 6]]), 1)) == [3, 4, 5, 6]
+    masked = mask(5, 7)
+    assert slots(with_masked_window(pair, masked, torch.tensor([[6, 4]]), 1)) == [4, 5, 6, 7]
+    assert slots(neighbours(mask(4), 4)) == [2, 3, 4, 5, 6]
+    assert slots(neighbours(mask(4), 3)) == [2, 3, 4, 5]
+    assert slots(neighbours(mask(0, 9), 2)) == [0, 1, 8, 9]
+
+
+def test_S09_greedy_sets():
+    seen = view(masked=(3, 5, 6, 8), fresh=(4,), planned=[5])
+    assert slots(dkv.Greedy(window=0).active(seen).mask) == [4, 5]
+    assert slots(dkv.Greedy(window=2).active(seen).mask) == [3, 4, 5, 6]
+    assert slots(dkv.Greedy(window=2, window_centre="last").active(seen).mask) == [3, 4, 5, 6]
+    assert slots(dkv.Greedy(window=2, window_rule="neighbours").active(seen).mask) == [4, 5, 6]
+    shifted = view(masked=(3, 5, 6, 8), fresh=(3,), planned=[8], shifted=True)
+    assert slots(dkv.Greedy(window=0).active(shifted).mask) == [3, 7, 8]
+
+
+def test_B07_windows_of_rows_with_different_sets():
+    masked = torch.stack((mask(2, 3, 7)[0], mask(9)[0]))
+    chosen = with_masked_window(torch.zeros_like(masked), masked, torch.tensor([[4], [S]]), 2)
+    assert chosen[0].nonzero().flatten().tolist() == [2, 3] and not chosen[1].any()
+
+
+POLICIES = [
+    dkv.Decode(3), dkv.Decode(3, shift_rule="un_right"), dkv.Prefill(), dkv.PrefillDecode(3),
+    dkv.PrefillDecode(3, shift_rule="un_right"), dkv.Greedy(3, 0), dkv.Greedy(3, 3),
+    dkv.Greedy(3, 3, window_rule="neighbours"), dkv.Greedy(3, 2, window_centre="last"),
+    dkv.Greedy(3, 5, window_rule="neighbours", window_centre="last"),
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data(), st.sampled_from(POLICIES), st.booleans())
+def test_counts_bound_the_slots_and_needed_slots_are_active(data, policy, shifted):
+    """No row has more active slots than the host counts, and every slot that may be decoded is predicted."""
+    prompt, new = data.draw(st.integers(0, 4)), data.draw(st.integers(2, 12))
+    size = prompt + new
+    state = data.draw(st.lists(st.sampled_from("mfk"), min_size=new, max_size=new))
+    masked = [prompt + i for i, s in enumerate(state) if s == "m"]
+    fresh = [prompt + i for i, s in enumerate(state) if s == "f"]
+    planned = data.draw(st.permutations(masked))[: data.draw(st.integers(1, 3))]
+    step = data.draw(st.integers(1, 7))
+    seen = view(masked=masked, fresh=fresh, planned=planned, step=step, prompt=prompt, size=size, shifted=shifted)
+    active = policy.active(seen)
+    assert int(active.mask.sum()) <= active.count
+    wanted = mask_of(seen.planned, seen.masked) if policy.plans else seen.masked
+    needed = sources(wanted) if shifted else wanted
+    assert not (needed & ~active.mask).any()
+    if shifted and getattr(policy, "shift_rule", "") == "un":
+        return  # this rule may cache a slot that was decoded last: its documented staleness
+    assert not (seen.fresh & ~active.mask).any()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4))
+def test_slots_and_masks_are_two_forms_of_one_thing(rows):
+    x = torch.tensor(rows)
+    count = int(x.sum(1).max())
+    listed = slots_of(x, count, 7)
+    for row, found in zip(x, listed, strict=True):
+        own = row.nonzero().flatten().tolist()
+        assert found.tolist() == own + [7] * (count - len(own))
+    assert torch.equal(mask_of(listed, x), x)
