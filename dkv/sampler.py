@@ -16,6 +16,9 @@ from dkv.randomness import Randomness
 from dkv.schedule import Step
 
 
+LOGITS_AT_A_TIME = 1 << 24
+
+
 @dataclass(frozen=True)
 class Pass:
     """What went through the model in a step.
@@ -184,12 +187,23 @@ class Sampler:
                 flat, head.weight, head_bias=head.bias, workspace=self.workspace, **how
             )
         else:
-            token, confidence = kernels.choose_token(head(flat), workspace=self.workspace, **how)
+            token, confidence = self._choose_in_parts(flat, how.pop("row_keys"), how)
         token, confidence = token.view(slots.shape), confidence.view(slots.shape)
         if all_rows:
             token, confidence = token.gather(1, done.place), confidence.gather(1, done.place)
         self.invalid |= confidence.isnan().any()
         return token, confidence
+
+    def _choose_in_parts(self, hidden: Tensor, row_keys: Tensor | None, how: dict) -> tuple[Tensor, Tensor]:
+        """`choose_token` behind a head that is not a plain matrix, a bounded number of logits at a time."""
+        rows = max(1, LOGITS_AT_A_TIME // self.model.spec.vocab_size)
+        keys = [None] * len(hidden) if row_keys is None else row_keys.split(rows)
+        parts = [
+            kernels.choose_token(self.model.head(part), row_keys=key, overwrite=True, workspace=self.workspace, **how)
+            for part, key in zip(hidden.split(rows), keys, strict=False)
+        ]
+        token, confidence = zip(*parts, strict=True)
+        return torch.cat(token), torch.cat(confidence)
 
     def _score(self, confidence: Tensor, step: Step, slots: Tensor | None = None) -> Tensor:
         """What slots are ranked by: their confidence, or a draw that favours confident ones.

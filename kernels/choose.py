@@ -23,6 +23,7 @@ def choose_token(
     row_keys: Tensor | None = None,
     banned: Sequence[int] = (),
     vocab_limit: int | None = None,
+    overwrite: bool = False,
     workspace: Workspace | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +46,7 @@ def choose_token(
             function of these and of nothing else.
         banned: ids that must not be chosen, for instance the mask.
         vocab_limit: ids from here on must not be chosen (embeddings wider than the tokenizer).
+        overwrite: the logits may be destroyed, which saves a copy of them.
         workspace: scratch to use again between calls.
         validate: check for NaN and for rows without a candidate.
 
@@ -58,7 +60,8 @@ def choose_token(
     checks.dtype("logits", logits, checks.FLOATS)
     how = _choice(v, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit)
     row_keys = _row_keys(row_keys, r, temperature, logits)
-    return _valid(backend.current().choose_token(logits, row_keys=row_keys, workspace=workspace, **how), validate)
+    run = backend.current().choose_token
+    return _valid(run(logits, row_keys=row_keys, overwrite=overwrite, workspace=workspace, **how), validate)
 
 
 def choose_token_fused(

@@ -116,7 +116,7 @@ def keep_best(x: Tensor, best: Tensor, top_k: int | None, top_p: float | None) -
 
 def choose_token(
     logits, *, rule, temperature=0.0, confidence_temperature=1.0, top_k=None, top_p=None, seed=0, row_keys=None,
-    banned=(), vocab_limit=None, workspace=None,
+    banned=(), vocab_limit=None, overwrite=False, workspace=None,
 ):  # fmt: skip
     x = wide(logits) / confidence_temperature
     allowed = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dkv.models.adapters import Family, family_of
 from dkv.models.checkpoint import FETCH, Entry, read_config, read_headers, some
+from dkv.models.packing import can_pack, pack_
 from dkv.models.transformer import Transformer
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny"}
@@ -36,6 +37,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
+    pack: bool | None = None,
 ) -> Transformer:
     """Load a LLaDA or Dream checkpoint for inference, without running code that comes with it.
 
@@ -50,6 +52,9 @@ def load(
             becomes float32.
         device: where the parameters go. None is the current CUDA or ROCm device, or else the CPU.
         torch_dtype: the older name of `dtype`.
+        pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`):
+            faster above all where few slots are active, but the weights cannot be moved, trained or
+            saved. None: where the model is float32 on a CPU that can.
 
     Returns:
         The model in eval mode, its parameters frozen. Its vocabulary has as many ids as its tables
@@ -71,7 +76,10 @@ def load(
     dtypes = {name: _float_code(name, entries[name]) for name in names.values()}
     target = _target_dtype(wanted, dtypes[names["embed.weight"]], device)
     _fill(model, names, _read(entries, list(names.values()), target, device))
-    return model.eval()
+    model.eval()
+    if pack is None:
+        pack = device.type == "cpu" and target == torch.float32 and can_pack()
+    return pack_(model) if pack else model
 
 
 def wrap(hf_model: nn.Module) -> Transformer:
