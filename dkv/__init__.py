@@ -25,6 +25,7 @@ _PUBLIC = {
     "Savings": "dkv.config",
     "DiffusionOutput": "dkv.output",
     "Stats": "dkv.output",
+    "DraftStreamer": "dkv.streaming",
     "KVBuffer": "dkv.buffer",
     "NoCache": "dkv.policies",
     "Decode": "dkv.policies",

@@ -40,8 +40,7 @@ class Canvas:
     """
 
     def __init__(self, input_ids: Tensor, attention_mask: Tensor, new_tokens: int, mask_token_id: int):
-        batch, width = input_ids.shape
-        device = input_ids.device
+        batch, device = len(input_ids), input_ids.device
         self.input_ids, self.new_tokens = input_ids, new_tokens
         self.prompt_lengths = attention_mask.sum(1, keepdim=True)
         self.lengths = self.prompt_lengths + new_tokens

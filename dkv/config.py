@@ -86,7 +86,8 @@ def policy_of(value: Any) -> Policy:
         raise ValueError(f"cache: unknown policy {name!r}; known are {', '.join(POLICIES)}")
     known = {f.name for f in fields(POLICIES[name])}
     if unknown := sorted(set(arguments) - known):
-        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+        takes = ", ".join(sorted(known)) or "no arguments"
+        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}; it takes {takes}")
     return POLICIES[name](**arguments)
 
 
@@ -148,12 +149,11 @@ class DiffusionConfig(GenerationConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        for name, low, high in (
-            ("temperature", 0, float("inf")), ("selection_temperature", 0, float("inf")), ("top_p", 0, 1), ("eps", 0, 1),
-        ):  # fmt: skip
+        highest = {"temperature": float("inf"), "selection_temperature": float("inf"), "top_p": 1, "eps": 1}
+        for name, high in highest.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must be between {low} and {high}, got {value!r}")
+            if value is not None and not 0 <= value <= high:
+                raise ValueError(f"{name} must be between 0 and {high}, got {value!r}")
         if self.confidence not in CONFIDENCE_RULES:
             raise ValueError(f"confidence must be one of {', '.join(CONFIDENCE_RULES)}, got {self.confidence!r}")
         if self.schedule not in (None, "blocks", "time"):
@@ -186,6 +186,11 @@ class DiffusionConfig(GenerationConfig):
         plain["cache"] = {"name": self.cache.name, **asdict(self.cache)}
         plain["savings"] = asdict(self.savings)
         return plain
+
+    def settings(self) -> dict[str, Any]:
+        """Our own settings alone, as plain values: what a result is recorded with."""
+        plain = self.to_dict()
+        return {name: plain[name] for name in DEFAULTS}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Our settings that differ from their defaults, and what transformers keeps for itself."""

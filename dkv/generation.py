@@ -12,7 +12,7 @@ from dkv import kernels
 from dkv.canvas import Canvas
 from dkv.config import DiffusionConfig
 from dkv.inputs import checked_inputs
-from dkv.output import DiffusionOutput, Stats
+from dkv.output import DiffusionOutput
 from dkv.randomness import Numbers, Randomness
 from dkv.sampler import Pass, Sampler
 from dkv.version import versions
@@ -88,8 +88,9 @@ def generate(
         streamer.put(sequences.cpu())
         streamer.end()
     stats = replace(
-        sampler.stats, new_tokens=len(input_ids) * config.max_new_tokens, seconds=time.perf_counter() - start, seed=seed,
-        settings={**config.to_dict(), **versions(), "dtype": str(model.dtype), "device": str(model.device)},
+        sampler.stats, seed=seed, seconds=time.perf_counter() - start,
+        new_tokens=len(input_ids) * config.max_new_tokens,
+        settings={**config.settings(), **versions(), "dtype": str(model.dtype), "device": str(model.device)},
     )  # fmt: skip
     return DiffusionOutput(
         sequences=sequences,

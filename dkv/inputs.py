@@ -20,9 +20,7 @@ def checked_inputs(
         IndexError: an id is outside the vocabulary.
     """
     if not hasattr(model, "spec") or not hasattr(model, "step"):
-        raise TypeError(
-            f"model must come from dkv.load(path) or dkv.wrap(hf_model), got {type(model).__name__}"
-        )
+        raise TypeError(f"model must come from dkv.load(path) or dkv.wrap(hf_model), got {type(model).__name__}")
     spec = model.spec
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids must be a tensor [B, P] of token ids, got {type(input_ids).__name__}")
@@ -36,8 +34,7 @@ def checked_inputs(
         low, high = (int(v) for v in input_ids.aminmax())
         if low < 0 or high >= spec.vocab_size:
             raise IndexError(
-                f"input_ids must be in 0..{spec.vocab_size - 1}, the model's vocabulary, "
-                f"got {low if low < 0 else high}"
+                f"input_ids must be in 0..{spec.vocab_size - 1}, the model's vocabulary, got {low if low < 0 else high}"
             )
     mask = _checked_mask(input_ids, attention_mask)
     longest = int(mask.sum(1).max()) if mask.numel() else 0

@@ -82,7 +82,7 @@ class Policy(ABC):
     def active(self, view: View) -> Active:
         """The slots of a pass that is not full."""
 
-    def check(self, shifted: bool) -> None:
+    def check(self, shifted: bool) -> None:  # noqa: B027, most policies go with every model
         """Raise ValueError where the policy does not go with the model."""
 
 
@@ -148,7 +148,7 @@ class Decode(Policy):
     def _refreshes(self, step: Step, shifted: bool) -> bool:
         warmup = self.warmup if self.warmup is not None else 1 if shifted else 2
         time = self._time(step)
-        return time < warmup or bool(self.refresh) and time % self.refresh == 0
+        return time < warmup or (bool(self.refresh) and time % self.refresh == 0)
 
     def full(self, step: Step, shifted: bool) -> bool:
         return self._refreshes(step, shifted)
@@ -239,7 +239,7 @@ class Greedy(Policy):
             raise ValueError(f'window_centre must be "next" or "last", got {self.window_centre!r}')
 
     def full(self, step: Step, shifted: bool) -> bool:
-        return step.in_block == 0 or bool(self.refresh) and step.in_block % self.refresh == 0
+        return step.in_block == 0 or (bool(self.refresh) and step.in_block % self.refresh == 0)
 
     def active(self, view: View) -> Active:
         planned, planned_count = mask_of(view.planned, view.masked), view.planned.shape[1]

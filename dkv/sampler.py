@@ -15,7 +15,6 @@ from dkv.policies import Active, View
 from dkv.randomness import Randomness
 from dkv.schedule import Step
 
-
 LOGITS_AT_A_TIME = 1 << 24
 
 

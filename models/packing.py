@@ -65,9 +65,7 @@ def pack_(model: nn.Module) -> nn.Module:
             weight = child.weight
             if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.requires_grad:
                 where = f"{name}.{key}".lstrip(".")
-                raise ValueError(
-                    f"only frozen float32 weights on the CPU can be packed; {where} is {weight.dtype} on {weight.device}"
-                    f"{' and trainable' if weight.requires_grad else ''}"
-                )
+                found = f"{weight.dtype} on {weight.device}{' and trainable' if weight.requires_grad else ''}"
+                raise ValueError(f"only frozen float32 weights on the CPU can be packed; {where} is {found}")
             setattr(module, key, PackedLinear(child))
     return model

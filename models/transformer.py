@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dkv import kernels
 from dkv.buffer import KVBuffer
+from dkv.models.packing import PackedLinear
 from dkv.models.spec import ModelSpec
 
 # (layer, query [B, R, Hq, D], key and value [B, N, Hkv, D]) -> [B, R, Hq, D]
@@ -69,7 +70,10 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        # Given its table, as the layer would otherwise load the compiler (2 s) to make one.
+        self.embed = nn.Embedding(
+            spec.vocab_size, spec.hidden_size, _weight=torch.randn(spec.vocab_size, spec.hidden_size)
+        )
         self.layers = nn.ModuleList(Layer(spec, i) for i in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=spec.linear_bias)
@@ -84,6 +88,12 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all layers, packed ones included."""
+        packed = (m for m in self.modules() if isinstance(m, PackedLinear))
+        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in packed)
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [>= length, D / 2], whose dtype is the one in which q and k are rotated."""

@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**facts, "results": results}))
     else:
         print(table(results, args.problems))
-        print(meaning(sum(p.numel() for p in model.parameters()), torch.get_num_threads()))
+        print(meaning(model.num_parameters, torch.get_num_threads()))
     return 0

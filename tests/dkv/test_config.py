@@ -8,7 +8,9 @@ from dkv.config import policy_of
 
 
 def test_names_of_both_families_are_accepted():
-    llada = DiffusionConfig(gen_length=32, steps=16, block_length=8, remasking="low_confidence", mask_id=5, cfg_scale=0.0)
+    llada = DiffusionConfig(
+        gen_length=32, steps=16, block_length=8, remasking="low_confidence", mask_id=5, cfg_scale=0.0
+    )
     assert (llada.max_new_tokens, llada.confidence, llada.mask_token_id) == (32, "probability", 5)
     names = {"origin": "random", "maskgit_plus": "probability", "topk_margin": "margin", "entropy": "entropy"}
     for alg, rule in names.items():

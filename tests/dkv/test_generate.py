@@ -189,7 +189,9 @@ def test_C15_runs_can_be_repeated(model):
     assert torch.equal(a.sequences, b.sequences) and a.stats.seed == b.stats.seed
     again = dkv.generate(model, ids, **call, seed=a.stats.seed)
     assert torch.equal(a.sequences, again.sequences)
-    assert any(not torch.equal(first.sequences, dkv.generate(model, ids, **call, seed=s).sequences) for s in range(4, 9))
+    assert any(
+        not torch.equal(first.sequences, dkv.generate(model, ids, **call, seed=s).sequences) for s in range(4, 9)
+    )
     record = first.stats.settings
     assert record["cache"]["refresh"] == 3 and record["torch"] and record["dtype"] == "torch.float32"
 

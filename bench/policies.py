@@ -1,0 +1,129 @@
+"""Speed of the cache policies against plain decoding, on a random model of a given shape.
+
+Every round runs each policy once, in turn, so that a machine that slows down slows all of them; the
+speed of a policy is the median of its ratios to the plain run of the same round. Time on an idle
+machine only.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import dkv
+from dkv.models import ModelSpec, Transformer
+from dkv.models.packing import can_pack, pack_
+from dkv.version import versions
+
+# hidden, layers, heads, intermediate, vocabulary
+SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "d128x4": (128, 4, 4, 384, 1000),
+    "d512x8": (512, 8, 8, 1536, 32000),
+}
+
+# Greedy goes with the random order, as published; all others with the most probable slot first.
+LINEUP: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain, all rows": {"savings": dkv.Savings(needed_rows=False)},
+    "decode 8": {"cache": dkv.Decode(8)},
+    "decode 32": {"cache": dkv.Decode(32)},
+    "prefill": {"cache": dkv.Prefill()},
+    "pd 8": {"cache": dkv.PrefillDecode(8)},
+    "greedy 4, window 4": {"cache": dkv.Greedy(4, 4), "confidence": "random"},
+}
+
+
+def random_model(shape: str, pack: bool) -> Transformer:
+    """A LLaDA-shaped model of seeded noise, float32 on the CPU."""
+    hidden, layers, heads, intermediate, vocabulary = SHAPES[shape]
+    spec = ModelSpec(
+        family="llada", vocab_size=vocabulary, hidden_size=hidden, num_layers=layers, num_heads=heads,
+        num_kv_heads=heads, head_dim=hidden // heads, intermediate_size=intermediate, max_positions=4096,
+        rope_theta=500000.0, norm_eps=1e-5, mask_token_id=vocabulary - 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(spec).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.06)
+    return pack_(model) if pack else model
+
+
+def measure(run: Callable[[dict], dkv.DiffusionOutput], names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """One row per policy: median tokens/s, speed against plain with its range, and computed share."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    share: dict[str, float] = {}
+    with tqdm(total=len(names) * rounds, unit="run", leave=False, disable=None, file=sys.stderr) as bar:
+        for _ in range(rounds):
+            for name in names:
+                stats = run(LINEUP[name]).stats
+                seconds[name].append(stats.seconds)
+                share[name], tokens = stats.computed_share, stats.new_tokens
+                bar.update()
+    rows = []
+    for name in names:
+        ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)]
+        rows.append({
+            "policy": name, "tokens_per_second": tokens / statistics.median(seconds[name]),
+            "speed": statistics.median(ratios), "slowest": min(ratios), "fastest": max(ratios),
+            "computed_share": share[name],
+        })  # fmt: skip
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dkv.bench.policies", description=__doc__,
+        epilog="example:\n  python -m dkv.bench.policies --prompt 896 --new 128 --policies plain 'decode 32' prefill",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="d512x8", help="hidden size x layers (default: %(default)s)")
+    add("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
+    add("--new", type=int, default=128, help="tokens to decode, one per step (default: %(default)s)")
+    add("--batch", type=int, default=1, help="rows (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch (default: %(default)s)")
+    add("--policies", nargs="+", choices=LINEUP, default=list(LINEUP), metavar="NAME", help=", ".join(LINEUP))
+    add("--no-pack", action="store_true", help="leave the weights as nn.Linear holds them")
+    add("--json", metavar="FILE", help="also write the figures to FILE")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    pack = can_pack() and not args.no_pack
+    model = random_model(args.shape, pack)
+    vocabulary = model.spec.vocab_size
+    ids = torch.randint(vocabulary - 1, (args.batch, args.prompt), generator=torch.Generator().manual_seed(1))
+
+    def run(settings: dict[str, Any], new: int = args.new) -> dkv.DiffusionOutput:
+        return dkv.generate(model, ids, max_new_tokens=new, seed=0, **settings)
+
+    names = ["plain", *(name for name in args.policies if name != "plain")]
+    for name in names:
+        run(LINEUP[name], new=min(4, args.new))
+    rows = measure(run, names, args.rounds)
+    facts = {
+        "shape": args.shape, "prompt": args.prompt, "new": args.new, "batch": args.batch, "threads": args.threads,
+        "packed": pack, "rounds": args.rounds, "machine": platform.machine(), **versions(),
+    }  # fmt: skip
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"{'policy':20} {'tokens/s':>9} {'speed':>7} {'range':>14} {'computed':>9}")
+    for row in rows:
+        span = f"{row['slowest']:.2f} - {row['fastest']:.2f}"
+        print(
+            f"{row['policy']:20} {row['tokens_per_second']:9.2f} {row['speed']:6.2f}x {span:>14} "
+            f"{row['computed_share']:9.0%}"
+        )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"facts": facts, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Packed weights: the same results, no second copy, and clear limits."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dkv
+from dkv.models.packing import PackedLinear, can_pack, pack_
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch has no oneDNN for this CPU")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 64, 130])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_equal_those_of_the_plain_layer(rows, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80, bias=bias).requires_grad_(False)
+    x = torch.randn(2, rows, 48)
+    exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    plain_error = (linear(x) - exact).abs().amax() if rows else torch.tensor(0.0)
+    found = PackedLinear(linear)(x)
+    assert found.shape == (2, rows, 80)
+    assert rows == 0 or (found - exact).abs().amax() <= 2 * plain_error + 1e-6
+
+
+@pytest.mark.parametrize("family", ["llada_gqa", "dream_gqa"])
+def test_load_packs_on_the_cpu_and_gives_the_same_tokens(family):
+    plain, packed = dkv.load(GOLDEN / family, device="cpu", pack=False), dkv.load(GOLDEN / family, device="cpu")
+    assert isinstance(packed.head, PackedLinear) and isinstance(plain.head, nn.Linear)
+    ids = torch.tensor([[5, 9, 3, 8]])
+    call = {"max_new_tokens": 12, "cache": dkv.Decode(4)}
+    assert torch.equal(dkv.generate(plain, ids, **call).sequences, dkv.generate(packed, ids, **call).sequences)
+    torch.testing.assert_close(packed(ids), plain(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_other_dtypes_are_not_packed():
+    model = dkv.load(GOLDEN / "llada_gqa", device="cpu", dtype="bfloat16")
+    assert isinstance(model.head, nn.Linear)
+    with pytest.raises(ValueError, match=r"only frozen float32 weights on the CPU can be packed; .* is torch.bfloat16"):
+        dkv.load(GOLDEN / "llada_gqa", device="cpu", dtype="bfloat16", pack=True)
+
+
+def test_trainable_weights_are_not_packed():
+    with pytest.raises(ValueError, match="and trainable"):
+        pack_(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_packed_model_cannot_be_moved():
+    model = dkv.load(GOLDEN / "llada_gqa", device="cpu")
+    with pytest.raises(RuntimeError, match="load it with pack=False"):
+        model.to(torch.float64)
+
+
+def test_a_tied_head_stays_with_its_embedding(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8)).requires_grad_(False)
+    model[2].weight = model[0].weight
+    pack_(model)
+    assert isinstance(model[1], PackedLinear) and model[2].weight is model[0].weight
+
+
+def test_the_plain_weight_is_let_go():
+    linear = nn.Linear(16, 16).requires_grad_(False)
+    model = nn.Sequential(copy.deepcopy(linear))
+    pack_(model)
+    assert [name for name, _ in model.named_parameters()] == ["0.bias"]
