@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dkv.models import fields
+from dkv.models.packing import PackedLinear
 from dkv.models.spec import ModelSpec
 from dkv.models.transformer import Transformer
 
@@ -199,8 +200,10 @@ def to_llada(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
     published modeling code reads, so that `family_of(config).spec(config) == model.spec`.
 
     Raises:
-        ValueError: the LLaDA format cannot express the model.
+        ValueError: the LLaDA format cannot express the model, or its weights are packed.
     """
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("packed weights cannot be saved: load the model with pack=False")
     spec, names = model.spec, FAMILIES["llada"].checkpoint_names(n for n, _ in model.named_parameters())
     config = {
         "architectures": ["LLaDAModelLM"], "model_type": "llada", **LLADA_SWITCHES,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dkv
+from dkv.models.export import save_llada
 from dkv.models.packing import PackedLinear, can_pack, pack_
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -68,3 +69,9 @@ def test_the_plain_weight_is_let_go():
     model = nn.Sequential(copy.deepcopy(linear))
     pack_(model)
     assert [name for name, _ in model.named_parameters()] == ["0.bias"]
+
+
+def test_a_packed_model_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="packed weights cannot be saved: load the model with pack=False"):
+        save_llada(dkv.load(GOLDEN / "llada_gqa", device="cpu"), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
