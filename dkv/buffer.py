@@ -33,13 +33,3 @@ class KVBuffer:
             shape = (self.batch, self.slots, *like.shape[2:])
             found = self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
         return found
-
-    @property
-    def spare(self) -> int:
-        """The slot that no query sees."""
-        return self.length
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(x.numel() * x.element_size() for pair in self._layers.values() for x in pair)

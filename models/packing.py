@@ -42,11 +42,9 @@ class PackedLinear(nn.Module):
 
 def can_pack() -> bool:
     """Whether this build of PyTorch packs weights (it has oneDNN, on this kind of CPU)."""
-    try:
-        PackedLinear(nn.Linear(2, 2))(torch.ones(1, 2))
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False
-    return True
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
 
 
 def pack_(model: nn.Module) -> nn.Module:
