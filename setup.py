@@ -44,7 +44,7 @@ setup(
         "tqdm",
     ],
     extras_require={"test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
-    packages=["dkv", "dkv.commands", "dkv.kernels", "dkv.models", "dkv.bench"],
+    packages=["dkv", "dkv.commands", "dkv.kernels", "dkv.kernels.triton_backend", "dkv.models", "dkv.bench"],
     package_dir={"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"},
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
     package_data={"dkv.models": ["tiny/*.json", "tiny/*.jsonl", "tiny/*.safetensors"]},

@@ -33,6 +33,7 @@ _PUBLIC = {
     "Prefill": "dkv.policies",
     "PrefillDecode": "dkv.policies",
     "use_backend": "dkv.kernels",
+    "register": "dkv.hf",
 }
 
 __all__ = ["__version__", *_PUBLIC]

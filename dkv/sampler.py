@@ -148,7 +148,7 @@ class Sampler:
         every_row = self.config.output_logits or not self.savings.needed_rows
         hidden = self.model.step(
             canvas.tokens.gather(1, positions), positions, self.buffer,
-            key_ranges=self.key_ranges, rows=None if every_row else place,
+            key_ranges=self.key_ranges, rows=None if every_row else place, workspace=self.workspace,
         )  # fmt: skip
         self.stats.passes += 1
         self.stats.full_passes += active is None

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dkv.kernels import backend, checks
+from dkv.kernels import checks, ops
+from dkv.kernels.workspace import Workspace
 
 
 def cached_attention(
@@ -14,9 +15,11 @@ def cached_attention(
     query_lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     block_ids: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Bidirectional attention of the active queries over the whole buffer.
 
@@ -30,10 +33,12 @@ def cached_attention(
         query_lengths: [B] integers; queries from this number on give 0.
         key_ranges: [B, 2] integers, first visible slot and the one after the last.
         key_mask: [B, S] bool, False hides a slot.
+        mask: [B, N, S] bool, False hides a slot from a query: the general form, dearer than the others.
         block_ids: integers ([B, N], [B, S]): a key is visible when its block is not later than the
             block of the query.
         scale: factor of the scores; default D ** -0.5.
         return_lse: also return the natural log-sum-exp of the scaled scores.
+        workspace: scratch to use again between calls.
 
     Returns:
         [B, N, Hq, D] in the dtype of q, and on request the log-sum-exp [B, N, Hq], float32
@@ -55,6 +60,7 @@ def cached_attention(
         "query_lengths": (query_lengths, (b,), checks.INTEGERS),
         "key_ranges": (key_ranges, (b, 2), checks.INTEGERS),
         "key_mask": (key_mask, (b, s), (torch.bool,)),
+        "mask": (mask, (b, n, s), (torch.bool,)),
         "block_ids[0]": (query_blocks, (b, n), checks.INTEGERS),
         "block_ids[1]": (key_blocks, (b, s), checks.INTEGERS),
     }
@@ -63,7 +69,7 @@ def cached_attention(
             checks.shape(name, x, *shape)
             checks.dtype(name, x, dtypes)
     checks.same_device(q=q, k_buf=k_buf, v_buf=v_buf, **{name: x for name, (x, _, _) in extras.items()})
-    return backend.current().cached_attention(
-        q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask,
-        block_ids=block_ids, scale=scale, return_lse=return_lse,
+    return ops.run(
+        "cached_attention", q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask,
+        mask=mask, block_ids=block_ids, scale=scale, return_lse=return_lse, workspace=workspace,
     )  # fmt: skip

@@ -1,34 +1,84 @@
 """Which implementation runs an operation."""
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
 
-from dkv.kernels import reference, torch_backend
+import torch
+from torch import Tensor
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "reference": reference}
+# Loaded at first use: importing Triton takes time, and it is not there on every platform.
+BACKENDS = {
+    "triton": "dkv.kernels.triton_backend",
+    "torch": "dkv.kernels.torch_backend",
+    "reference": "dkv.kernels.reference",
+}
 
 _chosen: ContextVar[str | None] = ContextVar("dkv_backend", default=None)
 
 
-def _named(name: str, source: str) -> ModuleType:
+@functools.cache
+def load(name: str) -> ModuleType:
+    """The module of a backend.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    return importlib.import_module(BACKENDS[name])
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def named(name: str, source: str) -> str:
+    """`name`, checked; `source` is who gave it."""
     if name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}; known are {', '.join(sorted(BACKENDS))}")
-    return BACKENDS[name]
+    if name == "triton" and not has_triton():
+        raise ValueError(f"{source}: backend 'triton' needs the package triton, which is not installed")
+    return name
 
 
-def current() -> ModuleType:
-    """The backend of this thread: the one of `use_backend`, else `DKV_BACKEND`, else "torch".
+def chosen() -> str | None:
+    """The backend of `use_backend`, else of `DKV_BACKEND`; None where the device decides.
 
     Raises:
         ValueError: `DKV_BACKEND` names no backend.
     """
-    name = _chosen.get()
-    if name is not None:
-        return BACKENDS[name]
-    return _named(os.environ.get("DKV_BACKEND", "torch"), "DKV_BACKEND")
+    name = _chosen.get() or os.environ.get("DKV_BACKEND")
+    return name and named(name, "DKV_BACKEND")
+
+
+def default(device: torch.device) -> str:
+    """The backend of a device when none is chosen: "triton" on CUDA and ROCm, "torch" elsewhere."""
+    return "triton" if device.type == "cuda" and has_triton() else "torch"
+
+
+def current(x: Tensor) -> ModuleType:
+    """The backend that runs an operation on `x`.
+
+    float64 is for checking and runs on "torch" where "triton" would run.
+
+    Raises:
+        ValueError: "triton" was chosen for a tensor that it cannot run on.
+    """
+    name = chosen() or default(x.device)
+    if name != "triton":
+        return load(name)
+    module = load("triton")
+    if x.device.type != "cuda" and not module.INTERPRETED:
+        raise ValueError(
+            f"backend 'triton' was chosen, but the tensors are on {x.device}: move them to a GPU, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    return load("torch") if x.dtype == torch.float64 else module
 
 
 @contextlib.contextmanager
@@ -36,7 +86,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operations inside the `with` block on backend `name`.
 
     Args:
-        name: "torch" (fast, any device) or "reference" (the eager definition).
+        name: "triton" (the fused kernels, on a GPU), "torch" (any device) or "reference" (the eager
+            definition). Without a choice: "triton" on CUDA and ROCm tensors, "torch" on others.
 
     Raises:
         ValueError: no such backend.
@@ -45,8 +96,7 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with dkv.use_backend("reference"):
         ...     output = dkv.generate(model, input_ids)
     """
-    _named(name, "use_backend")
-    token = _chosen.set(name)
+    token = _chosen.set(named(name, "use_backend"))
     try:
         yield
     finally:

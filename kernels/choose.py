@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dkv.kernels import backend, checks
+from dkv.kernels import checks, ops
 from dkv.kernels.workspace import Workspace
 
 RULES = ("probability", "margin", "entropy")
@@ -60,8 +60,10 @@ def choose_token(
     checks.dtype("logits", logits, checks.FLOATS)
     how = _choice(v, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit)
     row_keys = _row_keys(row_keys, r, temperature, logits)
-    run = backend.current().choose_token
-    return _valid(run(logits, row_keys=row_keys, overwrite=overwrite, workspace=workspace, **how), validate)
+    choice = ops.run(
+        "choose_token", logits, row_keys=row_keys, overwrite=overwrite, workspace=workspace, differentiable=False, **how
+    )
+    return _valid(choice, validate)
 
 
 def choose_token_fused(
@@ -101,11 +103,11 @@ def choose_token_fused(
         checks.same_dtype(hidden=hidden, head_bias=head_bias)
     how = _choice(v, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit)
     row_keys = _row_keys(row_keys, r, temperature, hidden)
-    run = backend.current().choose_token_fused
-    with torch.no_grad():
-        return _valid(
-            run(hidden, head_weight, head_bias=head_bias, row_keys=row_keys, workspace=workspace, **how), validate
-        )
+    choice = ops.run(
+        "choose_token_fused", hidden, head_weight, head_bias=head_bias, row_keys=row_keys, workspace=workspace,
+        differentiable=False, **how,
+    )  # fmt: skip
+    return _valid(choice, validate)
 
 
 def _choice(vocabulary, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit):

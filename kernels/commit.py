@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dkv.kernels import backend, checks
+from dkv.kernels import checks, ops
 
 
 def commit_(
@@ -14,6 +14,7 @@ def commit_(
     count: Tensor,
     *,
     positions: Tensor | None = None,
+    threshold: float | None = None,
     validate: bool = True,
 ) -> Tensor:
     """Write the tokens of the `count` most confident eligible slots of every row, in place.
@@ -23,7 +24,9 @@ def commit_(
         token, log_confidence, eligible: [B, N] int64, float and bool, of the slots in `positions`.
         count: [B] integers; a row with fewer eligible slots commits those it has.
         positions: [B, N] int64, ascending where eligible; None: N = S, every slot in order. Equal
-            confidences go to the lowest position.
+            confidences go to the lowest position, and NaN counts as -inf.
+        threshold: every eligible entry whose log_confidence is at least this is committed as well; `count`
+            is then the least number. Half-precision confidences are compared in float32.
         validate: check that the positions are in range and no eligible confidence is NaN.
 
     Returns:
@@ -53,4 +56,4 @@ def commit_(
             checks.index_range("positions", positions, s)
         if bool((log_confidence.isnan() & eligible).any()):
             raise ValueError("log_confidence is NaN at an eligible slot: look for NaN in the logits")
-    return backend.current().commit_(canvas, token, log_confidence, eligible, count, positions=positions)
+    return ops.run("commit_", canvas, token, log_confidence, eligible, count, positions=positions, threshold=threshold)

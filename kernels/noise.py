@@ -17,6 +17,14 @@ def _mix(x: Tensor | int) -> Tensor | int:
     return x ^ (x >> 16)
 
 
+def mixed_seed(seed: int) -> tuple[int, int]:
+    """The two numbers in [0, 2^32) that `row_hash` starts from.
+
+    Mixed on the host, as a tensor made of a seed would be a copy to the device.
+    """
+    return _mix(seed & _LOW ^ 0x9E3779B9), _mix(seed >> 32 & _LOW ^ 0x85EBCA6B)
+
+
 def row_hash(seed: int, row_keys: Tensor) -> tuple[Tensor, Tensor]:
     """Two 32-bit hashes per row, [R] int64 in [0, 2^32).
 
@@ -24,8 +32,7 @@ def row_hash(seed: int, row_keys: Tensor) -> tuple[Tensor, Tensor]:
         seed: any Python integer; its low 64 bits count.
         row_keys: [R, K] int64, K at least 1, what tells one row from another: prompt, position, step.
     """
-    # The seed is mixed on the host, as a tensor made of it would be a copy to the device.
-    a, b = _mix(seed & _LOW ^ 0x9E3779B9), _mix(seed >> 32 & _LOW ^ 0x85EBCA6B)
+    a, b = mixed_seed(seed)
     for key in row_keys.unbind(-1):
         for half in (key & _LOW, key >> 32 & _LOW):
             a, b = (_mix(a ^ half) + 0x68BC21EB) & _LOW, (_mix(b ^ half) + 0x02E5BE93) & _LOW

@@ -15,14 +15,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def visibility(q, k_buf, query_lengths, key_ranges, key_mask, block_ids) -> Tensor | None:
+def visibility(q, k_buf, query_lengths, key_ranges, key_mask, mask, block_ids) -> Tensor | None:
     """Which keys a query sees: bool [B, N or 1, S], or None when every query sees every key."""
     slot = torch.arange(k_buf.shape[1], device=q.device)
     parts = []
     if key_ranges is not None:
         parts.append(((slot >= key_ranges[:, :1]) & (slot < key_ranges[:, 1:])).unsqueeze(1))
     if key_mask is not None:
-        parts.append(key_mask.bool().unsqueeze(1))
+        parts.append(key_mask.unsqueeze(1))
+    if mask is not None:
+        parts.append(mask)
     if block_ids is not None:
         query_block, key_block = block_ids
         parts.append(key_block.unsqueeze(1) <= query_block.unsqueeze(2))
@@ -36,13 +38,13 @@ def visibility(q, k_buf, query_lengths, key_ranges, key_mask, block_ids) -> Tens
 
 
 def cached_attention(
-    q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, block_ids=None, scale=None,
-    return_lse=False,
+    q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, mask=None, block_ids=None, scale=None,
+    return_lse=False, workspace=None,
 ):  # fmt: skip
     group = q.shape[2] // k_buf.shape[2]
     key, value = (wide(x).repeat_interleave(group, 2) for x in (k_buf, v_buf))
     scores = torch.einsum("bnhd,bshd->bhns", wide(q), key) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = visibility(q, k_buf, query_lengths, key_ranges, key_mask, block_ids)
+    visible = visibility(q, k_buf, query_lengths, key_ranges, key_mask, mask, block_ids)
     if visible is not None:
         scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
     lse = scores.logsumexp(-1)
@@ -73,8 +75,10 @@ def head_norm(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
 
 
 def rope_scatter_(
-    q, k, v, cos, sin, positions, k_buf, v_buf, *, query_positions=None, lengths=None, q_norm=None, k_norm=None
-):
+    q, k, v, cos, sin, positions, k_buf, v_buf, *, query_positions=None, lengths=None, q_bias=None, k_bias=None,
+    v_bias=None, q_norm=None, k_norm=None,
+):  # fmt: skip
+    q, k, v = (x if bias is None else x + bias for x, bias in ((q, q_bias), (k, k_bias), (v, v_bias)))
     if lengths is not None:
         used = torch.arange(positions.shape[1], device=positions.device) < lengths[:, None]
         positions = torch.where(used, positions, 0)
@@ -149,14 +153,23 @@ def choose_token_fused(hidden, head_weight, *, head_bias=None, **how):
     return choose_token(logits if head_bias is None else logits + head_bias, **how)
 
 
-def commit_(canvas, token, log_confidence, eligible, count, *, positions=None):
+def ranked(log_confidence: Tensor) -> Tensor:
+    """Confidences as they are compared: half precision in float32, NaN as the lowest."""
+    x = wide(log_confidence)
+    return x.masked_fill(x.isnan(), -torch.inf)
+
+
+def commit_(canvas, token, log_confidence, eligible, count, *, positions=None, threshold=None):
     if positions is None:
         positions = torch.arange(canvas.shape[1], device=canvas.device).expand_as(canvas)
+    confidence = ranked(log_confidence)
+    sure = torch.zeros_like(eligible) if threshold is None else confidence >= threshold
     committed = torch.zeros_like(eligible)
     for b in range(len(canvas)):
         open_ = [i for i in range(eligible.shape[1]) if eligible[b, i]]
-        open_.sort(key=lambda i: (-float(log_confidence[b, i]), int(positions[b, i])))
-        for i in open_[: max(0, int(count[b]))]:
-            canvas[b, positions[b, i]] = token[b, i]
-            committed[b, i] = True
+        open_.sort(key=lambda i: (-float(confidence[b, i]), int(positions[b, i])))
+        for rank, i in enumerate(open_):
+            if rank < count[b] or sure[b, i]:
+                canvas[b, positions[b, i]] = token[b, i]
+                committed[b, i] = True
     return committed

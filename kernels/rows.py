@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dkv.kernels import backend, checks
+from dkv.kernels import checks, ops
 
 
 def gather_rows(x: Tensor, index: Tensor, *, validate: bool = True) -> Tensor:
@@ -21,7 +21,7 @@ def gather_rows(x: Tensor, index: Tensor, *, validate: bool = True) -> Tensor:
         IndexError: an index is outside 0..S-1.
     """
     _check_rows(x, index, validate)
-    return backend.current().gather_rows(x, index.long())
+    return ops.run("gather_rows", x, index.long())
 
 
 def scatter_rows_(x: Tensor, index: Tensor, source: Tensor, *, validate: bool = True) -> Tensor:
@@ -40,7 +40,7 @@ def scatter_rows_(x: Tensor, index: Tensor, source: Tensor, *, validate: bool = 
     _check_rows(x, index, validate)
     checks.shape("source", source, *index.shape, *x.shape[2:])
     checks.same_device(x=x, source=source)
-    return backend.current().scatter_rows_(x, index.long(), source)
+    return ops.run("scatter_rows_", x, index.long(), source)
 
 
 def _check_rows(x: Tensor, index: Tensor, validate: bool) -> None:

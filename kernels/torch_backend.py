@@ -22,20 +22,20 @@ COLUMNS = 8192
 
 
 def cached_attention(
-    q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, block_ids=None, scale=None,
-    return_lse=False,
+    q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, mask=None, block_ids=None, scale=None,
+    return_lse=False, workspace=None,
 ):  # fmt: skip
     if return_lse:
         return reference.cached_attention(
             q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask,
-            block_ids=block_ids, scale=scale, return_lse=True,
+            mask=mask, block_ids=block_ids, scale=scale, return_lse=True,
         )  # fmt: skip
     batch, n, heads, size = q.shape
     kv_heads = k_buf.shape[2]
     group = heads // kv_heads
     # The query heads of a key head become rows: K and V are never repeated.
     query = q.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(batch, kv_heads, n * group, size)
-    visible = reference.visibility(q, k_buf, query_lengths, key_ranges, key_mask, block_ids)
+    visible = reference.visibility(q, k_buf, query_lengths, key_ranges, key_mask, mask, block_ids)
     mask = None
     if visible is not None:
         mask = visible.unsqueeze(1)
@@ -64,8 +64,10 @@ def _write_rows(buffer: Tensor, positions: Tensor, rows: Tensor, valid: Tensor |
 
 
 def rope_scatter_(
-    q, k, v, cos, sin, positions, k_buf, v_buf, *, query_positions=None, lengths=None, q_norm=None, k_norm=None
-):
+    q, k, v, cos, sin, positions, k_buf, v_buf, *, query_positions=None, lengths=None, q_bias=None, k_bias=None,
+    v_bias=None, q_norm=None, k_norm=None,
+):  # fmt: skip
+    q, k, v = (x if bias is None else x + bias for x, bias in ((q, q_bias), (k, k_bias), (v, v_bias)))
     valid = None
     if lengths is not None:
         valid = torch.arange(positions.shape[1], device=positions.device) < lengths[:, None]
@@ -200,13 +202,17 @@ def _forbid(x: Tensor, banned: tuple[int, ...], vocab_limit: int | None) -> Tens
     return x
 
 
-def commit_(canvas, token, log_confidence, eligible, count, *, positions=None):
+def commit_(canvas, token, log_confidence, eligible, count, *, positions=None, threshold=None):
+    confidence = reference.ranked(log_confidence)
     # Clamped, so that an eligible slot of confidence -inf still comes before one that is not eligible.
-    score = log_confidence.clamp(min=torch.finfo(log_confidence.dtype).min).masked_fill(~eligible, -torch.inf)
+    score = confidence.clamp(min=torch.finfo(confidence.dtype).min).masked_fill(~eligible, -torch.inf)
     order = score.sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(order.shape[1], device=order.device)
     rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
-    committed = (rank < count[:, None]) & eligible
+    chosen = rank < count[:, None]
+    if threshold is not None:
+        chosen = chosen | (confidence >= threshold)
+    committed = chosen & eligible
     if positions is None:
         canvas.copy_(torch.where(committed, token, canvas))
     else:

@@ -150,6 +150,7 @@ class Transformer(nn.Module):
         *,
         key_ranges: Tensor | None = None,
         rows: Tensor | None = None,
+        workspace: kernels.Workspace | None = None,
     ) -> Tensor:
         """Recompute the active slots over the buffer: their K and V are written, then attended to.
 
@@ -160,6 +161,7 @@ class Transformer(nn.Module):
             buffer: keys and values of all slots; every visible slot must have been written.
             key_ranges: [B, 2] first visible slot and the one after the last; None: all slots.
             rows: [B, R] which of the N active slots need an output; None: all.
+            workspace: scratch to use again between calls.
 
         Returns:
             [B, R or N, d] hidden states after the final norm, ready for `head`.
@@ -183,7 +185,7 @@ class Transformer(nn.Module):
                 kernels.scatter_rows_(k_buf, positions, key, validate=False)
                 kernels.scatter_rows_(v_buf, positions, value, validate=False)
                 keys = kernels.rotate(keys, cos[: buffer.length], sin[: buffer.length])
-            return kernels.cached_attention(query, keys, values, key_ranges=key_ranges)
+            return kernels.cached_attention(query, keys, values, key_ranges=key_ranges, workspace=workspace)
 
         x = self.embed(tokens)
         for layer in self.layers:

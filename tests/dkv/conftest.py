@@ -72,7 +72,7 @@ class Stub:
         self.spec = small_spec(vocab_size=vocab_size, mask_token_id=vocab_size - 1, eos_token_id=None, shifted=shifted)
         self.device, self.dtype, self.head = torch.device("cpu"), torch.float32, Copy()
 
-    def step(self, tokens, positions, buffer, *, key_ranges=None, rows=None):
+    def step(self, tokens, positions, buffer, *, key_ranges=None, rows=None, workspace=None):
         logits = self.script(len(self.calls), positions)
         self.calls.append(positions.shape[1])
         return logits if rows is None else logits.gather(1, rows.unsqueeze(-1).expand(*rows.shape, logits.shape[-1]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkv.kernels import use_backend
+from dkv.kernels.backend import has_triton, load
 
 # Shapes are small: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -25,9 +26,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", params=["torch", "reference"])
+@pytest.fixture(scope="module", params=["torch", "reference", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that runs on this machine, in use during the test."""
+    """Every backend that runs on CPU tensors, in use during the test; the kernels in the interpreter."""
+    if request.param == "triton" and not (has_triton() and load("triton").INTERPRETED):
+        pytest.skip("needs TRITON_INTERPRET=1")
     with use_backend(request.param):
         yield request.param
 

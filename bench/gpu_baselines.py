@@ -1,0 +1,54 @@
+"""The operations in eager PyTorch, as they are commonly written: what the kernels are timed and checked against."""
+
+import torch
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """q [B, N, Hq, D] over k, v [B, S, Hkv, D]; `visible` bool [B, N or 1, S]. A hidden row gives NaN."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores + torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf).unsqueeze(1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf) -> Tensor:
+    """Rotation with tables [P, D / 2] at `positions` [B, N], then two indexed writes; the rotated queries."""
+    cos, sin = (torch.cat((t, t), -1)[positions].unsqueeze(2) for t in (cos, sin))
+    q, k = ((x * cos + _rotate_half(x) * sin).to(x.dtype) for x in (q, k))
+    row = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+    k_buf[row, positions], v_buf[row, positions] = k, v
+    return q
+
+
+def choose_token(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The best id and its probability from a float64 softmax, as the published samplers compute it."""
+    token = logits.argmax(-1)
+    return token, logits.double().softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def commit_(canvas: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """A top-k per row, as the published samplers do it; `count` is known to the host."""
+    confidence = confidence.masked_fill(~eligible, -torch.inf)
+    committed = torch.zeros_like(eligible)
+    for row in range(len(canvas)):
+        committed[row, confidence[row].topk(count).indices] = True
+    canvas[committed] = token[committed]
+    return committed
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, S, d] at index [B, N]."""
+    return x.gather(1, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+
+
+def scatter_rows_(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    return x.scatter_(1, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]), source)

@@ -1,0 +1,29 @@
+"""What `dkv audit` compiles: a kernel, one row of its launch table, and the types of its arguments."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dkv.kernels.triton_backend.launch import Launch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        name: unique on an architecture.
+        kernel: the `@triton.jit` function.
+        row: whose warps and stages are used.
+        arguments: Triton types of the arguments that are not constants, such as "*bf16", "*i64", "i32" or "fp32".
+        constants: values of the constexpr arguments, and None for a pointer that is left out.
+        aligned: names of the arguments that are divisible by 16, as they are in a real call.
+        expect: families of instructions that must be there: "tensor core", "wgmma", "async copy".
+    """
+
+    name: str
+    kernel: Any
+    row: Launch
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...] = ()
+    expect: tuple[str, ...] = ()
