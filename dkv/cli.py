@@ -1,11 +1,11 @@
-"""The command line: `dkv generate`, `dkv verify`, `dkv info` and `dkv demo`."""
+"""The command line: `dkv generate`, `dkv demo`, `dkv verify`, `dkv info` and `dkv audit`."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from dkv.commands import demo, generate, info, verify
+from dkv.commands import audit, demo, generate, info, verify
 from dkv.version import __version__
 
 EXAMPLES = """\
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"dkv {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for command in (generate, demo, verify, info):
+    for command in (generate, demo, verify, info, audit):
         name = command.__name__.rpartition(".")[2]
         options = commands.add_parser(
             name, help=command.SUMMARY, description=command.SUMMARY, epilog=command.EXAMPLES,
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default: those of the process.
 
     Returns:
-        The exit code: 0; 1 where `dkv verify` found a difference; 2 for bad input, with one line on
+        The exit code: 0; 1 where `dkv verify` or `dkv audit` found a fault; 2 for bad input, with one line on
         standard error; 130 when interrupted; 141 when nobody reads the output any more.
     """
     try:

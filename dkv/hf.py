@@ -3,11 +3,14 @@
 Importing this module registers the name, and so does `dkv.register()`.
 
 What a mask means here:
-    None      every key is visible; a causal module sees no later key.
-    [B, S]    False (or 0) hides a key from its row; a causal module sees no later key.
+    None      every key is visible; but a causal module sees no later key.
+    [B, S]    False (or 0) hides a key from its row; and a causal module sees no later key.
     4-D       the whole truth, of shape [B or 1, 1, N or 1, S]: causality is already in it.
-Causal is what `is_causal` says, else the attribute of the attention module, as with flash attention.
+Causal is what the argument `is_causal` says, else the attribute of the attention module. The masks that
+are made here are None or 4-D, as some models pass `is_causal=False` with any mask.
 """
+
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,8 @@ HARMLESS = frozenset(
     {
         "position_ids", "cache_position", "cache", "past_key_values", "past_key_value", "use_cache", "return_dict",
         "output_hidden_states", "output_router_logits", "num_items_in_batch", "logits_to_keep", "deterministic",
-        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "layer_idx",
+        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "max_seqlen", "layer_idx", "labels",
+        "shift_labels", "token_type_ids", "mm_token_type_ids", "position_embeddings",
     }
 )  # fmt: skip
 
@@ -61,9 +65,12 @@ def register() -> None:
         >>> model = AutoModel.from_pretrained("answerdotai/ModernBERT-base", attn_implementation="dkv")
         >>> hidden = model(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state
 
-        A decoder turned into an encoder:
+        A decoder turned into an encoder; with transformers 4, set `is_causal` of its attention modules to False, and
+        give a 4-D mask where there is padding:
 
-        >>> model = AutoModel.from_pretrained("meta-llama/Llama-3.2-1B", attn_implementation="dkv", is_causal=False)
+        >>> config = AutoConfig.from_pretrained("meta-llama/Llama-3.2-1B")
+        >>> config.is_causal = False
+        >>> model = AutoModel.from_pretrained("meta-llama/Llama-3.2-1B", config=config, attn_implementation="dkv")
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, make_mask)
@@ -74,11 +81,11 @@ def make_mask(
     *,
     kv_length: int,
     kv_offset: int = 0,
-    mask_function=masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     q_length: int | None = None,
     q_offset: int | Tensor | None = None,
     cache_position: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **how,
@@ -87,32 +94,57 @@ def make_mask(
 
     Args:
         kv_length, kv_offset: number of keys, and the position of the first.
-        mask_function: the pattern; causal and bidirectional ones need no mask of pairs.
-        attention_mask: [B, at least S] bool, False at padding.
-        q_length, q_offset: number of queries, and the position of the first; before transformers 5.3
-            these came as `cache_position` [N].
-        allow_is_causal_skip, allow_is_bidirectional_skip: False where the model needs a 4-D mask.
+        attention_mask: [B, S] bool, False at padding. Read back once, as for sdpa, so that a mask that hides
+            nothing costs nothing; not while compiling or capturing.
+        q_length, q_offset: number of queries, and the position of the first; older versions of transformers
+            give `cache_position` [N] instead.
+        local_size: width of the window of a sliding or chunked pattern.
+        allow_is_causal_skip, allow_is_bidirectional_skip: whether the pattern, but for its window, is causal, which
+            the attention module knows, or without any limit.
         how: other arguments of transformers' mask functions.
 
     Returns:
-        None, bool [B, S], bool [B, 1, 1, S] or bool [B, 1, N, S]; see the top of this file.
+        None, bool [B, 1, 1, S] or bool [B, 1, N, S]; see the top of this file.
+
+    Raises:
+        ValueError: the attention of the model does not go through `AttentionInterface`.
     """
+    kind = type(how.get("config"))
+    if not _goes_through_the_interface(kind.__module__):
+        raise ValueError(
+            f"attn_implementation 'dkv' cannot serve the model of {kind.__name__}, which does not go through "
+            f"transformers' AttentionInterface: {_ELSEWHERE}"
+        )
     queries = cache_position.shape[0] if q_length is None else q_length
-    padding_fits = attention_mask is None or (attention_mask.dim() == 2 and attention_mask.shape[1] == kv_length)
-    if padding_fits and kv_offset == 0:
-        if mask_function is masking_utils.causal_mask_function and allow_is_causal_skip:
-            if _at_the_end(queries, q_offset, kv_length):
-                return attention_mask
-        elif mask_function is _BIDIRECTIONAL and allow_is_bidirectional_skip:
-            return None if attention_mask is None else attention_mask[:, None, None]
-    place = {"cache_position": cache_position} if q_length is None else {"q_length": q_length, "q_offset": q_offset or 0}
+    plain = (local_size is None or kv_length < local_size) and kv_offset == 0
+    if plain and (attention_mask is None or attention_mask.shape == (batch_size, kv_length)):
+        if allow_is_bidirectional_skip:
+            return None if _hides_nothing(attention_mask) else attention_mask[:, None, None]
+        if allow_is_causal_skip and _at_the_end(queries, q_offset, kv_length) and _hides_nothing(attention_mask):
+            return None
+    if q_length is None:
+        place = {"cache_position": cache_position}
+    else:
+        place = {"q_length": q_length, "q_offset": 0 if q_offset is None else q_offset}
     return masking_utils.sdpa_mask(
-        batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
-        attention_mask=attention_mask, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **place, **how,
+        batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, attention_mask=attention_mask,
+        local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **place, **how,
     )  # fmt: skip
 
 
-_BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)  # since transformers 5.0
+@torch.compiler.assume_constant_result
+def _goes_through_the_interface(module_of_config: str) -> bool:
+    """Whether a model with this configuration calls `attention`, as far as its loaded modules show.
+
+    Some models ask for the mask of an implementation by name, and then add it to their scores themselves.
+    """
+    package = module_of_config.rpartition(".")[0]
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith(f"{package}.modeling_") and not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+            own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == name]
+            if any("Attention" in x.__name__ and issubclass(x, nn.Module) for x in own):
+                return False
+    return True
 
 
 def _at_the_end(queries: int, offset: int | Tensor | None, keys: int) -> bool:
@@ -120,6 +152,17 @@ def _at_the_end(queries: int, offset: int | Tensor | None, keys: int) -> bool:
     if offset is None:
         return queries == keys  # positions on the device, which are not read
     return not isinstance(offset, Tensor) and offset + queries == keys
+
+
+def _hides_nothing(mask: Tensor | None) -> bool:
+    """The mask is None or all True; False where it must not be read."""
+    if mask is None:
+        return True
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(mask) is not Tensor:
+        return False
+    if mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    return bool(mask.all())
 
 
 def attention(
@@ -154,13 +197,15 @@ def attention(
     Raises:
         ValueError: an argument that would change the result and is not supported, or shapes that do not fit.
     """
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        kwargs["output_attentions"] = True
     _refuse(kwargs, dropout, whole=attention_mask is not None and attention_mask.dim() == 4)
     if key.shape[-1] != value.shape[-1]:
         raise ValueError(
             f"attn_implementation 'dkv' needs keys and values of one head size, got {key.shape[-1]} and "
             f'{value.shape[-1]}: load the model with attn_implementation="sdpa"'
         )
-    if torch.is_autocast_enabled(query.device.type):
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     # Views: the heads of a token stand together in memory in most models.
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -228,7 +273,7 @@ def _boolean(mask: Tensor) -> Tensor:
     if not mask.is_floating_point():
         raise ValueError(f"a 4-D attention_mask must be bool or additive, got {mask.dtype}: give attention_mask.bool()")
     visible = mask == 0
-    if torch.compiler.is_compiling() or mask.requires_grad or not bool((visible | (mask <= HIDDEN)).all()):
+    if mask.requires_grad or not _hides_nothing(visible | (mask <= HIDDEN)):
         raise ValueError(
             "an additive attention_mask must be 0 or at most -10000 everywhere (a bias on the scores is not supported: "
             f"{_ELSEWHERE}), need no gradient, and under torch.compile be bool: give attention_mask == 0"

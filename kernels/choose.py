@@ -54,7 +54,8 @@ def choose_token(
         token [R] int64 and log-confidence [R], float32 (float64 for float64). Ties go to the lowest id.
 
     Raises:
-        ValueError: an argument is out of range, or the logits hold NaN or no candidate.
+        ValueError: an argument is out of range, the logits hold NaN or no candidate, or a gradient is
+            asked for: there is none, so call it under `torch.no_grad()` or on detached tensors.
     """
     r, v = checks.shape("logits", logits, None, None)
     checks.dtype("logits", logits, checks.FLOATS)
@@ -85,8 +86,11 @@ def choose_token_fused(
 ) -> tuple[Tensor, Tensor]:
     """`choose_token` of `hidden @ head_weight.T + head_bias`; no more than a scratch of logits is held.
 
+    The Triton kernel holds no logits at all, and adds up half-precision products in float32 without
+    rounding the logits to the dtype of `hidden`. With top-k or top-p it leaves the work to PyTorch.
+
     Args:
-        hidden: [R, d], without a gradient.
+        hidden: [R, d].
         head_weight: [V, d], dtype of hidden; any strides.
         head_bias: [V], dtype of hidden, or None.
 

@@ -25,10 +25,11 @@ def run(args: argparse.Namespace) -> int:
     from dkv.policies import POLICIES
     from dkv.version import versions
 
+    found = devices()
     facts = {
         "versions": versions(),
-        "devices": devices(),
-        "backends": backends(),
+        "devices": found,
+        "backends": backends(list(found)),
         "models": {name: {"path": str(p), "present": (p / "config.json").is_file()} for name, p in BUNDLED.items()},
         "policies": {name: {f.name: f.default for f in fields(policy)} for name, policy in POLICIES.items()},
     }
@@ -49,18 +50,26 @@ def devices() -> dict[str, dict[str, Any]]:
     return found
 
 
-def backends() -> dict[str, Any]:
-    """The implementations of the operations, and which runs now, on every device."""
-    from dkv.kernels import BACKENDS
-    from dkv.kernels.backend import current
+def backends(names: list[str]) -> dict[str, Any]:
+    """Which implementation of the operations runs on every device, who chose it, and which there are."""
+    import torch
 
-    chosen = current()
-    known = {name: module.__doc__.partition("\n")[0] for name, module in BACKENDS.items()}
-    return {"used": next(name for name, module in BACKENDS.items() if module is chosen), "known": known}
+    from dkv.kernels.backend import BACKENDS, chosen, default, has_triton, load
+
+    known = {}
+    for name in BACKENDS:
+        missing = name == "triton" and not has_triton()
+        known[name] = "not installed: pip install triton" if missing else load(name).__doc__.partition("\n")[0]
+    choice = chosen()
+    used: dict[str, str | None] = {name: choice or default(torch.device(name)) for name in names}
+    if used["cpu"] == "triton" and not load("triton").INTERPRETED:
+        used["cpu"] = None  # its tensors would be refused
+    return {"chosen": choice, "used": used, "triton_installed": has_triton(), "known": known}
 
 
 def described(facts: dict[str, Any]) -> str:
     """The facts as text."""
+    backends = facts["backends"]
     lines = [", ".join(f"{name} {version}" for name, version in facts["versions"].items())]
     lines += ["", "devices"]
     for name, device in facts["devices"].items():
@@ -68,12 +77,11 @@ def described(facts: dict[str, Any]) -> str:
             detail = f"cores: {device['cores']}, threads of torch: {device['torch_threads']}"
         else:
             detail = f"{device['memory_gib']} GiB, {device['kind']}"
-        lines.append(f"  {name:10} {device['name']}, {detail}")
-    used = facts["backends"]["used"]
-    lines += ["", f"backends (used on every device: {used}; DKV_BACKEND or dkv.use_backend choose another)"]
-    lines += [f"  {name:10} {says}" for name, says in facts["backends"]["known"].items()]
-    if "triton" not in facts["backends"]["known"]:
-        lines.append("  Triton kernels are not part of this version: a GPU too runs the operations through PyTorch.")
+        used = backends["used"][name] or "none (Triton runs there with TRITON_INTERPRET=1 alone)"
+        lines.append(f"  {name:10} {device['name']}, {detail}, backend: {used}")
+    by = f"chosen by DKV_BACKEND: {backends['chosen']}" if backends["chosen"] else "chosen by the device"
+    lines += ["", f"backends ({by}; DKV_BACKEND or dkv.use_backend choose another)"]
+    lines += [f"  {name:10} {says}" for name, says in backends["known"].items()]
     lines += ["", "models"]
     for name, model in facts["models"].items():
         lines.append(f"  {name:10} {model['path']}{'' if model['present'] else ' (missing)'}")

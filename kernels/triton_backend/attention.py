@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dkv.kernels.triton_backend.launch import (
-    Launch, LaunchTable, computable, power_of_two, precision, splits, strides, unit_stride,
-)  # fmt: skip
+from dkv.kernels.triton_backend.attention_table import TABLE
+from dkv.kernels.triton_backend.cases import Case, case
+from dkv.kernels.triton_backend.launch import Launch, computable, power_of_two, precision, splits, strides, unit_stride
 from dkv.kernels.workspace import Workspace
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -23,13 +23,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 def _load(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile, 0 where a mask that applies does not hold; no predicates for one that does not apply."""
     if ROWS and COLUMNS:
-        return tl.load(at, mask=rows & columns, other=0.0)
+        tile = tl.load(at, mask=rows & columns, other=0.0)
     elif ROWS:
-        return tl.load(at, mask=rows, other=0.0)
+        tile = tl.load(at, mask=rows, other=0.0)
     elif COLUMNS:
-        return tl.load(at, mask=columns, other=0.0)
+        tile = tl.load(at, mask=columns, other=0.0)
     else:
-        return tl.load(at)
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _absorb(
 ):  # fmt: skip
     """Add the slots `first` to `first + BLOCK_N - 1` to the running softmax of a tile of queries."""
     # Scalars carry the 64-bit part of an offset; within a tile 32 bits do, unless a stride is enormous.
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    n, d, first = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.cast(first, tl.int64)
     if WIDE:
         n = n.to(tl.int64)
     seen = (n >= start - first) & (n < stop - first)  # [N]; on an edge alone not all true
@@ -75,8 +76,8 @@ def _attention_kernel(
     stride_qb, stride_qn, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_lb, stride_rb, stride_re, stride_kmb, stride_kms, stride_mb, stride_mn, stride_ms,
     stride_qbb, stride_qbn, stride_kbb, stride_kbs,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TESTED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed queries over one part of the slots; grid (tiles of queries x SPLITS, Hkv, B)."""
     query_tile, split = tl.program_id(0) // SPLITS, (tl.program_id(0) % SPLITS).to(tl.int64)
@@ -107,7 +108,8 @@ def _attention_kernel(
     if mask is not None:
         first_token = query_tile * BLOCK_M // GROUP
         mask += row * stride_mb + first_token.to(tl.int64) * stride_mn
-        mask_row = tl.where(asked, token - first_token, 0) * stride_mn
+        mask_row = tl.where(asked, token - first_token, 0)
+        mask_row = (mask_row.to(tl.int64) if WIDE else mask_row) * stride_mn
     if key_blocks is not None:
         query_blocks += row * stride_qbb + token.to(tl.int64) * stride_qbn
         query_block = tl.load(query_blocks, mask=asked, other=0).to(tl.int32)
@@ -116,24 +118,22 @@ def _attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends.
-    # With a mask every tile is tested anyway, and one loop takes fewer registers than two.
-    MASKED: tl.constexpr = (key_mask is not None) or (mask is not None) or (key_blocks is not None)
+    # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends. Where
+    # every tile is tested there is one loop, as one takes fewer registers than two.
     before, whole, after = start // BLOCK_N, tl.cdiv(start, BLOCK_N), stop // BLOCK_N
-    first, last = (before, tl.cdiv(stop, BLOCK_N)) if MASKED else (whole, after)
+    first, last = (before, tl.cdiv(stop, BLOCK_N)) if TESTED else (whole, after)
     for tile in tl.range(first, last, num_stages=STAGES):
         acc, top, total = _absorb(
-            acc, top, total, query, k, v, key_mask, mask, mask_row, key_blocks, query_block, tile * BLOCK_N, start, stop,
-            scale, stride_ks, stride_vs, stride_kms, stride_ms, stride_kbs,
-            D, BLOCK_D, BLOCK_N, MASKED, WIDE, PRECISION,
+            acc, top, total, query, k, v, key_mask, mask, mask_row, key_blocks, query_block, tile * BLOCK_N, start,
+            stop, scale, stride_ks, stride_vs, stride_kms, stride_ms, stride_kbs,
+            D, BLOCK_D, BLOCK_N, TESTED, WIDE, PRECISION,
         )  # fmt: skip
-    if not MASKED:
+    if not TESTED:
         has_tail = (after * BLOCK_N < stop) & ((after > before) | (whole == before))
         for end in tl.range(tl.where(before < whole, 0, 1), tl.where(has_tail, 2, 1), num_stages=1):
             acc, top, total = _absorb(
                 acc, top, total, query, k, v, None, None, mask_row, None, query_block,
-                tl.where(end == 0, before, after) * BLOCK_N, start, stop,
-                scale, stride_ks, stride_vs, stride_kms, stride_ms, stride_kbs,
+                tl.where(end == 0, before, after) * BLOCK_N, start, stop, scale, stride_ks, stride_vs, 0, 0, 0,
                 D, BLOCK_D, BLOCK_N, True, WIDE, PRECISION,
             )  # fmt: skip
 
@@ -143,7 +143,8 @@ def _attention_kernel(
     log_total = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, float("-inf"))
     at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
     inside = token < tokens
-    tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+    out_at = out + at[:, None] * D + d[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     if lse is not None:
         tl.store(lse + at, log_total, mask=inside)
 
@@ -164,30 +165,13 @@ def _merge_kernel(
     share = weight / tl.where(total > 0, total, 1.0)[:, None]
     at = (r[:, None, None] * SPLITS + split[None, :, None]) * D + d[None, None, :]
     value = tl.load(part + at, mask=inside[:, None, None] & (d < D)[None, None, :], other=0.0)  # [R, P, D]
-    merged = tl.sum(value * share[:, :, None], 1)
-    tl.store(out + r[:, None] * D + d[None, :], merged.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+    merged = tl.sum(value * share[:, :, None], 1).to(out.dtype.element_ty)
+    tl.store(out + r[:, None] * D + d[None, :], merged, mask=inside[:, None] & (d < D)[None, :])
     if lse is not None:
-        tl.store(lse + r, tl.where(total > 0, shift + tl.log(tl.where(total > 0, total, 1.0)), float("-inf")), mask=inside)
+        log_total = tl.where(total > 0, shift + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(lse + r, log_total, mask=inside)
 
 
-# Tile: (packed queries, slots). Regime: how many packed queries ("few" up to 16, "some" up to 64, "many"), bytes of a
-# number, head size up to, and whether a rule is per pair of query and slot ("pairs") or per slot alone ("slots").
-TABLE = LaunchTable(
-    "cached_attention",
-    {
-        "default": {
-            (many, width, size, rules): Launch((m, n), warps, stages)
-            for many, m in (("few", 16), ("some", 32), ("many", 64))
-            for width in (2, 4) for size in (64, 128, 256) for rules in ("slots", "pairs")
-            for n, warps, stages in ((32, 4, 1),)
-        },
-        "interpreter": {
-            (many, width, size, rules): Launch((m, 128), 4)
-            for many, m in (("few", 16), ("some", 64), ("many", 128))
-            for width in (2, 4) for size in (64, 128, 256) for rules in ("slots", "pairs")
-        },
-    },
-)  # fmt: skip
 MOST_PARTS = 16
 MERGE_ROWS = 4
 
@@ -203,7 +187,7 @@ def cached_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     group, block_d = heads // kv_heads, max(16, power_of_two(size))
-    packed = tokens * group
+    packed, tested = tokens * group, _tested(q.element_size(), block_d, key_mask, mask, block_ids)
     query_blocks, key_blocks = (None, None) if block_ids is None else block_ids
     work = Workspace() if workspace is None else workspace
 
@@ -219,8 +203,9 @@ def cached_attention(
             (size**-0.5 if scale is None else scale) * LOG2E.value, tokens, slots,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides(query_lengths, 1), *strides(key_ranges, 2),
             *strides(key_mask, 2), *strides(mask, 3), *strides(query_blocks, 2), *strides(key_blocks, 2),
-            GROUP=group, D=size, SPLITS=split, WIDE=_wide(row, k, v, mask), PRECISION=precision(q), BLOCK_D=block_d,
-            BLOCK_M=block_m, BLOCK_N=block_n, STAGES=row.stages, num_warps=row.warps, num_stages=row.stages,
+            GROUP=group, D=size, SPLITS=split, TESTED=tested, PRECISION=_precision(q, block_d), BLOCK_D=block_d,
+            WIDE=_wide(row, k, v, key_mask, mask, key_blocks), BLOCK_M=block_m, BLOCK_N=block_n, STAGES=row.stages,
+            num_warps=row.warps, num_stages=row.stages,
         )  # fmt: skip
         if split > 1:
             rows = batch * tokens * heads
@@ -228,16 +213,69 @@ def cached_attention(
                 part, part_lse, out, lse, rows, D=size, SPLITS=split, BLOCK_D=block_d, ROWS=MERGE_ROWS, num_warps=4
             )
 
-    regime = (
-        "few" if packed <= 16 else "some" if packed <= 64 else "many", q.element_size(), max(64, block_d),
-        "slots" if mask is None and block_ids is None else "pairs",
-    )  # fmt: skip
+    many = "few" if packed <= 16 else "some" if packed <= 64 else "many"
+    rules = "plain" if key_mask is None and mask is None and block_ids is None else "masked"
     if out.numel():
-        TABLE.start(q.device, regime, run, row)
+        TABLE.start(q.device, (many, rules, q.element_size(), max(64, block_d)), run, row)
     out = out.to(dtype)
     return (out, lse) if return_lse else out
 
 
+def _tested(width: int, block_d: int, *rules) -> bool:
+    """Whether every tile is tested: where a rule asks for it, or two loops would not fit the registers."""
+    return any(rule is not None for rule in rules) or width * block_d > 512
+
+
+def _precision(q: Tensor, block_d: int) -> str:
+    """Float32 of large heads is multiplied without tensor cores, whose three products would not fit the registers."""
+    return precision(q) if block_d <= 128 else "ieee"
+
+
 def _wide(row: Launch, *tensors: Tensor | None) -> bool:
     """Whether an offset within a tile may pass 32 bits."""
-    return any(x is not None and max(x.stride()) * 2 * max(row.tile) >= 2**31 for x in tensors)
+    return any(x is not None and 2 * max(x.stride()) * max(row.tile) >= 2**31 for x in tensors)
+
+
+def audit_cases(arch: str) -> list[Case]:
+    """Every row with no option, and with all that its regime allows at a head size that does not fill the tile."""
+    return [_case(arch, regime, row, full) for regime, row in TABLE.on(arch) for full in (False, True)] + [
+        _merge_case(size) for size in (64, 128, 256)
+    ]
+
+
+_RULES = ("key_mask", "mask", "query_blocks", "key_blocks")
+
+
+def _case(arch: str, regime: tuple, row: Launch, full: bool) -> Case:
+    many, rules, width, size = regime
+    split = 1 if many == "many" else 4
+    given = {"q", "k", "v", "out", *(("lengths", "ranges", "lse") if full else ()), *(("lse",) if split > 1 else ())}
+    given |= set(() if rules == "plain" else _RULES if full else _RULES[:1])
+    number = "bf16" if width == 2 else "fp32"
+    pointers = dict.fromkeys(("q", "k", "v"), f"*{number}") | {"out": f"*{number if split == 1 else 'fp32'}"}
+    pointers |= {"lse": "*fp32", "lengths": "*i64", "ranges": "*i64", "key_mask": "*i1", "mask": "*i1"}
+    pointers |= {"query_blocks": "*i64", "key_blocks": "*i64"}
+    constants = dict.fromkeys(set(pointers) - given) | {
+        "GROUP": 7 if full else 1, "D": size - 16 if full else size, "SPLITS": split, "WIDE": False,
+        "TESTED": rules == "masked" or width * size > 512, "BLOCK_D": size, "BLOCK_M": row.tile[0],
+        "BLOCK_N": row.tile[1], "STAGES": row.stages,
+        "PRECISION": "tf32x3" if width == 4 and arch.startswith("sm") and size <= 128 else "ieee",
+    }  # fmt: skip
+    dense = {f"stride_{x}" for x in ("qb", "qn", "qh", "kb", "ks", "kh", "vb", "vs", "vh")}
+    expect = {
+        "tensor core": width == 2 or size <= 128,
+        "wgmma": width == 2 and row.tile[0] >= 64,
+        "async copy": row.stages > 1,
+    }
+    return case(
+        f"{many} {rules} {number} D{constants['D']} {row.tile[0]}x{row.tile[1]}", _attention_kernel, row,
+        {n: kind for n, kind in pointers.items() if n in given} | {"scale": "fp32"}, constants,
+        loose=tuple(n for n in _attention_kernel.arg_names if n.startswith("stride_") and n not in dense),
+        expect=tuple(family for family, there in expect.items() if there),
+    )  # fmt: skip
+
+
+def _merge_case(size: int) -> Case:
+    constants = {"D": size, "SPLITS": MOST_PARTS, "BLOCK_D": size, "ROWS": MERGE_ROWS}
+    types = {"part": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
+    return case(f"merge D{size}", _merge_kernel, Launch((MERGE_ROWS,), 4), types, constants)

@@ -27,3 +27,24 @@ class Case:
     constants: dict[str, Any]
     aligned: tuple[str, ...] = ()
     expect: tuple[str, ...] = ()
+
+
+def case(
+    name: str,
+    kernel: Any,
+    row: Launch,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    loose: tuple[str, ...] = (),
+    expect: tuple[str, ...] = (),
+) -> Case:
+    """A case; arguments not named are 32-bit integers, pointers and strides are aligned but for those in `loose`.
+
+    Args:
+        types: Triton types of the arguments that are not integers.
+        constants: values of the constexpr arguments, and None for a pointer that is left out.
+    """
+    arguments = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
+    aligned = (n for n, kind in arguments.items() if (kind[0] == "*" or n.startswith("stride_")) and n not in loose)
+    return Case(name, kernel, row, arguments, constants, tuple(aligned), expect)

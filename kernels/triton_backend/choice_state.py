@@ -11,11 +11,18 @@ The state of a row, over the columns seen so far, is a tuple of [R] tensors:
     drawn_x    its logit
 """
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from dkv.kernels.choose import RULES
 from dkv.kernels.noise import mixed_seed
+from dkv.kernels.triton_backend.cases import Case, case
 from dkv.kernels.triton_backend.launch import Launch, power_of_two
+from dkv.kernels.workspace import Workspace
 
 FLOATS = tl.constexpr(6)  # of a state in memory: top, tail, extra, best, noisy, drawn_x
 IDS = tl.constexpr(2)  # token, drawn
@@ -101,7 +108,7 @@ def absorb(
     token, best = tl.where(here > best, place, token), tl.maximum(best, here)
 
     high = tl.maximum(top, tl.max(x, 1))
-    shift = tl.where(high == float("-inf"), 0.0, high)
+    shift = tl.where(tl.abs(high) == float("inf"), 0.0, high)
     far, fell = tl.maximum(x - shift[:, None], FAR), tl.maximum(top - shift, FAR)  # [R, V], [R]
     # Those equal to the top are counted, so that one of them can be left out without a subtraction from the sum.
     is_top, lost = x == shift[:, None], high > top
@@ -157,11 +164,14 @@ def merge_kernel(
         is_drawn = (noisy == highest[:, None]) & (drawn == place[:, None])
         chosen = tl.max(tl.where(is_drawn, drawn_x, float("-inf")), 1)
 
-    fell = tl.maximum(top - tl.where(high == float("-inf"), 0.0, high)[:, None], FAR)
+    fell = tl.maximum(top - tl.where(tl.abs(high) == float("inf"), 0.0, high)[:, None], FAR)
     keep = tl.exp(fell)
     winner = tl.min(tl.where(top == high[:, None], part[None, :], LAST), 1)
     total = tl.sum(tl.where(part[None, :] == winner[:, None], tail, keep * (1.0 + tail)), 1)
     log_total = log1p(total)
+    # NaN where nothing can be chosen, or a logit is +inf or NaN; infinities are not subtracted.
+    usable = (first > float("-inf")) & (high < float("inf"))
+    first, chosen, high = tl.where(usable, first, 0.0), tl.where(usable, chosen, 0.0), tl.where(usable, high, 0.0)
     if RULE == "entropy":
         confidence = tl.sum(keep * (extra + fell * (1.0 + tail)), 1) / (1.0 + total) - log_total
     elif RULE == "margin":
@@ -169,22 +179,45 @@ def merge_kernel(
         confidence = first - high - log_total + log1p(-tl.exp(second - first))
     else:
         confidence = chosen - high - log_total
-    confidence = tl.where((first == float("-inf")) | (high == float("inf")), float("nan"), confidence)
     tl.store(token_out + r, place.to(tl.int64), mask=r < rows)
-    tl.store(confidence_out + r, confidence, mask=r < rows)
+    tl.store(confidence_out + r, tl.where(usable, confidence, float("nan")), mask=r < rows)
 
 
-# Numbers of a tile of states: as many rows as fit beside the parts.
+# States in a tile of the merge: as many rows as fit beside the parts.
 MERGE_SIZE = 1024
 MERGE = Launch((MERGE_SIZE,), 4)
 
 
-def merge_tile(parts: int) -> tuple[int, int]:
-    """(rows, parts) of a tile of the merge."""
+def scratch(work: Workspace, rows: int, parts: int, device: torch.device) -> dict[str, Tensor]:
+    """Memory for the states of the parts, as the kernels name it."""
+    return {
+        "floats": work.take("choice", (rows, parts, FLOATS.value), torch.float32, device),
+        "ids": work.take("choice", (rows, parts, IDS.value), torch.int32, device),
+    }
+
+
+def merge(states: dict[str, Tensor], token: Tensor, confidence: Tensor, rule: str, noise: bool, parts: int) -> None:
+    """Write the tokens and confidences that the states of the parts come to."""
+    block_r, block_p = _merge_tile(parts)
+    merge_kernel[(triton.cdiv(len(token), block_r),)](
+        **states, token_out=token, confidence_out=confidence, rows=len(token), RULE=rule, NOISE=noise, PARTS=parts,
+        BLOCK_P=block_p, BLOCK_R=block_r, num_warps=MERGE.warps,
+    )  # fmt: skip
+
+
+def _merge_tile(parts: int) -> tuple[int, int]:
     block_p = power_of_two(parts)
     return max(1, MERGE_SIZE // block_p), block_p
 
 
+def merge_cases(parts: int) -> Iterator[Case]:
+    types = {"floats": "*fp32", "ids": "*i32", "token_out": "*i64", "confidence_out": "*fp32"}
+    block_r, block_p = _merge_tile(parts)
+    for rule in RULES:
+        constants = {"RULE": rule, "NOISE": True, "PARTS": parts, "BLOCK_P": block_p, "BLOCK_R": block_r}
+        yield case(f"choose_token merge of {parts} {rule}", merge_kernel, MERGE, types, constants)
+
+
 def seed_halves(seed: int) -> tuple[int, int]:
-    """What `row_hash` starts from, as int32: the numbers of one type, whatever the seed, need one compilation."""
+    """What `row_hash` starts from, as int32: numbers of one type, whatever the seed, need one compilation."""
     return tuple(half - (half >> 31 << 32) for half in mixed_seed(seed))

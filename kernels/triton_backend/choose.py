@@ -6,20 +6,27 @@ registers alone.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dkv.kernels import torch_backend
-from dkv.kernels.triton_backend.cases import Case
-from dkv.kernels.triton_backend.choice_state import (
-    FLOATS, IDS, MERGE, absorb, fresh, merge_kernel, merge_tile, row_hash, seed_halves, store,
-)  # fmt: skip
+from dkv.kernels.choose import RULES
+from dkv.kernels.triton_backend import choice_state
+from dkv.kernels.triton_backend.cases import Case, case
+from dkv.kernels.triton_backend.choice_state import absorb, fresh, row_hash, store
 from dkv.kernels.triton_backend.launch import (
-    Launch, LaunchTable, batch_invariant, computable, power_of_two, precision, splits, strides,
-)  # fmt: skip
+    Launch,
+    LaunchTable,
+    batch_invariant,
+    computable,
+    power_of_two,
+    precision,
+    splits,
+    strides,
+)
 from dkv.kernels.workspace import Workspace
 
 
@@ -85,7 +92,7 @@ TABLE = LaunchTable(
     "choose_token",
     {
         "default": {regime: Launch((1, 2048), 8) for regime in ("best", "drawn")},
-        "interpreter": {regime: Launch((128, 4096), 4) for regime in ("best", "drawn")},
+        "interpreter": {regime: Launch((1024, 4096), 4) for regime in ("best", "drawn")},
     },
     tuple(Launch((1, block_v), warps) for block_v, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16))),
 )
@@ -94,11 +101,13 @@ FUSED_TABLE = LaunchTable(
     "choose_token_fused",
     {
         "default": {
-            ("few", 2): Launch((16, 128, 64), 4, 3),
-            ("few", 4): Launch((16, 128, 32), 4, 3),
+            ("few", 2): Launch((16, 64, 64), 4, 3),
+            ("few", 4): Launch((16, 64, 32), 4, 4),
             ("many", 2): Launch((64, 128, 64), 8, 2),
-            ("many", 4): Launch((64, 128, 32), 8, 2),
+            ("many", 4): Launch((64, 64, 32), 8, 2),
         },
+        "sm_90": {("few", 2): Launch((16, 128, 64), 8, 4), ("many", 2): Launch((64, 128, 64), 8, 3)},
+        "sm_100": {("few", 2): Launch((16, 128, 64), 8, 4), ("many", 2): Launch((64, 128, 64), 8, 3)},
         "interpreter": {
             (many, width): Launch((block_r, 1024, 64), 4)
             for many, block_r in (("few", 16), ("many", 64)) for width in (2, 4)
@@ -135,7 +144,7 @@ def choose_token(
         _logits_kernel[grid](logits, stride_r=logits.stride(0), stride_v=logits.stride(1), **shared)
 
     def fit(row):
-        return min(row.tile[0], power_of_two(rows)), min(row.tile[1], max(128, power_of_two(vocabulary)))
+        return min(row.tile[0], power_of_two(rows)), min(row.tile[1], max(16, power_of_two(vocabulary)))
 
     regime = "drawn" if how["temperature"] > 0 else "best"
     return _choose(TABLE, regime, start, fit, rows, vocabulary, EACH, MOST_PARTS, logits, workspace, parts, row, **how)
@@ -183,16 +192,15 @@ def _choose(
     confidence = torch.empty(rows, dtype=torch.float32, device=device)
     work = Workspace() if workspace is None else workspace
     row_keys = row_keys if temperature > 0 else None
-    seed_a, seed_b = seed_halves(seed)
+    seed_a, seed_b = choice_state.seed_halves(seed)
 
     def run(row: Launch) -> None:
         block_r, block_v = fit(row)
         row_tiles, tiles = triton.cdiv(rows, block_r), triton.cdiv(vocabulary, block_v)
         split = parts or splits(device, row_tiles, row_tiles, min(most, tiles), each=each)
-        floats = work.take("choice", (rows, split, FLOATS.value), torch.float32, device)
-        ids = work.take("choice", (rows, split, IDS.value), torch.int32, device)
-        shared = {
-            "row_keys": row_keys, "floats": floats, "ids": ids, "rows": rows, "vocabulary": vocabulary,
+        states = choice_state.scratch(work, rows, split, device)
+        shared = states | {
+            "row_keys": row_keys, "rows": rows, "vocabulary": vocabulary,
             "limit": vocabulary if vocab_limit is None else vocab_limit, "tiles": triton.cdiv(tiles, split),
             "temperature": min(confidence_temperature, LARGEST), "seed_a": seed_a, "seed_b": seed_b,
             "scale": min(confidence_temperature / temperature, LARGEST) if temperature > 0 else 0.0,
@@ -202,12 +210,47 @@ def _choose(
         }  # fmt: skip
         shared["stride_kr"], shared["stride_kk"] = strides(row_keys, 2)
         start((row_tiles, split), row, shared)
-        merge_r, merge_p = merge_tile(split)
-        merge_kernel[(triton.cdiv(rows, merge_r),)](
-            floats, ids, token, confidence, rows, RULE=rule, NOISE=row_keys is not None, PARTS=split,
-            BLOCK_P=merge_p, BLOCK_R=merge_r, num_warps=MERGE.warps,
-        )  # fmt: skip
+        choice_state.merge(states, token, confidence, rule, row_keys is not None, split)
 
     if rows:
         table.start(device, regime, run, row)
     return token, confidence
+
+
+def audit_cases(arch: str) -> Iterator[Case]:
+    """Every row: of logits, by all rules; fused, the plainest and the fullest; and the merge."""
+    for regime, row in TABLE.on(arch):
+        for dtype in ("bf16", "fp32"):
+            for rule in RULES:
+                constants = {"stride_v": 1, "BLOCK_R": row.tile[0], "BLOCK_V": row.tile[1]}
+                yield _case(
+                    f"choose_token {regime} {rule} {dtype}", _logits_kernel, row, {"logits": f"*{dtype}"}, constants,
+                    rule, regime == "drawn",
+                )  # fmt: skip
+    for (many, width), row in FUSED_TABLE.on(arch):
+        dtype, nvidia = "bf16" if width == 2 else "fp32", arch.startswith("sm_")
+        for rule, full in (("probability", False), ("margin", True), ("entropy", True)):
+            constants = {
+                "stride_hd": 1, "stride_wd": 1, "stride_b": 1, "EVEN": not full,
+                "PRECISION": "tf32x3" if width == 4 and nvidia else "ieee",
+                "BLOCK_R": row.tile[0], "BLOCK_V": row.tile[1], "BLOCK_D": row.tile[2], "STAGES": row.stages,
+            }  # fmt: skip
+            if not full:
+                constants |= {"bias": None, "stride_b": 0}
+            yield _case(
+                f"choose_token_fused {many} {rule} {dtype}", _hidden_kernel, row,
+                dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}"), constants, rule, full,
+                ("tensor core", "async copy") if nvidia else ("tensor core",),
+            )  # fmt: skip
+    for parts in (1, FUSED_MOST_PARTS):
+        yield from choice_state.merge_cases(parts)
+
+
+def _case(name, kernel, row, types, constants, rule, noise, expect=()) -> Case:
+    types = types | {"floats": "*fp32", "ids": "*i32", "row_keys": "*i64", "temperature": "fp32", "scale": "fp32"}
+    constants = constants | {"RULE": rule, "BANNED": (126336,), "TEMPERED": noise, "PARTS": MOST_PARTS}
+    constants |= {"KEYS": 3, "stride_kk": 1} if noise else {"KEYS": 0, "row_keys": None, "stride_kr": 0, "stride_kk": 0}
+    plain = case(name, kernel, row, types, constants, loose=("stride_kr",), expect=expect)
+    # Vocabularies and hidden sizes are multiples of 16, and so a mask that they bound does not split a load.
+    multiples = (n for n in ("vocabulary", "size") if n in plain.arguments)
+    return replace(plain, aligned=(*plain.aligned, *multiples))

@@ -57,9 +57,9 @@ TABLE = LaunchTable(
     "commit_",
     {"default": {"all": Launch((16, 256), 4)}, "interpreter": {"all": Launch((128, 128), 4)}},
     candidates=tuple(
-        Launch((own, others), warps) for own, others in ((8, 256), (16, 128), (16, 256), (32, 256)) for warps in (2, 4, 8)
+        Launch(tile, warps) for tile in ((8, 256), (16, 128), (16, 256), (32, 256)) for warps in (2, 4, 8)
     ),
-)  # fmt: skip
+)
 
 
 def commit_(canvas, token, log_confidence, eligible, count, *, positions=None, threshold=None, row=None):
@@ -70,6 +70,7 @@ def commit_(canvas, token, log_confidence, eligible, count, *, positions=None, t
         )
     batch, entries = eligible.shape
     committed = torch.empty(eligible.shape, dtype=torch.bool, device=eligible.device)
+    threshold = None if threshold is None else float(threshold)  # an integer would be compiled in
 
     def run(row: Launch) -> None:
         own, others = row.tile
@@ -102,4 +103,5 @@ def audit_cases(arch: str) -> Iterator[Case]:
                 constants |= {"positions": None, "threshold": None}
             numbers = ("entries", "stride_cb", "stride_tb", "stride_fb", "stride_eb", "stride_pb")
             arguments |= dict.fromkeys(numbers, "i32")
-            yield Case(f"commit_ {'full' if full else 'plain'}", _commit_kernel, row, arguments, constants, aligned)
+            name = f"commit_ {'full' if full else 'plain'} {'x'.join(map(str, row.tile))}"
+            yield Case(name, _commit_kernel, row, arguments, constants, aligned)

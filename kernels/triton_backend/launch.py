@@ -53,21 +53,28 @@ class LaunchTable:
         return self.rows.get(arch, {}).get(regime) or self.rows["default"][regime]
 
     def on(self, arch: str) -> Iterator[tuple[Hashable, Launch]]:
-        """Every regime with the row that `arch` runs."""
-        return ((regime, self.row(arch, regime)) for regime in self.rows["default"])
+        """Every regime with the rows that are compiled for `arch`: what it runs, and the default if that is another."""
+        for regime, default in self.rows["default"].items():
+            yield from ((regime, row) for row in dict.fromkeys((self.row(arch, regime), default)))
 
     def start(
         self, device: torch.device, regime: Hashable, run: Callable[[Launch], None], row: Launch | None = None
     ) -> None:
         """Run with `row`, or that of the device; `run` gives the same result however often it is called."""
         arch, _ = chip(device)
-        row = row or self._found.get((arch, regime)) or self.row(arch, regime)
-        if os.environ.get("DKV_AUTOTUNE") == "1" and self.candidates and (arch, regime) not in self._found:
-            from dkv.kernels.triton_backend.autotune import search
-
-            row = self._found[arch, regime] = search(self, arch, regime, run)
         with on_device(device):
-            run(row)
+            run(row or self._found.get((arch, regime)) or self._tuned(arch, regime, run) or self.row(arch, regime))
+
+    def _tuned(self, arch: str, regime: Hashable, run: Callable[[Launch], None]) -> Launch | None:
+        """With `DKV_AUTOTUNE=1` the fastest row, from now on; None where nothing can be timed."""
+        if os.environ.get("DKV_AUTOTUNE") != "1" or not self.candidates or arch == "interpreter":
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        from dkv.kernels.triton_backend.autotune import search
+
+        self._found[arch, regime] = search(self, arch, regime, run)
+        return self._found[arch, regime]
 
 
 @functools.cache
@@ -76,10 +83,8 @@ def chip(device: torch.device) -> tuple[str, int]:
     if INTERPRETED:
         return "interpreter", 4
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        arch = properties.gcnArchName.partition(":")[0]
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
+    rocm = torch.version.hip is not None
+    arch = properties.gcnArchName.partition(":")[0] if rocm else f"sm_{properties.major}{properties.minor}"
     return _SAME_AS.get(arch, arch), properties.multi_processor_count
 
 

@@ -82,8 +82,8 @@ def _rope_scatter_kernel(
         tl.store(out_at, first.to(DTYPE), mask=mask)
         tl.store(out_at + HALF, second.to(DTYPE), mask=mask)
     else:
-        tile -= query_tiles
-        r += tl.where(tile < key_tiles, tile, tile - key_tiles) * ROWS
+        rest = tile - query_tiles
+        r += tl.where(rest < key_tiles, rest, rest - key_tiles) * ROWS
         token, head = (r // HKV).to(tl.int64), r % HKV
         wanted = token < tokens
         if lengths is not None:
@@ -91,7 +91,7 @@ def _rope_scatter_kernel(
         slot = tl.load(positions + row * stride_pb + token * stride_pn, mask=wanted, other=0)
         lane, wide_head = h.to(tl.int64)[None, :], head.to(tl.int64)
         mask = wanted[:, None] & (h < HALF)[None, :]
-        if tile < key_tiles:
+        if rest < key_tiles:
             k_at = k + row * stride_kb + token * stride_kn + wide_head * stride_kh
             first, second = _halves(k_at, k_bias, head, wanted, HALF, BLOCK_H, DTYPE)
             first, second = _norm_and_rotate(
@@ -154,12 +154,6 @@ def rope_scatter_(
     return out.to(q.dtype)
 
 
-OPTIONAL = {
-    "lengths": "*i64", "query_lengths": "*i64", "q_bias": None, "k_bias": None, "v_bias": None, "q_gain": None,
-    "k_gain": None,
-}  # fmt: skip
-
-
 def audit_cases(arch: str) -> Iterator[Case]:
     """Every row with nothing optional and with everything, and a head size that is no power of two."""
     for size, row in TABLE.on(arch):
@@ -174,15 +168,17 @@ def _case(row: Launch, dtype: str, full: bool, size: int) -> Case:
     }  # fmt: skip
     arguments = dict.fromkeys(("q", "k", "v", "k_buf", "v_buf", "out"), f"*{dtype}")
     arguments |= {"cos": "*fp32", "sin": "*fp32", "positions": "*i64", "query_positions": "*i64"}
+    optional = dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_gain", "k_gain"), f"*{dtype}")
+    optional |= {"lengths": "*i64", "query_lengths": "*i64"}
     if full:
-        arguments |= {name: kind or f"*{dtype}" for name, kind in OPTIONAL.items()}
+        arguments |= optional
     else:
-        constants |= dict.fromkeys(OPTIONAL)
+        constants |= dict.fromkeys(optional)
     pointers = tuple(arguments)
     arguments |= {"q_eps": "fp32", "k_eps": "fp32", "query_tokens": "i32", "tokens": "i32"}
     of_heads = [name for name in _rope_scatter_kernel.arg_names if name.startswith("stride_") and name not in constants]
     arguments |= dict.fromkeys(of_heads, "i32")
     loose = () if size % 32 == 0 else ("stride_cp", "stride_sp")
     aligned = (*pointers, *(name for name in of_heads if name not in ("stride_pb", "stride_qpb", *loose)))
-    name = f"rope_scatter_ {dtype} D{size} {'full' if full else 'plain'}"
+    name = f"rope_scatter_ {dtype} D{size} {'full' if full else 'plain'} {row.tile[0]} rows"
     return Case(name, _rope_scatter_kernel, row, arguments, constants, aligned)

@@ -34,7 +34,7 @@ def _rows_kernel(
         tl.store(canvas_at, tl.load(active_at, mask=mask, other=0), mask=mask)
 
 
-# Tile: (rows, columns). Regime: columns of a row up to, or "wide". Rows are spread over many programs, as few are active.
+# Tile: (rows, columns). Regime: columns of a row up to, or "wide". As few rows are active, a program takes few.
 TABLE = LaunchTable(
     "rows",
     {
@@ -79,8 +79,7 @@ def _move(canvas: Tensor, index: Tensor, active: Tensor, gather: bool, row: Laun
         return
     (batch, rows), columns = index.shape, active[0, 0].numel()
     integer = INTEGERS[canvas.element_size()]
-    # A view needs a dense last dimension, which a canvas of single numbers need not have.
-    canvas, active = (x.unsqueeze(-1).view(integer) if x.dim() == 2 else x.view(integer) for x in (canvas, active))
+    canvas, active = canvas.view(integer), active.view(integer)
 
     def run(row: Launch) -> None:
         most_rows, most_columns = row.tile
@@ -106,5 +105,6 @@ def audit_cases(arch: str) -> Iterator[Case]:
                 aligned = ("canvas", "index", "active")
                 if columns != 1:
                     aligned += ("columns", "stride_cb", "stride_cs", "stride_ab", "stride_an")
-                name = f"{'gather_rows' if gather else 'scatter_rows_'} {integer} columns {columns}"
+                tile = "x".join(map(str, row.tile))
+                name = f"{'gather_rows' if gather else 'scatter_rows_'} {integer} columns {columns} {tile}"
                 yield Case(name, _rows_kernel, row, arguments, constants, aligned)

@@ -11,14 +11,14 @@ import torch
 
 import dkv
 from dkv.cli import build_parser, main
-from dkv.commands import demo, generate, info, verify
+from dkv.commands import audit, demo, generate, info, verify
 from dkv.config import DEFAULTS
 from dkv.policies import POLICIES
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["generate", "verify", "info", "demo"])
+@pytest.mark.parametrize("name", ["generate", "verify", "info", "demo", "audit"])
 def test_every_command_explains_itself_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
     out, err = capsys.readouterr()
@@ -27,7 +27,7 @@ def test_every_command_explains_itself_with_an_example(capsys, name):
 
 
 def test_the_examples_parse():
-    for command in (generate, verify, info, demo):
+    for command in (generate, verify, info, demo, audit):
         for line in command.EXAMPLES.splitlines():
             if line.startswith("  dkv "):
                 words = shlex.split(line.partition("      ")[0].partition("<")[0].partition(">")[0])

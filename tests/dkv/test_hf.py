@@ -17,12 +17,19 @@ from dkv.kernels import use_backend
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 LENGTHS = (21, 24, 9)
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+}
 GQA = {**SIZES, "num_key_value_heads": 2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONFIGS = {
     "bert": ("BertConfig", {**SIZES, **NO_DROPOUT, "max_position_embeddings": 32}),
-    "modernbert": ("ModernBertConfig", {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2, "pad_token_id": 0}),
+    "modernbert": ("ModernBertConfig", {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2}),
     "encoder llama": ("LlamaConfig", GQA),
     "llama": ("LlamaConfig", GQA),
     "mistral": ("MistralConfig", {**GQA, "sliding_window": 6}),
@@ -48,21 +55,25 @@ def backend(request):
         yield request.param
 
 
+def skip_outside(name: str) -> None:
+    if name in ("bert", "modernbert") and not V5:
+        pytest.skip(f"{name} goes through AttentionInterface since transformers 5")
+
+
 def make(name: str, implementation: str, auto=AutoModel, **changes) -> nn.Module:
     """A small model with weights that make attention sharp, the same for each implementation."""
+    skip_outside(name)
     kind, sizes = CONFIGS[name]
     config = getattr(transformers, kind)(**{**sizes, **changes})
     if name == "encoder llama":
         config.is_causal = False
     model = auto.from_config(config, attn_implementation=implementation).eval()
-    if name in ("bert", "modernbert") and not model._supports_attention_backend:
-        pytest.skip(f"{name} does not go through AttentionInterface in transformers {transformers.__version__}")
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         if weight.dim() == 2:
             nn.init.normal_(weight, std=1.0 if 50 in weight.shape else 0.3, generator=generator)
     if name == "encoder llama" and not V5:
-        set_encoder(model)
+        set_encoder(model)  # and, with padding, a mask of pairs
     return model
 
 
@@ -95,11 +106,13 @@ def pairs(name: str, real: torch.Tensor, window: int = 6) -> torch.Tensor:
 
 def run(model, ids, mask, real, name) -> torch.Tensor:
     extra = {} if name in ("bert", "modernbert") else {"position_ids": positions(real)}
+    if name == "encoder llama" and not V5 and mask is not None:
+        mask = pairs(name, real)
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, **extra)[0][real]
 
 
-def exact(name: str, side: str | None, mask_of=None) -> torch.Tensor:
+def exact(name: str, side: str | None) -> torch.Tensor:
     """float64 with sdpa; decoders get the mask of pairs that is written out here."""
     ids, mask, real = batch(side)
     if name not in ("bert", "modernbert"):
@@ -147,13 +160,17 @@ def test_masks_matter():
     assert (causal - exact("mistral", "left")).abs().amax() > 0.1 * both.abs().amax()
 
 
-@pytest.mark.parametrize("side", [None, "left", "right"])
-def test_llama_made_an_encoder_by_its_modules(side):
-    ids, mask, real = batch(side)
+@pytest.mark.parametrize("form", [None, "ones", "keys"])
+def test_llama_made_an_encoder_by_its_modules(form):
+    """As with sdpa, a mask of keys that hides something needs its 4-D form then."""
+    ids, _, real = batch("left" if form == "keys" else None)
+    mask = {None: None, "ones": real.long(), "keys": real[:, None, None]}[form]
     model = make("llama", "dkv")
     set_encoder(model)
     plain = run(make("llama", "sdpa"), ids, pairs("encoder llama", real), real, "llama")
-    assert_as_good(run(model, ids, mask, real, "llama"), plain, exact("encoder llama", side))
+    assert_as_good(
+        run(model, ids, mask, real, "llama"), plain, exact("encoder llama", "left" if form == "keys" else None)
+    )
 
 
 @pytest.mark.skipif(not V5, reason="is_causal is an argument of the forward pass since transformers 5")
@@ -198,14 +215,19 @@ def test_generation(name, cache, backend):
     if cache == "static":
         how["cache_implementation"] = "static"
 
-    def generate(implementation, dtype=torch.float32):
-        model = make(name, implementation, AutoModelForCausalLM).to(dtype)
+    def generate(implementation):
+        model = make(name, implementation, AutoModelForCausalLM)
         out = model.generate(input_ids=ids, attention_mask=mask, **how)
-        return out.sequences, torch.stack(out.logits)
+        return out.sequences, torch.stack(out.logits, 1)
 
     (tokens, logits), (plain_tokens, plain) = generate("dkv"), generate("sdpa")
     assert torch.equal(tokens, plain_tokens)
-    assert_as_good(logits, plain, generate("sdpa", torch.float64)[1])
+    # The truth is one pass over all tokens, without a cache.
+    real = torch.cat([mask.bool(), torch.ones(len(ids), 4, dtype=torch.bool)], 1)
+    with torch.no_grad():
+        model = make(name, "sdpa", AutoModelForCausalLM).double()
+        truth = model(tokens, attention_mask=pairs(name, real), position_ids=positions(real)).logits[:, -5:-1]
+    assert_as_good(logits, plain, truth)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -220,13 +242,44 @@ def test_prompt_in_two_parts(name, backend):
     assert_as_good(second, plain, exact(name, None).view(len(ids), -1, 32)[:, 15:])
 
 
+def test_packed_sequences():
+    """Positions that start again part a row into sequences that do not see each other."""
+    ids, _, real = batch(None)
+    sizes = (5, 8, 11)
+    place = torch.cat([torch.arange(n) for n in sizes])[None]
+    part = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    mask = pairs("llama", real[:1]) & (part[:, None] == part)
+    with torch.no_grad():
+        out = make("llama", "dkv")(ids[:1], position_ids=place, use_cache=False)[0]
+        plain = make("llama", "sdpa")(ids[:1], mask, position_ids=place, use_cache=False)[0]
+        truth = make("llama", "sdpa").double()(ids[:1], mask, position_ids=place, use_cache=False)[0]
+    assert_as_good(out, plain, truth)
+
+
+def test_cross_attention():
+    """Fewer queries than keys, none of them causal, and padding among the keys."""
+    ids, mask, _ = batch("left")
+    sizes = {"d_model": 32, "vocab_size": 50, "dropout": 0.0, "pad_token_id": 0, "decoder_start_token_id": 2}
+    sizes |= {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in
+              (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    outs = []
+    for implementation, dtype in (("dkv", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64)):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(
+            transformers.BartConfig(**sizes, init_std=0.3), attn_implementation=implementation
+        )
+        with torch.no_grad():
+            outs.append(model.eval().to(dtype)(ids, mask, decoder_input_ids=ids[:, -8:])[0])
+    assert_as_good(*outs)
+
+
 @pytest.mark.parametrize("name", ["bert", "encoder llama", "mistral"])
 def test_gradients(name):
     ids, mask, real = batch("left")
 
     def gradients(implementation, dtype):
         model = make(name, implementation).to(dtype).train()
-        whole = pairs(name, real) if implementation == "sdpa" and name != "bert" else mask
+        whole = pairs(name, real) if name != "bert" and (implementation == "sdpa" or not V5) else mask
         extra = {} if name == "bert" else {"position_ids": positions(real)}
         out = model(input_ids=ids, attention_mask=whole, **extra)[0][real]
         (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)).sum().backward()
@@ -267,8 +320,8 @@ def test_from_pretrained(tmp_path):
     assert model.config._attn_implementation == "dkv"
     if not V5:
         set_encoder(model)
-    ids, mask, real = batch("right")
-    assert torch.equal(run(model, ids, mask, real, "llama"), run(make("encoder llama", "dkv"), ids, mask, real, "llama"))
+    data = *batch("right"), "encoder llama"
+    assert torch.equal(run(model, *data), run(make("encoder llama", "dkv"), *data))
 
 
 def test_masks_are_as_cheap_as_can_be():
@@ -281,11 +334,14 @@ def test_masks_are_as_cheap_as_can_be():
 
     AttentionInterface.register(hf.NAME, spy)
     b, n = len(LENGTHS), max(LENGTHS)
-    expected = {"llama": (None, (b, n)), "encoder llama": (None, (b, 1, 1, n) if V5 else (b, n)), "mistral": ((b, 1, n, n),) * 2}
+    whole = (b, 1, n, n)
+    expected = {"llama": (None, None, whole), "mistral": (whole,) * 3}
+    if V5:
+        expected["encoder llama"] = (None, None, (b, 1, 1, n))
     for name, shapes in expected.items():
-        for side, shape in zip((None, "left"), shapes, strict=True):
+        ids, padding, _ = batch("left")
+        for mask, shape in zip((None, torch.ones_like(padding), padding), shapes, strict=True):
             seen.clear()
-            ids, mask, real = batch(side)
             with torch.no_grad():
                 make(name, "dkv")(ids, mask)
             assert seen == [shape] * 2, name
@@ -297,7 +353,11 @@ B, H, N, S, D = 2, 4, 5, 8, 16
 
 def qkv(n=N, s=S, dtype=torch.float32):
     torch.manual_seed(0)
-    return torch.randn(B, H, n, D, dtype=dtype), torch.randn(B, 2, s, D, dtype=dtype), torch.randn(B, 2, s, D, dtype=dtype)
+    return (
+        torch.randn(B, H, n, D, dtype=dtype),
+        torch.randn(B, 2, s, D, dtype=dtype),
+        torch.randn(B, 2, s, D, dtype=dtype),
+    )
 
 
 def module(**attributes) -> SimpleNamespace:
@@ -335,9 +395,9 @@ def test_mask_of_keys(mask):
 def test_scaling_and_what_is_harmless():
     q, k, v = qkv()
     plain = F.scaled_dot_product_attention(q, k, v, scale=0.4, enable_gqa=True).transpose(1, 2)
-    truth = F.scaled_dot_product_attention(*qkv(dtype=torch.float64), scale=0.4, enable_gqa=True)
-    del truth
-    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.4, enable_gqa=True).transpose(1, 2)
+    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.4, enable_gqa=True).transpose(
+        1, 2
+    )
     out, _ = hf.attention(
         module(is_causal=False), q, k, v, None, scaling=0.4, dropout=0.0, softcap=None, output_attentions=False,
         position_ids=torch.arange(N), use_cache=True, num_items_in_batch=3, something_new=None,
@@ -392,13 +452,27 @@ def test_values_of_another_size_are_refused():
 def test_models_that_ask_for_more_are_refused():
     ids, mask, _ = batch("left")
     gemma = transformers.Gemma2Config(**GQA, head_dim=16, attn_logit_softcapping=20.0)
-    with pytest.raises(ValueError, match="softcap.*eager"):
+    with pytest.raises(ValueError, match=r"softcap.*eager"):
         AutoModel.from_config(gemma, attn_implementation="dkv")(ids, mask)
-    with pytest.raises(ValueError, match="dropout.*attention_dropout"):
+    with pytest.raises(ValueError, match=r"dropout.*attention_dropout"):
         make("llama", "dkv", attention_dropout=0.2).train()(ids, mask)
     make("llama", "dkv", attention_dropout=0.2).eval()(ids, mask)
-    with pytest.raises(ValueError, match="output_attentions.*eager"):
+    with pytest.raises(ValueError, match=r"output_attentions.*eager"):
         make("llama", "dkv")(ids, mask, output_attentions=True)
+    model = make("llama", "dkv")
+    model.config._output_attentions = True  # a config of before the name was chosen
+    with pytest.raises(ValueError, match=r"output_attentions.*eager"):
+        model(ids, mask)
+
+
+@pytest.mark.skipif(not V5, reason="earlier versions do not build these models")
+@pytest.mark.parametrize("kind", ["MPNetConfig", "RoFormerConfig"])
+def test_models_that_do_not_ask_are_refused(kind):
+    """They would add the bool mask to their scores."""
+    ids, mask, _ = batch("left")
+    model = AutoModel.from_config(getattr(transformers, kind)(**SIZES), attn_implementation="dkv")
+    with pytest.raises(ValueError, match=r"AttentionInterface.*eager"):
+        model(ids, mask)
 
 
 def test_twice_is_harmless():

@@ -1,6 +1,7 @@
 """What the tests of the operations share."""
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("needs TRITON_INTERPRET=1")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def interpreted() -> ModuleType:
+    """The Triton backend, to start a kernel with a launch of the test's own."""
+    if not (has_triton() and load("triton").INTERPRETED):
+        pytest.skip("needs TRITON_INTERPRET=1")
+    return load("triton")
 
 
 def _assert_close(actual: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:

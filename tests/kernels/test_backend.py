@@ -1,18 +1,28 @@
-"""use_backend, DKV_BACKEND, Workspace and what the package offers."""
+"""use_backend, DKV_BACKEND, which backend a device gets, Workspace and what the package offers."""
 
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import dkv.kernels
 from dkv.kernels import BACKENDS, Workspace, backend, gather_rows, use_backend
+from dkv.kernels.backend import load
 
 OPERATIONS = [
     "cached_attention", "choose_token", "choose_token_fused", "commit_", "gather_rows", "rope_scatter_",
     "scatter_rows_",
 ]  # fmt: skip
+ROOT = Path(__file__).parents[2]
+X = torch.zeros(1, 2)
+INDEX = torch.zeros(1, 1, dtype=torch.int64)
+
+needs_triton = pytest.mark.skipif(not backend.has_triton(), reason="needs triton")
+INSTALLED = [pytest.param(name, marks=needs_triton if name == "triton" else ()) for name in BACKENDS]
 
 
 @pytest.fixture(autouse=True)
@@ -20,59 +30,109 @@ def no_variable(monkeypatch):
     monkeypatch.delenv("DKV_BACKEND", raising=False)
 
 
-def test_torch_is_the_default():
-    assert backend.current() is BACKENDS["torch"]
+@pytest.fixture
+def without_triton(monkeypatch):
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
 
 
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@needs_triton
+def test_default_of_a_device():
+    assert {kind: backend.default(torch.device(kind)) for kind in ("cpu", "cuda", "mps", "meta")} == {
+        "cpu": "torch", "cuda": "triton", "mps": "torch", "meta": "torch"
+    }  # fmt: skip
+    assert backend.current(X) is load("torch")
+
+
+def test_default_without_triton(without_triton):
+    assert backend.default(torch.device("cuda:1")) == "torch"
+
+
+@pytest.mark.parametrize("name", INSTALLED)
 def test_use_backend_reaches_the_operations(name, monkeypatch):
     marker = torch.tensor([7])
-    monkeypatch.setattr(BACKENDS[name], "gather_rows", lambda x, index: marker)
+    if name == "triton":
+        monkeypatch.setattr(load(name), "INTERPRETED", True)
+    monkeypatch.setattr(load(name), "gather_rows", lambda x, index: marker)
     with use_backend(name):
-        assert gather_rows(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64)) is marker
-    other = next(b for b in BACKENDS if b != name)
-    with use_backend(other):
-        assert gather_rows(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64)) is not marker
+        assert gather_rows(X, INDEX) is marker
+    with use_backend("torch" if name == "reference" else "reference"):
+        assert gather_rows(X, INDEX) is not marker
 
 
+@pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_backend_has_every_operation(operation):
+def test_every_backend_has_every_operation(operation, name):
     assert operation in dkv.kernels.__all__
-    assert all(callable(getattr(module, operation)) for module in BACKENDS.values())
+    assert callable(getattr(load(name), operation))
 
 
 def test_blocks_nest_and_end_on_errors():
     with use_backend("reference"):
         with pytest.raises(KeyError), use_backend("torch"):
-            assert backend.current() is BACKENDS["torch"]
+            assert backend.current(X) is load("torch")
             raise KeyError
-        assert backend.current() is BACKENDS["reference"]
-    assert backend.current() is BACKENDS["torch"]
+        assert backend.current(X) is load("reference")
+    assert backend.current(X) is load("torch")
 
 
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("DKV_BACKEND", "reference")
-    assert backend.current() is BACKENDS["reference"]
+    assert backend.current(X) is load("reference")
     with use_backend("torch"):
-        assert backend.current() is BACKENDS["torch"]
+        assert backend.current(X) is load("torch")
 
 
 def test_unknown_names(monkeypatch):
-    message = r"^use_backend: unknown backend 'cuda'; known are reference, torch"
+    message = r"^use_backend: unknown backend 'cuda'; known are reference, torch, triton$"
     with pytest.raises(ValueError, match=message), use_backend("cuda"):
         pass
     monkeypatch.setenv("DKV_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"^DKV_BACKEND: unknown backend 'fast'"):
-        gather_rows(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64))
+        gather_rows(X, INDEX)
+
+
+def test_triton_chosen_where_it_is_not_installed(monkeypatch, without_triton):
+    message = "backend 'triton' needs the package triton, which is not installed"
+    with pytest.raises(ValueError, match=f"^use_backend: {message}$"), use_backend("triton"):
+        pass
+    monkeypatch.setenv("DKV_BACKEND", "triton")
+    with pytest.raises(ValueError, match=f"^DKV_BACKEND: {message}$"):
+        gather_rows(X, INDEX)
+
+
+@needs_triton
+def test_float64_runs_on_torch(monkeypatch):
+    monkeypatch.setattr(load("triton"), "INTERPRETED", True)
+    with use_backend("triton"):
+        assert backend.current(X) is load("triton") and backend.current(X.double()) is load("torch")
+    with use_backend("reference"):
+        assert backend.current(X.double()) is load("reference")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_triton_on_cpu_tensors_without_the_interpreter(dtype):
+    """The interpreter is chosen when Triton's kernels are imported, hence in a process of its own."""
+    code = (
+        "import torch; from dkv.kernels import gather_rows\n"
+        f"gather_rows(torch.zeros(1, 2, dtype=torch.{dtype}), torch.zeros(1, 1, dtype=torch.int64))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "DKV_BACKEND": "triton"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ValueError: backend 'triton' was chosen, but the tensors are on cpu: move them to a GPU, or set "
+        "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+    )
 
 
 def test_threads_choose_for_themselves():
     seen = []
     with use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(backend.current()))
+        thread = threading.Thread(target=lambda: seen.append(backend.current(X)))
         thread.start()
         thread.join()
-    assert seen == [BACKENDS["torch"]]
+    assert seen == [load("torch")]
 
 
 def test_functions_are_not_hidden_by_modules():

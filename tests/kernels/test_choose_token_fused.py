@@ -70,21 +70,26 @@ def test_strides(restride, backend):
     same(choose_token_fused(restride(hidden), restride(weight)), choose_token_fused(hidden, weight))
 
 
-def test_parameters_get_no_gradient(backend):
+def test_a_gradient_is_refused(backend):
     hidden, weight = inputs()
     weight.requires_grad_()
-    _, confidence = choose_token_fused(hidden, weight)
-    assert not confidence.requires_grad
+    for call in (lambda: choose_token_fused(hidden, weight), lambda: choose_token(hidden @ weight.T)):
+        with pytest.raises(ValueError, match=r"^choose_token(_fused)? has no gradient: call it under torch.no_grad"):
+            call()
+        with torch.no_grad():
+            _, confidence = call()
+        assert not confidence.requires_grad
 
 
 # Scratch
 
 
 class Poisoned(Workspace):
-    """Hands out scratch full of NaN."""
+    """Hands out scratch full of NaN, and of an id that no vocabulary has."""
 
     def take(self, *args):
-        return super().take(*args).fill_(torch.nan)
+        scratch = super().take(*args)
+        return scratch.fill_(torch.nan if scratch.is_floating_point() else -7)
 
 
 @settings

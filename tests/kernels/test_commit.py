@@ -28,6 +28,7 @@ def steps(draw) -> dict:
         "confidence": grid(level),
         "eligible": grid(st.booleans()),
         "count": [draw(st.integers(-1, n + 1)) for _ in range(b)],
+        "threshold": draw(st.none() | level),
     }
 
 
@@ -40,13 +41,15 @@ def test_any_step(name, step, dtype):
         committed = commit_(
             canvas, torch.tensor(step["token"]), torch.tensor(step["confidence"], dtype=dtype),
             torch.tensor(step["eligible"]), torch.tensor(step["count"]),
-            positions=None if slots is None else torch.tensor(slots),
+            positions=None if slots is None else torch.tensor(slots), threshold=step["threshold"],
         )  # fmt: skip
     for row in range(b):
         places = range(s) if slots is None else slots[row]
         entries = [i for i, open_ in enumerate(step["eligible"][row]) if open_]
         entries.sort(key=lambda i: -step["confidence"][row][i])  # stable: the lower slot first
         best = set(entries[: max(step["count"][row], 0)])
+        if step["threshold"] is not None:
+            best |= {i for i in entries if step["confidence"][row][i] >= step["threshold"]}
         assert {i for i, done in enumerate(committed[row].tolist()) if done} == best
         written = {places[i]: step["token"][row][i] for i in best}
         assert canvas[row].tolist() == [written.get(slot, MASK) for slot in range(s)]
@@ -97,6 +100,96 @@ def test_nothing_is_read_back(by_position, no_readback):
     positions, count = (torch.arange(5).repeat(2, 1) if by_position else None), torch.tensor([1, 2])
     with use_backend("torch"), no_readback():
         commit_(canvas, canvas.clone(), torch.zeros(2, 5), eligible, count, positions=positions, validate=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "threshold", "expected"),
+    [
+        (0, -0.5, [1, 3]),
+        (1, -0.5, [1, 3]),
+        (3, -0.5, [0, 1, 3]),
+        (0, 0.0, []),
+        (-2, -9.0, [0, 1, 3, 4]),
+        (2, 1, [1, 3]),
+    ],
+)
+def test_threshold_is_of_eligible_entries_and_count_the_least(count, threshold, expected, backend):
+    eligible = torch.tensor([[True, True, False, True, True]])
+    canvas, committed = one_row([-0.75, -0.25, 0.0, -0.5, -2.0], count, eligible=eligible, threshold=threshold)
+    assert committed == expected
+    assert canvas == [i if i in expected else MASK for i in range(5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_threshold_of_half_precision_is_compared_in_float32(dtype, backend):
+    confidence = torch.tensor([-0.1, -0.2], dtype=dtype)
+    at_most, above = (float(confidence[0]) + off for off in (0, 1e-7))
+    assert one_row(confidence, 0, threshold=at_most)[1] == [0]
+    assert one_row(confidence, 0, threshold=above)[1] == []
+
+
+def test_float64_is_ranked_in_float64(backend):
+    confidence = torch.tensor([-0.5, -0.5 + 1e-12, -0.5 - 1e-12], dtype=torch.float64)
+    assert one_row(confidence, 1)[1] == [1]
+    assert one_row(confidence, 0, threshold=-0.5)[1] == [0, 1]
+
+
+def test_nan_ranks_as_no_confidence(backend):
+    confidence = [torch.nan, -torch.inf, -3.0, torch.nan]
+    for count, expected in enumerate(([], [2], [0, 2], [0, 1, 2], [0, 1, 2, 3])):
+        assert one_row(confidence, count, validate=False)[1] == expected
+    assert one_row(confidence, 0, threshold=-5.0, validate=False)[1] == [2]
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [-(2**31), -1, 0, 5, 2**31 - 1])
+def test_any_count(count, integer, backend):
+    confidence, eligible, canvas = torch.zeros(1, 5), torch.ones(1, 5, dtype=torch.bool), torch.full((1, 5), MASK)
+    committed = commit_(canvas, canvas + 1, confidence, eligible, torch.tensor([count], dtype=integer))
+    assert committed[0].tolist() == [i < count for i in range(5)]
+
+
+def ranking(n: int, b: int = 3) -> dict:
+    """Few levels of confidence, some of them -inf, and half of the entries closed."""
+    return {
+        "token": torch.randint(50, (b, n)),
+        "log_confidence": torch.randint(4, (b, n)).float().log(),
+        "eligible": torch.rand(b, n) < 0.5,
+        "count": torch.randint(n, (b,)),
+        "positions": torch.stack([torch.randperm(n + 3)[:n].sort().values for _ in range(b)]),
+    }
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (4, 4), (4, 16), (16, 2), (8, 8)], ids=str)
+@pytest.mark.parametrize("n", [3, 4, 5, 9])
+def test_around_one_tile(tile, n, interpreted):
+    """As many entries as a tile has, one fewer and one more, as those that are ranked and as the others."""
+    args = ranking(n)
+    canvas, expected = torch.full((3, n + 3), MASK), torch.full((3, n + 3), MASK)
+    with use_backend("reference"):
+        best = commit_(expected, **args, threshold=-0.5)
+    row = interpreted.launch.Launch(tile, 1)
+    assert torch.equal(interpreted.commit_(canvas, **args, threshold=-0.5, row=row), best)
+    assert torch.equal(canvas, expected)
+
+
+def test_a_row_alone_and_in_company_is_the_same(backend):
+    args = ranking(9, b=8)
+    canvas = torch.full((8, 12), MASK)
+    committed = commit_(canvas, **args)
+    for i in range(8):
+        own = torch.full((1, 12), MASK)
+        assert torch.equal(commit_(own, **{name: x[i : i + 1] for name, x in args.items()})[0], committed[i])
+        assert torch.equal(own[0], canvas[i])
+
+
+def test_nothing_around_a_slice_of_a_canvas_is_written(backend):
+    whole = torch.full((5, 16), MASK)
+    args = ranking(9)
+    commit_(whole[1:4, 2:14], **args | {"count": torch.tensor([9, 9, 9])})
+    written = torch.zeros(5, 16, dtype=torch.bool)
+    written[1:4, 2:14] = torch.zeros(3, 12, dtype=torch.bool).scatter(1, args["positions"], args["eligible"])
+    assert torch.equal(whole != MASK, written)
 
 
 # Public reports

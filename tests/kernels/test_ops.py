@@ -192,16 +192,15 @@ def test_gradients_are_those_of_the_definition(name, compiled, backend):
         leaves = [x.clone().requires_grad_() for x in args[:count]]
         out = f(*leaves, *copies(args[count:]))
         out = out if isinstance(out, Tensor) else out[0]
-        return torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), leaves, allow_unused=True)
+        loss = (out * torch.arange(out.numel()).view_as(out)).sum()
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
     found = gradients(run)
     with use_backend("reference"):
         expected = gradients(lambda *a: function(*a))
-    assert any(x is not None for x in found)
+    assert found[0].abs().sum() > 0
     for x, y in zip(found, expected, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["choose_token", "choose_token_fused"])

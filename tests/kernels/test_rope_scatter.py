@@ -16,7 +16,7 @@ SHAPES = [
     (2, 3, 6, 14, 2, 128),
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-OPTIONS = ["lengths", "query_positions", "q_norm", "k_norm"]
+OPTIONS = ["lengths", "query_positions", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias"]
 
 
 def shape_id(shape: tuple[int, ...]) -> str:
@@ -38,21 +38,28 @@ def inputs(shape: tuple[int, ...], dtype=torch.float32, table=torch.float32, buf
 
 
 def options(shape: tuple[int, ...], names: list[str], dtype=torch.float32) -> dict:
-    b, n, s, *_, d = shape
+    b, n, s, hq, hkv, d = shape
     every = {
         "lengths": torch.randint(1, n + 1, (b,)) * (torch.arange(b) < max(b - 1, 1)),  # the last of several has none
         "query_positions": torch.randint(0, s + 3, (b, n)),
         "q_norm": (torch.randn(d).to(dtype), 1e-5),
         "k_norm": (torch.randn(d).to(dtype), 1e-6),
+        "q_bias": torch.randn(hq, d).to(dtype),
+        "k_bias": torch.randn(hkv, d).to(dtype),
+        "v_bias": torch.randn(hkv, d).to(dtype),
     }
     return {name: every[name] for name in names}
 
 
-def plain(q, k, v, cos, sin, positions, k_buf, v_buf, lengths=None, query_positions=None, q_norm=None, k_norm=None):
+def plain(
+    q, k, v, cos, sin, positions, k_buf, v_buf, lengths=None, query_positions=None, q_norm=None, k_norm=None,
+    q_bias=None, k_bias=None, v_bias=None,
+):  # fmt: skip
     """The rotated queries and both buffers, one entry at a time, at the dtypes given."""
     b, n = positions.shape
     k_buf, v_buf, out = k_buf.clone(), v_buf.clone(), torch.empty_like(q)
     query_positions = positions if query_positions is None else query_positions
+    q, k, v = (x if bias is None else x + bias for x, bias in ((q, q_bias), (k, k_bias), (v, v_bias)))
 
     def turn(x: Tensor, norm: tuple[Tensor, float] | None, place: Tensor) -> Tensor:
         if norm is not None:
@@ -92,7 +99,8 @@ def compare(assert_close, args: dict, extra: dict) -> None:
         used = torch.arange(out.shape[1]) < extra["lengths"][:, None]
     assert_close(out[used], exact[0][used], rough[0][used])
     assert_close(args["k_buf"], exact[1], rough[1])
-    if not double:
+    assert_close(args["v_buf"], exact[2], rough[2])
+    if not double and "v_bias" not in extra:
         assert torch.equal(args["v_buf"], rough[2])
 
 
@@ -179,7 +187,97 @@ def test_nothing_is_read_back(names, no_readback):
         rope_scatter_(**args, **extra, validate=False)
 
 
+ODD = (2, 5, 11, 3, 2, 24)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 64])
+@pytest.mark.parametrize("names", [[], OPTIONS], ids=["plain", "all"])
+def test_any_tile_gives_the_same_bits(rows, names, interpreted):
+    args, extra = inputs(ODD), options(ODD, names)
+    other = {name: x.clone() for name, x in args.items()}
+    expected = interpreted.rope_scatter_(**args, **extra)
+    row = interpreted.launch.Launch((rows,), 1)
+    assert torch.equal(interpreted.rope_scatter_(**other, **extra, row=row), expected)
+    for name in ("k_buf", "v_buf"):
+        assert torch.equal(other[name], args[name])
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+@pytest.mark.parametrize("r", [1, 4, 7])
+def test_around_one_tile(n, r, interpreted, assert_close):
+    """As many heads as a tile has, one fewer and one more, of the queries and of the keys."""
+    args = inputs((2, n, 9, 1, 1, 16))
+    args["q"], place = torch.randn(2, r, 1, 16), torch.randint(9, (2, r))
+    k_buf, v_buf = args["k_buf"].clone(), args["v_buf"].clone()
+    row = interpreted.launch.Launch((4,), 1)
+    out = interpreted.rope_scatter_(**args, query_positions=place, row=row)
+    before = args | {"k_buf": k_buf, "v_buf": v_buf}
+    exact = plain(**cast(before, torch.float64), query_positions=place)
+    rough = plain(**before, query_positions=place)
+    for found, *expected in zip((out, args["k_buf"], args["v_buf"]), exact, rough, strict=True):
+        assert_close(found, *expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [["lengths"], OPTIONS], ids=["lengths", "all"])
+def test_a_row_alone_and_in_company_gives_the_same_bits(dtype, names, backend):
+    shape = (8, 3, 7, 4, 2, 16)
+    args, extra = inputs(shape, dtype), options(shape, names, dtype)
+    per_row = [name for name in (*args, "lengths", "query_positions") if name not in ("cos", "sin")]
+    alone = [
+        {name: x[i : i + 1].clone() if name in per_row else x for name, x in (args | extra).items()} for i in range(8)
+    ]
+    out = rope_scatter_(**args, **extra)
+    for i, own in enumerate(alone):
+        found = rope_scatter_(**own)
+        used = 3 if "query_positions" in extra else int(extra["lengths"][i])
+        assert torch.equal(found[0, :used], out[i, :used])
+        for name in ("k_buf", "v_buf"):
+            assert torch.equal(own[name][0], args[name][i])
+
+
+def test_only_the_named_slots_are_written(backend):
+    """Buffers of NaN, also around the slices that are given, and entries beyond `lengths`."""
+    args, extra = inputs(SHAPES[1]), options(SHAPES[1], OPTIONS)
+    for name in ("k_buf", "v_buf"):
+        whole = torch.full([size + 2 for size in args[name].shape], torch.nan)
+        args[name] = whole[1:-1, 1:-1, 1:-1, 1:-1]
+        rope_scatter_(**args, **extra)
+        written = torch.zeros(args[name].shape[:2], dtype=torch.bool)
+        for row, length in enumerate(extra["lengths"]):
+            written[row, args["positions"][row, :length]] = True
+        assert torch.equal(args[name].isfinite().all((2, 3)), written)
+        assert whole.isfinite().sum() == written.sum() * args[name][0, 0].numel()
+
+
+def test_no_queries_or_no_keys(backend):
+    args = inputs(SHAPES[1])
+    none = {name: args[name][:, :0] for name in ("k", "v", "positions")}
+    before, expected = args["k_buf"].clone(), plain(**args)
+    found = rope_scatter_(**args | none, query_positions=args["positions"])
+    torch.testing.assert_close(found, expected[0])
+    assert torch.equal(args["k_buf"], before)
+    assert rope_scatter_(**args | {"q": args["q"][:, :0]}, query_positions=args["positions"][:, :0]).numel() == 0
+    torch.testing.assert_close(args["k_buf"], expected[1])
+
+
 # Public reports
+
+
+def test_A11_whole_numbers_in_bfloat16(backend):
+    """Quarter turns of small whole numbers: right to the last bit in any dtype."""
+    args = inputs((2, 5, 9, 4, 2, 16), torch.bfloat16, torch.bfloat16)
+    quarter = torch.arange(12)[:, None] + torch.arange(8)
+    args["cos"], args["sin"] = (
+        torch.tensor(values, dtype=torch.bfloat16)[quarter % 4] for values in ([1, 0, -1, 0], [0, 1, 0, -1])
+    )
+    for name in ("q", "k", "v"):
+        args[name] = torch.randint(-2, 3, args[name].shape).bfloat16()
+    bias = {name: torch.randint(-2, 3, (h, 16)).bfloat16() for name, h in (("q_bias", 4), ("k_bias", 2), ("v_bias", 2))}
+    exact = plain(**cast(args, torch.float64), **cast(bias, torch.float64))
+    found = rope_scatter_(**args, **bias), args["k_buf"], args["v_buf"]
+    for x, expected in zip(found, exact, strict=True):
+        assert torch.equal(x.double(), expected)
 
 
 def test_A10_int32_and_int64_give_the_same(backend):
@@ -267,6 +365,10 @@ def zeros(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         ({"lengths": zeros(2)}, r"^lengths must be int32"),
         ({"q_norm": (zeros(8), 1e-6)}, r"^q_norm\[0\] must have shape"),
         ({"k_norm": (zeros(8), 1e-6)}, r"^k_norm\[0\] must have shape"),
+        ({"q_bias": zeros(2, 16)}, r"^q_bias must have shape \[4, 16\]"),
+        ({"k_bias": zeros(4, 16)}, r"^k_bias must have shape \[2, 16\]"),
+        ({"v_bias": zeros(2, 16, dtype=torch.float16)}, r"^v_bias is torch.float16 but q is torch.float32"),
+        ({"v_bias": zeros(2, 16, device="meta")}, r"^v_bias is on meta but q is on cpu"),
         ({"k_norm": (zeros(16, device="meta"), 1e-6)}, r"^k_norm\[0\] is on meta but q is on cpu"),
     ],
 )

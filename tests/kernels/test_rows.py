@@ -9,7 +9,8 @@ from torch import Tensor
 from dkv.kernels import BACKENDS, gather_rows, scatter_rows_, use_backend
 
 REST = [(), (3,), (2, 5)]  # what follows B and S: a token canvas, hidden states, heads
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
+DTYPES += [torch.complex128, torch.float8_e4m3fn]
 
 
 def inputs(rest: tuple[int, ...], dtype=torch.float32, b=2, s=7, n=4) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +84,76 @@ def test_nothing_is_read_back(rest, no_readback):
         scatter_rows_(x, index.int(), source, validate=False)
 
 
+TILES = [(1, 1), (2, 4), (4, 4), (4, 16), (16, 1)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("n", [3, 4, 5])
+@pytest.mark.parametrize("columns", [1, 3, 4, 5])
+def test_around_one_tile(tile, n, columns, interpreted):
+    """As many rows and columns as a tile has, one fewer and one more."""
+    x, index, source = inputs((columns,), n=n)
+    row = interpreted.launch.Launch(tile, 1)
+    expected = x.clone()
+    with use_backend("reference"):
+        scatter_rows_(expected, index, source)
+    assert interpreted.scatter_rows_(x, index, source, row=row) is x
+    assert torch.equal(x, expected)
+    assert torch.equal(interpreted.gather_rows(x, index, row=row), source)
+
+
+@pytest.mark.parametrize("rest", [(70,), (2, 600), (1025,)], ids=str)
+def test_long_rows(rest, backend):
+    x, index, source = inputs(rest)
+    scatter_rows_(x, index, source)
+    assert torch.equal(gather_rows(x, index), source)
+
+
+def test_only_the_named_rows_are_written(backend):
+    whole = torch.full((4, 9, 5), torch.nan)
+    _, index, source = inputs((3,))
+    x = scatter_rows_(whole[1:3, 1:8, 1:4], index, source)
+    assert torch.equal(x.isfinite().all(2), torch.zeros(2, 7, dtype=torch.bool).scatter(1, index, True))
+    assert whole.isfinite().sum() == source.numel()
+
+
+def test_bit_patterns_are_kept(backend):
+    """A row is moved, not computed: NaN keeps its payload, and zero its sign."""
+    bits = torch.tensor([0x7FC1, -1, -32768, 1], dtype=torch.int16).view(1, 4, 1)
+    assert torch.equal(
+        gather_rows(bits.view(torch.bfloat16), torch.tensor([[3, 2, 1, 0]])).view(torch.int16), bits.flip(1)
+    )
+
+
+def test_a_conjugate_is_resolved(backend):
+    x = torch.randn(2, 7, 3, dtype=torch.complex64)
+    index = torch.tensor([[1, 0], [6, 2]])
+    assert torch.equal(gather_rows(x.conj(), index), gather_rows(x, index).conj())
+    negated = x[:, :, 0].conj().imag
+    assert negated.is_neg()
+    assert torch.equal(gather_rows(negated, index), -x[:, :, 0].imag.gather(1, index))
+    scatter_rows_(negated, index, torch.ones(2, 2))
+    assert torch.equal(x[:, :, 0].imag.gather(1, index), -torch.ones(2, 2))
+
+
+def test_a_row_alone_and_in_company_gives_the_same_bits(backend):
+    x, index, source = inputs((5,), b=8)
+    found, whole = gather_rows(x, index), scatter_rows_(x.clone(), index, source)
+    for i in range(8):
+        own = x[i : i + 1].clone(), index[i : i + 1], source[i : i + 1]
+        assert torch.equal(gather_rows(*own[:2])[0], found[i])
+        assert torch.equal(scatter_rows_(*own)[0], whole[i])
+
+
 # Public reports
+
+
+def test_A11_whole_numbers_in_bfloat16(backend):
+    x = torch.randint(-2, 3, (2, 16, 16))
+    index = torch.stack([torch.randperm(16) for _ in range(2)])
+    expected = x.gather(1, index[:, :, None].expand(-1, -1, 16))
+    assert torch.equal(gather_rows(x.bfloat16(), index).long(), expected)
+    assert torch.equal(scatter_rows_(torch.zeros_like(x).bfloat16(), index, expected.float()).long(), x)
 
 
 def test_A10_offsets_beyond_32_bits(backend):

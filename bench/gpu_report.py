@@ -1,0 +1,131 @@
+"""What `dkv.bench.gpu` knows about the machine, how long it may take, and where its results go."""
+
+import json
+import os
+import subprocess
+import time
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dkv.version import versions
+
+
+def _output(*command: str) -> str:
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return ""
+
+
+def _driver() -> str:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
+        with suppress(OSError):
+            found.append(Path(path).read_text().strip())
+    return found[0] if found else "unknown"
+
+
+def facts(device: torch.device, command: str) -> dict[str, Any]:
+    """Card, driver, versions, date and command: what a figure is worth nothing without."""
+    known = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, **versions(),
+        "cuda": torch.version.cuda, "hip": torch.version.hip, "device": str(device),
+    }  # fmt: skip
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        known |= {
+            "card": card.name, "arch": getattr(card, "gcnArchName", "") if torch.version.hip else
+            f"sm_{card.major}{card.minor}", "processors": card.multi_processor_count,
+            "memory_gb": round(card.total_memory / 1e9, 1), "driver": _driver(), "cards": torch.cuda.device_count(),
+        }  # fmt: skip
+    return known
+
+
+class Clock:
+    """The time that a part may take."""
+
+    def __init__(self, minutes: float):
+        self.start, self.limit = time.monotonic(), minutes * 60
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
+    @property
+    def over(self) -> bool:
+        return self.spent >= self.limit
+
+
+class Report:
+    """Rows of every part, printed as they come, and written to a file after each.
+
+    Args:
+        path: JSON file, replaced as a whole so that a killed run leaves a readable one; None: none.
+        known: `facts` and settings of the run.
+    """
+
+    def __init__(self, path: str | None, known: dict[str, Any]):
+        self.path, self.failed = path, False
+        self.content: dict[str, Any] = {"facts": known, "finished": False, "parts": {}}
+        self.save()
+
+    def begin(self, part: str, title: str, **more: Any) -> None:
+        self.part = self.content["parts"][part] = {"rows": [], "left_out": [], "seconds": 0.0, **more}
+        print(f"\n== {part}: {title}", flush=True)
+
+    def row(self, line: str, values: dict[str, Any], failed: bool = False) -> None:
+        """Print `line` and record `values`; `failed` makes the run fail."""
+        self.failed |= failed
+        self.part["rows"].append(values)
+        print(line, flush=True)
+        self.save()
+
+    def end(self, clock: Clock, left_out: list[str]) -> None:
+        self.part["left_out"], self.part["seconds"] = left_out, round(clock.spent, 1)
+        print(f"-- {clock.spent:.0f} s")
+        if left_out:
+            shown = "; ".join(left_out[:8]) + ("; ..." if len(left_out) > 8 else "")
+            print(f"-- time is up (--minutes {clock.limit / 60:g}): {len(left_out)} left out: {shown}", flush=True)
+        self.save()
+
+    def close(self) -> None:
+        self.content["finished"] = True
+        self.save()
+
+    def save(self) -> None:
+        if self.path is not None:
+            part = f"{self.path}.part"
+            with open(part, "w") as file:
+                json.dump(self.content, file, indent=1)
+            os.replace(part, self.path)
+
+
+def short(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still works: after an illegal access every later call of the process fails."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        return bool(torch.ones(1, device=device).item() == 1)
+    except RuntimeError:
+        return False
+
+
+class DeviceLost(Exception):
+    """The device no longer answers; nothing that follows in this process would mean anything."""
+
+
+def must_answer(device: torch.device, after: str) -> None:
+    """Raise DeviceLost unless the device works."""
+    if not answers(device):
+        raise DeviceLost(f"the device no longer answers after {after}; run the rest in a new process (--only NAME)")

@@ -1,0 +1,183 @@
+"""`python -m dkv.bench.gpu`: rehearsed on the CPU, and its checks, which must notice what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dkv.bench import gpu, gpu_report
+from dkv.bench.gpu_checks import CHECKS, run_check
+from dkv.bench.gpu_tools import Skipped, close
+from dkv.kernels import torch_backend
+from dkv.kernels.backend import has_triton, load
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def rehearse(*words: str, path: Path) -> tuple[subprocess.CompletedProcess, dict]:
+    """The script in a process of its own, without Triton's interpreter, and what it wrote."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DKV_BACKEND")}
+    command = [sys.executable, "-m", "dkv.bench.gpu", "--device", "cpu", "--json", str(path), *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return done, json.loads(path.read_text())
+
+
+def test_rehearsal_goes_through_all_parts(tmp_path):
+    done, found = rehearse("--only", "llada", "--model", "llada", "--layers", "1", path=tmp_path / "result.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "REHEARSAL" in done.stdout
+    facts = found["facts"]
+    assert facts["rehearsal"] and facts["backends"] == ["torch"] and facts["torch"] == torch.__version__
+    assert facts["command"].startswith("python -m dkv.bench.gpu --device cpu --json")
+    assert found["finished"] and list(found["parts"]) == ["checks", "ops", "steps"]
+    checks, ops, steps = (found["parts"][part]["rows"] for part in ("checks", "ops", "steps"))
+    assert {row["verdict"] for row in checks} == {"PASS"} and len(checks) == 5
+    attention = next(row for row in ops if row["name"] == "attention full LLaDA-8B B1 S48")
+    assert set(attention["ms"]) == {"torch", "eager", "sdpa"} and not attention["errors"]
+    # Q and the output, K and V, float32, 48 slots of 4 heads of 16; two products of 48 x 48 x 16 per head.
+    assert attention["bytes"] == 4 * 48 * 4 * 16 * 4 and attention["flops"] == 2 * 2 * 4 * 48 * 48 * 16
+    best = min(("eager", "sdpa"), key=lambda name: attention["ms"][name]["median"])
+    ratio = attention["ms"][best]["median"] / attention["ms"]["torch"]["median"]
+    assert attention["best_other"] == best and attention["ratio_to_best_other"] == pytest.approx(ratio)
+    assert [row["policy"] for row in steps] == ["plain", "decode 8", "greedy 4", "prefill"] * 2
+    assert all(row["passes"] == 8 and row["warm"] for row in steps)
+    assert [row["full_passes"] for row in steps[:4]] == [8, 2, 2, 1]
+    assert steps[0]["computed_share"] == 1 and steps[1]["computed_share"] < 1
+    assert {row["ratio_to_plain"] for row in steps if row["policy"] == "plain"} == {1.0}
+
+
+@pytest.mark.slow
+def test_whole_rehearsal(tmp_path):
+    done, found = rehearse(path=tmp_path / "result.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [row["name"] for row in found["parts"]["checks"]["rows"]]
+    assert names == list(CHECKS)
+    assert all(not row["errors"] for row in found["parts"]["ops"]["rows"])
+
+
+def test_no_device(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    message = capsys.readouterr().err
+    assert "no CUDA or ROCm device" in message and "--device cpu" in message
+
+
+@pytest.mark.parametrize("words", [["check"], ["--layers", "0"], ["--minutes", "0"], ["--model", "gpt"]])
+def test_wrong_arguments_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--device", "cpu", *words])
+    assert stopped.value.code == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """No Triton interpreter, which takes minutes for a whole part."""
+    monkeypatch.setattr(gpu, "backends_on", lambda device: ["torch"])
+
+
+def test_what_time_does_not_allow_is_named(torch_alone, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert gpu.main(["--device", "cpu", "--minutes", "1e-9", "--json", str(path)]) == 0
+    parts = json.loads(path.read_text())["parts"]
+    assert [part["rows"] for part in parts.values()] == [[], [], []]
+    assert parts["checks"]["left_out"] == list(CHECKS)
+    assert "LLaDA-8B B1 S48 decode 8 on torch" in parts["steps"]["left_out"]
+    assert "time is up" in capsys.readouterr().out
+
+
+def test_an_error_stays_in_its_row(torch_alone, monkeypatch, tmp_path, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch_backend, "rope_scatter_", broken)
+    path = tmp_path / "result.json"
+    words = ["--device", "cpu", "--json", str(path), "--model", "llada", "--only", "cached LLaDA-8B B1", "ops"]
+    assert gpu.main(words) == 1
+    rows = {row["name"].split()[0]: row for row in json.loads(path.read_text())["parts"]["ops"]["rows"]}
+    assert rows["rope_scatter"]["errors"] == {"torch": "RuntimeError: no such kernel"}
+    assert list(rows["rope_scatter"]["ms"]) == ["eager"]
+    assert not rows["attention"]["errors"] and "torch" in rows["attention"]["ms"]
+    assert gpu.main(["--device", "cpu", "--json", str(path), "--only", "dream_decode", "checks"]) == 1
+    assert json.loads(path.read_text())["parts"]["checks"]["rows"][0]["verdict"] == "FAIL"
+    assert gpu.main(["--device", "cpu", "--json", str(path), "--only", "LLaDA-8B B1 S48 decode", "steps"]) == 1
+    assert "no such kernel" in json.loads(path.read_text())["parts"]["steps"]["rows"][0]["error"]
+
+
+def test_a_killed_run_leaves_its_rows(tmp_path):
+    path = tmp_path / "result.json"
+    report = gpu_report.Report(str(path), {"card": "none"})
+    report.begin("ops", "title")
+    report.row("a line", {"name": "first"})
+    found = json.loads(path.read_text())
+    assert not found["finished"] and found["parts"]["ops"]["rows"] == [{"name": "first"}]
+
+
+def wrong(operation: str):
+    """A torch operation that is off in its last row."""
+    right = getattr(torch_backend, operation)
+
+    def run(*args, **kwargs):
+        found = right(*args, **kwargs)
+        first = found[0] if isinstance(found, tuple) else found
+        if first.dtype == torch.bool:
+            first.logical_not_()
+        elif first.numel():
+            first[-1] += 1
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("operation", "check"),
+    [
+        ("cached_attention", "attention_float32"), ("cached_attention", "attention_bfloat16"),
+        ("cached_attention", "attention_rules"), ("cached_attention", "nothing_beside_a_tensor_is_used_float32"),
+        ("rope_scatter_", "rope_scatter_float16"), ("gather_rows", "rows"), ("scatter_rows_", "rows"),
+        ("choose_token", "choose_token_entropy"), ("choose_token", "choose_token_tail"),
+        ("choose_token", "noise_is_that_of_the_definition"), ("choose_token", "choose_token_filters"),
+        ("choose_token_fused", "choose_token_fused_float32"), ("commit_", "commit"),
+    ],
+)  # fmt: skip
+def test_a_wrong_operation_is_noticed(monkeypatch, operation, check):
+    run_check(check, CPU, "torch")
+    monkeypatch.setattr(torch_backend, operation, wrong(operation))
+    with pytest.raises((AssertionError, RuntimeError)):
+        run_check(check, CPU, "torch")
+
+
+def test_wrong_noise_is_noticed(monkeypatch):
+    monkeypatch.setattr(torch_backend, "gumbel", lambda seed, keys, columns, start=0: torch.zeros(len(keys), columns))
+    for name in ("sampling_distribution", "noise_is_that_of_the_definition"):
+        with pytest.raises(AssertionError):
+            run_check(name, CPU, "torch")
+
+
+def test_close_takes_no_nan():
+    exact = torch.ones(3, dtype=torch.float64)
+    close(exact.float(), exact, exact.float(), "equal")
+    with pytest.raises(AssertionError, match="off by"):
+        close(torch.tensor([1.0, torch.nan, 1.0]), exact, exact.float(), "NaN")
+
+
+# Those that the interpreter makes in seconds.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention_bfloat16", "rope_scatter_float32", "integers_of_both_widths", "choose_token_tail",
+        "wrong_index_is_refused_before_the_launch_9", "nothing_beside_a_tensor_is_used_float32",
+    ],
+)  # fmt: skip
+def test_checks_pass_in_the_interpreter(name):
+    if not (has_triton() and load("triton").INTERPRETED):
+        pytest.skip("needs TRITON_INTERPRET=1")
+    try:
+        run_check(name, CPU, "triton")
+    except Skipped as reason:
+        pytest.skip(str(reason))

@@ -1,0 +1,144 @@
+"""cached_attention in Triton: what its launches, parts and scratch add to the definition."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dkv.kernels import Workspace, reference
+from dkv.kernels.triton_backend.attention_table import TABLE
+from dkv.kernels.triton_backend.launch import Launch
+
+SMALL = [Launch((16, 16), 4), Launch((32, 16), 4), Launch((16, 64), 4)]
+# B rows, N queries, S slots, Hq and Hkv heads, D head size: tiles that fill up and that do not, G in 1, 2, 4, 7.
+SHAPES = [
+    (1, 16, 32, 1, 1, 16),
+    (2, 9, 37, 4, 2, 24),
+    (1, 5, 49, 14, 2, 16),
+    (1, 9, 33, 4, 1, 48),
+    (1, 1, 1, 7, 1, 16),
+]
+
+
+def shape_id(x) -> str:
+    return "B{}-N{}-S{}-H{}/{}-D{}".format(*x)
+
+
+def row_id(x) -> str:
+    return "x".join(map(str, x.tile))
+
+
+def inputs(shape) -> tuple[Tensor, Tensor, Tensor]:
+    b, n, s, hq, hkv, d = shape
+    return torch.randn(b, n, hq, d), torch.randn(b, s, hkv, d), torch.randn(b, s, hkv, d)
+
+
+def rules(shape) -> dict[str, dict]:
+    b, n, s, *_ = shape
+    return {
+        "open": {},
+        "ranges": {"key_ranges": torch.tensor([[s // 3, s - s // 5]] * b)},
+        "inside a tile": {"key_ranges": torch.tensor([[min(2, s - 1), min(9, s)]] * b)},
+        "past the end": {"key_ranges": torch.tensor([[-3, s + 40]] * b)},
+        "backwards": {"key_ranges": torch.tensor([[s, 0]] * b)},
+        "key mask": {"key_mask": torch.rand(b, s) < 0.6},
+        "pairs": {"mask": torch.rand(b, n, s) < 0.5, "key_ranges": torch.tensor([[s // 4, s]] * b)},
+        "blocks": {"block_ids": (torch.randint(0, 4, (b, n)), torch.randint(0, 5, (b, s)))},
+        "lengths": {"query_lengths": torch.full((b,), n // 2)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"), [(SMALL[0], 1), (SMALL[0], 4), (SMALL[1], 1), (SMALL[2], 2)],
+    ids=lambda x: f"{x}-parts" if isinstance(x, int) else row_id(x),
+)  # fmt: skip
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_tiles_and_parts(shape, row, parts, interpreted, assert_close):
+    q, k, v = inputs(shape)
+    for options in rules(shape).values():
+        out, lse = interpreted.cached_attention(q, k, v, row=row, parts=parts, return_lse=True, **options)
+        exact, exact_lse = reference.cached_attention(*(x.double() for x in (q, k, v)), return_lse=True, **options)
+        plain, plain_lse = reference.cached_attention(q, k, v, return_lse=True, **options)
+        assert_close(out, exact, plain)
+        assert_close(lse, exact_lse, plain_lse)
+
+
+def test_scratch_may_hold_anything(interpreted):
+    shape = SHAPES[1]
+    q, k, v = inputs(shape)
+    options = rules(shape)["ranges"]
+    work = Workspace()
+    first = interpreted.cached_attention(q, k, v, row=SMALL[0], parts=2, workspace=work, **options)
+    assert work.nbytes > 0
+    for memory in work._memory.values():
+        memory.fill_(torch.nan)
+    second = interpreted.cached_attention(q, k, v, row=SMALL[0], parts=2, workspace=work, **options)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_row_alone_and_in_a_batch_of_8(parts, interpreted):
+    q, k, v = inputs((8, 9, 37, 4, 2, 16))
+    ranges = torch.tensor([[i, 37 - i] for i in range(8)])
+    together = interpreted.cached_attention(q, k, v, key_ranges=ranges, parts=parts)
+    for i in (0, 5):
+        row = slice(i, i + 1)
+        assert torch.equal(
+            interpreted.cached_attention(q[row], k[row], v[row], key_ranges=ranges[row], parts=parts), together[row]
+        )
+
+
+def test_batch_invariance_on_request(interpreted, monkeypatch):
+    """Without fixed parts a batch of 8 is divided less than a row alone; the variable makes them equal."""
+    q, k, v = inputs((8, 2, 300, 1, 1, 16))
+    monkeypatch.setenv("DKV_BATCH_INVARIANT", "1")
+    together = interpreted.cached_attention(q, k, v, row=SMALL[0])
+    assert torch.equal(interpreted.cached_attention(q[3:4], k[3:4], v[3:4], row=SMALL[0]), together[3:4])
+
+
+def test_same_bits_every_time(interpreted):
+    q, k, v = inputs(SHAPES[1])
+    assert torch.equal(*(interpreted.cached_attention(q, k, v, parts=2) for _ in range(2)))
+
+
+@pytest.mark.parametrize("name", ["key_mask", "key_ranges"])
+def test_what_a_hidden_slot_holds_is_not_read(name, interpreted):
+    q, k, v = inputs((1, 3, 20, 2, 1, 16))
+    hidden = torch.zeros(1, 20, dtype=torch.bool)
+    hidden[0, 13:] = True
+    options = {"key_mask": ~hidden} if name == "key_mask" else {"key_ranges": torch.tensor([[0, 13]])}
+    expected = interpreted.cached_attention(q, k, v, **options)
+    for x in (k, v):
+        x[hidden] = torch.nan
+    assert torch.equal(interpreted.cached_attention(q, k, v, **options), expected)
+
+
+def test_offsets_within_a_tile_of_more_than_32_bits(interpreted):
+    """Slots so far apart that slot * stride passes 2^31 within one tile; the memory between is never touched."""
+    apart = 1 << 27
+    storage = torch.empty(1, 20, 1, 16, dtype=torch.float16, device="meta").element_size() * apart * 20
+    try:
+        memory = torch.empty(apart * 20, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip(f"needs {storage >> 30} GiB of address space")
+    k, v = (memory.as_strided((1, 20, 1, 16), (apart * 20, apart, 16, 1), offset) for offset in (0, 16))
+    q = torch.randn(1, 3, 1, 16, dtype=torch.float16)
+    k.normal_(), v.normal_()
+    options = {"mask": torch.rand(1, 3, 20) < 0.7}
+    out = interpreted.cached_attention(q, k, v, row=SMALL[0], **options)
+    assert torch.equal(out, interpreted.cached_attention(q, k.contiguous(), v.contiguous(), row=SMALL[0], **options))
+
+
+def test_A11_bfloat16_in_the_interpreter(interpreted):
+    q, k, v = (torch.randint(-2, 3, (1, 16, 1, 16)).bfloat16() for _ in range(3))
+    out = interpreted.cached_attention(q, k, v)
+    assert out.dtype == torch.bfloat16
+    exact = reference.cached_attention(*(x.double() for x in (q, k, v)))
+    assert (out - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_every_regime_has_a_row_on_every_chip():
+    regimes = set(TABLE.rows["default"])
+    assert len(regimes) == 3 * 2 * 6
+    for rows in TABLE.rows.values():
+        assert set(rows) <= regimes
+        assert all(min(row.tile) >= 16 for row in rows.values())
