@@ -26,12 +26,15 @@ print(json.dumps([module.__file__ for module in (dkv, dkv.kernels, dkv.models)])
 """
 
 IMPORT_ALL = """
-import importlib, pkgutil
+import importlib, pkgutil, sys
+without_triton = "triton" in sys.modules and sys.modules["triton"] is None
 for name in ("dkv", "dkv.kernels", "dkv.models", "dkv.bench"):
     # The first entry alone: in a checkout the second is the repository root, where setup.py lies.
     path = importlib.import_module(name).__path__[0]
     for module in pkgutil.walk_packages([path], name + "."):
-        if not module.name.endswith("__main__"):
+        # The Triton kernels are loaded on demand, and by nobody where there is no Triton.
+        needs_triton = ".triton_backend" in module.name
+        if not module.name.endswith("__main__") and not (without_triton and needs_triton):
             importlib.import_module(module.name)
 """
 

@@ -203,7 +203,8 @@ def cached_attention(
             (size**-0.5 if scale is None else scale) * LOG2E.value, tokens, slots,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides(query_lengths, 1), *strides(key_ranges, 2),
             *strides(key_mask, 2), *strides(mask, 3), *strides(query_blocks, 2), *strides(key_blocks, 2),
-            GROUP=group, D=size, SPLITS=split, TESTED=tested, PRECISION=_precision(q, block_d), BLOCK_D=block_d,
+            GROUP=group, D=size, SPLITS=split, TESTED=tested, BLOCK_D=block_d,
+            PRECISION=precision(q) if _multiplies_tf32(block_d, rules == "masked") else "ieee",
             WIDE=_wide(row, k, v, key_mask, mask, key_blocks), BLOCK_M=block_m, BLOCK_N=block_n, STAGES=row.stages,
             num_warps=row.warps, num_stages=row.stages,
         )  # fmt: skip
@@ -226,9 +227,9 @@ def _tested(width: int, block_d: int, *rules) -> bool:
     return any(rule is not None for rule in rules) or width * block_d > 512
 
 
-def _precision(q: Tensor, block_d: int) -> str:
-    """Float32 of large heads is multiplied without tensor cores, whose three products would not fit the registers."""
-    return precision(q) if block_d <= 128 else "ieee"
+def _multiplies_tf32(block_d: int, masked: bool) -> bool:
+    """Whether the three TF32 products of a float32 one fit the registers."""
+    return block_d <= (64 if masked else 128)
 
 
 def _wide(row: Launch, *tensors: Tensor | None) -> bool:
@@ -237,10 +238,14 @@ def _wide(row: Launch, *tensors: Tensor | None) -> bool:
 
 
 def audit_cases(arch: str) -> list[Case]:
-    """Every row with no option, and with all that its regime allows at a head size that does not fill the tile."""
-    return [_case(arch, regime, row, full) for regime, row in TABLE.on(arch) for full in (False, True)] + [
-        _merge_case(size) for size in (64, 128, 256)
+    """Every row with all that its regime allows and a head that does not fill the tile; what `arch` runs also bare."""
+    cases = [
+        _case(arch, regime, row, full)
+        for regime, row in TABLE.on(arch)
+        for full in (True, False)
+        if full or row == TABLE.row(arch, regime)
     ]
+    return cases + [_merge_case(size) for size in (64, 128, 256)]
 
 
 _RULES = ("key_mask", "mask", "query_blocks", "key_blocks")
@@ -248,7 +253,7 @@ _RULES = ("key_mask", "mask", "query_blocks", "key_blocks")
 
 def _case(arch: str, regime: tuple, row: Launch, full: bool) -> Case:
     many, rules, width, size = regime
-    split = 1 if many == "many" else 4
+    split, tf32 = 1 if many == "many" else 4, _multiplies_tf32(size, rules == "masked")
     given = {"q", "k", "v", "out", *(("lengths", "ranges", "lse") if full else ()), *(("lse",) if split > 1 else ())}
     given |= set(() if rules == "plain" else _RULES if full else _RULES[:1])
     number = "bf16" if width == 2 else "fp32"
@@ -259,11 +264,11 @@ def _case(arch: str, regime: tuple, row: Launch, full: bool) -> Case:
         "GROUP": 7 if full else 1, "D": size - 16 if full else size, "SPLITS": split, "WIDE": False,
         "TESTED": rules == "masked" or width * size > 512, "BLOCK_D": size, "BLOCK_M": row.tile[0],
         "BLOCK_N": row.tile[1], "STAGES": row.stages,
-        "PRECISION": "tf32x3" if width == 4 and arch.startswith("sm") and size <= 128 else "ieee",
+        "PRECISION": "tf32x3" if width == 4 and arch.startswith("sm") and tf32 else "ieee",
     }  # fmt: skip
     dense = {f"stride_{x}" for x in ("qb", "qn", "qh", "kb", "ks", "kh", "vb", "vs", "vh")}
     expect = {
-        "tensor core": width == 2 or size <= 128,
+        "tensor core": width == 2 or tf32,
         "wgmma": width == 2 and row.tile[0] >= 64,
         "async copy": row.stages > 1,
     }

@@ -92,7 +92,7 @@ TABLE = LaunchTable(
     "choose_token",
     {
         "default": {regime: Launch((1, 2048), 8) for regime in ("best", "drawn")},
-        "interpreter": {regime: Launch((1024, 4096), 4) for regime in ("best", "drawn")},
+        "interpreter": {regime: Launch((256, 4096), 4) for regime in ("best", "drawn")},
     },
     tuple(Launch((1, block_v), warps) for block_v, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16))),
 )
@@ -101,7 +101,7 @@ FUSED_TABLE = LaunchTable(
     "choose_token_fused",
     {
         "default": {
-            ("few", 2): Launch((16, 64, 64), 4, 3),
+            ("few", 2): Launch((16, 64, 64), 4, 2),
             ("few", 4): Launch((16, 64, 32), 4, 4),
             ("many", 2): Launch((64, 128, 64), 8, 2),
             ("many", 4): Launch((64, 64, 32), 8, 2),
