@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dkv.kernels import torch_backend
 from dkv.kernels.triton_backend.attention_table import TABLE
 from dkv.kernels.triton_backend.cases import Case, case
 from dkv.kernels.triton_backend.launch import Launch, computable, power_of_two, precision, splits, strides, unit_stride
@@ -172,6 +173,7 @@ def _merge_kernel(
         tl.store(lse + r, log_total, mask=inside)
 
 
+LARGEST_HEAD = 256
 MOST_PARTS = 16
 MERGE_ROWS = 4
 
@@ -180,8 +182,16 @@ def cached_attention(
     q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, mask=None, block_ids=None, scale=None,
     return_lse=False, workspace=None, parts=None, row=None,
 ):  # fmt: skip
-    """`dkv.kernels.cached_attention`; `parts` fixes in how many parts the slots are divided, `row` the launch."""
+    """`dkv.kernels.cached_attention`; `parts` fixes in how many parts the slots are divided, `row` the launch.
+
+    Heads of more than 256 numbers do not fit the registers: PyTorch attends with them.
+    """
     (batch, tokens, heads, size), dtype = q.shape, q.dtype
+    if size > LARGEST_HEAD:
+        return torch_backend.cached_attention(
+            q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask, mask=mask,
+            block_ids=block_ids, scale=scale, return_lse=return_lse,
+        )  # fmt: skip
     slots, kv_heads = k_buf.shape[1:3]
     q, k, v = (unit_stride(computable(x)) for x in (q, k_buf, v_buf))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -287,3 +287,8 @@ def test_arguments_are_checked(changes, message):
 def test_A14_two_devices(changes, name):
     with pytest.raises(ValueError, match=f"^{name} is on meta but q is on cpu"):
         call(**changes)
+
+
+@pytest.mark.parametrize("size", [1, 8, 257, 320])
+def test_head_sizes_outside_the_tables(size, backend, assert_close):
+    compare(assert_close, *inputs((1, 3, 9, 2, 1, size)), None)
