@@ -101,7 +101,7 @@ FUSED_TABLE = LaunchTable(
     "choose_token_fused",
     {
         "default": {
-            ("few", 2): Launch((16, 64, 64), 4, 2),
+            ("few", 2): Launch((16, 64, 64), 8, 3),
             ("few", 4): Launch((16, 64, 32), 4, 4),
             ("many", 2): Launch((64, 128, 64), 8, 2),
             ("many", 4): Launch((64, 64, 32), 8, 2),
