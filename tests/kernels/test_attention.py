@@ -17,7 +17,7 @@ SHAPES = [
     (1, 6, 9, 4, 1, 32),
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-RULES = ["query_lengths", "key_ranges", "key_mask", "block_ids"]
+RULES = ["query_lengths", "key_ranges", "key_mask", "mask", "block_ids"]
 
 
 def shape_id(shape: tuple[int, ...]) -> str:
@@ -37,6 +37,7 @@ def rules(shape: tuple[int, ...], names: list[str], integer: torch.dtype = torch
         "query_lengths": torch.randint(1, n + 1, (b,), dtype=integer),
         "key_ranges": torch.stack([torch.randint(0, s, (b,)).minimum(ends), ends], 1).to(integer),
         "key_mask": torch.rand(b, s) < 0.6,
+        "mask": torch.rand(b, n, s) < 0.6,
         "block_ids": (torch.randint(0, 4, (b, n), dtype=integer), torch.randint(0, 5, (b, s), dtype=integer)),
     }
     if b > 1:
@@ -46,17 +47,18 @@ def rules(shape: tuple[int, ...], names: list[str], integer: torch.dtype = torch
     return {name: every[name] for name in names}
 
 
-def seen(shape, query_lengths=None, key_ranges=None, key_mask=None, block_ids=None) -> Tensor:
+def seen(shape, query_lengths=None, key_ranges=None, key_mask=None, mask=None, block_ids=None) -> Tensor:
     """Bool [B, N, S] by the words of the docstring, one pair at a time."""
     b, n, s, *_ = shape
     lengths = [n] * b if query_lengths is None else query_lengths.tolist()
     ranges = [(0, s)] * b if key_ranges is None else key_ranges.tolist()
-    mask = [[True] * s] * b if key_mask is None else key_mask.tolist()
+    key_mask = [[True] * s] * b if key_mask is None else key_mask.tolist()
+    mask = [[[True] * s] * n] * b if mask is None else mask.tolist()
     query_block, key_block = ([[0] * n] * b, [[0] * s] * b) if block_ids is None else (x.tolist() for x in block_ids)
 
     def sees(row: int, i: int, j: int) -> bool:
         in_range = i < lengths[row] and ranges[row][0] <= j < ranges[row][1]
-        return in_range and mask[row][j] and key_block[row][j] <= query_block[row][i]
+        return in_range and key_mask[row][j] and mask[row][i][j] and key_block[row][j] <= query_block[row][i]
 
     return torch.tensor([[[sees(row, i, j) for j in range(s)] for i in range(n)] for row in range(b)])
 
@@ -260,6 +262,8 @@ def zeros(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         ({"key_ranges": zeros(2, 2, dtype=torch.bool)}, r"^key_ranges must be int32"),
         ({"key_mask": zeros(2, 4, dtype=torch.bool)}, r"^key_mask must have shape"),
         ({"key_mask": zeros(2, 5)}, r"^key_mask must be bool, got float32"),
+        ({"mask": zeros(2, 5, dtype=torch.bool)}, r"^mask must have shape"),
+        ({"mask": zeros(2, 3, 5)}, r"^mask must be bool, got float32"),
         ({"block_ids": (zeros(2, 5).int(), zeros(2, 5).int())}, r"^block_ids\[0\] must have shape"),
         ({"block_ids": (zeros(2, 3).int(), zeros(2, 3).int())}, r"^block_ids\[1\] must have shape"),
         ({"block_ids": (zeros(2, 3), zeros(2, 5).int())}, r"^block_ids\[0\] must be int32"),
