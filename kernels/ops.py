@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from torch.utils._pytree import tree_leaves
 
 from dkv.kernels import backend, torch_backend
@@ -35,7 +34,7 @@ def run(name: str, like: Tensor, *args: Any, differentiable: bool = True, **kwar
     return getattr(backend.current(like), name)(like, *args, **kwargs)
 
 
-@custom_op("dkv::cached_attention", mutates_args=())
+@library.custom_op("dkv::cached_attention", mutates_args=())
 def _cached_attention(
     q: Tensor, k_buf: Tensor, v_buf: Tensor, query_lengths: Tensor | None, key_ranges: Tensor | None,
     key_mask: Tensor | None, mask: Tensor | None, query_blocks: Tensor | None, key_blocks: Tensor | None,
@@ -63,7 +62,7 @@ def cached_attention(q, k_buf, v_buf, *, block_ids, return_lse, workspace, **rul
     return (out, lse) if return_lse else out
 
 
-@custom_op("dkv::rope_scatter_", mutates_args=("k_buf", "v_buf"))
+@library.custom_op("dkv::rope_scatter_", mutates_args=("k_buf", "v_buf"))
 def _rope_scatter_(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_buf: Tensor, v_buf: Tensor,
     query_positions: Tensor | None, lengths: Tensor | None, q_bias: Tensor | None, k_bias: Tensor | None,
@@ -87,7 +86,7 @@ def rope_scatter_(*tensors, q_norm, k_norm, **options):
     return _rope_scatter_(*tensors, q_gain=q_gain, q_eps=q_eps, k_gain=k_gain, k_eps=k_eps, **options)
 
 
-@custom_op("dkv::gather_rows", mutates_args=())
+@library.custom_op("dkv::gather_rows", mutates_args=())
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return backend.current(x).gather_rows(x, index).contiguous()
 
@@ -97,7 +96,7 @@ def _(x, index):
     return x.new_empty((*index.shape, *x.shape[2:]))
 
 
-@custom_op("dkv::scatter_rows_", mutates_args=("x",))
+@library.custom_op("dkv::scatter_rows_", mutates_args=("x",))
 def _scatter_rows_(x: Tensor, index: Tensor, source: Tensor) -> None:
     backend.current(x).scatter_rows_(x, index, source)
 
@@ -112,7 +111,7 @@ def scatter_rows_(x, index, source):
     return x
 
 
-@custom_op("dkv::choose_token", mutates_args=())
+@library.custom_op("dkv::choose_token", mutates_args=())
 def _choose_token(
     logits: Tensor, rule: str, temperature: float, confidence_temperature: float, top_k: int | None,
     top_p: float | None, seed: int, row_keys: Tensor | None, banned: Sequence[int], vocab_limit: int | None,
@@ -132,7 +131,7 @@ def choose_token(logits, *, overwrite, workspace, **how):
     return _choose_token(logits, **how)
 
 
-@custom_op("dkv::choose_token_fused", mutates_args=())
+@library.custom_op("dkv::choose_token_fused", mutates_args=())
 def _choose_token_fused(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, rule: str, temperature: float,
     confidence_temperature: float, top_k: int | None, top_p: float | None, seed: int, row_keys: Tensor | None,
@@ -159,7 +158,7 @@ def _choice_like(x):
     return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=wide)
 
 
-@custom_op("dkv::commit_", mutates_args=("canvas",))
+@library.custom_op("dkv::commit_", mutates_args=("canvas",))
 def commit_(
     canvas: Tensor, token: Tensor, log_confidence: Tensor, eligible: Tensor, count: Tensor,
     positions: Tensor | None, threshold: float | None,
