@@ -263,7 +263,7 @@ _RULES = ("key_mask", "mask", "query_blocks", "key_blocks")
 
 def _case(arch: str, regime: tuple, row: Launch, full: bool) -> Case:
     many, rules, width, size = regime
-    split, tf32 = 1 if many == "many" else 4, _multiplies_tf32(size, rules == "masked")
+    split, tf32 = 1 if many == "many" and not full else 4, _multiplies_tf32(size, rules == "masked")
     given = {"q", "k", "v", "out", *(("lengths", "ranges", "lse") if full else ()), *(("lse",) if split > 1 else ())}
     given |= set(() if rules == "plain" else _RULES if full else _RULES[:1])
     number = "bf16" if width == 2 else "fp32"
