@@ -79,8 +79,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # Imported here, so that the message above comes at once and on any machine.
     from dkv.bench import gpu_checks, gpu_ops, gpu_steps
-    from dkv.bench.gpu_models import SPECS, tiny
-    from dkv.bench.gpu_report import Clock, DeviceLost, Report, facts
+    from dkv.bench.gpu_report import Clock, DeviceLost, Report
+    from dkv.bench.gpu_work import SHAPE_OF
+    from dkv.bench.machine import facts
+    from dkv.bench.shapes import shape, tiny
 
     device = torch.device("cpu") if rehearsal else torch.device("cuda", torch.cuda.current_device())
     try:
@@ -94,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     if rehearsal:
         print("REHEARSAL on the CPU with tiny shapes: the times mean nothing.")
     print(", ".join(f"{name} {value}" for name, value in known.items() if value))
-    specs = {name: tiny(spec) if rehearsal else spec for name, spec in SPECS.items() if args.model in (None, name)}
+    specs = {name: shape(whole) for name, whole in SHAPE_OF.items() if args.model in (None, name)}
+    specs = {name: tiny(spec) if rehearsal else spec for name, spec in specs.items()}
     shrunk = {name: replace(spec, num_layers=args.layers or spec.num_layers) for name, spec in specs.items()}
     parts = {
         "checks": lambda clock: gpu_checks.run(report, clock, device, backends[0], args.only),

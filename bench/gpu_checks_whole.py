@@ -9,8 +9,9 @@ from torch import Tensor
 
 import dkv
 from dkv import kernels
-from dkv.bench.gpu_models import tiny_model
 from dkv.bench.gpu_tools import Skipped, check, check_each, close, distinct, need_gpu, randn, same
+from dkv.bench.gpu_work import SHAPE_OF
+from dkv.bench.shapes import random_model, shape, tiny
 from dkv.kernels import backend
 
 
@@ -143,7 +144,9 @@ def generation(device, case) -> None:
     """A small float32 model gives the tokens of the torch backend, padded prompts and drawn tokens included."""
     family, name = case.split("_")
     policy = next(p for p in POLICIES if p.name == name)
-    model = tiny_model(family, device)
+    # Drawn on the host: the same weights on every device.
+    spec = tiny(shape(SHAPE_OF[family]))
+    model = random_model(spec, torch.device("cpu"), torch.float32, std=0.3).to(device)
     ids = torch.randint(model.spec.vocab_size - 1, (3, 11)).to(device)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0

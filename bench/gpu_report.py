@@ -1,47 +1,11 @@
-"""What `dkv.bench.gpu` knows about the machine, how long it may take, and where its results go."""
+"""How long `dkv.bench.gpu` may take, and where its results go."""
 
 import json
 import os
-import subprocess
 import time
-from contextlib import suppress
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from dkv.version import versions
-
-
-def _output(*command: str) -> str:
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    return ""
-
-
-def _driver() -> str:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
-        with suppress(OSError):
-            found.append(Path(path).read_text().strip())
-    return found[0] if found else "unknown"
-
-
-def facts(device: torch.device, command: str) -> dict[str, Any]:
-    """Card, driver, versions, date and command: what a figure is worth nothing without."""
-    known = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, **versions(),
-        "cuda": torch.version.cuda, "hip": torch.version.hip, "device": str(device),
-    }  # fmt: skip
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        known |= {
-            "card": card.name, "arch": getattr(card, "gcnArchName", "") if torch.version.hip else
-            f"sm_{card.major}{card.minor}", "processors": card.multi_processor_count,
-            "memory_gb": round(card.total_memory / 1e9, 1), "driver": _driver(), "cards": torch.cuda.device_count(),
-        }  # fmt: skip
-    return known
 
 
 class Clock:

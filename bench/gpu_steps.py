@@ -9,9 +9,9 @@ import torch
 
 import dkv
 from dkv import kernels
-from dkv.bench.gpu_models import TITLES, random_model
 from dkv.bench.gpu_report import Clock, Report, must_answer, short
-from dkv.bench.gpu_work import BATCHES, SLOTS
+from dkv.bench.gpu_work import BATCHES, SLOTS, TITLES
+from dkv.bench.shapes import random_model
 from dkv.models import ModelSpec, Transformer
 
 # Greedy goes with the random order, as published; all others with the most probable slot first.

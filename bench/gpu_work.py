@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from dkv import kernels
 from dkv.bench import gpu_baselines as eager
-from dkv.bench.gpu_models import TITLES
 from dkv.kernels import reference
 from dkv.models import ModelSpec
 
+SHAPE_OF = {"llada": "llada-8b", "dream": "dream-7b"}
+TITLES = {"llada": "LLaDA-8B", "dream": "Dream-7B"}
 ACTIVE = 32
 SLOTS = (512, 1024, 2048)
 BATCHES = (1, 8)

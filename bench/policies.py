@@ -14,19 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import dkv
-from dkv.models import ModelSpec, Transformer
-from dkv.models.packing import can_pack, pack_
+from dkv.bench.shapes import SHAPES, as_loaded, random_model, shape
+from dkv.models.packing import can_pack
 from dkv.version import versions
-
-# hidden, layers, heads, intermediate, vocabulary
-SHAPES: dict[str, tuple[int, int, int, int, int]] = {
-    "d128x4": (128, 4, 4, 384, 1000),
-    "d512x8": (512, 8, 8, 1536, 32000),
-}
 
 # Greedy goes with the random order, as published; all others with the most probable slot first.
 LINEUP: dict[str, dict[str, Any]] = {
@@ -38,22 +31,6 @@ LINEUP: dict[str, dict[str, Any]] = {
     "pd 8": {"cache": dkv.PrefillDecode(8)},
     "greedy 4, window 4": {"cache": dkv.Greedy(4, 4), "confidence": "random"},
 }
-
-
-def random_model(shape: str, pack: bool) -> Transformer:
-    """A LLaDA-shaped model of seeded noise, float32 on the CPU."""
-    hidden, layers, heads, intermediate, vocabulary = SHAPES[shape]
-    spec = ModelSpec(
-        family="llada", vocab_size=vocabulary, hidden_size=hidden, num_layers=layers, num_heads=heads,
-        num_kv_heads=heads, head_dim=hidden // heads, intermediate_size=intermediate, max_positions=4096,
-        rope_theta=500000.0, norm_eps=1e-5, mask_token_id=vocabulary - 1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Transformer(spec).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.06)
-    return pack_(model) if pack else model
 
 
 def measure(run: Callable[[dict], dkv.DiffusionOutput], names: list[str], rounds: int) -> list[dict[str, Any]]:
@@ -97,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     pack = can_pack() and not args.no_pack
-    model = random_model(args.shape, pack)
+    model = random_model(shape(args.shape), torch.device("cpu"), torch.float32)
+    model = as_loaded(model) if pack else model
     vocabulary = model.spec.vocab_size
     ids = torch.randint(vocabulary - 1, (args.batch, args.prompt), generator=torch.Generator().manual_seed(1))
 

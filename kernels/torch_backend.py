@@ -72,13 +72,24 @@ def rope_scatter_(
     if lengths is not None:
         valid = torch.arange(positions.shape[1], device=positions.device) < lengths[:, None]
         positions = torch.where(valid, positions, 0)  # the others may hold anything
-    key_cos, key_sin = cos[positions], sin[positions]
-    key = reference.rotate(reference.head_norm(k, k_norm), key_cos, key_sin)
-    _write_rows(k_buf, positions, key, valid)
+    tables = cos[positions], sin[positions]
+    _write_rows(k_buf, positions, _rotate(reference.head_norm(k, k_norm), *tables), valid)
     _write_rows(v_buf, positions, v, valid)
     if query_positions is not None:
-        key_cos, key_sin = cos[query_positions], sin[query_positions]
-    return reference.rotate(reference.head_norm(q, q_norm), key_cos, key_sin)
+        tables = cos[query_positions], sin[query_positions]
+    return _rotate(reference.head_norm(q, q_norm), *tables)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.rotate` without temporaries, where the dtypes agree and no gradient is asked for."""
+    if x.dtype != cos.dtype or torch.is_grad_enabled():
+        return reference.rotate(x, cos, sin)
+    cos, sin, half = cos.unsqueeze(-2), sin.unsqueeze(-2), x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
+    return out
 
 
 def gather_rows(x, index):

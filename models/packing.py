@@ -1,7 +1,10 @@
-"""Linear layers whose weights lie in the order in which the CPU multiplies them."""
+"""Layers whose weights lie in the order in which the CPU multiplies them."""
 
 import torch
 from torch import Tensor, nn
+
+from dkv import kernels
+from dkv.models.transformer import Attend, Layer
 
 
 class PackedLinear(nn.Module):
@@ -12,23 +15,39 @@ class PackedLinear(nn.Module):
     more: it cannot be trained, saved or moved.
 
     Args:
-        linear: the layer to stand in for.
+        linears: the layer to stand in for, or several of the same input, whose outputs then stand
+            side by side.
+        silu: apply SiLU to the output, while it is written.
     """
 
     # Rows that the blocking is chosen for; any number can be multiplied.
     ROWS = 64
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, *linears: nn.Linear, silu: bool = False):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), self.ROWS)
-        self.bias = linear.bias
+        self.in_features, self.out_features = linears[0].in_features, sum(x.out_features for x in linears)
+        weight = linears[0].weight if len(linears) == 1 else torch.cat([x.weight for x in linears])
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
+        self.bias = linears[0].bias
+        if len(linears) > 1 and self.bias is not None:
+            self.bias = nn.Parameter(torch.cat([x.bias for x in linears]), requires_grad=False)
+        self.silu = silu
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] float32 -> [..., out_features]."""
+    @property
+    def num_packed(self) -> int:
+        """Weights that are no parameters."""
+        return self.in_features * self.out_features
+
+    def forward(self, x: Tensor, *, add: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        """x [..., in_features] float32 -> [..., out_features], plus `add` or times `times` of that shape."""
+        other = times if add is None else add
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if other is not None:
+            kind = "mul" if add is None else "add"
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, kind)
+        kind = "swish" if self.silu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, kind, [1.0] if self.silu else [], "")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -40,6 +59,31 @@ class PackedLinear(nn.Module):
         )
 
 
+class PackedLayer(nn.Module):
+    """`Layer` in five products, which also apply the activation, the gate and the residuals."""
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.index, self.head_dim = layer.index, layer.head_dim
+        self.attn_norm, self.q_norm, self.k_norm = layer.attn_norm, layer.q_norm, layer.k_norm
+        self.mlp_norm = layer.mlp_norm
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+        self.heads = [x.out_features // self.head_dim for x in projections]
+        self.qkv_proj, self.o_proj = PackedLinear(*projections), PackedLinear(layer.o_proj)
+        self.gate_proj, self.up_proj = PackedLinear(layer.gate_proj, silu=True), PackedLinear(layer.up_proj)
+        self.down_proj = PackedLinear(layer.down_proj)
+
+    def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """As `Layer.forward`; here the queries of all slots cost less than a product of their own."""
+        qkv = self.qkv_proj(self.attn_norm(x)).unflatten(-1, (-1, self.head_dim))
+        query, key, value = qkv.split(self.heads, -2)
+        if rows is not None:
+            x, query = (kernels.gather_rows(t, rows, validate=False) for t in (x, query))
+        x = self.o_proj(attend(self.index, query, key, value).flatten(-2), add=x)
+        h = self.mlp_norm(x)
+        return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x)
+
+
 def can_pack() -> bool:
     """Whether this build of PyTorch packs weights (it has oneDNN, on this kind of CPU)."""
     return torch.backends.mkldnn.is_available() and all(
@@ -48,22 +92,29 @@ def can_pack() -> bool:
 
 
 def pack_(model: nn.Module) -> nn.Module:
-    """Replace every `nn.Linear` of a frozen float32 model on the CPU; each weight is freed in turn.
+    """Replace every layer and `nn.Linear` of a frozen float32 model on the CPU; each weight is freed in turn.
 
     A weight that is also used elsewhere (a head tied to the embedding) stays as it is.
 
     Raises:
-        ValueError: a weight is on another device, of another dtype, or trainable.
+        ValueError: a weight is on another device, of another dtype, or trainable; nothing is packed.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, module in list(model.named_modules()):
-        for key, child in list(module.named_children()):
-            if type(child) is not nn.Linear or id(child.weight) in embeddings:
-                continue
-            weight = child.weight
-            if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.requires_grad:
-                where = f"{name}.{key}".lstrip(".")
-                found = f"{weight.dtype} on {weight.device}{' and trainable' if weight.requires_grad else ''}"
-                raise ValueError(f"only frozen float32 weights on the CPU can be packed; {where} is {found}")
-            setattr(module, key, PackedLinear(child))
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
+    for name, linear in linears.items():
+        weight = linear.weight
+        if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.requires_grad:
+            found = f"{weight.dtype} on {weight.device}{' and trainable' if weight.requires_grad else ''}"
+            raise ValueError(f"only frozen float32 weights on the CPU can be packed; {name} is {found}")
+    _replace(model, set(linears.values()))
     return model
+
+
+def _replace(module: nn.Module, linears: set[nn.Linear]) -> None:
+    for key, child in list(module.named_children()):
+        if isinstance(child, Layer):
+            setattr(module, key, PackedLayer(child))
+        elif child in linears:
+            setattr(module, key, PackedLinear(child))
+        else:
+            _replace(child, linears)

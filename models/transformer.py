@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dkv import kernels
 from dkv.buffer import KVBuffer
-from dkv.models.packing import PackedLinear
 from dkv.models.spec import ModelSpec
 
 # (layer, query [B, R, Hq, D], key and value [B, N, Hkv, D]) -> [B, R, Hq, D]
@@ -25,8 +24,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        # The length of a row in one pass, where squares of their own would be written and read again.
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
+        return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
 
 
 class Layer(nn.Module):
@@ -92,8 +92,8 @@ class Transformer(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Weights of all layers, packed ones included."""
-        packed = (m for m in self.modules() if isinstance(m, PackedLinear))
-        return sum(p.numel() for p in self.parameters()) + sum(m.in_features * m.out_features for m in packed)
+        packed = sum(getattr(module, "num_packed", 0) for module in self.modules())
+        return packed + sum(p.numel() for p in self.parameters())
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [>= length, D / 2], whose dtype is the one in which q and k are rotated."""
