@@ -56,19 +56,19 @@ def cached_attention(
     checks.dtype("q", q, checks.FLOATS)
     checks.same_dtype(q=q, k_buf=k_buf, v_buf=v_buf)
     query_blocks, key_blocks = (None, None) if block_ids is None else block_ids
-    extras = {
-        "query_lengths": (query_lengths, (b,), checks.INTEGERS),
-        "key_ranges": (key_ranges, (b, 2), checks.INTEGERS),
-        "key_mask": (key_mask, (b, s), (torch.bool,)),
-        "mask": (mask, (b, n, s), (torch.bool,)),
-        "block_ids[0]": (query_blocks, (b, n), checks.INTEGERS),
-        "block_ids[1]": (key_blocks, (b, s), checks.INTEGERS),
-    }
-    for name, (x, shape, dtypes) in extras.items():
+    for name, x, shape, dtypes in (
+        ("query_lengths", query_lengths, (b,), checks.INTEGERS),
+        ("key_ranges", key_ranges, (b, 2), checks.INTEGERS),
+        ("key_mask", key_mask, (b, s), (torch.bool,)),
+        ("mask", mask, (b, n, s), (torch.bool,)),
+        ("block_ids[0]", query_blocks, (b, n), checks.INTEGERS),
+        ("block_ids[1]", key_blocks, (b, s), checks.INTEGERS),
+    ):
         if x is not None:
             checks.shape(name, x, *shape)
             checks.dtype(name, x, dtypes)
-    checks.same_device(q=q, k_buf=k_buf, v_buf=v_buf, **{name: x for name, (x, _, _) in extras.items()})
+            checks.same_device(q=q, **{name: x})
+    checks.same_device(q=q, k_buf=k_buf, v_buf=v_buf)
     return ops.run(
         "cached_attention", q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask,
         mask=mask, block_ids=block_ids, scale=scale, return_lse=return_lse, workspace=workspace,

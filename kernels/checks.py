@@ -9,10 +9,15 @@ INTEGERS = (torch.int32, torch.int64)
 
 def shape(name: str, x: Tensor, *expected: int | None) -> tuple[int, ...]:
     """x has `expected` sizes, which are returned; None stands for any size."""
-    sizes = tuple(x.shape)
-    if len(sizes) != len(expected) or any(e is not None and e != s for e, s in zip(expected, sizes, strict=True)):
-        want = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name} must have shape [{want}], got {list(sizes)}")
+    sizes = x.shape
+    fits = len(sizes) == len(expected)
+    # A loop, as this runs several times in every layer of every step.
+    for size, want in zip(sizes, expected, strict=False):
+        if want is not None and size != want:
+            fits = False
+    if not fits:
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
     return sizes
 
 
@@ -23,18 +28,23 @@ def dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
 
 
 def same_dtype(**tensors: Tensor) -> None:
-    (first, reference), *rest = tensors.items()
-    for name, x in rest:
-        if x.dtype != reference.dtype:
-            raise ValueError(f"{name} is {x.dtype} but {first} is {reference.dtype}: convert one of them")
+    first = next(iter(tensors))
+    dtype = tensors[first].dtype
+    for name, x in tensors.items():
+        if x.dtype != dtype:
+            raise ValueError(f"{name} is {x.dtype} but {first} is {dtype}: convert one of them")
 
 
 def same_device(**tensors: Tensor | None) -> None:
     """All tensors that are not None live on one device."""
-    (first, reference), *rest = ((n, x) for n, x in tensors.items() if x is not None)
-    for name, x in rest:
-        if x.device != reference.device:
-            raise ValueError(f"{name} is on {x.device} but {first} is on {reference.device}: move one of them")
+    first, device = None, None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if first is None:
+            first, device = name, x.device
+        elif x.device != device:
+            raise ValueError(f"{name} is on {x.device} but {first} is on {device}: move one of them")
 
 
 def index_range(name: str, index: Tensor, size: int, lengths: Tensor | None = None) -> None:

@@ -17,9 +17,9 @@ def wide(x: Tensor) -> Tensor:
 
 def visibility(q, k_buf, query_lengths, key_ranges, key_mask, mask, block_ids) -> Tensor | None:
     """Which keys a query sees: bool [B, N or 1, S], or None when every query sees every key."""
-    slot = torch.arange(k_buf.shape[1], device=q.device)
     parts = []
     if key_ranges is not None:
+        slot = torch.arange(k_buf.shape[1], device=q.device)
         parts.append(((slot >= key_ranges[:, :1]) & (slot < key_ranges[:, 1:])).unsqueeze(1))
     if key_mask is not None:
         parts.append(key_mask.unsqueeze(1))

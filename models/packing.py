@@ -75,11 +75,11 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """As `Layer.forward`; here the queries of all slots cost less than a product of their own."""
-        qkv = self.qkv_proj(self.attn_norm(x)).unflatten(-1, (-1, self.head_dim))
-        query, key, value = qkv.split(self.heads, -2)
+        qkv = self.qkv_proj(self.attn_norm(x))
+        query, key, value = qkv.view(*x.shape[:2], -1, self.head_dim).split_with_sizes(self.heads, 2)
         if rows is not None:
             x, query = (kernels.gather_rows(t, rows, validate=False) for t in (x, query))
-        x = self.o_proj(attend(self.index, query, key, value).flatten(-2), add=x)
+        x = self.o_proj(attend(self, query, key, value).flatten(-2), add=x)
         h = self.mlp_norm(x)
         return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x)
 

@@ -11,7 +11,7 @@ from dkv.buffer import KVBuffer
 from dkv.models.spec import ModelSpec
 
 # (layer, query [B, R, Hq, D], key and value [B, N, Hkv, D]) -> [B, R, Hq, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -23,10 +23,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        # The length of a row in one pass, where squares of their own would be written and read again.
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
-        return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
 
 
 class Layer(nn.Module):
@@ -56,7 +57,7 @@ class Layer(nn.Module):
         if rows is not None:
             x, h = (kernels.gather_rows(t, rows, validate=False) for t in (x, h))
         query = self._heads(self.q_proj(h))
-        x = x + self.o_proj(attend(self.index, query, key, value).flatten(-2))
+        x = x + self.o_proj(attend(self, query, key, value).flatten(-2))
         h = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
@@ -130,9 +131,9 @@ class Transformer(nn.Module):
             cos, sin, visible = cos[positions], sin[positions], real[:, None, None, :]
         group = self.spec.num_heads // self.spec.num_kv_heads
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query = kernels.rotate(kernels.head_norm(query, self._head_norm(layer, "q_norm")), cos, sin)
-            key = kernels.rotate(kernels.head_norm(key, self._head_norm(layer, "k_norm")), cos, sin)
+        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query = kernels.rotate(kernels.head_norm(query, _head_norm(layer.q_norm)), cos, sin)
+            key = kernels.rotate(kernels.head_norm(key, _head_norm(layer.k_norm)), cos, sin)
             key, value = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (key, value))
             out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=visible)
             return out.transpose(1, 2)
@@ -169,10 +170,10 @@ class Transformer(nn.Module):
         cos, sin = self.rope_tables(buffer.slots)
         last = len(self.layers) - 1
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            k_buf, v_buf = buffer.layer(layer, like=key)
-            here = positions.gather(1, rows) if layer == last and rows is not None else None
-            norms = {"q_norm": self._head_norm(layer, "q_norm"), "k_norm": self._head_norm(layer, "k_norm")}
+        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            k_buf, v_buf = buffer.layer(layer.index, like=key)
+            here = positions.gather(1, rows) if layer.index == last and rows is not None else None
+            norms = {"q_norm": _head_norm(layer.q_norm), "k_norm": _head_norm(layer.k_norm)}
             keys, values = k_buf[:, : buffer.length], v_buf[:, : buffer.length]
             if buffer.rotated:
                 query = kernels.rope_scatter_(
@@ -192,6 +193,6 @@ class Transformer(nn.Module):
             x = layer(x, attend, rows if layer.index == last else None)
         return self.norm(x)
 
-    def _head_norm(self, layer: int, name: str) -> tuple[Tensor, float] | None:
-        norm = getattr(self.layers[layer], name)
-        return None if norm is None else (norm.weight, norm.eps)
+
+def _head_norm(norm: RMSNorm | None) -> tuple[Tensor, float] | None:
+    return None if norm is None else (norm.weight, norm.eps)

@@ -267,3 +267,15 @@ def test_C07_ties_at_the_cut_keep_an_id(backend):
     logits = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(50, 4)
     assert choose_token(logits, temperature=1.0, top_p=0.0)[0].unique().tolist() == [0]
     assert choose_token(logits, temperature=1.0, top_k=1)[0].unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("columns", [1, 127, 256, 257, 300, 1000, 1024])
+def test_winner_is_the_lowest_id_wherever_it_stands(columns, backend):
+    torch.manual_seed(columns)
+    for best in {0, columns // 3, columns - 1}:
+        logits = torch.randn(3, columns)
+        logits[0, best] = 9
+        logits[1, best:] = 9  # a tie up to the end of the row
+        logits[2] = 0  # and of the whole row
+        token, _ = choose_token(logits)
+        assert token.tolist() == [best, best, 0]

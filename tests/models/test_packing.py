@@ -1,6 +1,7 @@
 """Packed weights: the same results, no second copy, and clear limits."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 
 import dkv
+from dkv.bench.shapes import random_model, shape, tiny
 from dkv.models.export import save_llada
-from dkv.models.packing import PackedLinear, can_pack, pack_
+from dkv.models.packing import PackedLayer, PackedLinear, can_pack, pack_
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch has no oneDNN for this CPU")
@@ -26,6 +28,58 @@ def test_products_equal_those_of_the_plain_layer(rows, bias):
     found = PackedLinear(linear)(x)
     assert found.shape == (2, rows, 80)
     assert rows == 0 or (found - exact).abs().amax() <= 2 * plain_error + 1e-6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_side_by_side(bias):
+    torch.manual_seed(0)
+    linears = [nn.Linear(16, size, bias=bias).requires_grad_(False) for size in (32, 16, 8)]
+    x = torch.randn(2, 5, 16)
+    expected = torch.cat([linear(x) for linear in linears], -1)
+    torch.testing.assert_close(PackedLinear(*linears)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_product_applies_while_it_writes():
+    torch.manual_seed(0)
+    linear, x, other = nn.Linear(16, 24).requires_grad_(False), torch.randn(2, 5, 16), torch.randn(2, 5, 24)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(PackedLinear(linear, silu=True)(x), nn.functional.silu(linear(x)), **close)
+    torch.testing.assert_close(PackedLinear(linear)(x, add=other), linear(x) + other, **close)
+    torch.testing.assert_close(PackedLinear(linear)(x, times=other), linear(x) * other, **close)
+
+
+@pytest.mark.parametrize("rows", [None, [[4, 1], [0, 5]]])
+@pytest.mark.parametrize(
+    "switches", [{}, {"qkv_bias": True, "linear_bias": True, "qk_norm": True}], ids=["bare", "all"]
+)
+def test_a_packed_layer_equals_the_plain_one(rows, switches):
+    torch.manual_seed(0)
+    spec = replace(tiny(shape("dream-7b")), **{"qkv_bias": False, **switches})
+    model = random_model(spec, torch.device("cpu"), torch.float32, std=0.2)
+    layer, x, rows = model.layers[0], torch.randn(2, 6, spec.hidden_size), rows and torch.tensor(rows)
+    seen = []
+
+    def attend(layer, query, key, value):
+        seen.append((layer.index, query, key, value))
+        return query * value.mean((1, 2), keepdim=True)
+
+    plain = layer(x, attend, rows)
+    packed = PackedLayer(layer)(x, attend, rows)
+    assert packed.shape == plain.shape and seen[0][0] == seen[1][0]
+    for one, other in ((plain, packed), *zip(seen[0][1:], seen[1][1:], strict=True)):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_packing_keeps_the_number_of_weights():
+    plain, packed = (dkv.load(GOLDEN / "dream_gqa", device="cpu", pack=pack) for pack in (False, True))
+    assert plain.num_parameters == packed.num_parameters > 0
+
+
+def test_nothing_is_packed_if_one_weight_cannot_be():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="; 1 is"):
+        pack_(model)
+    assert type(model[0]) is nn.Linear
 
 
 @pytest.mark.parametrize("family", ["llada_gqa", "dream_gqa"])

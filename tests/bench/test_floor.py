@@ -1,0 +1,86 @@
+"""`bench/floor.py`: the products are those of the step, the parts are its parts, and a step can be taken again."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dkv.bench import floor
+from dkv.bench.floor import GOALS, PARTS, HalfDone, measure, products, recorded, table
+from dkv.bench.options import Options
+from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+
+
+@pytest.fixture(params=["llada-8b", "dream-7b"])
+def plain(request):
+    return random_model(tiny(shape(request.param)), torch.device("cpu"), torch.float32)
+
+
+def options(model, **settings) -> Options:
+    return Options("tiny", model, None, **{"prompt": 6, "new": 8, "batch": 2, **settings})
+
+
+@pytest.mark.parametrize("kind", GOALS)
+def test_a_step_can_be_taken_again(plain, kind):
+    half_done = HalfDone(options(plain), kind)
+    first = half_done.again()
+    assert half_done.sampler.canvas.masked.sum(1).tolist() == [3, 3]  # 8 new, of which 4 and then 1 were decoded
+    second = half_done.again()
+    assert torch.equal(first.positions, second.positions) and torch.equal(first.hidden, second.hidden)
+
+
+@pytest.mark.parametrize("kind", GOALS)
+def test_products_are_those_of_the_step(plain, kind):
+    half_done = HalfDone(options(plain), kind)
+    done = half_done.again()
+    active, rows = done.positions.shape[1], done.hidden.shape[1]
+    assert rows == 3
+    if kind == "full":
+        assert active == 14
+    with FlopCounterMode(display=False) as step:
+        half_done.again()
+    with FlopCounterMode(display=False) as alone:
+        for call in products(plain, 2, 14, active, rows).values():
+            call()
+    by_op = step.get_flop_counts()["Global"], alone.get_flop_counts()["Global"]
+    linear = [sum(n for op, n in found.items() if str(op) in ("aten.mm", "aten.addmm")) for found in by_op]
+    assert linear[0] == linear[1] > 0
+    spec = plain.spec
+    # Two products per layer, over all 14 slots; in the last layer with the queries of the outputs alone.
+    attention = sum(n for op, n in by_op[1].items() if str(op) == "aten.bmm")
+    assert attention == 2 * 2 * 2 * spec.num_heads * spec.head_dim * 14 * (active + rows)
+
+
+def test_rows(plain):
+    found = measure(options(as_loaded(plain)))
+    assert [row["kind"] for row in found["rows"]] == list(GOALS)
+    for row in found["rows"]:
+        assert list(row["parts"]) == list(PARTS)
+        assert all(ms > 0 for ms in row["parts"].values())
+        assert set(row["products"]) < set(PARTS)
+        assert row["lowest"] <= row["ratio"] <= row["highest"]
+        assert row["slots"] == 14 and row["rows"] == 3
+    text = table(found)
+    assert text.count("goal 1.15") == text.count("goal 1.10") == 1
+
+
+def test_recording_leaves_nothing_behind(plain):
+    model = as_loaded(plain)
+    half_done = HalfDone(options(model), "full")
+    with recorded(model) as seconds:
+        half_done.again()
+    before = dict(seconds)
+    half_done.again()
+    assert dict(seconds) == before
+    assert "forward" not in vars(model.head)
+
+
+def test_the_table_names_what_misses_its_goal():
+    row = {
+        "kind": "cached", "slots": 10, "active": 4, "rows": 3, "batch": 1, "step_ms": 12.0, "floor_ms": 10.0,
+        "ratio": 1.2, "lowest": 1.1, "highest": 1.3, "parts": dict.fromkeys(PARTS, 1.5) | {"MLP": 8.0},
+        "products": {"MLP": 5.0},
+    }  # fmt: skip
+    text = table({"rows": [row]})
+    assert "goal 1.10: missed by 0.10" in text
+    assert f"MLP 30.0% ({PARTS['MLP']})" in text
+    assert floor.table({"rows": [row | {"ratio": 1.05}]}).count("reached") == 1
