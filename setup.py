@@ -14,8 +14,18 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "dkv" / "version.py").read_text("utf-8"), re.M)[1]
 
 LINT = ["ruff"]
+BENCH = ["matplotlib>=3.8"]
 # The packaging tests build without isolation, so they need the build backend too.
-TEST = ["pytest>=8", "pytest-benchmark", "hypothesis", "setuptools>=77"]
+TEST = ["pytest>=8", "pytest-benchmark", "hypothesis", "setuptools>=77", *BENCH]
+PACKAGES = [
+    "dkv",
+    "dkv.commands",
+    "dkv.kernels",
+    "dkv.kernels.triton_backend",
+    "dkv.models",
+    "dkv.bench",
+    "dkv.bench.ops",
+]
 
 setup(
     name="dkv",
@@ -43,8 +53,8 @@ setup(
         "huggingface_hub",
         "tqdm",
     ],
-    extras_require={"test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
-    packages=["dkv", "dkv.commands", "dkv.kernels", "dkv.kernels.triton_backend", "dkv.models", "dkv.bench"],
+    extras_require={"bench": BENCH, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
+    packages=PACKAGES,
     package_dir={"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"},
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
     package_data={"dkv.models": ["tiny/*.json", "tiny/*.jsonl", "tiny/*.safetensors"]},

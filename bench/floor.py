@@ -5,6 +5,7 @@ this build of PyTorch let it be; everything else that a step does is what the ra
 """
 
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,11 +21,10 @@ from tqdm import tqdm
 import dkv
 from dkv import kernels
 from dkv.bench.options import Options
+from dkv.bench.report import columns
+from dkv.bench.steps import HalfWay, synchronise, timed
 from dkv.canvas import Canvas
-from dkv.models.packing import PackedLayer, PackedLinear
-from dkv.randomness import Randomness
-from dkv.sampler import Sampler
-from dkv.schedule import Step
+from dkv.models.packing import PackedHead, PackedLayer, PackedLinear
 
 ROUNDS = 25
 # What a step is divided into, which modules and operations belong to a part, and why it exceeds its products.
@@ -47,45 +47,8 @@ OPERATIONS = {
     "choose_token": "head + choice", "choose_token_fused": "head + choice", "commit_": "commit",
 }  # fmt: skip
 GOALS = {"full": 1.15, "cached": 1.10}
-
-
-class HalfDone:
-    """A generation with half of its slots filled, whose next step can be taken again and again.
-
-    Args:
-        options: the model, and how long the canvas is.
-        policy: "cached" steps are those of `dkv.Decode` between two refreshes.
-    """
-
-    def __init__(self, options: Options, kind: str):
-        model, ids = options.model, options.prompts()
-        self.model, self.kind = model, kind
-        cache = dkv.NoCache() if kind == "full" else dkv.Decode(refresh=None, warmup=1)
-        config = dkv.DiffusionConfig(max_new_tokens=options.new, cache=cache, schedule="blocks")
-        mask_id = model.spec.mask_token_id
-        canvas = Canvas(ids, torch.ones_like(ids, dtype=torch.bool), options.new, mask_id)
-        self.sampler = Sampler(model, canvas, config, Randomness(0, canvas, None), mask_id)
-        half = max(options.new // 2, 1)
-        self.take(Step(0, 0, 0, 0, options.new, half))
-        # The second of two steps: the first one has decoded many slots at once, which are fresh in it.
-        self.take(Step(1, 0, 1, 0, options.new, 1))
-        self.state = self._state()
-        self.step = Step(2, 0, 2, 0, options.new, 1)
-
-    def take(self, step: Step) -> Any:
-        return self.sampler.run(step)
-
-    def _state(self) -> tuple[Any, ...]:
-        s, c = self.sampler, self.sampler.canvas
-        return c.tokens.clone(), c.masked, c.fresh, s.masked_count, s.open_count, s.fresh_count
-
-    def again(self) -> Any:
-        """Take the step and go back to before it; what went through the model."""
-        s, c = self.sampler, self.sampler.canvas
-        done = self.take(self.step)
-        tokens, c.masked, c.fresh, s.masked_count, s.open_count, s.fresh_count = self.state
-        c.tokens.copy_(tokens)
-        return done
+# Settings of `dkv.generate` whose step half-way is of the kind.
+STEPS = {"full": {}, "cached": {"cache": dkv.Decode(refresh=None, warmup=1)}}
 
 
 def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict[str, Callable[[], None]]:
@@ -131,16 +94,13 @@ def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict
     }  # fmt: skip
 
 
-def product(module: nn.Module, x: Tensor) -> Tensor:
+def product(module: nn.Module, x: Tensor) -> Any:
     """x through the weight of a linear layer, and nothing else."""
+    if isinstance(module, PackedHead):
+        return [product(part, x) for part in module.parts]
     if isinstance(module, PackedLinear):
         return torch.ops.mkldnn._linear_pointwise(x, module.packed, None, "none", [], "")
     return F.linear(x, module.weight)
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -148,28 +108,30 @@ def recorded(model: Any) -> Iterator[Counter]:
     """Seconds by part of what runs inside the `with` block; a GPU is waited for before and after every part."""
     seconds: Counter[str] = Counter()
 
-    def timed(call: Callable, part: str) -> Callable:
+    def watched(call: Callable, part: str) -> Callable:
         def run(*args, **kwargs):
-            settle(model.device)
+            synchronise(model.device)
             start = time.perf_counter()
             result = call(*args, **kwargs)
-            settle(model.device)
+            synchronise(model.device)
             seconds[part] += time.perf_counter() - start
             return result
 
         return run
 
-    modules = [(model.embed, "embedding"), (model.norm, "head + choice"), (model.head, "head + choice")]
+    modules = [(model.embed, "embedding"), (model.norm, "head + choice")]
+    if not hasattr(model.head, "strips"):  # else it is called by the choice, and counted there
+        modules.append((model.head, "head + choice"))
     modules += [
         (getattr(layer, name), part)
         for layer in model.layers for part, names in ROW_MODULES.items() for name in names if hasattr(layer, name)
     ]  # fmt: skip
     with ExitStack() as stack:
         for module, part in modules:
-            stack.enter_context(patch.object(module, "forward", timed(module.forward, part)))
+            stack.enter_context(patch.object(module, "forward", watched(module.forward, part)))
         for name, part in OPERATIONS.items():
-            stack.enter_context(patch.object(kernels, name, timed(getattr(kernels, name), part)))
-        stack.enter_context(patch.object(Canvas, "commit", timed(Canvas.commit, "commit")))
+            stack.enter_context(patch.object(kernels, name, watched(getattr(kernels, name), part)))
+        stack.enter_context(patch.object(Canvas, "commit", watched(Canvas.commit, "commit")))
         yield seconds
 
 
@@ -180,46 +142,48 @@ def measure(options: Options) -> dict[str, Any]:
     Returns:
         {"rows": [{"kind", "slots", "active", "rows", "step_ms", "floor_ms", "ratio", "parts", "products"}, ...]}:
         medians in milliseconds; `parts` add up to a step that was timed part by part, `products` to the floor.
+        `linear_floor_ms` is the floor by `nn.Linear`, where the model is packed and its twin is not.
     """
-    with tqdm(total=len(GOALS) * ROUNDS, unit="round", leave=False, disable=None) as bar:
+    with tqdm(total=len(GOALS) * ROUNDS, unit="round", leave=False, disable=None, file=sys.stderr) as bar:
         return {"rows": [_row(options, kind, bar) for kind in GOALS]}
 
 
 def _row(options: Options, kind: str, bar: tqdm) -> dict[str, Any]:
-    model, half_done = options.model, HalfDone(options, kind)
-    done = half_done.again()
-    size = half_done.sampler.canvas.size
+    model, half_way = options.model, HalfWay(options, STEPS[kind])
+    device, size = model.device, half_way.sampler.canvas.size
+    done = half_way.take()
+    half_way.back()
     active, rows = done.positions.shape[1], done.hidden.shape[1]
     floor = products(model, options.batch, size, active, rows)
-    for call in floor.values():
+    linear = products(options.eager, options.batch, size, active, rows) if options.eager not in (None, model) else {}
+    for call in (*floor.values(), *linear.values()):
         call()
-    whole, ratios, by_product, by_part = [], [], [], []
+    whole, by_product, by_linear, by_part = [], [], [], []
     for _ in range(ROUNDS):
-        alone = {part: _seconds(call, model.device) for part, call in floor.items()}
-        step = _seconds(half_done.again, model.device)
+        by_product.append({part: timed(call, device)[0] for part, call in floor.items()})
+        whole.append(timed(half_way.take, device)[0])
+        half_way.back()
         with recorded(model) as seconds:
-            total = _seconds(half_done.again, model.device)
-        whole.append(step)
-        ratios.append(step / sum(alone.values()))
-        by_product.append(alone)
+            total, _ = timed(half_way.take, device)
+        half_way.back()
         by_part.append({part: seconds[part] for part in PARTS} | {"Python": total - sum(seconds.values())})
+        by_linear.append({part: timed(call, device)[0] for part, call in linear.items()})
         bar.update()
-    typical = statistics.median(ratios)
-    return {
+    ratios = [step / sum(alone.values()) for step, alone in zip(whole, by_product, strict=True)]
+    row = {
         "kind": kind, "slots": size, "active": active, "rows": rows, "batch": options.batch,
-        "step_ms": statistics.median(whole) * 1e3,
-        "floor_ms": statistics.median(sum(alone.values()) for alone in by_product) * 1e3,
-        "ratio": typical, "lowest": min(ratios), "highest": max(ratios),
-        "parts": _medians(by_part), "products": _medians(by_product),
+        "step_ms": statistics.median(whole) * 1e3, "floor_ms": _median_sum(by_product),
+        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        "parts": _medians(by_part), "products": _medians(by_product), "linear_floor_ms": None, "linear_ratio": None,
     }  # fmt: skip
+    if linear:
+        against = [step / sum(alone.values()) for step, alone in zip(whole, by_linear, strict=True)]
+        row |= {"linear_floor_ms": _median_sum(by_linear), "linear_ratio": statistics.median(against)}
+    return row
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    settle(device)
-    start = time.perf_counter()
-    call()
-    settle(device)
-    return time.perf_counter() - start
+def _median_sum(rows: list[dict[str, float]]) -> float:
+    return statistics.median(sum(row.values()) for row in rows) * 1e3
 
 
 def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -229,28 +193,30 @@ def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def table(found: dict[str, Any]) -> str:
     """The parts beside their products, and what keeps a step from its goal."""
-    lines = []
-    for row in found["rows"]:
-        parts, alone, goal = row["parts"], row["products"], GOALS[row["kind"]]
+    return "\n\n".join(_table(row) for row in found["rows"])
+
+
+def _table(row: dict[str, Any]) -> str:
+    parts, alone, step, goal = row["parts"], row["products"], row["step_ms"], GOALS[row["kind"]]
+    cells = [
+        (part, f"{ms:.2f}", f"{alone[part]:.2f}" if part in alone else "", f"{ms / step:.1%}")
+        for part, ms in parts.items()
+    ]
+    total = sum(parts.values())
+    cells.append(("sum of the parts", f"{total:.2f}", f"{sum(alone.values()):.2f}", f"{total / step:.1%}"))
+    cells.append(("step, not taken apart", f"{step:.2f}", f"{row['floor_ms']:.2f}", ""))
+    verdict = "reached" if row["ratio"] <= goal else f"missed by {row['ratio'] - goal:.2f}"
+    above = sorted(((ms - alone.get(part, 0.0), part) for part, ms in parts.items()), reverse=True)
+    worst = [f"{part} {ms / row['floor_ms']:.1%} ({PARTS[part]})" for ms, part in above[:4] if ms > 0]
+    lines = [
+        f"{row['kind']} step, batch {row['batch']}: {row['active']} of {row['slots']} slots, {row['rows']} outputs",
+        columns(("part", "ms", "products", "of step"), cells),
+        f"step / floor: {row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}); goal {goal:.2f}: {verdict}",
+        f"above the floor, as shares of it: {'; '.join(worst)}",
+    ]
+    if row["linear_ratio"] is not None:
         lines.append(
-            f"{row['kind']} step, batch {row['batch']}: {row['active']} of {row['slots']} slots, {row['rows']} outputs"
+            f"the same products by nn.Linear, whose weights are not packed: {row['linear_floor_ms']:.2f} ms; "
+            f"step / those: {row['linear_ratio']:.2f}"
         )
-        lines.append(f"  {'part':18} {'ms':>8} {'products':>9} {'above':>8} {'of step':>8}")
-        for part, ms in parts.items():
-            above = ms - alone.get(part, 0.0)
-            lines.append(f"  {part:18} {ms:8.2f} {alone.get(part, 0.0):9.2f} {above:8.2f} {ms / row['step_ms']:8.1%}")
-        total = sum(parts.values())
-        lines.append(f"  {'sum of the parts':18} {total:8.2f} {sum(alone.values()):9.2f} {'':8} "
-                     f"{total / row['step_ms']:8.1%}")  # fmt: skip
-        lines.append(f"  {'step':18} {row['step_ms']:8.2f} {row['floor_ms']:9.2f}")
-        verdict = "reached" if row["ratio"] <= goal else f"missed by {row['ratio'] - goal:.2f}"
-        lines.append(
-            f"  step / floor {row['ratio']:.3f} ({row['lowest']:.2f} to {row['highest']:.2f}); "
-            f"goal {goal:.2f}: {verdict}"
-        )
-        above = sorted(((ms - alone.get(part, 0.0), part) for part, ms in parts.items()), reverse=True)
-        worst = [
-            f"{part} {ms / row['floor_ms']:.1%} ({PARTS[part]})" for ms, part in above[:4] if ms > 0 and PARTS[part]
-        ]
-        lines += ["  above the floor, as shares of it: " + "; ".join(worst), ""]
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines)

@@ -15,24 +15,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     return (weights @ v).transpose(1, 2)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, N, H, D] with tables [N, D / 2] or [B, N, D / 2], in the wider of the dtypes."""
+    cos, sin = (torch.cat((t, t), -1).unsqueeze(-2) for t in (cos, sin))
     a, b = x.chunk(2, -1)
-    return torch.cat((-b, a), -1)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
 
 
 def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf) -> Tensor:
     """Rotation with tables [P, D / 2] at `positions` [B, N], then two indexed writes; the rotated queries."""
-    cos, sin = (torch.cat((t, t), -1)[positions].unsqueeze(2) for t in (cos, sin))
-    q, k = ((x * cos + _rotate_half(x) * sin).to(x.dtype) for x in (q, k))
+    q, k = (rotate(x, cos[positions], sin[positions]) for x in (q, k))
     row = torch.arange(len(positions), device=positions.device).unsqueeze(1)
     k_buf[row, positions], v_buf[row, positions] = k, v
     return q
 
 
-def choose_token(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The best id and its probability from a float64 softmax, as the published samplers compute it."""
+def rope_cat(q, k, v, cos, sin, positions, kept_k, kept_v, order) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as the published code does it, which keeps keys unrotated: join, put in order, rotate all.
+
+    Args:
+        kept_k, kept_v: [B, S - N, Hkv, D], of the slots that are not active.
+        order: int64 [B, S], where every slot lies in the active ones followed by the kept ones.
+
+    Returns:
+        Rotated queries, and rotated keys and the values of all S slots.
+    """
+    row = torch.arange(len(order), device=order.device).unsqueeze(1)
+    k, v = (torch.cat(pair, 1)[row, order] for pair in ((k, kept_k), (v, kept_v)))
+    slots = k.shape[1]
+    return rotate(q, cos[positions], sin[positions]), rotate(k, cos[:slots], sin[:slots]), v
+
+
+def choose_token(logits: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The best id and its probability from a softmax in `dtype`, as the published samplers compute it."""
     token = logits.argmax(-1)
-    return token, logits.double().softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    return token, logits.to(dtype).softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
 def commit_(canvas: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor, count: int) -> Tensor:

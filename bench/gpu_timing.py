@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dkv.bench.rates import rates
+
 FLUSH_BYTES = 256 << 20
 FEWEST, MOST = 5, 60
 
@@ -72,16 +74,5 @@ class Timer:
         return {name: Time.of([elapsed() for elapsed in every]) for name, every in pending.items()}
 
     def rates(self) -> dict[str, float]:
-        """Measured: bytes/s of a copy (read and written) and FLOP/s of a bfloat16 matrix product."""
-        size, side = (1 << 30, 8192) if self.gpu else (1 << 20, 128)
-        source = torch.zeros(size, dtype=torch.int8, device=self.device)
-        target = torch.empty_like(source)
-        a, b = (torch.randn(side, side, device=self.device).to(torch.bfloat16) for _ in range(2))
-        calls = {"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}
-        for call in calls.values():
-            call()
-        found = self.compare(calls)
-        return {
-            "copy_bytes_per_s": 2 * size / found["copy"].median * 1e3,
-            "matrix_flops_per_s": 2 * side**3 / found["matrix"].median * 1e3,
-        }
+        """`rates` of the device, in bfloat16."""
+        return rates(self.device, torch.bfloat16)

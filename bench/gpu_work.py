@@ -27,12 +27,14 @@ class Work:
         ours: the call, run on one backend after the other.
         others: further ways to compute it, by name; a "flex" one compiles when it is first called.
         bytes, flops: that cannot be avoided: every input read and every output written once.
+        inputs: the tensors that all of them read and write, by name.
     """
 
     ours: Callable[[], object]
     others: dict[str, Callable[[], object]]
     bytes: int
     flops: int
+    inputs: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def attention(z: Sizes, device: torch.device, ragged: bool = False) -> Work:
     read = keys * z.spec.num_kv_heads * size * 2 * z.dtype.itemsize
     work = kernels.Workspace()
     ours = lambda: kernels.cached_attention(q, k, v, key_ranges=ranges, workspace=work)  # noqa: E731
-    return Work(ours, others, read + 2 * _nbytes(q), 4 * keys * z.active * z.spec.num_heads * size)
+    flops = 4 * keys * z.active * z.spec.num_heads * size
+    return Work(ours, others, read + 2 * _nbytes(q), flops, {"q": q, "k": k, "v": v})
 
 
 def rope_scatter(z: Sizes, device: torch.device) -> Work:
@@ -111,11 +114,13 @@ def rope_scatter(z: Sizes, device: torch.device) -> Work:
     table_dtype = torch.float32 if z.spec.rope_float32 else z.dtype
     cos, sin = (torch.rand(z.slots, size // 2, device=device).to(table_dtype) for _ in range(2))
     buffers = torch.zeros(2, z.batch, z.slots, kv_heads, size, device=device, dtype=z.dtype)
-    given = (q, k, v, cos, sin, _positions(z, device), *buffers)
-    moved = 2 * _nbytes(q, k, v) + 2 * cos[: z.active].numel() * cos.element_size()
+    positions = _positions(z, device)
+    given = (q, k, v, cos, sin, positions, *buffers)
+    tables = 2 * len(positions.unique()) * cos[0].nbytes
     return Work(
-        lambda: kernels.rope_scatter_(*given, validate=False), {"eager": lambda: eager.rope_scatter_(*given)}, moved,
-        3 * (q.numel() + k.numel()),
+        lambda: kernels.rope_scatter_(*given, validate=False), {"eager": lambda: eager.rope_scatter_(*given)},
+        2 * _nbytes(q, k, v) + tables + _nbytes(positions), 3 * (q.numel() + k.numel()),
+        dict(zip(("q", "k", "v", "cos", "sin", "positions", "k_buf", "v_buf"), given, strict=True)),
     )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ def gather(z: Sizes, device: torch.device) -> Work:
     index = _positions(z, device)
     moved = 2 * index.numel() * z.spec.hidden_size * z.dtype.itemsize + _nbytes(index)
     others = {"eager": lambda: eager.gather_rows(x, index)}
-    return Work(lambda: kernels.gather_rows(x, index, validate=False), others, moved, 0)
+    return Work(lambda: kernels.gather_rows(x, index, validate=False), others, moved, 0, {"x": x, "index": index})
 
 
 def scatter(z: Sizes, device: torch.device) -> Work:
@@ -133,12 +138,23 @@ def scatter(z: Sizes, device: torch.device) -> Work:
     source = torch.randn(z.batch, z.active, z.spec.hidden_size, device=device, dtype=z.dtype)
     others = {"eager": lambda: eager.scatter_rows_(x, index, source)}
     return Work(
-        lambda: kernels.scatter_rows_(x, index, source, validate=False), others, 2 * _nbytes(source) + _nbytes(index), 0
-    )
+        lambda: kernels.scatter_rows_(x, index, source, validate=False), others,
+        2 * _nbytes(source) + _nbytes(index), 0, {"x": x, "index": index, "source": source},
+    )  # fmt: skip
 
 
 def _logit_rows(z: Sizes) -> int:
     return min(z.batch * z.active, MOST_LOGIT_ROWS)
+
+
+def _softmax_dtype(z: Sizes) -> torch.dtype:
+    """The published sampler of LLaDA takes float64, that of Dream the dtype of the logits."""
+    return torch.float64 if z.spec.family == "llada" else z.dtype
+
+
+def _chosen_bytes(rows: int) -> int:
+    """Of the tokens, int64, and their confidences, float32."""
+    return 12 * rows
 
 
 def choose(z: Sizes, device: torch.device, drawn: bool = False) -> Work:
@@ -146,8 +162,9 @@ def choose(z: Sizes, device: torch.device, drawn: bool = False) -> Work:
     logits = torch.randn(_logit_rows(z), z.spec.vocab_size, device=device, dtype=z.dtype)
     work, banned = kernels.Workspace(), (z.spec.mask_token_id,)
     how = {"temperature": float(drawn), "banned": banned, "workspace": work, "validate": False}
-    others = {} if drawn else {"eager": lambda: eager.choose_token(logits)}
-    return Work(lambda: kernels.choose_token(logits, **how), others, _nbytes(logits), 4 * logits.numel())
+    others = {} if drawn else {"eager": lambda: eager.choose_token(logits, _softmax_dtype(z))}
+    moved = _nbytes(logits) + _chosen_bytes(len(logits))
+    return Work(lambda: kernels.choose_token(logits, **how), others, moved, 4 * logits.numel(), {"logits": logits})
 
 
 def choose_fused(z: Sizes, device: torch.device) -> Work:
@@ -156,24 +173,30 @@ def choose_fused(z: Sizes, device: torch.device) -> Work:
     work, banned = kernels.Workspace(), (z.spec.mask_token_id,)
     return Work(
         lambda: kernels.choose_token_fused(hidden, weight, banned=banned, workspace=work, validate=False),
-        {"eager": lambda: eager.choose_token(hidden @ weight.T)},
-        _nbytes(hidden, weight), 2 * hidden.numel() * z.spec.vocab_size,
+        {"eager": lambda: eager.choose_token(hidden @ weight.T, _softmax_dtype(z))},
+        _nbytes(hidden, weight) + _chosen_bytes(len(hidden)), 2 * hidden.numel() * z.spec.vocab_size,
+        {"hidden": hidden, "weight": weight},
     )  # fmt: skip
 
 
 def commit(z: Sizes, device: torch.device) -> Work:
-    canvas, token = torch.zeros(2, z.batch, z.slots, dtype=torch.int64, device=device)
-    token, confidence = token[:, : z.active], torch.randn(z.batch, z.active, device=device)
+    canvas = torch.zeros(z.batch, z.slots, dtype=torch.int64, device=device)
+    token = torch.randint(1, z.spec.vocab_size, (z.batch, z.active), device=device)
+    confidence = torch.randn(z.batch, z.active, device=device)
     eligible, count = torch.rand(z.batch, z.active, device=device) < 0.9, torch.ones_like(canvas[:, 0])
     places, row = _positions(z, device), torch.arange(z.batch, device=device)[:, None]
 
     def published():
-        return eager.commit_(canvas[row, places], token, confidence, eligible, 1)
+        part = canvas[row, places]
+        committed = eager.commit_(part, token, confidence, eligible, 1)
+        canvas[row, places] = part
+        return committed
 
-    moved = _nbytes(token, confidence, eligible, places, count)
+    # Read: what describes the slots. Written: which of them are committed, and one token in every row.
+    moved = _nbytes(token, confidence, eligible, places, count, eligible) + z.batch * token.element_size()
     return Work(
         lambda: kernels.commit_(canvas, token, confidence, eligible, count, positions=places, validate=False),
-        {"eager": published}, moved, 0,
+        {"eager": published}, moved, 0, {"canvas": canvas},
     )  # fmt: skip
 
 

@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 import dkv
+from dkv.bench.shapes import as_loaded, random_model, shape
+from dkv.demo import STEPS, Race
 from dkv.models import Transformer
+from dkv.models.loader import FLOATS
+from dkv.models.tasks import held_out
+from dkv.text import encode, load_tokenizer
 
 # Settings of `dkv.generate` by policy; the first is what the others are compared with. Greedy goes with
-# the random order, as published; all others with the most probable slot first.
+# the random order, as published, or plans by confidences; all others with the most probable slot first.
 LINEUP: dict[str, dict[str, Any]] = {
     "plain": {},
     "decode 8": {"cache": dkv.Decode(8)},
@@ -19,7 +24,10 @@ LINEUP: dict[str, dict[str, Any]] = {
     "pd 8": {"cache": dkv.PrefillDecode(8)},
     "greedy 4": {"cache": dkv.Greedy(4, 4), "confidence": "random"},
     "greedy 16": {"cache": dkv.Greedy(16, 4), "confidence": "random"},
+    "greedy 4 planned": {"cache": dkv.Greedy(4, 4)},
 }
+# The model that has problems with one right answer.
+TINY, PROBLEMS = "tiny", 24
 
 
 @dataclass(frozen=True)
@@ -29,25 +37,107 @@ class Options:
     Attributes:
         name: of the shape or checkpoint.
         model: as `dkv.load` gives it.
-        eager: the same weights unpacked, for the baseline in eager PyTorch; the model itself where nothing is packed.
+        eager: the same weights unpacked, for the baseline in eager PyTorch; the model itself where nothing
+            is packed; None: no baseline.
         prompt, new, batch: tokens of a prompt, slots to fill, rows.
         steps: passes; None: one per slot.
         rounds: timed runs of every contender, in turn, after one that is not timed.
         policies: names in `LINEUP`, "plain" first.
+        race: problems with one right answer, whose prompts take the place of seeded ids; None: there are none.
     """
 
     name: str
     model: Transformer
-    eager: Transformer
+    eager: Transformer | None
     prompt: int = 128
     new: int = 128
     batch: int = 1
     steps: int | None = None
     rounds: int = 3
     policies: tuple[str, ...] = field(default=tuple(LINEUP))
+    race: Race | None = None
 
     def prompts(self) -> Tensor:
-        """int64 [batch, prompt]: seeded ids, the mask not among them."""
+        """int64 [batch, prompt]: the first problems, or seeded ids, the mask not among them."""
+        if self.race is not None:
+            return self.race.ids[torch.arange(self.batch) % len(self.race.ids)]
         spec, draw = self.model.spec, torch.Generator().manual_seed(1)
         ids = torch.randint(spec.vocab_size - 1, (self.batch, self.prompt), generator=draw)
         return (ids + (ids >= spec.mask_token_id)).to(self.model.device)
+
+    def facts(self) -> dict[str, Any]:
+        """What a figure is about, beside the machine: the model and its weights."""
+        model = self.model
+        return {
+            "model": self.name, "parameters": model.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
+            "packed": _packed(model),
+        }  # fmt: skip
+
+
+def of_shape(
+    name: str, layers: int | None = None, device: str | None = None, dtype: str | None = None, *,
+    eager: bool = True, **settings: Any,
+) -> Options:  # fmt: skip
+    """A model of random weights.
+
+    Args:
+        name, layers: as for `dkv.bench.shapes.shape`.
+        device: default: the current GPU, or else the CPU.
+        dtype: default: float32 on a CPU, bfloat16 elsewhere.
+        eager: also measure the eager baseline.
+        settings: further attributes of `Options`.
+
+    Raises:
+        ValueError: an unknown shape or dtype, or a device that cannot be used.
+    """
+    spec, place = shape(name, layers), _device(device)
+    kind = dtype or ("float32" if place.type == "cpu" else "bfloat16")
+    if kind not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {kind!r}")
+    plain = random_model(spec, place, FLOATS[kind])
+    title = name if layers is None else f"{name}, {layers} layer{'s' * (layers > 1)}"
+    return Options(title, as_loaded(plain), plain if eager else None, **settings)
+
+
+def of_checkpoint(
+    path_or_id: str, device: str | None = None, dtype: str | None = None, *, eager: bool = True, **settings: Any
+) -> Options:
+    """A checkpoint; the bundled "tiny" with its problems, all others with seeded ids.
+
+    Args:
+        path_or_id, device, dtype: as for `dkv.load`.
+        eager, settings: as for `of_shape`.
+
+    Raises:
+        FileNotFoundError, ValueError: what `dkv.load` raises.
+        ValueError: fewer slots than an answer of "tiny" needs.
+    """
+    model = dkv.load(path_or_id, dtype=dtype, device=device)
+    if path_or_id == TINY:
+        race = _race(model)
+        settings = {"new": STEPS, **settings, "race": race, "prompt": race.ids.shape[1]}
+        longest = max(map(len, race.answers))
+        if settings["new"] < longest:
+            raise ValueError(f"new must be at least {longest} with {TINY}, the length of its answers; or give a shape")
+    plain = None
+    if eager:
+        again = _packed(model)
+        plain = dkv.load(path_or_id, dtype=model.dtype, device=model.device, pack=False) if again else model
+    return Options(path_or_id, model, plain, **settings)
+
+
+def _packed(model: Transformer) -> bool:
+    return any(hasattr(module, "packed") for module in model.modules())
+
+
+def _race(model: Transformer) -> Race:
+    tokenizer, problems = load_tokenizer(TINY, model.spec.family), held_out(PROBLEMS)
+    ids, mask = (x.to(model.device) for x in encode(tokenizer, [prompt for prompt, _ in problems]))
+    return Race(model, tokenizer, ids, mask, [answer for _, answer in problems])
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): give cpu") from error

@@ -1,17 +1,19 @@
-"""The command line: `dkv generate`, `dkv demo`, `dkv verify`, `dkv info` and `dkv audit`."""
+"""The command line: `dkv generate`, `dkv demo`, `dkv bench`, `dkv verify`, `dkv info` and `dkv audit`."""
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
-from dkv.commands import audit, demo, generate, info, verify
+from dkv.commands import audit, bench, demo, generate, info, verify
 from dkv.version import __version__
 
 EXAMPLES = """\
 examples:
   dkv demo                                    the bundled model, with and without a cache
   dkv generate --file prompt.txt --stats      continue a text
+  dkv bench --shape d512x8                    which policy pays on this machine
   dkv generate --help                         all options of a command, with examples
 """
 
@@ -34,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"dkv {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for command in (generate, demo, verify, info, audit):
+    for command in (generate, demo, bench, verify, info, audit):
         name = command.__name__.rpartition(".")[2]
         options = commands.add_parser(
             name, help=command.SUMMARY, description=command.SUMMARY, epilog=command.EXAMPLES,
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = build_parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unknown arguments: {' '.join(unknown)}")
+        # A figure is worth nothing without the command behind it.
+        args.command_line = shlex.join(["dkv", *map(str, sys.argv[1:] if argv is None else argv)])
     except SystemExit as stop:
         return stop.code
     try:

@@ -185,6 +185,8 @@ class Sampler:
             token, confidence = kernels.choose_token_fused(
                 flat, head.weight, head_bias=head.bias, workspace=self.workspace, **how
             )
+        elif hasattr(head, "strips"):
+            token, confidence = kernels.choose_token_fused(flat, head, workspace=self.workspace, **how)
         else:
             token, confidence = self._choose_in_parts(flat, how.pop("row_keys"), how)
         token, confidence = token.view(slots.shape), confidence.view(slots.shape)

@@ -1,5 +1,7 @@
 """Layers whose weights lie in the order in which the CPU multiplies them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,37 @@ class PackedLinear(nn.Module):
         )
 
 
+class PackedHead(nn.Module):
+    """`PackedLinear` over a wide vocabulary, in strips of columns that fit a cache."""
+
+    STRIP = 8192
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.parts = nn.ModuleList(
+            PackedLinear(_columns(linear, start, start + self.STRIP))
+            for start in range(0, self.out_features, self.STRIP)
+        )
+
+    def strips(self, x: Tensor) -> Iterator[Tensor]:
+        """The outputs [..., C] strip by strip, computed as they are asked for."""
+        return (part(x) for part in self.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(list(self.strips(x)), -1)
+
+
+def _columns(linear: nn.Linear, start: int, stop: int) -> nn.Linear:
+    """The layer that computes some of the outputs, with a part of the same weight."""
+    weight, bias = linear.weight[start:stop], linear.bias
+    part = nn.Linear(linear.in_features, len(weight), bias=bias is not None, device="meta")
+    part.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        part.bias = nn.Parameter(bias[start:stop], requires_grad=False)
+    return part
+
+
 class PackedLayer(nn.Module):
     """`Layer` in five products, which also apply the activation, the gate and the residuals."""
 
@@ -115,6 +148,7 @@ def _replace(module: nn.Module, linears: set[nn.Linear]) -> None:
         if isinstance(child, Layer):
             setattr(module, key, PackedLayer(child))
         elif child in linears:
-            setattr(module, key, PackedLinear(child))
+            wide = child.out_features > PackedHead.STRIP
+            setattr(module, key, PackedHead(child) if wide else PackedLinear(child))
         else:
             _replace(child, linears)

@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dkv.bench import floor
-from dkv.bench.floor import GOALS, PARTS, HalfDone, measure, products, recorded, table
+from dkv.bench.floor import GOALS, PARTS, STEPS, measure, products, recorded, table
 from dkv.bench.options import Options
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.bench.steps import HalfWay
 
 
 @pytest.fixture(params=["llada-8b", "dream-7b"])
@@ -21,23 +22,28 @@ def options(model, **settings) -> Options:
 
 @pytest.mark.parametrize("kind", GOALS)
 def test_a_step_can_be_taken_again(plain, kind):
-    half_done = HalfDone(options(plain), kind)
-    first = half_done.again()
-    assert half_done.sampler.canvas.masked.sum(1).tolist() == [3, 3]  # 8 new, of which 4 and then 1 were decoded
-    second = half_done.again()
+    half_way = HalfWay(options(plain), STEPS[kind])
+    before = half_way.sampler.canvas.tokens.clone()
+    first = half_way.take()
+    assert half_way.sampler.canvas.masked.sum(1).tolist() == [3, 3]  # of 8 new ones, 4 and then 1 have been decoded
+    half_way.back()
+    assert torch.equal(half_way.sampler.canvas.tokens, before)
+    assert half_way.sampler.canvas.masked.sum(1).tolist() == [4, 4]
+    second = half_way.take()
     assert torch.equal(first.positions, second.positions) and torch.equal(first.hidden, second.hidden)
 
 
 @pytest.mark.parametrize("kind", GOALS)
 def test_products_are_those_of_the_step(plain, kind):
-    half_done = HalfDone(options(plain), kind)
-    done = half_done.again()
+    half_way = HalfWay(options(plain), STEPS[kind])
+    done = half_way.take()
+    half_way.back()
     active, rows = done.positions.shape[1], done.hidden.shape[1]
-    assert rows == 3
+    assert rows == 4
     if kind == "full":
         assert active == 14
     with FlopCounterMode(display=False) as step:
-        half_done.again()
+        half_way.take()
     with FlopCounterMode(display=False) as alone:
         for call in products(plain, 2, 14, active, rows).values():
             call()
@@ -58,18 +64,19 @@ def test_rows(plain):
         assert all(ms > 0 for ms in row["parts"].values())
         assert set(row["products"]) < set(PARTS)
         assert row["lowest"] <= row["ratio"] <= row["highest"]
-        assert row["slots"] == 14 and row["rows"] == 3
+        assert row["slots"] == 14 and row["rows"] == 4
     text = table(found)
     assert text.count("goal 1.15") == text.count("goal 1.10") == 1
 
 
 def test_recording_leaves_nothing_behind(plain):
     model = as_loaded(plain)
-    half_done = HalfDone(options(model), "full")
+    half_way = HalfWay(options(model), {})
     with recorded(model) as seconds:
-        half_done.again()
+        half_way.take()
     before = dict(seconds)
-    half_done.again()
+    half_way.back()
+    half_way.take()
     assert dict(seconds) == before
     assert "forward" not in vars(model.head)
 
@@ -78,9 +85,10 @@ def test_the_table_names_what_misses_its_goal():
     row = {
         "kind": "cached", "slots": 10, "active": 4, "rows": 3, "batch": 1, "step_ms": 12.0, "floor_ms": 10.0,
         "ratio": 1.2, "lowest": 1.1, "highest": 1.3, "parts": dict.fromkeys(PARTS, 1.5) | {"MLP": 8.0},
-        "products": {"MLP": 5.0},
+        "products": {"MLP": 5.0}, "linear_floor_ms": 20.0, "linear_ratio": 0.6,
     }  # fmt: skip
     text = table({"rows": [row]})
     assert "goal 1.10: missed by 0.10" in text
+    assert "not packed: 20.00 ms; step / those: 0.60" in text
     assert f"MLP 30.0% ({PARTS['MLP']})" in text
     assert floor.table({"rows": [row | {"ratio": 1.05}]}).count("reached") == 1

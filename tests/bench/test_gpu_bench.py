@@ -12,7 +12,7 @@ import torch
 from dkv.bench import gpu, gpu_report
 from dkv.bench.gpu_checks import CHECKS, run_check
 from dkv.bench.gpu_tools import Skipped, close
-from dkv.kernels import torch_backend
+from dkv.kernels import torch_backend, torch_choice
 from dkv.kernels.backend import has_triton, load
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,7 @@ def test_a_wrong_operation_is_noticed(monkeypatch, operation, check):
 
 
 def test_wrong_noise_is_noticed(monkeypatch):
-    monkeypatch.setattr(torch_backend, "gumbel", lambda seed, keys, columns, start=0: torch.zeros(len(keys), columns))
+    monkeypatch.setattr(torch_choice, "gumbel", lambda seed, keys, columns, start=0: torch.zeros(len(keys), columns))
     for name in ("sampling_distribution", "noise_is_that_of_the_definition"):
         with pytest.raises(AssertionError):
             run_check(name, CPU, "torch")

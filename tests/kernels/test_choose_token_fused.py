@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from dkv.kernels import RULES, Workspace, choose_token, choose_token_fused, torch_backend, use_backend
+from dkv.kernels import RULES, Workspace, choose_token, choose_token_fused, torch_choice, use_backend
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SETTINGS = [
@@ -122,10 +122,10 @@ def test_few_rows_and_columns_at_a_time(how, rows, monkeypatch):
     keys = torch.arange(7)[:, None] * 5
     with use_backend("torch"):
         whole = choose_token_fused(hidden, weight, row_keys=keys, **how)
-        monkeypatch.setattr(torch_backend, "SCRATCH_BYTES", rows * 37 * 4)
+        monkeypatch.setattr(torch_choice, "SCRATCH_BYTES", rows * 37 * 4)
         same(choose_token_fused(hidden, weight, row_keys=keys, **how), whole)
         same(choose_token(hidden @ weight.T, row_keys=keys, **how), whole)
-        monkeypatch.setattr(torch_backend, "COLUMNS", 5)
+        monkeypatch.setattr(torch_choice, "STRIP", 5)
         token, confidence = choose_token(hidden @ weight.T, row_keys=keys, **how)
     assert torch.equal(token, whole[0])
     torch.testing.assert_close(confidence, whole[1])  # the terms of a sum are grouped in another way
@@ -158,7 +158,7 @@ def test_B24_memory_over_a_large_vocabulary(how, fused, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_B24_memory_does_not_grow_with_the_rows(dtype, tmp_path, monkeypatch):
     hidden, weight = inputs(200, 5000, 4, dtype)
-    monkeypatch.setattr(torch_backend, "SCRATCH_BYTES", 20 * 5000 * 4)
+    monkeypatch.setattr(torch_choice, "SCRATCH_BYTES", 20 * 5000 * 4)
     with use_backend("torch"):
         most = [extra_memory(lambda n=n: choose_token_fused(hidden[:n], weight), tmp_path / "t") for n in (40, 200)]
     assert most[1] < 1.1 * most[0]

@@ -1,0 +1,284 @@
+"""Cache policies end to end, against plain decoding and against the eager baseline.
+
+Every round runs each contender once, in turn, so that a machine that slows down slows all of them;
+ratios are taken within a round. Time on an idle machine only.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import dkv
+from dkv.bench.options import LINEUP, Options
+from dkv.bench.report import columns
+from dkv.bench.steps import synchronise
+from dkv.demo import BATCH
+from dkv.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step: whether it computed every slot, how many it did (None: not told), and its seconds."""
+
+    full: bool
+    slots: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation.
+
+    Attributes:
+        seconds: of the whole call.
+        tokens: int64 [B, new].
+        steps: those with a pass.
+        computed_share: slots computed, as a share of those that plain decoding computes; None: not told.
+    """
+
+    seconds: float
+    tokens: Tensor
+    steps: tuple[StepTime, ...]
+    computed_share: float | None = None
+
+
+# (policy, "dkv" or "eager")
+Contender = tuple[str, str]
+# steps (None: one per slot) -> one generation in so many
+Runner = Callable[[int | None], Run]
+
+
+def numbers(step: int, shape: tuple[int, int]) -> Tensor:
+    """Uniform numbers of a random order: the same for dkv and the baseline."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(step))
+
+
+def settings_of(policy: str, steps: int | None) -> dict[str, Any]:
+    """What dkv and the baseline are told alike."""
+    chosen = {**LINEUP[policy], "steps": steps}
+    return {**chosen, "numbers": numbers} if chosen.get("confidence") == "random" else chosen
+
+
+@contextmanager
+def step_times() -> Iterator[list[StepTime]]:
+    """A list that fills with the steps of every generation inside."""
+    found: list[StepTime] = []
+    original = Sampler.run
+
+    def timed(self, step):
+        device = self.canvas.tokens.device
+        synchronise(device)
+        start = perf_counter()
+        done = original(self, step)
+        synchronise(device)
+        if done is not None:
+            found.append(StepTime(done.active is None, done.positions.numel(), perf_counter() - start))
+        return done
+
+    Sampler.run = timed
+    try:
+        yield found
+    finally:
+        Sampler.run = original
+
+
+def run_dkv(options: Options, policy: str, steps: int | None) -> Run:
+    """A generation by dkv."""
+    ids, settings = options.prompts(), settings_of(policy, steps)
+    with step_times() as found:
+        start = perf_counter()
+        output = dkv.generate(options.model, ids, max_new_tokens=options.new, seed=0, **settings)
+        seconds = perf_counter() - start
+    return Run(seconds, output.sequences[:, options.prompt :], tuple(found), output.stats.computed_share)
+
+
+def run_eager(options: Options, policy: str, steps: int | None) -> Run:
+    """A generation by the eager baseline.
+
+    Raises:
+        ValueError: the baseline does not know the policy, or not for this model.
+    """
+    from dkv.bench import published
+
+    ids, found = options.prompts(), []
+    synchronise(ids.device)
+    start = perf_counter()
+    sequences = published.generate(
+        options.eager, ids, new=options.new, **settings_of(policy, steps),
+        on_step=lambda full, seconds: found.append(StepTime(full, None, seconds)),
+    )  # fmt: skip
+    synchronise(ids.device)
+    return Run(perf_counter() - start, sequences[:, -options.new :], tuple(found))
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Compare the policies of `options`.
+
+    Returns:
+        rows: one per policy and way ("dkv", or "eager", the baseline):
+            seconds: of every round. tokens_per_second: the median, all rows of the batch.
+            speed, slowest, fastest: median and range over the rounds of the seconds of dkv's plain run over
+            its own. over_eager: the median of the baseline's seconds over its own, where there is a baseline.
+            full_ms, cached_ms: median of a step. full_slots, cached_slots: slots that the median step sends
+            through the network. full_passes, passes, computed_share: the work; that of the baseline is the
+            same, as it has the same active slots.
+            peak_mb: memory beyond the weights, of a run of few steps.
+            same_tokens: share of equal tokens, with dkv's plain run; the baseline's with dkv's run of the
+            policy, from which it may differ where two candidates are as good as equal.
+            exact: share of all problems answered exactly.
+        refused: why a policy has no baseline.
+    """
+    ways = {"dkv": run_dkv} | ({"eager": run_eager} if options.eager is not None else {})
+    contenders: dict[Contender, Runner] = {
+        (policy, way): partial(run, options, policy) for policy in options.policies for way, run in ways.items()
+    }
+    total = len(contenders) * (2 + options.rounds) + len(options.policies) * (options.race is not None)
+    with tqdm(total=total, unit="run", leave=False, disable=None, file=sys.stderr) as bar:
+        refused = _warm_up(contenders, options, bar)
+        runs = race(contenders, options, bar)
+        peaks, exact = {}, {}
+        for contender, run in contenders.items():
+            bar.set_description(f"memory of {contender[0]}")
+            peaks[contender] = _peak(options.model.device, partial(run, min(4, options.steps or options.new)))
+            bar.update()
+        for policy in options.policies if options.race is not None else ():
+            bar.set_description(f"answers of {policy}")
+            exact[policy] = _exact(options, policy)
+            bar.update()
+    return {"rows": rows(runs, options, peaks, exact), "refused": refused}
+
+
+def _warm_up(contenders: dict[Contender, Runner], options: Options, bar: tqdm) -> dict[str, str]:
+    """Run all once, and take out those that refuse; why they do, by policy."""
+    # On a CPU nothing is compiled, and the same canvas in few steps touches all there is.
+    whole = options.steps or options.new
+    steps = whole if options.model.device.type == "cuda" else min(whole, max(4, whole // 8))
+    refused = {}
+    for contender in list(contenders):
+        policy, way = contender
+        bar.set_description(f"warm-up of {policy}")
+        try:
+            contenders[contender](steps)
+        except ValueError as error:
+            if way == "dkv":
+                raise
+            refused[policy] = str(error)
+            del contenders[contender]
+        bar.update()
+    bar.total -= len(refused) * (1 + options.rounds)
+    return refused
+
+
+def race(contenders: dict[Contender, Runner], options: Options, bar: tqdm) -> dict[Contender, list[Run]]:
+    """The runs of every contender, one per round."""
+    runs: dict[Contender, list[Run]] = {contender: [] for contender in contenders}
+    for number in range(options.rounds):
+        for (policy, way), run in contenders.items():
+            bar.set_description(f"round {number + 1} of {options.rounds}: {policy}{', eager' * (way == 'eager')}")
+            runs[policy, way].append(run(options.steps))
+            bar.update()
+    return runs
+
+
+def _peak(device: torch.device, call: Callable[[], Any]) -> float | None:
+    """Most megabytes that `call` held at once beyond what was there before; None where nothing counts them."""
+    if device.type == "cuda":
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    from dkv.bench import memory
+
+    return memory.peak(call) / 1e6
+
+
+def _exact(options: Options, policy: str) -> float:
+    """Share of the problems that are answered exactly."""
+    problems, settings = options.race, settings_of(policy, options.steps)
+    indices, right = list(range(len(problems.answers))), 0
+    for start in range(0, len(indices), BATCH):
+        batch = indices[start : start + BATCH]
+        output = problems.decode(batch, max_new_tokens=options.new, **settings)
+        answers = [problems.answers[i] for i in batch]
+        right += sum(map(str.__eq__, problems.texts(output.sequences), answers))
+    return right / len(indices)
+
+
+def rows(
+    runs: dict[Contender, list[Run]], options: Options, peaks: dict[Contender, float], exact: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The rows that `measure` returns, from the runs of all contenders."""
+    made = []
+    for (policy, way), own in runs.items():
+        twin = runs[policy, "dkv"]
+        other = runs["plain" if way == "dkv" else policy, "dkv"]
+        ratios = _ratios(runs["plain", "dkv"], own)
+        over = _ratios(runs[policy, "eager"], own) if way == "dkv" and (policy, "eager") in runs else None
+        seconds = [run.seconds for run in own]
+        full, cached = ([step for run in own for step in run.steps if step.full is kind] for kind in (True, False))
+        made.append({
+            "policy": policy, "way": way, "batch": options.batch, "prompt": options.prompt, "new": options.new,
+            "steps": options.steps or options.new, "seconds": seconds,
+            "tokens_per_second": options.batch * options.new / statistics.median(seconds),
+            "speed": statistics.median(ratios), "slowest": min(ratios), "fastest": max(ratios),
+            "over_eager": statistics.median(over) if over else None,
+            "full_ms": _median(step.seconds * 1e3 for step in full),
+            "cached_ms": _median(step.seconds * 1e3 for step in cached),
+            "full_slots": _median(step.slots for step in twin[0].steps if step.full),
+            "cached_slots": _median(step.slots for step in twin[0].steps if not step.full),
+            "full_passes": len(full) // len(own), "passes": (len(full) + len(cached)) // len(own),
+            "computed_share": twin[0].computed_share, "peak_mb": peaks.get((policy, way)),
+            "same_tokens": (own[0].tokens == other[0].tokens).double().mean().item(),
+            "exact": exact.get(policy) if way == "dkv" else None,
+        })  # fmt: skip
+    return made
+
+
+def _ratios(of: Sequence[Run], over: Sequence[Run]) -> list[float]:
+    return [a.seconds / b.seconds for a, b in zip(of, over, strict=True)]
+
+
+def _median(values: Iterator[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+HEADER = (
+    "policy", "tokens/s", "speed", "range", "full ms", "cached ms", "passes (full)", "computed", "peak MB", "same",
+    "exact", "over eager",
+)  # fmt: skip
+
+MEANING = """\
+speed: against dkv's plain run of the same round. full ms, cached ms: a step. computed: slots, against plain.
+same: tokens as in dkv's plain run; eager: as in dkv's run of the policy."""
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows of `measure` as text; a column that is empty everywhere is left out."""
+    lines = [_cells(row) for row in found["rows"]]
+    kept = [i for i in range(len(HEADER)) if any(line[i] for line in lines)]
+    text = columns([HEADER[i] for i in kept], [[line[i] for i in kept] for line in lines])
+    return f"{text}\n\n{MEANING}"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def shown(name: str, form: str) -> str:
+        return "" if row[name] is None else format(row[name], form)
+
+    return (
+        row["policy"] if row["way"] == "dkv" else f"  {row['way']}", f"{row['tokens_per_second']:.1f}",
+        f"{row['speed']:.2f}x", f"{row['slowest']:.2f}-{row['fastest']:.2f}" if len(row["seconds"]) > 1 else "",
+        shown("full_ms", ".1f"), shown("cached_ms", ".1f"), f"{row['passes']} ({row['full_passes']})",
+        f"{row['computed_share']:.0%}", shown("peak_mb", ".1f"), f"{row['same_tokens']:.1%}", shown("exact", ".0%"),
+        shown("over_eager", ".2f") + "x" * (row["over_eager"] is not None),
+    )  # fmt: skip

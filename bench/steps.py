@@ -1,0 +1,92 @@
+"""Single steps of a generation: before its first one, or anywhere in it."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import dkv
+from dkv.bench.options import Options
+from dkv.canvas import Canvas, slots_of
+from dkv.randomness import Randomness
+from dkv.sampler import Pass, Sampler
+from dkv.schedule import Step
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what was sent to a GPU, so that a clock read next counts it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of a call on a device, and its result."""
+    synchronise(device)
+    begin = time.perf_counter()
+    result = call()
+    synchronise(device)
+    return time.perf_counter() - begin, result
+
+
+def start(options: Options, settings: dict[str, Any], new: int) -> tuple[Sampler, list[Step]]:
+    """A generation before its first step, as `dkv.generate` begins it, and its schedule.
+
+    Raises:
+        ValueError: the canvas is longer than the model allows, or a setting is impossible.
+    """
+    spec, ids = options.model.spec, options.prompts()
+    if options.prompt + new > spec.max_positions:
+        raise ValueError(
+            f"prompt ({options.prompt}) and new slots ({new}) need {options.prompt + new} positions, the model has "
+            f"{spec.max_positions}: give a shorter prompt"
+        )
+    # Dream's own schedule decodes nothing in its first step.
+    config = dkv.DiffusionConfig(max_new_tokens=new, schedule="blocks", seed=0, **settings)
+    config.cache.check(spec.shifted)
+    canvas = Canvas(ids, torch.ones_like(ids, dtype=torch.bool), new, spec.mask_token_id)
+    sampler = Sampler(options.model, canvas, config, Randomness(config.seed, canvas), spec.mask_token_id)
+    return sampler, config.plan(spec.shifted)
+
+
+def skip(sampler: Sampler, steps: Sequence[Step]) -> None:
+    """Bring the canvas to where it is after `steps`, from left to right and without computing tokens."""
+    canvas = sampler.canvas
+    for part in (steps[:-1], steps[-1:]):
+        # Only what the last step decoded is fresh.
+        count = sum(step.count for step in part)
+        slots = slots_of(canvas.masked, count, canvas.size)
+        canvas.commit(slots, torch.ones_like(slots, dtype=torch.bool))
+        sampler.masked_count -= count
+        sampler.open_count -= count
+        sampler.fresh_count = count
+
+
+class HalfWay:
+    """A generation with half of its slots filled, whose next step can be taken again and again.
+
+    Args:
+        options: the model and the canvas.
+        settings: of `dkv.generate`; their policy says what is computed.
+    """
+
+    def __init__(self, options: Options, settings: dict[str, Any]):
+        self.sampler, plan = start(options, settings, options.new)
+        half = max(len(plan) // 2, 1)
+        self.sampler.run(plan[0])
+        skip(self.sampler, plan[1:half])
+        self.step, sampler, canvas = plan[half], self.sampler, self.sampler.canvas
+        self.state = (
+            canvas.tokens.clone(), canvas.masked, canvas.fresh, sampler.masked_count, sampler.open_count,
+            sampler.fresh_count,
+        )  # fmt: skip
+
+    def take(self) -> Pass | None:
+        """Take the step."""
+        return self.sampler.run(self.step)
+
+    def back(self) -> None:
+        """Go back to before the step."""
+        sampler, canvas = self.sampler, self.sampler.canvas
+        tokens, canvas.masked, canvas.fresh, sampler.masked_count, sampler.open_count, sampler.fresh_count = self.state
+        canvas.tokens.copy_(tokens)

@@ -1,0 +1,247 @@
+"""The micro-benchmarks: their figures by hand, and that a wrong way is noticed before it is timed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dkv.bench import gpu_timing, gpu_work, rates
+from dkv.bench.gpu_work import Sizes
+from dkv.bench.ops import (
+    report,
+    runner,
+    test_cached_attention,
+    test_choose_token,
+    test_choose_token_fused,
+    test_commit,
+    test_rope_scatter,
+    test_rows,
+)
+from dkv.bench.ops.cases import STEPS, sizes, title
+from dkv.bench.shapes import shape, tiny
+from dkv.kernels import torch_backend
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+MAKE = {
+    "cached_attention": test_cached_attention.case, "rope_scatter_": test_rope_scatter.case,
+    "gather_rows": test_rows.gather, "scatter_rows_": test_rows.scatter, "choose_token": test_choose_token.case,
+    "choose_token_fused": test_choose_token_fused.case, "commit_": test_commit.case,
+}  # fmt: skip
+FULL, CACHED = 24, 8
+
+
+def build(operation: str, family: str = "llada-8b", active: int = CACHED, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return MAKE[operation](Sizes(tiny(shape(family)), 2, FULL, active, dtype), CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the figures are those of a CPU")
+def test_a_run_states_bytes_flops_and_floor(tmp_path):
+    path = tmp_path / "result.json"
+    environment = {k: v for k, v in os.environ.items() if k != "DKV_BACKEND" and not k.startswith("PYTEST")}
+    command = [
+        sys.executable, "-m", "pytest", "bench/", "-p", "no:cacheprovider", "-rs", "--benchmark-only",
+        "-k", "dream-cached-b1 and (attention or commit) and not flex", "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=3", f"--benchmark-json={path}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    out, content = done.stdout, json.loads(path.read_text())
+    assert done.returncode == 0, out + done.stderr
+    rows = {(b["extra_info"]["operation"], b["extra_info"]["way"]): b for b in content["benchmarks"]}
+    assert list(rows) == [("cached_attention", way) for way in ("eager", "sdpa", "torch")] + [
+        ("commit_", way) for way in ("eager", "torch")
+    ]
+    assert "2] bench/ops/runner.py" in out and "triton needs a GPU" in out
+    assert content["machine_info"]["dkv"]["torch"] == torch.__version__
+    # A quarter of Dream's heads over 256 slots, 32 of them active, float32: K, V, queries and output; two products.
+    attention = rows["cached_attention", "torch"]["extra_info"]
+    assert attention["sizes"] == {"B": 1, "N": 32, "S": 256, "Hq": 7, "Hkv": 1, "D": 128}
+    assert attention["bytes"] == 4 * (2 * 256 * 128 + 2 * 32 * 7 * 128)
+    assert attention["flops"] == 2 * 2 * 7 * 32 * 256 * 128
+    # Token, confidence, whether eligible, position of 32 slots, and a count; which were committed, and one token.
+    commit = rows["commit_", "torch"]["extra_info"]
+    assert commit["bytes"] == 32 * (8 + 4 + 1 + 8) + 8 + 32 + 8 and commit["flops"] == 0
+    for (operation, way), row in rows.items():
+        info, median = row["extra_info"], row["stats"]["median"]
+        floor = max(info["bytes"] / info["copy_bytes_per_s"], info["flops"] / info["matrix_flops_per_s"])
+        assert info["floor_share"] == pytest.approx(floor / median)
+        assert info["bytes_per_s"] == pytest.approx(info["bytes"] / median)
+        eager = rows[operation, "eager"]["stats"]["median"]
+        assert info["speed_against_eager"] == pytest.approx(eager / median)
+        assert row["group"] == f"{operation} {info['shape']}" and row["params"]["way"] == way
+        line = next(line for line in out.splitlines() if line.startswith(operation) and f" {way} " in line)
+        assert info["shape"] in line and f"{info['floor_share']:.1%}" in line and f"{median * 1e6:.1f}" in line
+    assert "Dream-7B scaled cached B1 N32 S256 Hq7 Hkv1 D128" in out and "cache, which is faster" in out
+
+
+def by_hand(operation: str) -> tuple[int, int]:
+    """Bytes and FLOPs of `build(operation)`: 2 rows of 24 slots, 8 active, 4 heads of 16, d 64, V 256, float32."""
+    b, n, heads, d, v = 2, 8, 4 * 16, 64, 256
+    r = b * n
+    return {
+        "cached_attention": (4 * b * (2 * 24 + 2 * n) * heads, 4 * b * n * 24 * heads),
+        "gather_rows": (2 * r * d * 4 + r * 8, 0),
+        "scatter_rows_": (2 * r * d * 4 + r * 8, 0),
+        "choose_token": (r * v * 4 + r * 12, 4 * r * v),
+        "choose_token_fused": ((r + v) * d * 4 + r * 12, 2 * r * d * v),
+        "commit_": (r * (8 + 4 + 1 + 8 + 1) + b * 16, 0),
+    }[operation]
+
+
+@pytest.mark.parametrize("operation", [name for name in MAKE if name != "rope_scatter_"])
+def test_bytes_and_flops(operation):
+    work = build(operation).work
+    assert (work.bytes, work.flops) == by_hand(operation)
+
+
+def test_bytes_and_flops_of_rope_scatter():
+    # In a full step every row of cos and sin is read: 24 of 8 float32 each.
+    work = build("rope_scatter_", active=FULL).work
+    assert work.bytes == 2 * 3 * 2 * FULL * 64 * 4 + 2 * FULL * 8 * 4 + 2 * FULL * 8
+    assert work.flops == 3 * 2 * 2 * FULL * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("active", [FULL, CACHED], ids=["full", "cached"])
+@pytest.mark.parametrize("family", ["llada-8b", "dream-7b"])
+@pytest.mark.parametrize("operation", MAKE)
+def test_all_ways_agree(operation, family, active, dtype):
+    case = build(operation, family, active, dtype)
+    for way in ("eager", "torch", *({"sdpa"} & case.work.others.keys())):
+        case.check(way)
+
+
+def wrong(operation: str):
+    """A torch operation that is off in one place of its first result."""
+    right = getattr(torch_backend, operation)
+
+    def run(*args, **kwargs):
+        found = right(*args, **kwargs)
+        first = (found[0] if isinstance(found, tuple) else found).view(-1)
+        first[-1] = ~first[-1] if first.dtype == torch.bool else (first[-1] + 1) % 200
+        return found
+
+    return run
+
+
+@pytest.fixture
+def run(monkeypatch) -> runner.Runner:
+    """Of tiny sizes, on a machine of round numbers."""
+    monkeypatch.setattr(runner, "rates", lambda device, dtype: {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e9})
+    monkeypatch.setattr(runner, "sizes", lambda *_: Sizes(tiny(shape("llada-8b")), 2, FULL, CACHED, torch.float32))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return runner.Runner()
+
+
+class Benchmark:
+    """In place of the fixture: notes the calls, or has a median."""
+
+    def __init__(self, median: float | None = None):
+        self.calls, self.extra_info = 0, {}
+        self.stats = median and SimpleNamespace(stats=SimpleNamespace(median=median))
+
+    def __call__(self, call):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("operation", MAKE)
+def test_a_wrong_way_is_noticed_and_not_timed(monkeypatch, run, operation):
+    benchmark = Benchmark()
+    run.measure(benchmark, operation, MAKE[operation], "llada-cached-b1", "torch")
+    monkeypatch.setattr(torch_backend, operation, wrong(operation))
+    with pytest.raises(AssertionError, match="torch: result 0 is off"):
+        run.measure(benchmark, operation, MAKE[operation], "llada-cached-b1", "torch")
+    assert benchmark.calls == 1 and len(run.rows) == 1
+
+
+def test_table(run):
+    for way, median in (("eager", 4e-5), ("torch", 1e-5), ("sdpa", None)):
+        run.measure(Benchmark(median), "cached_attention", MAKE["cached_attention"], "llada-cached-b1", way)
+    heads, *lines = report.table(run.rows)
+    assert heads.split("way")[1].split() == " ".join(report.HEADS).split()
+    # Over 40 and 10 us; at 1 GB/s and 1 GFLOP/s the floor is the larger number in nanoseconds.
+    nbytes, flops = by_hand("cached_attention")
+    for line, us, ratio in ((lines[0], 40, "1.00x"), (lines[1], 10, "4.00x")):
+        rates_and_share = [
+            f"{nbytes / us / 1e3:.4g}",
+            f"{flops / us / 1e3:.4g}",
+            f"{max(nbytes, flops) / us / 10:.1f}%",
+        ]
+        cells = [f"{us:.1f}", f"{nbytes / 1e6:.4g}", f"{flops / 1e6:.4g}", *rates_and_share, ratio]
+        assert line.split()[-7:] == cells
+    assert "not timed" in lines[2] and "copy 1.0 GB/s (read + write), float32 matrix product 1 GFLOP/s" in lines[4]
+
+
+def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch, run):
+    with pytest.raises(pytest.skip.Exception, match="triton needs a GPU"):
+        run.measure(Benchmark(), "commit_", MAKE["commit_"], "llada-cached-b1", "triton")
+
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gpu_work, "_flex", broken)
+    with pytest.raises(pytest.skip.Exception, match="flex attention does not run here: RuntimeError: no compiler"):
+        run.measure(Benchmark(), "cached_attention", MAKE["cached_attention"], "llada-cached-b1", "flex")
+    monkeypatch.setattr(runner, "COMPILE_SECONDS", {"cpu": -1})
+    with pytest.raises(pytest.skip.Exception, match="choose fewer shapes"):
+        run.measure(Benchmark(), "cached_attention", MAKE["cached_attention"], "llada-cached-b1", "flex")
+    assert run.rows == []
+
+
+@pytest.mark.parametrize("operation", ["rope_scatter_", "scatter_rows_", "commit_"])
+def test_a_way_that_writes_nothing_is_noticed(monkeypatch, operation):
+    case = build(operation)
+    case.check("torch")
+    right = getattr(torch_backend, operation)
+
+    def idle(*args, **kwargs):
+        return right(*(x.clone() for x in args), **kwargs)
+
+    monkeypatch.setattr(torch_backend, operation, idle)
+    with pytest.raises(AssertionError, match="is off"):
+        case.check("torch")
+
+
+def test_a_wrong_eager_way_is_noticed(monkeypatch):
+    case = build("rope_scatter_")
+    monkeypatch.setattr(test_rope_scatter.gpu_baselines, "rotate", lambda x, cos, sin: x)
+    with pytest.raises(AssertionError, match="eager: result 0 is off"):
+        case.check("eager")
+
+
+def test_steps_of_both_models():
+    z = {step: sizes(step, CPU) for step in STEPS}
+    assert len(z) == 8 and {(s.batch, s.active) for s in z.values()} == {(1, 256), (8, 256), (1, 32), (8, 32)}
+    llada, dream = z["llada-full-b1"].spec, z["dream-full-b1"].spec
+    assert (llada.num_heads, llada.num_kv_heads, llada.head_dim, llada.hidden_size) == (4, 4, 128, 512)
+    assert (dream.num_heads, dream.num_kv_heads, dream.head_dim, dream.hidden_size) == (7, 1, 128, 896)
+    assert (llada.vocab_size, dream.vocab_size) == (126464 // 8, 152064 // 8)
+    gpu = torch.device("cuda", 0)
+    assert sizes("dream-cached-b8", gpu) == Sizes(shape("dream-7b"), 8, 1024, 32, torch.bfloat16)
+    assert title("dream-cached-b8", gpu) == "Dream-7B cached" and title("llada-full-b1", CPU) == "LLaDA-8B scaled full"
+
+
+def test_floor_is_the_larger_of_memory_and_arithmetic():
+    speeds = {"copy_bytes_per_s": 10.0, "matrix_flops_per_s": 100.0}
+    assert report.floor_seconds(40, 100, speeds) == 4
+    assert report.floor_seconds(40, 1000, speeds) == 10
+
+
+def test_rates_count_what_is_read_and_written(monkeypatch):
+    monkeypatch.setattr(rates, "COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(rates, "SIDE", {"cpu": 64})
+    calls = []
+    monkeypatch.setattr(rates, "median_seconds", lambda call, device: calls.append(call()) or 0.5)
+    expected = {"copy_bytes_per_s": 2 * (1 << 20) / 0.5, "matrix_flops_per_s": 2 * 64**3 / 0.5}
+    assert rates.rates(CPU, torch.float32) == expected
+    assert calls[0].nbytes == 1 << 20 and calls[1].shape == (64, 64)
+    assert gpu_timing.Timer(CPU, 0.1).rates() == expected and calls[3].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype must be a float dtype, got torch\.int8"):
+        rates.rates(CPU, torch.int8)

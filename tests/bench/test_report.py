@@ -1,0 +1,100 @@
+"""Tables, sentences and files of results."""
+
+import csv
+import json
+
+import pytest
+
+from dkv.bench import report
+
+
+def row(policy, speed, *, way="dkv", spread=0.0, exact=None, over_eager=None):
+    return {
+        "policy": policy, "way": way, "batch": 2, "prompt": 8, "new": 4, "speed": speed, "slowest": speed - spread,
+        "fastest": speed + spread, "exact": exact, "over_eager": over_eager,
+    }  # fmt: skip
+
+
+def test_columns_align():
+    text = report.columns(("name", "ms"), [("a", "1.5"), ("longer", "10.25")])
+    assert text == "name       ms\na         1.5\nlonger  10.25"
+
+
+def test_verdict_sorts_the_policies():
+    rows = [
+        row("plain", 1.0, over_eager=2.5),
+        row("a", 2.0, spread=0.5),
+        row("b", 0.8, spread=0.1),
+        row("c", 1.1, spread=0.2),
+    ]
+    assert report.verdict({"rows": rows}).splitlines() == [
+        "Fastest for 8 + 4 slots at batch 2: a, 2.00x plain.",
+        "The cache pays for a; it does not pay for b; it makes no clear difference for c.",
+        "Against the eager baseline of the same policy: plain 2.50x.",
+    ]
+
+
+def test_verdict_does_not_call_a_tie_a_gain():
+    assert "makes no clear difference for a" in report.verdict({"rows": [row("plain", 1.0), row("a", 1.01)]})
+
+
+def test_verdict_ignores_the_baseline_and_names_the_fastest_that_is_as_exact():
+    rows = [
+        row("plain", 1.0, exact=0.75), row("plain", 9.0, way="eager"), row("a", 3.0, exact=0.5),
+        row("b", 1.5, exact=0.75), row("c", 2.0, exact=0.75),
+    ]  # fmt: skip
+    said = report.verdict({"rows": rows})
+    assert "Fastest for 8 + 4 slots at batch 2: a, 3.00x plain." in said
+    assert "Plain answers 75% exactly; the fastest that answers as many: c." in said
+    assert "as many: none." in report.verdict({"rows": rows[:3]})
+
+
+def test_verdict_of_plain_alone_says_nothing():
+    assert report.verdict({"rows": [row("plain", 1.0)]}) == ""
+
+
+def test_machine_line_names_model_machine_and_versions():
+    facts = {
+        "model": "m", "parameters": 1_500_000, "dtype": "float32", "processor": "P", "threads": 1, "cores": 2,
+        "torch": "2.0", "dkv": "0.1", "date": "2026-01-02T03:04:05+00:00",
+    }  # fmt: skip
+    line = "m (1.5 M parameters, float32) on {}; torch 2.0, dkv 0.1, 2026-01-02"
+    assert report.machine_line(facts) == line.format("P, threads: 1 of 2 cores")
+    assert report.machine_line({**facts, "card": "G"}) == line.format("G")
+
+
+def test_json_is_whole_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        report.save_json(path, {"bad": object()})
+    assert path.read_text() == "old"
+    report.save_json(path, {"rows": [{"a": 1.5, "b": None}]})
+    assert json.loads(path.read_text()) == {"rows": [{"a": 1.5, "b": None}]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_csv_has_a_line_per_row(tmp_path):
+    path = tmp_path / "a.csv"
+    report.save_csv(
+        path, [{"policy": "plain, all", "seconds": [1.5, 2.0], "exact": None}, {"policy": "b", "seconds": [3]}]
+    )
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["policy"] for r in rows] == ["plain, all", "b"]
+    assert json.loads(rows[0]["seconds"]) == [1.5, 2.0] and rows[0]["exact"] == rows[1]["exact"] == ""
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_check_writable_makes_the_folder_and_no_file(tmp_path):
+    path = tmp_path / "new" / "deep" / "a.json"
+    report.check_writable("--json", path)
+    assert path.parent.is_dir() and not list(path.parent.iterdir())
+
+
+def test_check_writable_names_option_and_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "a.json"):
+        with pytest.raises(ValueError, match=r"--json: cannot write .*: give another place") as error:
+            report.check_writable("--json", path)
+        assert str(path) in str(error.value)
