@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dkv.kernels import reference
 from dkv.kernels.torch_choice import choose_token, choose_token_fused
+from dkv.kernels.workspace import Workspace
 
 __all__ = [
     "cached_attention",
@@ -20,6 +21,10 @@ __all__ = [
     "rope_scatter_",
     "scatter_rows_",
 ]
+
+
+# Scores of all heads held at once by attention in plain products.
+MOST_SCORES = 1 << 22
 
 
 def cached_attention(
@@ -44,12 +49,34 @@ def cached_attention(
         mask = visible.unsqueeze(1)
         if mask.shape[2] > 1 and group > 1:
             mask = mask.repeat_interleave(group, 2)
-    out = F.scaled_dot_product_attention(
-        query, k_buf.transpose(1, 2), v_buf.transpose(1, 2), attn_mask=mask, scale=scale
-    )
+    if mask is None and _few_queries(query, k_buf, v_buf):
+        out = _by_products(query, k_buf, v_buf, size**-0.5 if scale is None else scale, workspace)
+    else:
+        out = F.scaled_dot_product_attention(
+            query, k_buf.transpose(1, 2), v_buf.transpose(1, 2), attn_mask=mask, scale=scale
+        )
     out = out.transpose(1, 2) if group == 1 else out.unflatten(2, (n, group)).transpose(1, 2).reshape(q.shape)
     if visible is not None:
         out = out.masked_fill(~visible.any(-1)[:, :, None, None], 0)
+    return out
+
+
+def _few_queries(query: Tensor, k_buf: Tensor, v_buf: Tensor) -> bool:
+    """Whether two plain products beat SDPA, which on a CPU cuts fewer than 192 queries into tiles of 32."""
+    heads, rows = query.shape[1:3]
+    plain = query.device.type == "cpu" and query.dtype == torch.float32
+    fits = 32 < rows < 192 and heads * rows * k_buf.shape[1] <= MOST_SCORES
+    return plain and fits and not any(x.requires_grad for x in (query, k_buf, v_buf))
+
+
+def _by_products(query: Tensor, k_buf: Tensor, v_buf: Tensor, scale: float, workspace: Workspace | None) -> Tensor:
+    """Attention of query [B, H, M, D] over [B, S, H, D] row by row, so that the scores stay in the cache."""
+    work = Workspace() if workspace is None else workspace
+    shape = (*query.shape[1:3], k_buf.shape[1])
+    scores, out = work.take("scores", shape, query.dtype, query.device), torch.empty(query.shape)
+    for q, k, v, to in zip(query * scale, k_buf, v_buf, out, strict=True):
+        torch.bmm(q, k.permute(1, 2, 0), out=scores)
+        torch.bmm(torch.softmax(scores, -1, out=scores), v.transpose(0, 1), out=to)
     return out
 
 

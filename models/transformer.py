@@ -23,10 +23,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        # The length of a row in one pass, where its squares would be written and read again.
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.rsqrt(length.square() / wide.shape[-1] + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
 
 

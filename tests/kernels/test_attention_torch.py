@@ -1,0 +1,41 @@
+"""cached_attention on the torch backend: few queries, which it computes in two plain products."""
+
+import pytest
+import torch
+
+from dkv.kernels import Workspace, cached_attention, use_backend
+
+
+def inputs(n: int, query_heads: int, kv_heads: int):
+    """Queries, and keys and values that are slices of one larger tensor."""
+    torch.manual_seed(n)
+    buffer = torch.randn(2, 300, 2, kv_heads, 16)
+    return torch.randn(2, n, query_heads, 16), buffer[:, :257, 0], buffer[:, :257, 1]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize("rows", [33, 100, 191])
+def test_against_the_definition(rows, heads, assert_close):
+    q, k, v = inputs(-(-rows * heads[1] // heads[0]), *heads)
+    with use_backend("reference"):
+        exact = cached_attention(q.double(), k.double(), v.double(), scale=0.3)
+        rough = cached_attention(q, k, v, scale=0.3)
+    work = Workspace()
+    with use_backend("torch"):
+        assert_close(cached_attention(q, k, v, scale=0.3, workspace=work), exact, rough)
+        assert_close(cached_attention(q, k, v, scale=0.3), exact, rough)
+    assert work.nbytes > 0
+
+
+def test_a_row_does_not_depend_on_the_batch():
+    q, k, v = inputs(100, 4, 4)
+    with use_backend("torch"):
+        assert torch.equal(cached_attention(q[1:], k[1:], v[1:]), cached_attention(q, k, v)[1:])
+
+
+def test_scores_that_would_be_many_are_left_to_sdpa():
+    q, work = torch.randn(1, 64, 4, 8), Workspace()
+    k = torch.zeros(1, 1, 1, 8).expand(1, 1 << 15, 4, 8)
+    with use_backend("torch"):
+        assert torch.equal(cached_attention(q, k, k, workspace=work), torch.zeros_like(q))
+    assert work.nbytes == 0
