@@ -39,16 +39,16 @@ OTHERS = {
 # long canvases cost most of the time, hence few rounds of them.
 ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "comparison": ("comparison", (1,), {
-        "rounds": 2, "policies": ("plain", "decode 8", "prefill", "pd 8", "greedy 4", "greedy 16"),
+        "rounds": 3, "policies": ("plain", "decode 8", "decode 32", "prefill", "pd 8", "greedy 4", "greedy 16"),
     }),
     "long": ("comparison", (1,), {
         "prompt": 896, "rounds": 1, "eager": False, "policies": ("plain", "decode 32", "prefill", "pd 8"),
     }),
     "batches": ("comparison", (1, 2, 4, 8), {
-        "new": 32, "rounds": 1, "eager": False, "policies": ("plain", "decode 8", "greedy 4"),
+        "new": 32, "rounds": 1, "policies": ("plain", "decode 8", "greedy 4"),
     }),
     "floor": ("floor", (1,), {}),
-    "growth": ("growth", (1,), {}),
+    "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
     "memory": ("memory", (1,), {}),
     "accuracy": ("comparison", (1,), {"model": "tiny", "eager": False}),
 }  # fmt: skip
