@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp is made last, so an interrupted installation is repeated and a finished one never is.
 STAMP := .venv/installed
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -15,6 +15,9 @@ demo: $(STAMP)  ## decode with the bundled model
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)  ## measure everything into bench/results: 25 minutes, on an idle machine
+	$(BIN)/dkv bench --all --out bench/results $(ARGS)
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .

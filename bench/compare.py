@@ -81,7 +81,7 @@ def step_times() -> Iterator[list[StepTime]]:
         done = original(self, step)
         synchronise(device)
         if done is not None:
-            found.append(StepTime(done.active is None, done.positions.numel(), perf_counter() - start))
+            found.append(StepTime(done.active is None, done.computed, perf_counter() - start))
         return done
 
     Sampler.run = timed

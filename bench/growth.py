@@ -98,7 +98,7 @@ def estimate(
             skip(sampler, plan[at : step.index])
         at = step.index + 1
         seconds, done = timed(partial(sampler.run, step), options.model.device)
-        active, rows = done.positions.numel(), done.place.numel()
+        active, rows = done.computed, done.place.numel()
         found[step.index] = (seconds, active, operations(options.model.spec, active, rows, sampler.canvas.size))
     total = [0.0] * 3
     for kind, steps in zip(([plan[0]], *kinds), chosen, strict=True):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dkv
+from dkv.bench.steps import synchronise
 from dkv.canvas import Canvas
 from dkv.config import CONFIDENCE_RULES, DiffusionConfig
 from dkv.inputs import checked_inputs
@@ -85,8 +86,7 @@ def generate(
         x[chosen] = _widened(guess, active, mask_id)[chosen]
         way.end(step, x, chosen)
         if on_step is not None:
-            if x.device.type != "cpu":
-                torch.accelerator.synchronize(x.device)
+            synchronise(x.device)
             on_step(active is None, time.perf_counter() - start)
     return x
 

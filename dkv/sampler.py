@@ -16,6 +16,14 @@ from dkv.randomness import Randomness
 from dkv.schedule import Step
 
 LOGITS_AT_A_TIME = 1 << 24
+# The rows of a pass are filled up to a multiple of this. Otherwise every step would have another shape, and oneDNN
+# compiles every product anew for a shape that it has not met.
+MULTIPLE = 4
+
+
+def filled_up(count: int, most: int) -> int:
+    """`count` raised to a multiple of `MULTIPLE`, but to no more than `most`."""
+    return min(-(-count // MULTIPLE) * MULTIPLE, most)
 
 
 @dataclass(frozen=True)
@@ -24,12 +32,14 @@ class Pass:
 
     Attributes:
         active: the slots computed; None for all.
+        computed: how many, all rows.
         positions: [B, N] the same, ascending, filled up with S.
         hidden: [B, N, d] if `every_row`, else [B, R, d] at the rows in `place`.
         place: [B, R] which of the N predict the slots that are scored.
     """
 
     active: Active | None
+    computed: int
     positions: Tensor
     hidden: Tensor
     place: Tensor
@@ -133,7 +143,7 @@ class Sampler:
             if self.shifted:
                 reached = torch.cat((reached[:, :1], reached[:, :-1]), 1)
             open_, count = open_ & reached, min(count, active.count + self.shifted)
-        return slots_of(open_, count, self.canvas.size)
+        return slots_of(open_, filled_up(count, self.canvas.size), self.canvas.size)
 
     def _pass(self, active: Active | None, slots: Tensor) -> Pass:
         """Send the active slots through the model, for the hidden states that predict `slots`."""
@@ -143,7 +153,7 @@ class Sampler:
         if active is None:
             positions, place = torch.arange(size, device=slots.device).expand(batch, size), source
         else:
-            positions = slots_of(active.mask, active.count, size)
+            positions = slots_of(active.mask, filled_up(active.count, size), size)
             place = (active.mask.cumsum(1) - 1).gather(1, source).clamp_(min=0)
         every_row = self.config.output_logits or not self.savings.needed_rows
         hidden = self.model.step(
@@ -152,9 +162,10 @@ class Sampler:
         )  # fmt: skip
         self.stats.passes += 1
         self.stats.full_passes += active is None
-        self.stats.computed_slots += canvas.slots_in_use if active is None else positions.numel()
+        computed = canvas.slots_in_use if active is None else batch * active.count
+        self.stats.computed_slots += computed
         self.stats.total_slots += canvas.slots_in_use
-        return Pass(active, positions, hidden, place, every_row)
+        return Pass(active, computed, positions, hidden, place, every_row)
 
     def _choose(self, done: Pass, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Token and log-confidence for each of `slots`, [B, R]."""

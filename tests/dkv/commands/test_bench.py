@@ -134,8 +134,9 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
     assert sorted(path.stem for path in (tmp_path / "new").iterdir()) == sorted(bench.ALL)
     assert [(name, o.name, o.prompt, o.batch, o.eager is None) for name, o in measured] == [
         ("comparison", "d128x4, 1 layer", 128, 1, False), ("comparison", "d128x4, 1 layer", 896, 1, True),
-        *(("comparison", "d128x4, 1 layer", 128, batch, True) for batch in (1, 2, 4, 8)),
-        *((name, "d128x4, 1 layer", 128, 1, False) for name in ("floor", "growth", "memory")),
+        *(("comparison", "d128x4, 1 layer", 128, batch, False) for batch in (1, 2, 4, 8)),
+        ("floor", "d128x4, 1 layer", 128, 1, False), ("growth", "d128x4, 1 layer", 64, 1, True),
+        ("memory", "d128x4, 1 layer", 128, 1, False),
         ("comparison", "tiny", 63, 1, True),
     ]  # fmt: skip
     assert json.loads((tmp_path / "new" / "accuracy.json").read_text())["facts"]["model"] == "tiny"
