@@ -16,7 +16,7 @@ demo: $(STAMP)  ## decode with the bundled model
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(STAMP)  ## measure everything into bench/results: 25 minutes, on an idle machine
+bench: $(STAMP)  ## measure everything into bench/results: 15 minutes, on an idle machine
 	$(BIN)/dkv bench --all --out bench/results $(ARGS)
 
 lint: $(STAMP)  ## check style and format

@@ -105,8 +105,9 @@ def rate_against_batch(found: Row) -> Any:
             label=policy if way == "dkv" else f"{policy}, {EAGER}",
         )  # fmt: skip
     _logarithmic(axes, "x", batches, "{:g}")
-    axes.set(xlabel="batch (rows)", ylabel="tokens per second, all rows", ylim=(0, None))
-    axes.legend(loc="upper left")
+    most = max(row["tokens_per_second"] for row in rows)
+    axes.set(xlabel="batch (rows)", ylabel="tokens per second, all rows", ylim=(0, 1.45 * most))
+    axes.legend(loc="upper left", ncols=2)
     return figure
 
 
@@ -125,7 +126,8 @@ def accuracy_against_speed(found: Row) -> Any:
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.margins(x=0.25)
     axes.set(xlabel="speed against plain decoding", ylabel="problems answered exactly", ylim=(-0.05, 1.1))
-    _label(axes, [(row["speed"], row["exact"], row["policy"], _style(rows, row)[0]) for row in rows])
+    # Above the points: beside them are the ranges.
+    _label(axes, [(row["speed"], row["exact"], row["policy"], _style(rows, row)[0]) for row in rows], least=6)
     return figure
 
 
@@ -169,14 +171,19 @@ def floor(found: Row) -> Any:
         axes.barh(range(len(rows)), widths, 0.5, left, color=COLOURS[(number + 1) % 9], edgecolor="white", label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for place, row in enumerate(rows):
-        label = "floor" if place == 0 else None
+        label = "floor: the products alone" if place == 0 else None
         axes.plot([row["floor_ms"]] * 2, [place - 0.36, place + 0.36], color="black", lw=2.5, label=label)
-        axes.annotate(f"{row['ratio']:.2f}x floor", (max(left[place], row["floor_ms"]), place), (6, 0),
+        if row["linear_floor_ms"] is not None:
+            linear = "the same by nn.Linear, not packed" if place == 0 else None
+            ends = [place - 0.36, place + 0.36]
+            axes.plot([row["linear_floor_ms"]] * 2, ends, color="black", lw=1.5, ls=":", label=linear)
+        axes.annotate(f"{row['ratio']:.2f}x floor", (max(left[place], row["linear_floor_ms"] or 0), place), (6, 0),
                       textcoords="offset points", va="center")  # fmt: skip
     axes.set_yticks(range(len(rows)), [f"{row['kind']}\n{row['active']} of {row['slots']} slots" for row in rows])
     axes.invert_yaxis()
-    axes.set(xlabel="milliseconds of a step", xlim=(0, 1.18 * max(left)))
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    widest = max(left + [row["linear_floor_ms"] or 0 for row in rows])
+    axes.set(xlabel="milliseconds of a step", xlim=(0, 1.18 * widest))
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -261,8 +268,11 @@ def _logarithmic(axes: Any, name: str, ticks: Iterable[float], form: str) -> Non
     axis.set_ticks([], minor=True)
 
 
-def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside points (x, y, name, colour); one that would cover another is moved, with a line to its point."""
+def _label(axes: Any, points: Sequence[tuple[float, float, str, str]], least: int = 0) -> None:
+    """Names beside points (x, y, name, colour), or so many steps of 2 points above or below, as far as is needed.
+
+    A name that is moved, so as not to cover another, has a line to its point.
+    """
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
     # What is taken: left edge, height and width in pixels; at first by the points.
@@ -276,7 +286,7 @@ def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
         left, width = left + 8 * scale, (5.5 * len(name) + 10) * scale
         up = next(
             up
-            for distance in range(1000)
+            for distance in range(least, 1000)
             for up in (2 * scale * distance, -2 * scale * distance)
             if not any(
                 abs(here + up - other) < 11 * scale and left < other_left + other_width and other_left < left + width

@@ -18,7 +18,7 @@ examples:
   dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
   dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
   dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
-  dkv bench --all --out results                             everything, with plots: 25 minutes on 2 cores
+  dkv bench --all --out results                             everything, with plots: 15 minutes on 2 cores
 
 Measure on an idle machine. Every round runs each policy once, in turn; speeds are ratios to plain
 decoding in the same round, and figures are medians. "eager" is the method written in plain PyTorch

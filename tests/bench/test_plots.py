@@ -37,10 +37,10 @@ def growth():
     return {"facts": FACTS, "growth": {"rows": rows, "fits": fits}}
 
 
-def floor():
+def floor(linear=None):
     rows = [
         {"kind": kind, "batch": 1, "slots": 16, "active": active, "rows": 4, "step_ms": 3.0, "floor_ms": 2.5,
-         "ratio": ratio, "parts": {"MLP": 2.0, "attention": 1.0}}
+         "linear_floor_ms": linear,         "ratio": ratio, "parts": {"MLP": 2.0, "attention": 1.0}}
         for kind, active, ratio in (("full", 16, 1.2), ("cached", 5, 1.3))
     ]  # fmt: skip
     return {"facts": FACTS, "floor": {"rows": rows}}
@@ -128,7 +128,11 @@ def test_floor_stacks_the_parts():
     assert [set(line.get_xdata()) for line in axes.lines] == [{2.5}, {2.5}]
     assert names(axes) == ["1.20x floor", "1.30x floor"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["full\n16 of 16 slots", "cached\n5 of 16 slots"]
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"MLP", "attention", "floor"}
+    known = {"MLP", "attention", "floor: the products alone"}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == known
+    linear = plots.floor(floor(linear=2.75))
+    assert {text.get_text() for text in linear.legends[0].get_texts()} == known | {"the same by nn.Linear, not packed"}
+    assert [line.get_xdata()[0] for line in linear.axes[0].lines] == [2.5, 2.75] * 2
 
 
 @pytest.mark.parametrize(
