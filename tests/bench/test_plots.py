@@ -40,7 +40,7 @@ def growth():
 def floor(linear=None):
     rows = [
         {"kind": kind, "batch": 1, "slots": 16, "active": active, "rows": 4, "step_ms": 3.0, "floor_ms": 2.5,
-         "linear_floor_ms": linear,         "ratio": ratio, "parts": {"MLP": 2.0, "attention": 1.0}}
+         "linear_floor_ms": linear, "ratio": ratio, "parts": {"MLP": 2.0, "attention": 1.0}}
         for kind, active, ratio in (("full", 16, 1.2), ("cached", 5, 1.3))
     ]  # fmt: skip
     return {"facts": FACTS, "floor": {"rows": rows}}
