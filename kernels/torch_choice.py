@@ -17,6 +17,8 @@ from dkv.kernels.workspace import Workspace
 STRIP = 8192
 # Logits held at a time where all of a row's are needed.
 SCRATCH_BYTES = 64 << 20
+# Rows of the head at a time: a CPU re-orders the matrix for every product, and is faster with less of it at once.
+PIECE = 1024
 BLOCK = 128
 LOG2_E = 1.4426950408889634
 
@@ -46,7 +48,10 @@ def choose_token_fused(hidden, head_weight, *, head_bias=None, workspace=None, r
         for start in range(0, len(head_weight), STRIP):
             weight = head_weight[start : start + STRIP]
             shape = (len(part), len(weight))
-            logits = torch.mm(part, weight.T, out=work.take("product", shape, part.dtype, part.device))
+            logits = work.take("product", shape, part.dtype, part.device)
+            piece = PIECE if part.device.type == "cpu" else STRIP
+            for some, out in zip(weight.split(piece), logits.split(piece, 1), strict=True):
+                torch.mm(part, some.T, out=out)
             if head_bias is not None:
                 logits.add_(head_bias[start : start + STRIP])
             yield logits if logits.dtype == dtype else work.take("strip", shape, dtype, part.device).copy_(logits)

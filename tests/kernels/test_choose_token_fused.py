@@ -126,6 +126,10 @@ def test_few_rows_and_columns_at_a_time(how, rows, monkeypatch):
         same(choose_token_fused(hidden, weight, row_keys=keys, **how), whole)
         same(choose_token(hidden @ weight.T, row_keys=keys, **how), whole)
         monkeypatch.setattr(torch_choice, "STRIP", 5)
+        monkeypatch.setattr(torch_choice, "PIECE", 2)
+        fused = choose_token_fused(hidden, weight, row_keys=keys, **how)
+        assert torch.equal(fused[0], whole[0])
+        torch.testing.assert_close(fused[1], whole[1])
         token, confidence = choose_token(hidden @ weight.T, row_keys=keys, **how)
     assert torch.equal(token, whole[0])
     torch.testing.assert_close(confidence, whole[1])  # the terms of a sum are grouped in another way
