@@ -4,10 +4,12 @@ A document is what `dkv bench` writes as JSON: {"facts": ..., "comparison" | "fl
 matplotlib (extra `bench`) is imported when a figure is drawn.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from dkv.bench import drawing
 
 Row = dict[str, Any]
 # Okabe and Ito: told apart by colour-blind people, and in grey by their markers.
@@ -39,7 +41,7 @@ def speed_against_share(found: Row) -> Any:
     rows = _at_one_batch(found)
     if len({row["policy"] for row in rows}) < 2:
         return None
-    figure, axes = _figure(found, "Speed against computed share", _canvas_of(rows))
+    figure, axes = drawing.figure(found, "Speed against computed share", _canvas_of(rows))
     low = min(row["computed_share"] for row in rows) / 1.3
     (ideal,) = axes.plot([low, 1], [1 / low, 1], color="#999999", lw=1, ls="--", label="ideal: 1 / share")
     for row in rows:
@@ -47,14 +49,14 @@ def speed_against_share(found: Row) -> Any:
         axes.plot([row["computed_share"]] * 2, [row["slowest"], row["fastest"]], color=style[0], lw=1)
         _point(axes, row, row["computed_share"], row["speed"], style)
     speeds = [row[end] for row in rows for end in ("slowest", "fastest")]
-    _logarithmic(axes, "x", _ticks(low, 1.15), "{:.0%}")
-    _logarithmic(axes, "y", _ticks(min(speeds) / 1.2, 1.5 * max(speeds)), "{:g}x")
+    drawing.logarithmic(axes, "x", drawing.ticks(low, 1.15), "{:.0%}")
+    drawing.logarithmic(axes, "y", drawing.ticks(min(speeds) / 1.2, 1.5 * max(speeds)), "{:g}x")
     axes.set(
         xlabel="slots computed, as a share of plain decoding", ylabel="speed against plain decoding by dkv",
         xlim=(low, 1.35), ylim=(min(speeds) / 1.2, 1.5 * max(speeds)),
     )  # fmt: skip
     axes.legend(handles=[ideal, *_ways(rows)], loc="lower left")
-    _label(
+    drawing.label(
         axes, [(r["computed_share"], r["speed"], r["policy"], _style(rows, r)[0]) for r in rows if r["way"] == "dkv"]
     )
     return figure
@@ -70,17 +72,17 @@ def step_against_slots(found: Row) -> Any:
     slots, times = ([point[i] for point in points] for i in (1, 2))
     if len(set(slots)) < 2:
         return None
-    figure, axes = _figure(found, "Time of a step against the slots that it computes", _canvas_of(rows))
+    figure, axes = drawing.figure(found, "Time of a step against the slots that it computes", _canvas_of(rows))
     for row, x, y in points:
         _point(axes, row, x, y, _style(rows, row))
-    _logarithmic(axes, "x", _ticks(min(slots) / 1.3, max(slots) * 1.5), "{:g}")
-    _logarithmic(axes, "y", _ticks(min(times) / 1.4, max(times) * 1.4), "{:g}")
+    drawing.logarithmic(axes, "x", drawing.ticks(min(slots) / 1.3, max(slots) * 1.5), "{:g}")
+    drawing.logarithmic(axes, "y", drawing.ticks(min(times) / 1.4, max(times) * 1.4), "{:g}")
     axes.set(
         xlabel="slots computed in a step, all rows (median)", ylabel="milliseconds of a step (median)",
         xlim=(min(slots) / 1.3, max(slots) * 1.5), ylim=(min(times) / 1.4, max(times) * 1.4),
     )  # fmt: skip
     axes.legend(handles=_ways(rows), loc="upper left")
-    _label(axes, [
+    drawing.label(axes, [
         (x, y, row["policy"] + " (full)" * (row["policy"] == "plain"), _style(rows, row)[0])
         for row, x, y in points if row["way"] == "dkv" and row["batch"] == rows[-1]["batch"]
     ])  # fmt: skip
@@ -93,7 +95,7 @@ def rate_against_batch(found: Row) -> Any:
     batches = sorted({row["batch"] for row in rows})
     if len(batches) < 2:
         return None
-    figure, axes = _figure(found, "Tokens per second against batch", _canvas_of(rows, batch=False))
+    figure, axes = drawing.figure(found, "Tokens per second against batch", _canvas_of(rows, batch=False))
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["batch"]):
         lines.setdefault((row["policy"], row["way"]), []).append(row)
@@ -104,7 +106,7 @@ def rate_against_batch(found: Row) -> Any:
             ls="-" if way == "dkv" else ":", mfc=colour if way == "dkv" else "white",
             label=policy if way == "dkv" else f"{policy}, {EAGER}",
         )  # fmt: skip
-    _logarithmic(axes, "x", batches, "{:g}")
+    drawing.logarithmic(axes, "x", batches, "{:g}")
     most = max(row["tokens_per_second"] for row in rows)
     axes.set(xlabel="batch (rows)", ylabel="tokens per second, all rows", ylim=(0, 1.45 * most))
     axes.legend(loc="upper left", ncols=2)
@@ -116,7 +118,7 @@ def accuracy_against_speed(found: Row) -> Any:
     rows = [row for row in _at_one_batch(found) if row["exact"] is not None]
     if not rows:
         return None
-    figure, axes = _figure(found, "Exact answers against speed", _canvas_of(rows))
+    figure, axes = drawing.figure(found, "Exact answers against speed", _canvas_of(rows))
     axes.axvline(1, color="#999999", lw=1, ls="--")
     for row in rows:
         colour, marker = _style(rows, row)
@@ -127,7 +129,7 @@ def accuracy_against_speed(found: Row) -> Any:
     axes.margins(x=0.25)
     axes.set(xlabel="speed against plain decoding", ylabel="problems answered exactly", ylim=(-0.05, 1.1))
     # Above the points: beside them are the ranges.
-    _label(axes, [(row["speed"], row["exact"], row["policy"], _style(rows, row)[0]) for row in rows], least=6)
+    drawing.label(axes, [(row["speed"], row["exact"], row["policy"], _style(rows, row)[0]) for row in rows], least=6)
     return figure
 
 
@@ -137,7 +139,7 @@ def growth(found: Row) -> Any:
     if not rows:
         return None
     fits = {fit["policy"]: fit for fit in found["growth"]["fits"]}
-    figure, axes = _figure(found, "Time per generated slot against length", f"prompt of {rows[0]['prompt']}")
+    figure, axes = drawing.figure(found, "Time per generated slot against length", f"prompt of {rows[0]['prompt']}")
     for number, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
         own = [row for row in rows if row["policy"] == policy]
         label = policy
@@ -149,8 +151,8 @@ def growth(found: Row) -> Any:
         axes.plot(x, y, f"-{MARKERS[number % 9]}", color=COLOURS[number % 9], label=label)
     slots = sorted({row["prompt"] + row["new"] for row in rows})
     times = [row["ms_per_slot"] for row in rows]
-    _logarithmic(axes, "x", slots, "{:g}")
-    _logarithmic(axes, "y", _ticks(min(times) / 1.3, max(times) * 3), "{:g}")
+    drawing.logarithmic(axes, "x", slots, "{:g}")
+    drawing.logarithmic(axes, "y", drawing.ticks(min(times) / 1.3, max(times) * 3), "{:g}")
     axes.set(xlabel="slots of the canvas (prompt + new)", ylabel="milliseconds per generated slot")
     axes.legend(loc="upper left")
     return figure
@@ -162,7 +164,7 @@ def floor(found: Row) -> Any:
     if not rows:
         return None
     title = "Parts of a step, and the matrix products alone (its floor)"
-    figure, axes = _figure(found, title, f"batch {rows[0]['batch']}")
+    figure, axes = drawing.figure(found, title, f"batch {rows[0]['batch']}")
     axes.grid(visible=False, axis="y")
     names = list(dict.fromkeys(name for row in rows for name in row["parts"]))
     left = [0.0] * len(rows)
@@ -229,73 +231,3 @@ def _canvas_of(rows: Sequence[Row], batch: bool = True) -> str:
     batches = sorted({row["batch"] for row in rows})
     size = f"{row['prompt']} + {row['new']} slots, {row['steps']} steps"
     return f"{size}, batch {', '.join(map(str, batches))}" if batch else size
-
-
-def _figure(found: Row, title: str, canvas: str) -> tuple[Any, Any]:
-    """A figure that says what was measured on what."""
-    from matplotlib.figure import Figure
-
-    facts = found["facts"]
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.add_subplot()
-    where = facts.get("card") or f"{facts['processor']}, threads: {facts['threads']}"
-    what = ", ".join(filter(None, (facts["model"], facts["dtype"], canvas)))
-    axes.set_title(title, loc="left", fontsize=12, pad=34)
-    small = f"{what}\n{where}, torch {facts['torch']}, {facts['date'][:10]}"
-    axes.text(0, 1.02, small, transform=axes.transAxes, fontsize=8.5, color="#555555")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6", lw=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high` for a logarithmic axis; more of them where the range is small."""
-    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        ticks = [digit * 10.0**power for power in range(-4, 8) for digit in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) > 3:
-            break
-    return ticks
-
-
-def _logarithmic(axes: Any, name: str, ticks: Iterable[float], form: str) -> None:
-    """A logarithmic axis with its ticks in plain numbers."""
-    ticks = list(ticks)
-    axis = getattr(axes, f"{name}axis")
-    getattr(axes, f"set_{name}scale")("log")
-    axis.set_ticks(ticks, [form.format(tick) for tick in ticks])
-    axis.set_ticks([], minor=True)
-
-
-def _label(axes: Any, points: Sequence[tuple[float, float, str, str]], least: int = 0) -> None:
-    """Names beside points (x, y, name, colour), or so many steps of 2 points above or below, as far as is needed.
-
-    A name that is moved, so as not to cover another, has a line to its point.
-    """
-    axes.figure.draw_without_rendering()
-    scale = axes.figure.dpi / 72
-    # What is taken: left edge, height and width in pixels; at first by the points.
-    taken = []
-    for line in axes.lines:
-        if len(line.get_xdata()) == 1:
-            x, y = axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
-            taken.append((x - 5 * scale, y, 10 * scale))
-    for x, y, name, colour in sorted(points, key=lambda point: (point[1], -point[0])):
-        left, here = axes.transData.transform((x, y))
-        left, width = left + 8 * scale, (5.5 * len(name) + 10) * scale
-        up = next(
-            up
-            for distance in range(least, 1000)
-            for up in (2 * scale * distance, -2 * scale * distance)
-            if not any(
-                abs(here + up - other) < 11 * scale and left < other_left + other_width and other_left < left + width
-                for other_left, other, other_width in taken
-            )
-        )
-        taken.append((left, here + up, width))
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
-        axes.annotate(
-            name, (x, y), (16 if up else 10, up / scale), textcoords="offset points", va="center", fontsize=9,
-            color=colour, arrowprops=line if up else None,
-        )  # fmt: skip

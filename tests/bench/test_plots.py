@@ -2,7 +2,7 @@
 
 import pytest
 
-from dkv.bench import plots
+from dkv.bench import drawing, plots
 
 Text = pytest.importorskip("matplotlib.text").Text
 
@@ -163,9 +163,9 @@ def test_labels_do_not_cover_each_other_or_the_points():
 
 
 def test_ticks_are_round_and_enough():
-    assert plots._ticks(3, 60) == [5, 10, 20, 50]
-    assert plots._ticks(0.9, 2.5) == [1, 1.5, 2]
-    assert plots._ticks(0.1, 1.1) == [0.1, 0.2, 0.5, 1]
+    assert drawing.ticks(3, 60) == [5, 10, 20, 50]
+    assert drawing.ticks(0.9, 2.5) == [1, 1.5, 2]
+    assert drawing.ticks(0.1, 1.1) == [0.1, 0.2, 0.5, 1]
 
 
 def test_missing_matplotlib_tells_the_remedy(monkeypatch):
