@@ -42,12 +42,7 @@ SETTINGS = {
 CACHED = [name for name, kw in SETTINGS.items() if getattr(kw.get("cache"), "refresh", 1) != 1]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["as many K/V heads", "fewer K/V heads"])

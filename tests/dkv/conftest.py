@@ -31,11 +31,8 @@ def small_model(**changes) -> Transformer:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def always_one_thread(one_thread):
+    """Small models are slower with more."""
 
 
 @pytest.fixture(scope="session")
