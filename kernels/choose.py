@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.kernels import backend, checks, ops, torch_backend
+from dkv.kernels import checks, ops
 from dkv.kernels.workspace import Workspace
 
 RULES = ("probability", "margin", "entropy")
@@ -94,29 +94,25 @@ def choose_token_fused(
         hidden: [R, d].
         head_weight: [V, d], dtype of hidden; any strides. Or a layer that gives its logits strip by strip:
             with `in_features`, `out_features` and `strips(hidden)`, an iterator of [R, C].
-        head_bias: [V], dtype of hidden, or None.
+        head_bias: [V], dtype of hidden, or None; not with a layer.
 
     The other arguments, the result and the errors are those of `choose_token`.
     """
     r, d = checks.shape("hidden", hidden, None, None)
     checks.dtype("hidden", hidden, checks.FLOATS)
-    if not isinstance(head_weight, Tensor):
-        return _choose_behind(
-            hidden,
-            head_weight,
-            r,
-            row_keys,
-            workspace,
-            validate,
-            (rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit),
-        )
-    checks.shape("head_weight", head_weight, None, d)
-    v = len(head_weight)
-    checks.same_dtype(hidden=hidden, head_weight=head_weight)
-    checks.same_device(hidden=hidden, head_weight=head_weight, head_bias=head_bias)
-    if head_bias is not None:
-        checks.shape("head_bias", head_bias, v)
-        checks.same_dtype(hidden=hidden, head_bias=head_bias)
+    if isinstance(head_weight, Tensor):
+        checks.shape("head_weight", head_weight, None, d)
+        v = len(head_weight)
+        checks.same_dtype(hidden=hidden, head_weight=head_weight)
+        checks.same_device(hidden=hidden, head_weight=head_weight, head_bias=head_bias)
+        if head_bias is not None:
+            checks.shape("head_bias", head_bias, v)
+            checks.same_dtype(hidden=hidden, head_bias=head_bias)
+    else:
+        checks.shape("hidden", hidden, r, head_weight.in_features)
+        v = head_weight.out_features
+        if head_bias is not None:
+            raise ValueError("head_bias goes with a head_weight that is a tensor: a layer adds its own")
     how = _choice(v, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit)
     row_keys = _row_keys(row_keys, r, temperature, hidden)
     choice = ops.run(
@@ -124,16 +120,6 @@ def choose_token_fused(
         differentiable=False, **how,
     )  # fmt: skip
     return _valid(choice, validate)
-
-
-def _choose_behind(hidden, head, rows, row_keys, workspace, validate, settings):
-    """The choice behind a layer that gives its logits strip by strip."""
-    checks.shape("hidden", hidden, rows, head.in_features)
-    how = _choice(head.out_features, *settings)
-    how |= {"row_keys": _row_keys(row_keys, rows, how["temperature"], hidden), "workspace": workspace}
-    if backend.current(hidden) is torch_backend:
-        return _valid(torch_backend.choose_token_fused(hidden, head, **how), validate)
-    return _valid(ops.run("choose_token", head(hidden), overwrite=True, differentiable=False, **how), validate)
 
 
 def _choice(vocabulary, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit):

@@ -150,6 +150,9 @@ def _(hidden, *_, **__):
 
 
 def choose_token_fused(hidden, head_weight, *, workspace, **how):
+    if not isinstance(head_weight, Tensor):
+        del how["head_bias"]
+        return _choose_token(head_weight(hidden), **how)
     return _choose_token_fused(hidden, head_weight, **how)
 
 

@@ -149,7 +149,7 @@ def choose_token(
 
 
 def choose_token_fused(hidden, head_weight, *, head_bias=None, **how):
-    logits = hidden @ head_weight.T
+    logits = hidden @ head_weight.T if isinstance(head_weight, Tensor) else head_weight(hidden)
     return choose_token(logits if head_bias is None else logits + head_bias, **how)
 
 

@@ -73,7 +73,7 @@ def _by_products(query: Tensor, k_buf: Tensor, v_buf: Tensor, scale: float, work
     """Attention of query [B, H, M, D] over [B, S, H, D] row by row, so that the scores stay in the cache."""
     work = Workspace() if workspace is None else workspace
     shape = (*query.shape[1:3], k_buf.shape[1])
-    scores, out = work.take("scores", shape, query.dtype, query.device), torch.empty(query.shape)
+    scores, out = work.take("scores", shape, query.dtype, query.device), query.new_empty(query.shape)
     for q, k, v, to in zip(query * scale, k_buf, v_buf, out, strict=True):
         torch.bmm(q, k.permute(1, 2, 0), out=scores)
         torch.bmm(torch.softmax(scores, -1, out=scores), v.transpose(0, 1), out=to)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dkv import kernels
+from dkv.kernels import torch_choice
 from dkv.models.transformer import Attend, Layer
 
 
@@ -64,14 +65,12 @@ class PackedLinear(nn.Module):
 class PackedHead(nn.Module):
     """`PackedLinear` over a wide vocabulary, in strips of columns that fit a cache."""
 
-    STRIP = 8192
-
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.parts = nn.ModuleList(
-            PackedLinear(_columns(linear, start, start + self.STRIP))
-            for start in range(0, self.out_features, self.STRIP)
+            PackedLinear(_columns(linear, start, start + torch_choice.STRIP))
+            for start in range(0, self.out_features, torch_choice.STRIP)
         )
 
     def strips(self, x: Tensor) -> Iterator[Tensor]:
@@ -148,7 +147,7 @@ def _replace(module: nn.Module, linears: set[nn.Linear]) -> None:
         if isinstance(child, Layer):
             setattr(module, key, PackedLayer(child))
         elif child in linears:
-            wide = child.out_features > PackedHead.STRIP
+            wide = child.out_features > torch_choice.STRIP
             setattr(module, key, PackedHead(child) if wide else PackedLinear(child))
         else:
             _replace(child, linears)

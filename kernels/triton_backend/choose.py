@@ -154,6 +154,8 @@ def choose_token_fused(
     hidden, head_weight, *, head_bias=None, top_k=None, top_p=None, workspace=None, parts=None, row=None, **how
 ):  # fmt: skip
     """`dkv.kernels.choose_token_fused`; `parts`, `row`, top-k and top-p as in `choose_token`."""
+    if not isinstance(head_weight, torch.Tensor):
+        return choose_token(head_weight(hidden), top_k=top_k, top_p=top_p, workspace=workspace, **how)
     (rows, size), vocabulary = hidden.shape, len(head_weight)
     if _filters(vocabulary, top_k, top_p):
         return torch_backend.choose_token_fused(

@@ -39,3 +39,15 @@ def test_scores_that_would_be_many_are_left_to_sdpa():
     with use_backend("torch"):
         assert torch.equal(cached_attention(q, k, k, workspace=work), torch.zeros_like(q))
     assert work.nbytes == 0
+
+
+def test_the_default_dtype_does_not_matter():
+    q, k, v = inputs(64, 4, 4)
+    with use_backend("torch"):
+        expected = cached_attention(q, k, v)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(cached_attention(q, k, v), expected)
+        finally:
+            torch.set_default_dtype(before)

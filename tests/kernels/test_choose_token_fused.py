@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dkv.kernels import RULES, Workspace, choose_token, choose_token_fused, torch_choice, use_backend
+from dkv.kernels.backend import has_triton
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SETTINGS = [
@@ -239,3 +240,36 @@ def test_head_is_checked(changes, message):
     args = dict(zip(("hidden", "head_weight"), inputs(), strict=True))
     with pytest.raises(ValueError, match=message):
         choose_token_fused(**args | changes)
+
+
+class Layer(torch.nn.Linear):
+    """A head that gives its logits three columns at a time."""
+
+    def strips(self, hidden):
+        return iter(self(hidden).split(3, 1))
+
+
+@settings
+@pytest.mark.parametrize("name", ["torch", "reference", "triton"])
+def test_behind_a_layer_that_gives_strips(how, name):
+    if name == "triton" and not has_triton():
+        pytest.skip("triton is not installed")
+    hidden, weight = inputs()
+    layer = Layer(*reversed(weight.shape), bias=True).requires_grad_(False)
+    layer.weight.copy_(weight)
+    keys = torch.arange(len(hidden))[:, None]
+    with use_backend(name):
+        token, confidence = choose_token_fused(hidden, layer, row_keys=keys, **how)
+        expected = choose_token_fused(hidden, weight, head_bias=layer.bias, row_keys=keys, **how)
+    assert torch.equal(token, expected[0])
+    torch.testing.assert_close(confidence, expected[1])
+
+
+def test_a_layer_brings_its_own_bias_and_size():
+    layer = Layer(4, 6).requires_grad_(False)
+    with pytest.raises(ValueError, match="head_bias goes with a head_weight that is a tensor"):
+        choose_token_fused(torch.zeros(2, 4), layer, head_bias=torch.zeros(6))
+    with pytest.raises(ValueError, match=r"hidden must have shape \[2, 4\], got \[2, 3\]"):
+        choose_token_fused(torch.zeros(2, 3), layer)
+    with pytest.raises(ValueError, match="choose_token_fused has no gradient"):
+        choose_token_fused(torch.zeros(2, 4, requires_grad=True), layer)

@@ -10,8 +10,9 @@ from torch import nn
 
 import dkv
 from dkv.bench.shapes import random_model, shape, tiny
+from dkv.kernels import torch_choice
 from dkv.models.export import save_llada
-from dkv.models.packing import PackedLayer, PackedLinear, can_pack, pack_
+from dkv.models.packing import PackedHead, PackedLayer, PackedLinear, can_pack, pack_
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch has no oneDNN for this CPU")
@@ -129,3 +130,29 @@ def test_a_packed_model_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="packed weights cannot be saved: load the model with pack=False"):
         save_llada(dkv.load(GOLDEN / "llada_gqa", device="cpu"), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_strips(bias, monkeypatch):
+    monkeypatch.setattr(torch_choice, "STRIP", 8)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 20, bias=bias)).requires_grad_(False)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    packed = pack_(model)[0]
+    assert isinstance(packed, PackedHead)
+    assert [strip.shape[1] for strip in packed.strips(x)] == [8, 8, 4]
+    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("call", [{}, {"temperature": 0.8, "seed": 1}, {"top_k": 5}, {"confidence": "margin"}], ids=str)
+@pytest.mark.parametrize("family", ["llada_gqa", "dream_gqa"])
+def test_a_head_in_strips_gives_the_same_tokens(family, call, monkeypatch):
+    plain = dkv.load(GOLDEN / family, device="cpu", pack=False)
+    monkeypatch.setattr(torch_choice, "STRIP", 16)
+    packed = dkv.load(GOLDEN / family, device="cpu")
+    assert isinstance(packed.head, PackedHead)
+    ids = torch.tensor([[5, 9, 3, 8]])
+    call = {"max_new_tokens": 12, "cache": dkv.Decode(4), **call}
+    assert torch.equal(dkv.generate(plain, ids, **call).sequences, dkv.generate(packed, ids, **call).sequences)
+    assert packed.num_parameters == plain.num_parameters
