@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "vocab_limit": None,
     "output_history": False,
     "output_active": False,
+    "output_confidences": False,
     "output_logits": False,
     "savings": Savings(),
 }
@@ -110,8 +111,9 @@ class DiffusionConfig(GenerationConfig):
         seed: of every random number; None: drawn from the generator.
         mask_token_id: id of a slot without a token; None: that of the model. It is never emitted.
         vocab_limit: ids from here on are never emitted (embeddings wider than the tokenizer).
-        output_history, output_active, output_logits: record the canvas after every step, the slots
-            that each pass computed, and the logits of those slots.
+        output_history, output_active, output_confidences, output_logits: record the canvas after
+            every step, the slots that each pass computed, how sure it was of those it ranked, and the
+            logits of those it computed.
         savings: `Savings`, which work is left out.
 
     Raises:

@@ -66,7 +66,7 @@ def generate(
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
     canvas = Canvas(input_ids, attention_mask, config.max_new_tokens, mask_id)
     sampler = Sampler(model, canvas, config, Randomness(seed, canvas, numbers), mask_id)
-    history, active, logits = [], [], []
+    kept = {name: [] for name in RECORDS if getattr(config, f"output_{name}")}
     if streamer is not None:
         streamer.put(input_ids.cpu())
     draft = getattr(streamer, "put_draft", None)
@@ -74,12 +74,8 @@ def generate(
         if sampler.masked_count == 0:
             break
         done = sampler.run(step)
-        if config.output_history:
-            history.append(canvas.sequences())
-        if config.output_active:
-            active.append(_active(canvas, done))
-        if config.output_logits:
-            logits.append(_logits(canvas, done, model))
+        for name, records in kept.items():
+            records.append(RECORDS[name](canvas, done, model))
         if draft is not None:
             draft(canvas.sequences().cpu())
     sampler.check()
@@ -92,20 +88,31 @@ def generate(
         new_tokens=len(input_ids) * config.max_new_tokens,
         settings={**config.settings(), **versions(), "dtype": str(model.dtype), "device": str(model.device)},
     )  # fmt: skip
-    return DiffusionOutput(
-        sequences=sequences,
-        history=torch.stack(history) if history else None,
-        active=torch.stack(active) if active else None,
-        logits=tuple(logits) if logits else None,
-        stats=stats,
-    )
+    # The logits of all steps together would be twice as large while they are stacked.
+    found = {name: tuple(of) if name == "logits" else torch.stack(of) for name, of in kept.items() if of}
+    return DiffusionOutput(sequences=sequences, stats=stats, **found)
 
 
-def _active(canvas: Canvas, done: Pass | None) -> Tensor:
+def _history(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
+    """int64 [B, P + new]: the canvas."""
+    return canvas.sequences()
+
+
+def _active(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
     """bool [B, P + new]: the slots that a pass computed."""
     if done is None:
         return canvas.to_caller(torch.zeros_like(canvas.masked))
     return canvas.to_caller(torch.ones_like(canvas.masked) if done.active is None else done.active.mask)
+
+
+def _confidences(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
+    """float32 [B, P + new]: the confidence of the slots that a pass ranked, NaN at the others."""
+    batch, size = canvas.masked.shape
+    wide = torch.full((batch, size + 1), torch.nan, device=canvas.tokens.device)
+    if done is not None and done.confidence is not None:
+        wide.scatter_(1, done.slots, done.confidence.float())
+    padding = ~canvas.to_caller(torch.ones_like(canvas.masked))
+    return canvas.to_caller(wide[:, :-1]).masked_fill(padding, torch.nan)
 
 
 def _logits(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
@@ -115,3 +122,7 @@ def _logits(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
     if done is not None:
         kernels.scatter_rows_(wide, done.positions, model.head(done.hidden), validate=False)
     return canvas.to_caller(wide[:, :-1])
+
+
+# What can be kept of every step, by its name in `DiffusionOutput`; the setting is `output_` and the name.
+RECORDS = {"history": _history, "active": _active, "confidences": _confidences, "logits": _logits}

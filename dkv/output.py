@@ -61,6 +61,11 @@ class DiffusionOutput(ModelOutput):
         history: int64 [steps, B, P + new], the canvas after each step (`output_history`).
         active: bool [steps, B, P + new], the slots each pass computed (`output_active`); padding
             never is.
+        confidences: float32 [steps, B, P + new] (`output_confidences`), the logarithm of the
+            probability or margin, or the negative entropy in nats, of each slot that the pass ranked:
+            the masked slots of its block, or what `Greedy` computed of them; NaN elsewhere. The
+            "random" rule ranks none: there, the log probability of the tokens decoded. A
+            `selection_temperature` is not in it.
         logits: one [B, P + new, V] per step, raw (not shifted), 0 where a slot was not computed
             (`output_logits`).
         stats: `Stats`.
@@ -69,5 +74,6 @@ class DiffusionOutput(ModelOutput):
     sequences: Tensor | None = None
     history: Tensor | None = None
     active: Tensor | None = None
+    confidences: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
     stats: Stats | None = None

@@ -1,6 +1,6 @@
 """One denoising step: plan, recompute the active slots, choose tokens, commit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Pass:
         positions: [B, N] the same, ascending, filled up with S.
         hidden: [B, N, d] if `every_row`, else [B, R, d] at the rows in `place`.
         place: [B, R] which of the N predict the slots that are scored.
+        slots, confidence: [B, R] the slots that are scored, filled up with S, and the outcome; None where none was.
     """
 
     active: Active | None
@@ -44,6 +45,8 @@ class Pass:
     hidden: Tensor
     place: Tensor
     every_row: bool
+    slots: Tensor
+    confidence: Tensor | None = None
 
 
 class Sampler:
@@ -87,6 +90,7 @@ class Sampler:
             eligible = open_ if planned is None else mask_of(planned, open_)
             token, confidence = self._choose(done, slots, step)
             self._commit(step, slots, token, confidence, eligible)
+            done = replace(done, confidence=confidence)
         else:
             canvas.commit(slots, slots.bool())
         self._count(step)
@@ -165,7 +169,7 @@ class Sampler:
         computed = canvas.slots_in_use if active is None else batch * active.count
         self.stats.computed_slots += computed
         self.stats.total_slots += canvas.slots_in_use
-        return Pass(active, computed, positions, hidden, place, every_row)
+        return Pass(active, computed, positions, hidden, place, every_row, slots)
 
     def _choose(self, done: Pass, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Token and log-confidence for each of `slots`, [B, R]."""

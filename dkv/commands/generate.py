@@ -29,10 +29,20 @@ SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_generation(parser, "every line that is not blank is a prompt; they make one batch")
+    add = parser.add_argument_group("output").add_argument
+    add("--raw", action="store_true", help="do not cut the text at its end, and write special tokens out")
+    add("--stats", action="store_true", help="tokens, time, passes, computed share and seed on standard error")
+    add("--json", action="store_true", help="an object with text, tokens and stats (with --lines: lists of them)")
+    add("--no-stream", action="store_true", help="do not show drafts in a terminal")
+
+
+def add_generation(parser: argparse.ArgumentParser, lines: str) -> None:
+    """The options of a command that generates: prompt, model, decoding and cache; `lines` is the help of --lines."""
     add = parser.add_argument_group("prompt").add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="text to continue; - or none at all reads standard input")
     add("--file", type=Path, metavar="FILE", help="take the whole text of FILE as the prompt")
-    add("--lines", action="store_true", help="every line that is not blank is a prompt; they make one batch")
+    add("--lines", action="store_true", help=lines)
     add("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
 
     add = parser.add_argument_group("model").add_argument
@@ -42,12 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     _add_decoding(parser)
     _add_cache(parser)
-
-    add = parser.add_argument_group("output").add_argument
-    add("--raw", action="store_true", help="do not cut the text at its end, and write special tokens out")
-    add("--stats", action="store_true", help="tokens, time, passes, computed share and seed on standard error")
-    add("--json", action="store_true", help="an object with text, tokens and stats (with --lines: lists of them)")
-    add("--no-stream", action="store_true", help="do not show drafts in a terminal")
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +84,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     import dkv
     from dkv.streaming import DraftStreamer, ProgressStreamer, draws_drafts
-    from dkv.text import answer, encode, load_tokenizer, vocab_limit
+    from dkv.text import answer
 
-    config = dkv.DiffusionConfig(**settings(args))
-    model = dkv.load(args.model, dtype=args.dtype, device=args.device)
-    tokenizer = load_tokenizer(args.model, model.spec.family)
-    config.update(vocab_limit=vocab_limit(tokenizer, model.spec))
-    ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
+    config, model, tokenizer, ids, mask = prepare(args, prompts)
     stream = draws_drafts() and not (args.json or args.no_stream)
     # Every draft costs a copy from the device: none where nobody sees it.
     streamer = None
@@ -109,6 +109,19 @@ def run(args: argparse.Namespace) -> int:
     if args.stats:
         print(summary(output.stats), file=sys.stderr)
     return 0
+
+
+def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any, Any, Any]:
+    """What the arguments of `add_generation` ask for: settings, model, tokenizer, and ids [B, P] with their mask."""
+    import dkv
+    from dkv.text import encode, load_tokenizer, vocab_limit
+
+    config = dkv.DiffusionConfig(**settings(args))
+    model = dkv.load(args.model, dtype=args.dtype, device=args.device)
+    tokenizer = load_tokenizer(args.model, model.spec.family)
+    config.update(vocab_limit=vocab_limit(tokenizer, model.spec))
+    ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
+    return config, model, tokenizer, ids, mask
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -1,0 +1,67 @@
+"""`dkv trace`: what the cache did in one generation, as a heat map and as a page to step through."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dkv.commands.generate import add_generation, prepare, read_prompts
+
+SUMMARY = "Show what the cache does: a heat map of steps and slots, and a page to step through one generation."
+
+EXAMPLES = """\
+examples:
+  dkv trace --max-new-tokens 64 --cache decode '+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2='
+  dkv trace --model GSAI-ML/LLaDA-8B-Instruct --chat --cache pd --refresh 16 --out sky 'Why is the sky blue?'
+  dkv trace --confidence random --cache greedy --out greedy --json greedy/trace.json --file prompt.txt
+
+Writes trace.png, which needs matplotlib (pip install 'dkv[bench]'), and trace.html, which opens from disk in any
+browser and loads nothing from elsewhere. Write a prompt that begins with a dash after `--`.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # Known, though of no use here: whoever comes from dkv generate is told why.
+    add_generation(parser, argparse.SUPPRESS)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, default=Path("trace"), metavar="FOLDER", help="of both files (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="everything that was recorded, as JSON too")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.lines:
+        raise ValueError("--lines makes a batch, and a trace is of one prompt: give PROMPT, or --file FILE")
+    prompts = read_prompts(args)
+    paths = {"png": args.out / "trace.png", "html": args.out / "trace.html"}
+    from dkv.bench.report import check_writable
+    from dkv.trace import picture
+
+    picture.check_installed()
+    for path in paths.values():
+        check_writable("--out", path)
+    if args.json is not None:
+        check_writable("--json", args.json)
+    found = _recorded(args, prompts)
+    from dkv.trace import write_json, write_page, write_picture
+
+    written = [write_picture(found, paths["png"]), write_page(found, paths["html"])]
+    if args.json is not None:
+        written.append(write_json(found, args.json))
+    print(*written, sep="\n")
+    cost = f"{found.computed_share:.0%} of the slots computed, {found.passes} passes ({found.full.sum()} full)"
+    print(f"{found.policy}: {cost}, {found.stats.new_tokens} tokens, seed {found.stats.seed}")
+    return 0
+
+
+def _recorded(args: argparse.Namespace, prompts: list[str]) -> Any:
+    from dkv.streaming import ProgressStreamer
+    from dkv.trace import record
+
+    config, model, tokenizer, ids, _ = prepare(args, prompts)
+    # Every draft costs a copy from the device: none where nobody sees the bar.
+    streamer = ProgressStreamer(len(config.plan(model.spec.shifted))) if sys.stderr.isatty() else None
+    try:
+        return record(model, tokenizer, ids, config, streamer, name=args.model)
+    finally:
+        if streamer is not None:
+            streamer.end()

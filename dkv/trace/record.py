@@ -1,0 +1,174 @@
+"""The record of a generation: which step computed and decoded which slot, and how sure the model was."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dkv.config import DiffusionConfig
+from dkv.generation import generate
+from dkv.output import Stats
+from dkv.policies import Policy
+
+# What `dkv.generate` has to keep of every step.
+KEPT = {"output_history": True, "output_active": True, "output_confidences": True}
+UNREADABLE = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One generation of one prompt, step by step. Steps and slots count from 0, the prompt's slots come first.
+
+    Attributes:
+        model: its name.
+        policy: of the cache, as it is written in Python.
+        prompt: how many slots the prompt takes.
+        blocks: the first slot of every block of the answer.
+        ids: int64 [S], the tokens in the end.
+        texts: [S] the same as text, special tokens by their names. A character that spans several tokens
+            stands at the first of them, the others are empty.
+        special: bool [S], where a special token stands in the end.
+        decoded: int64 [S], the step that decoded a slot; -1 in the prompt.
+        computed: bool [steps, S], the slots that the policy named in a step; `stats` counts a few more where
+            only a bound of their number is known before the pass.
+        confidences: float32 [steps, S], as in `DiffusionOutput`.
+        stats: of the generation.
+    """
+
+    model: str
+    policy: str
+    prompt: int
+    blocks: tuple[int, ...]
+    ids: np.ndarray
+    texts: tuple[str, ...]
+    special: np.ndarray
+    decoded: np.ndarray
+    computed: np.ndarray
+    confidences: np.ndarray
+    stats: Stats
+
+    @property
+    def steps(self) -> int:
+        return self.computed.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.computed.shape[1]
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """bool [steps]: every slot was computed."""
+        return self.computed.all(1)
+
+    @property
+    def passes(self) -> int:
+        """Steps with anything to compute."""
+        return int(self.computed.any(1).sum())
+
+    @property
+    def computed_share(self) -> float:
+        """Slots computed, as a share of those that as many full passes compute."""
+        return float(self.computed.sum() / (self.passes * self.slots))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON: runs of computed slots as [first, last + 1]."""
+        slots = [
+            {"id": int(number), "text": text, "decoded": None if step < 0 else int(step)}
+            for number, text, step in zip(self.ids, self.texts, self.decoded, strict=True)
+        ]
+        return {
+            "model": self.model, "policy": self.policy, "computed_share": self.computed_share, "prompt": self.prompt,
+            "blocks": list(self.blocks), "slots": slots, "steps": [self._step(step) for step in range(self.steps)],
+            "stats": self.stats.to_dict(),
+        }  # fmt: skip
+
+    def _step(self, step: int) -> dict[str, Any]:
+        row = self.confidences[step].tolist()
+        return {
+            "full": bool(self.full[step]),
+            "computed": _runs(self.computed[step]),
+            "decoded": np.flatnonzero(self.decoded == step).tolist(),
+            # JSON has no infinity: the logarithm of a margin of 0.
+            "confidences": {s: x if x > -np.inf else None for s, x in enumerate(row) if x == x},
+        }
+
+
+def record(
+    model: Any,
+    tokenizer: Any,
+    input_ids: Tensor,
+    generation_config: DiffusionConfig | None = None,
+    streamer: Any = None,
+    name: str | None = None,
+    **overrides: Any,
+) -> Trace:
+    """Generate, and keep what every step did.
+
+    Args:
+        model: from `dkv.load` or `dkv.wrap`.
+        tokenizer: of the model, which gives the tokens as text.
+        input_ids: integers [1, P], one prompt without padding.
+        generation_config, streamer, overrides: as for `dkv.generate`.
+        name: of the model, for titles; default: its family.
+
+    Raises:
+        ValueError: more than one prompt, nothing to generate, or what `dkv.generate` refuses.
+    """
+    if input_ids.dim() != 2 or len(input_ids) != 1:
+        raise ValueError(f"input_ids must be [1, P], as a trace is of one prompt; got {list(input_ids.shape)}")
+    config = DiffusionConfig() if generation_config is None else copy.copy(generation_config)
+    config.update(**{**overrides, **KEPT})
+    if config.max_new_tokens == 0:
+        raise ValueError("max_new_tokens is 0: a trace needs at least one slot to fill")
+    output = generate(model, input_ids, None, config, streamer)
+    prompt, new, ids = input_ids.shape[1], config.max_new_tokens, output.sequences[0].tolist()
+    mask = model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
+    # A token stays, so a slot was decoded by the step that follows those that left it a mask.
+    decoded = (output.history[:, 0, prompt:] == mask).sum(0)
+    return Trace(
+        model=name or model.spec.family,
+        policy=label(config.cache),
+        prompt=prompt,
+        blocks=tuple(range(prompt, prompt + new, config.block_length or new)),
+        ids=np.array(ids),
+        texts=tuple(texts_of(tokenizer, ids)),
+        special=np.isin(ids, tokenizer.all_special_ids),
+        decoded=np.concatenate((np.full(prompt, -1), decoded.cpu().numpy())),
+        computed=output.active[:, 0].cpu().numpy(),
+        confidences=output.confidences[:, 0].cpu().numpy(),
+        stats=output.stats,
+    )
+
+
+def label(policy: Policy) -> str:
+    """A policy as it is written in Python: its main arguments, and those that are not as by default."""
+    given = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    default = {f.name: f.default for f in fields(policy)}
+    shown = [f"{n}={v!r}" for n, v in given.items() if n in ("refresh", "window") or v != default[n]]
+    return f"{type(policy).__name__}({', '.join(shown)})"
+
+
+def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Every token as text. A character of several tokens goes to the first, and nothing to the others."""
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        start = len(texts)
+        # A character has four bytes at most, and hence four tokens.
+        for stop in range(start + 1, min(start + 4, len(ids)) + 1):
+            text = tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if UNREADABLE not in text:
+                texts += [text, *[""] * (stop - start - 1)]
+                break
+        else:
+            texts.append(UNREADABLE)
+    return texts
+
+
+def _runs(held: np.ndarray) -> list[list[int]]:
+    """Where a bool [S] holds, as runs [first, last + 1]."""
+    edges = np.flatnonzero(np.diff(held.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).tolist()
