@@ -1,0 +1,198 @@
+"""How likely an answer is to a diffusion model: a mean over masked copies of it.
+
+After Nie et al., "Large Language Diffusion Models", 2025, algorithm 3. Of an answer of L tokens l are
+masked, l uniform in 1..L and every choice of l tokens equally likely. The mean of L / l times the sum
+of the log-probabilities of the masked tokens is a lower bound of the answer's log-likelihood; it is
+estimated from a number of such copies, or taken over all of them where there are no more than that.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, islice
+from math import comb
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkv.buffer import KVBuffer
+from dkv.generation import generate
+from dkv.output import Stats
+from dkv.sampler import LOGITS_AT_A_TIME
+
+# Token ids of a prompt, and of an answer to it.
+Question = tuple[Sequence[int], Sequence[int]]
+
+
+def log_likelihoods(
+    model: Any,
+    questions: Sequence[Question],
+    *,
+    samples: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    stats: Stats | None = None,
+) -> Iterator[tuple[int, float]]:
+    """The log-likelihood of each answer after its prompt, in nats.
+
+    A value depends on the seed, the prompt and the answer, and on nothing else. Answers of one length
+    to one prompt are masked at the same places, so that choices are compared like with like.
+
+    Args:
+        model: from `dkv.load` or `dkv.wrap`.
+        questions: prompts and answers as token ids. An answer without tokens has likelihood 1.
+        samples: masked copies of an answer. If it has no more than these (2^L - 1 for L tokens; one
+            for a single token), all are used, and the mean is exact.
+        batch_size: copies in a pass.
+        seed: of the places that are masked.
+        stats: where to count the passes.
+
+    Yields:
+        (index of the question, value), each as soon as it is known, long questions first.
+
+    Raises:
+        ValueError: a question does not fit the model, samples or batch_size is below 1, or the logits
+            hold NaN.
+
+    Example:
+        >>> values = dict(log_likelihoods(model, [(prompt, yes), (prompt, no)]))
+    """
+    _check(model, questions, samples=samples, batch_size=batch_size)
+    stats = Stats() if stats is None else stats
+    values = [0.0] * len(questions)
+    left = [min(2 ** len(answer) - 1, samples) for _, answer in questions]
+    yield from ((i, 0.0) for i, copies in enumerate(left) if copies == 0)
+    copies = _copies(questions, samples, seed, model.spec.mask_token_id)
+    while batch := list(islice(copies, batch_size)):
+        found = iter(_log_probabilities(model, batch, stats).tolist())
+        for copy in batch:
+            for _, _, owner in copy.reads:
+                values[owner] += copy.weight * next(found)
+            for owner in copy.owners:
+                left[owner] -= 1
+                if left[owner] == 0:
+                    yield owner, values[owner]
+
+
+def are_greedy(model: Any, questions: Sequence[Question], *, batch_size: int = 32) -> Iterator[tuple[int, bool]]:
+    """Whether the model itself gives each answer: as many slots, the most confident token at every step.
+
+    Args, yields and raises as `log_likelihoods`, with a truth value for each question.
+    """
+    _check(model, questions, batch_size=batch_size)
+    asked: dict[int, dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, (prompt, answer) in enumerate(questions):
+        asked[len(answer)][tuple(prompt)].append(i)
+    yield from ((i, True) for owners in asked.pop(0, {}).values() for i in owners)
+    for length, owners in asked.items():
+        prompts = iter(sorted(owners, key=len, reverse=True))
+        while batch := list(islice(prompts, batch_size)):
+            ids, mask = (t.to(model.device) for t in _left_padded(batch))
+            output = generate(model, ids, mask, max_new_tokens=length, block_length=length, seed=0)
+            for prompt, given in zip(batch, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
+                yield from ((i, given == list(questions[i][1])) for i in owners[prompt])
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A sequence in which tokens of the answer are masked.
+
+    Attributes:
+        tokens: of prompt and answer.
+        reads: (slot, token, owner): the probability of which token is wanted where, for which question.
+        owners: the questions; several only if the masks leave no difference between them.
+        weight: what the log-probabilities are multiplied with.
+    """
+
+    tokens: list[int]
+    reads: list[tuple[int, int, int]]
+    owners: list[int]
+    weight: float
+
+
+def _copies(questions: Sequence[Question], samples: int, seed: int, mask_id: int) -> Iterator[_Copy]:
+    """All copies of all questions, those of one question together."""
+    groups: dict[object, list[int]] = defaultdict(list)
+    for i, (prompt, answer) in enumerate(questions):
+        # Choices of one token differ in nothing but what is read: one pass serves them all.
+        groups[tuple(prompt) if len(answer) == 1 else i].append(i)
+    # What takes the most memory comes first.
+    for owners in sorted(groups.values(), key=lambda group: -sum(map(len, questions[group[0]]))):
+        prompt, answer = questions[owners[0]]
+        start = len(prompt)
+        rng = random.Random(f"{seed} {len(answer)} {list(prompt)}")
+        for places, weight in _masks(len(answer), samples, rng):
+            tokens = [*prompt, *(mask_id if i in places else token for i, token in enumerate(answer))]
+            reads = [(start + i, questions[owner][1][i], owner) for owner in owners for i in places]
+            yield _Copy(tokens, reads, owners, weight)
+
+
+def _masks(length: int, samples: int, rng: random.Random) -> list[tuple[set[int], float]]:
+    """Which of `length` tokens a copy masks, and its weight; the weighted sums add up to the estimate."""
+    if 2**length - 1 <= samples:
+        return [
+            (set(places), 1 / (count * comb(length, count)))
+            for count in range(1, length + 1)
+            for places in combinations(range(length), count)
+        ]
+    # Each count is uniform by the random start; together they are spread evenly, which lowers the variance.
+    first = rng.randrange(length)
+    counts = [(first + i * length // samples) % length + 1 for i in range(samples)]
+    return [(set(rng.sample(range(length), count)), length / (count * samples)) for count in counts]
+
+
+@torch.no_grad()
+def _log_probabilities(model: Any, copies: list[_Copy], stats: Stats) -> Tensor:
+    """Float [n]: the log-probability of every read of the copies, one copy after the other."""
+    spec, device, lengths = model.spec, model.device, [len(copy.tokens) for copy in copies]
+    size, most = max(lengths), max(len(copy.reads) for copy in copies)
+    tokens = torch.tensor([copy.tokens + [0] * (size - len(copy.tokens)) for copy in copies], device=device)
+    # The output that predicts a slot is its own, or in a shifted model that of the slot before.
+    places = [[slot - spec.shifted for slot, _, _ in copy.reads] for copy in copies]
+    rows = torch.tensor([row + [0] * (most - len(row)) for row in places], device=device)
+    real = torch.tensor([[i < len(row) for i in range(most)] for row in places], device=device)
+    targets = torch.tensor([token for copy in copies for _, token, _ in copy.reads], device=device)
+    ranges = None if min(lengths) == size else torch.tensor([[0, length] for length in lengths], device=device)
+    positions = torch.arange(size, device=device).expand(len(copies), size)
+    hidden = model.step(tokens, positions, KVBuffer(len(copies), size), key_ranges=ranges, rows=rows)[real]
+    at_a_time = max(1, LOGITS_AT_A_TIME // spec.vocab_size)
+    found = []
+    for part, wanted in zip(hidden.split(at_a_time), targets.split(at_a_time), strict=True):
+        logits = model.head(part)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        found.append(logits.gather(1, wanted[:, None]).flatten() - logits.logsumexp(1))
+    stats.passes += 1
+    stats.full_passes += 1
+    stats.computed_slots += sum(lengths)
+    stats.total_slots += sum(lengths)
+    values = torch.cat(found)
+    if bool(values.isnan().any()):
+        raise ValueError("the model's logits hold NaN or infinity: check the weights, and the dtype")
+    return values
+
+
+def _check(model: Any, questions: Sequence[Question], **counts: int) -> None:
+    spec = model.spec
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for i, (prompt, answer) in enumerate(questions):
+        if len(prompt) + len(answer) > spec.max_positions:
+            raise ValueError(
+                f"question {i} has a prompt of {len(prompt)} and an answer of {len(answer)} tokens, "
+                f"the model has {spec.max_positions} positions: shorten the prompt"
+            )
+        if spec.shifted and not prompt:
+            raise ValueError(f"question {i} has no prompt: this model predicts a token from the slot before it")
+        if odd := [token for token in (*prompt, *answer) if not 0 <= token < spec.vocab_size]:
+            raise ValueError(f"question {i} has the id {odd[0]}, the model's vocabulary ends at {spec.vocab_size - 1}")
+
+
+def _left_padded(rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, int64 [B, P]."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids).view(len(rows), width).long(), torch.tensor(mask).view(len(rows), width).long()
