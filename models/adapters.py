@@ -128,14 +128,46 @@ def dream_spec(config: Mapping) -> ModelSpec:
     )
 
 
+def llada_config(spec: ModelSpec) -> dict:
+    """A LLaDA configuration of these sizes, without its dtype."""
+    return {
+        "architectures": ["LLaDAModelLM"], "model_type": "llada", **LLADA_SWITCHES,
+        "d_model": spec.hidden_size, "n_layers": spec.num_layers, "n_heads": spec.num_heads,
+        "n_kv_heads": spec.num_kv_heads, "multi_query_attention": None, "mlp_hidden_size": spec.intermediate_size,
+        "vocab_size": spec.vocab_size, "embedding_size": spec.vocab_size, "weight_tying": spec.tied_head,
+        "max_sequence_length": spec.max_positions, "rope_theta": spec.rope_theta,
+        "rope_full_precision": spec.rope_float32, "rms_norm_eps": spec.norm_eps,
+        "include_bias": spec.linear_bias, "include_qkv_bias": spec.qkv_bias,
+        "attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0, "flash_attention": False,
+        "mask_token_id": spec.mask_token_id, "eos_token_id": spec.eos_token_id, "pad_token_id": spec.pad_token_id,
+    }  # fmt: skip
+
+
+def dream_config(spec: ModelSpec) -> dict:
+    """A Dream configuration of these sizes, without its dtype."""
+    return {
+        "architectures": ["DreamModel"], "model_type": "Dream", **DREAM_SWITCHES,
+        "hidden_size": spec.hidden_size, "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
+        "intermediate_size": spec.intermediate_size, "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": spec.tied_head, "max_position_embeddings": spec.max_positions,
+        "rope_theta": spec.rope_theta, "rope_scaling": None, "rms_norm_eps": spec.norm_eps,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "sliding_window": None,
+        "max_window_layers": 28,
+        "mask_token_id": spec.mask_token_id, "bos_token_id": spec.eos_token_id, "eos_token_id": spec.eos_token_id,
+        "pad_token_id": spec.pad_token_id,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
-    """An adapter: how to recognise a configuration, read it, and name its tensors."""
+    """An adapter: how to recognise a configuration, read it, write it, and name its tensors."""
 
     name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     spec: Callable[[Mapping], ModelSpec]
+    config: Callable[[ModelSpec], dict]
     names: Mapping[str, str]
     # The configuration fields that say how many rows the two tables have, and whether they are one.
     rows_field: str
@@ -161,11 +193,11 @@ class Family:
 
 FAMILIES = {
     "llada": Family(
-        "llada", ("llada", "mmada"), ("LLaDAModelLM", "MMadaModelLM"), llada_spec, LLADA_NAMES,
-        rows_field="embedding_size", tied_field="weight_tying",
+        "llada", ("llada", "mmada"), ("LLaDAModelLM", "MMadaModelLM"), llada_spec, llada_config,
+        LLADA_NAMES,         rows_field="embedding_size", tied_field="weight_tying",
     ),
     "dream": Family(
-        "dream", ("dream",), ("DreamModel",), dream_spec, DREAM_NAMES,
+        "dream", ("dream",), ("DreamModel",), dream_spec, dream_config, DREAM_NAMES,
         rows_field="vocab_size", tied_field="tie_word_embeddings",
     ),
 }  # fmt: skip
@@ -193,34 +225,26 @@ def family_of(config: Mapping) -> Family:
     )
 
 
-def to_llada(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
-    """The model as a LLaDA checkpoint: the content of `config.json`, and the tensors by their names there.
+def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
+    """The model as a checkpoint of its family: the content of `config.json`, and the tensors by their names there.
 
     The tensors share the storage of the model's. The configuration has every field that the
     published modeling code reads, so that `family_of(config).spec(config) == model.spec`.
 
     Raises:
-        ValueError: the LLaDA format cannot express the model, or its weights are packed.
+        ValueError: the format cannot express the model, or its weights are packed.
     """
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("packed weights cannot be saved: load the model with pack=False")
-    spec, names = model.spec, FAMILIES["llada"].checkpoint_names(n for n, _ in model.named_parameters())
-    config = {
-        "architectures": ["LLaDAModelLM"], "model_type": "llada", **LLADA_SWITCHES,
-        "d_model": spec.hidden_size, "n_layers": spec.num_layers, "n_heads": spec.num_heads,
-        "n_kv_heads": spec.num_kv_heads, "multi_query_attention": None, "mlp_hidden_size": spec.intermediate_size,
-        "vocab_size": spec.vocab_size, "embedding_size": spec.vocab_size, "weight_tying": spec.tied_head,
-        "max_sequence_length": spec.max_positions, "rope_theta": spec.rope_theta,
-        "rope_full_precision": spec.rope_float32, "rms_norm_eps": spec.norm_eps,
-        "include_bias": spec.linear_bias, "include_qkv_bias": spec.qkv_bias,
-        "attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0, "flash_attention": False,
-        "mask_token_id": spec.mask_token_id, "eos_token_id": spec.eos_token_id, "pad_token_id": spec.pad_token_id,
-        "torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": False,
-    }  # fmt: skip
-    again = llada_spec(config)
+    spec, family = model.spec, FAMILIES[model.spec.family]
+    names = family.checkpoint_names(n for n, _ in model.named_parameters())
+    config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": False}
+    again = family.spec(config)
     for field, value in vars(spec).items():
-        if field != "family" and value != getattr(again, field):
-            raise ValueError(f"the LLaDA format cannot express {field}={value!r}, only {getattr(again, field)!r}")
+        if value != getattr(again, field):
+            raise ValueError(
+                f"the {family.name} format cannot express {field}={value!r}, only {getattr(again, field)!r}"
+            )
     return config, {names[n]: p.detach() for n, p in model.named_parameters()}
 
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder: weights and configuration in LLaDA's format, and a tokenizer of characters."""
+"""Writing a checkpoint folder: weights and configuration in the format of their family, and a tokenizer."""
 
 import json
 import os
@@ -7,19 +7,21 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from dkv.models.adapters import to_llada
+from dkv.models.adapters import to_checkpoint
 from dkv.models.transformer import Transformer
 
+MASK_TOKENS = {"llada": "<|mdm_mask|>", "dream": "<|mask|>"}
 
-def save_llada(model: Transformer, folder: str | os.PathLike) -> None:
-    """Write `config.json` and `model.safetensors` in LLaDA's format, in the dtype of the model.
+
+def save_model(model: Transformer, folder: str | os.PathLike) -> None:
+    """Write `config.json` and `model.safetensors` in the format of the model's family, in its dtype.
 
     Each file replaces an older one at once, when it is complete. Existing other files stay.
 
     Raises:
-        ValueError: the LLaDA format cannot express the model; nothing is written then.
+        ValueError: the format cannot express the model; nothing is written then.
     """
-    config, tensors = to_llada(model)
+    config, tensors = to_checkpoint(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.contiguous() for name, t in tensors.items()}
@@ -27,7 +29,7 @@ def save_llada(model: Transformer, folder: str | os.PathLike) -> None:
     _write_json(folder / "config.json", config)
 
 
-def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int) -> None:
+def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int, family: str = "llada") -> None:
     """Write a tokenizer with one token per character, which `transformers.AutoTokenizer` loads.
 
     `tokenizer.json` comes from the `tokenizers` library. `tokenizer_config.json` names the class, so
@@ -40,18 +42,19 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
         folder: an existing folder.
         alphabet: the characters, whose ids are 0, 1, 2, ...
         eos: id of `<|endoftext|>`, which also pads.
-        mask: id of `<|mdm_mask|>`.
+        mask: id of the mask token, which each family writes in its own way.
+        family: "llada" or "dream".
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    special = {"<|endoftext|>": eos, "<|mdm_mask|>": mask}
+    special = {"<|endoftext|>": eos, MASK_TOKENS[family]: mask}
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)} | special, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-        "mask_token": "<|mdm_mask|>", "padding_side": "left", "clean_up_tokenization_spaces": False,
+        "mask_token": MASK_TOKENS[family], "padding_side": "left", "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
     _replace(Path(folder) / "tokenizer.json", lambda path: tokenizer.save(str(path)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dkv.models import ModelSpec, Transformer, load
-from dkv.models.adapters import FAMILIES, family_of, to_llada
+from dkv.models.adapters import FAMILIES, family_of, to_checkpoint
 
 SPEC = ModelSpec(
     family="llada", vocab_size=32, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
@@ -172,9 +172,9 @@ def test_every_parameter_has_its_own_name(family):
     [{}, {"linear_bias": True}, {"qkv_bias": True}, {"tied_head": True}, {"rope_float32": False}, {"num_kv_heads": 1}],
     ids=lambda c: "-".join(c) or "plain",
 )
-def test_to_llada_round_trip(changes):
+def test_to_checkpoint_round_trip(changes):
     model = Transformer(replace(SPEC, **changes))
-    config, state = to_llada(model)
+    config, state = to_checkpoint(model)
     config = json.loads(json.dumps(config))
     assert config["architectures"] == ["LLaDAModelLM"] and config["model_type"] == "llada"
     assert family_of(config).spec(config) == model.spec
@@ -185,18 +185,20 @@ def test_to_llada_round_trip(changes):
     ("changes", "message"),
     [
         ({"shifted": True}, "cannot express shifted=True, only False"),
+        ({"family": "dream"}, "cannot express qkv_bias=False, only True"),
         ({"head_dim": 8}, "cannot express head_dim=8, only 4"),
         ({"qk_norm": True}, r"no place for layers.0.q_norm.weight"),
     ],
 )
-def test_to_llada_refuses_what_the_format_lacks(changes, message):
+def test_to_checkpoint_refuses_what_the_format_lacks(changes, message):
     with pytest.raises(ValueError, match=message):
-        to_llada(Transformer(replace(SPEC, **changes)))
+        to_checkpoint(Transformer(replace(SPEC, **changes)))
 
 
-def test_to_llada_gives_back_a_recorded_checkpoint(golden):
-    folder, _ = golden("llada_gqa/cases/forward_b2")[0]
-    config, _ = to_llada(load(folder, device="cpu", pack=False))
+@pytest.mark.parametrize("recorded", ["llada_gqa", "dream_gqa"])
+def test_to_checkpoint_gives_back_a_recorded_checkpoint(golden, recorded):
+    folder, _ = golden(f"{recorded}/cases/forward_b2")[0]
+    config, _ = to_checkpoint(load(folder, device="cpu", pack=False))
     recorded = json.loads((folder / "config.json").read_text())
     assert {k: v for k, v in config.items() if recorded[k] != v} == {}
 

@@ -4,21 +4,22 @@ import pytest
 import torch
 
 from dkv.models import load
-from dkv.models.export import save_llada, save_tokenizer
+from dkv.models.export import save_model, save_tokenizer
 from dkv.models.train_tiny import ALPHABET, EOS, MASK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_save_llada(small, tmp_path, dtype):
-    model = load(small().folder, device="cpu", dtype=dtype, pack=False)
-    save_llada(model, tmp_path / "new" / "folder")
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_save_model(small, tmp_path, family, dtype):
+    model = load(small(family).folder, device="cpu", dtype=dtype, pack=False)
+    save_model(model, tmp_path / "new" / "folder")
     again = load(tmp_path / "new" / "folder", device="cpu", dtype="auto", pack=False)
     assert again.spec == model.spec
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_save_llada_keeps_the_old_files_when_it_fails(small, monkeypatch):
+def test_save_model_keeps_the_old_files_when_it_fails(small, monkeypatch):
     model = load(small().folder, device="cpu", pack=False)
     folder = small().folder
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -29,7 +30,7 @@ def test_save_llada_keeps_the_old_files_when_it_fails(small, monkeypatch):
 
     monkeypatch.setattr("dkv.models.export.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        save_llada(model, folder)
+        save_model(model, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -51,7 +52,7 @@ def test_tokenizer_round_trip(tokenizer, text):
 
 
 def test_tokenizer_marks(tokenizer):
-    assert len(tokenizer) == 16
+    assert len(tokenizer) == MASK + 1
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id) == (EOS, EOS, MASK)
     ids = tokenizer.encode("1<|mdm_mask|>2<|endoftext|>")
     assert ids == [1, MASK, 2, EOS]
@@ -61,7 +62,7 @@ def test_tokenizer_marks(tokenizer):
     assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
 
 
-@pytest.mark.parametrize("text", ["a", "1\n2", "é"])
+@pytest.mark.parametrize("text", ["A", "1\n2", "é"])
 def test_tokenizer_refuses_unknown_characters(tokenizer, text):
     with pytest.raises(Exception, match=r"Missing .UNK. token"):
         tokenizer.encode(text)

@@ -11,7 +11,7 @@ from torch import nn
 import dkv
 from dkv.bench.shapes import random_model, shape, tiny
 from dkv.kernels import torch_choice
-from dkv.models.export import save_llada
+from dkv.models.export import save_model
 from dkv.models.packing import PackedHead, PackedLayer, PackedLinear, can_pack, pack_
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -128,7 +128,7 @@ def test_the_plain_weight_is_let_go():
 
 def test_a_packed_model_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="packed weights cannot be saved: load the model with pack=False"):
-        save_llada(dkv.load(GOLDEN / "llada_gqa", device="cpu"), tmp_path / "folder")
+        save_model(dkv.load(GOLDEN / "llada_gqa", device="cpu"), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 

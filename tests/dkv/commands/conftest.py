@@ -8,7 +8,7 @@ import torch
 import dkv
 from dkv.cli import main
 from dkv.models import ModelSpec, Transformer
-from dkv.models.export import save_llada, save_tokenizer
+from dkv.models.export import save_model, save_tokenizer
 from dkv.text import encode, load_tokenizer
 
 ALPHABET, EOS, MASK = "0123456789+-= ", 14, 15
@@ -25,7 +25,7 @@ def write_random_model(folder: Path, vocab_size: int = 16) -> Path:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.5)
-    save_llada(model, folder)
+    save_model(model, folder)
     save_tokenizer(folder, ALPHABET, EOS, MASK)
     return folder
 
