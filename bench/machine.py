@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,15 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def warn_if_busy(program: str) -> None:
+    """Say on standard error that figures will be off, where the machine has other work."""
+    with suppress(OSError, AttributeError):
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > cores / 2:
+            busy = f"the machine is busy (load average {load:.1f} on {cores} cores): figures will be off"
+            print(f"{program}: warning: {busy}", file=sys.stderr)
 
 
 def facts(device: torch.device, command: str) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 """`dkv bench`: which cache policy pays, and where the time goes."""
 
 import argparse
-import os
-import sys
-from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -92,7 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    _warn_if_busy()
+    from dkv.bench.machine import warn_if_busy
+
+    warn_if_busy("dkv bench")
     import torch
 
     if args.threads is not None:
@@ -146,14 +145,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for name in ("json", "csv"):
         if getattr(args, name) is not None:
             check_writable(f"--{name}", getattr(args, name))
-
-
-def _warn_if_busy() -> None:
-    with suppress(OSError, AttributeError):
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if load > cores / 2:
-            busy = f"the machine is busy (load average {load:.1f} on {cores} cores): figures will be off"
-            print(f"dkv bench: warning: {busy}", file=sys.stderr)
 
 
 def build(args: argparse.Namespace, **changes: Any) -> Any:

@@ -1,0 +1,126 @@
+"""What `dkv eval` compares: settings of a generation, written as text with lists that are multiplied out."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import dkv
+from dkv.config import ALIASES, DEFAULTS, policy_of
+from dkv.policies import POLICIES
+
+# Steps by name, as a share of the slots to fill.
+SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}
+
+QUICK = (
+    "cache=none,prefill steps=all,half",
+    "cache=decode,pd refresh=4,8,16",
+    "cache=greedy refresh=4,8,16 window=4 window_centre=last",
+    "cache=none,greedy confidence=random",
+)
+# The axes of the paper: every policy, refresh interval, window and rule, at one and at two slots a step.
+FULL = (
+    "cache=none,prefill steps=all,half",
+    "cache=decode,pd refresh=2,4,8,16 steps=all,half",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 window_centre=next,last",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 steps=half window_centre=last",
+    "cache=none,greedy confidence=random steps=all,half",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 confidence=random",
+    "cache=none confidence=margin,entropy",
+)
+# Further runs of a model whose logits are shifted.
+SHIFTED = ("cache=decode,pd refresh=2,4,8,16 shift_rule=un_right",)
+PLAIN = "plain"
+SETTINGS = (
+    "block_length", "schedule", "eps", "confidence", "temperature", "top_p", "top_k", "selection_temperature",
+)  # fmt: skip
+# How a setting is written in a label; others as name=value.
+LABELS = {
+    "refresh": "{}", "window": "w{}", "window_centre": "{}", "shift_rule": "{}", "confidence": "{}",
+    "temperature": "t{}", "block_length": "b{}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to generate.
+
+    Attributes:
+        label: short and unique.
+        settings: of `dkv.DiffusionConfig`, but for `steps`.
+        policy: name of the cache policy.
+        steps: passes; a float is a share of the slots to fill; None: one per slot.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    policy: str
+    steps: int | float | None = None
+
+    def settings_for(self, new: int) -> dict[str, Any]:
+        """Settings of `dkv.generate` for so many new slots."""
+        steps = max(1, round(self.steps * new)) if isinstance(self.steps, float) else self.steps
+        return {"max_new_tokens": new, "steps": steps, **self.settings}
+
+
+def contenders(runs: Sequence[str]) -> list[Contender]:
+    """The contenders that texts of the form `cache=decode refresh=2,4,8 steps=all,half` describe.
+
+    A name is one of a policy's arguments or a setting of `dkv.DiffusionConfig`; `steps` also takes a share
+    of the slots, such as half or 0.25. The first is always plain decoding; what is named twice is run once.
+
+    Raises:
+        ValueError: no such setting, or a value that it cannot have; the message holds the text.
+    """
+    found = {PLAIN: Contender(PLAIN, {}, "none")}
+    for text in runs:
+        try:
+            axes = [_axis(word) for word in text.split()]
+            for values in itertools.product(*(values for _, values in axes)):
+                contender = _contender(dict(zip((name for name, _ in axes), values, strict=True)))
+                found.setdefault(contender.label, contender)
+        except ValueError as error:
+            raise ValueError(f"--run {text!r}: {error}") from error
+    return list(found.values())
+
+
+def _axis(word: str) -> tuple[str, list[Any]]:
+    name, sign, values = word.partition("=")
+    if not sign or not name or "" in values.split(","):
+        raise ValueError(f"{word!r} is not of the form name=value or name=value,value")
+    return name, [_value(value) for value in values.split(",")]
+
+
+def _value(text: str) -> Any:
+    """A number, a switch, nothing, or else the text itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _contender(asked: dict[str, Any]) -> Contender:
+    given = dict(asked)
+    steps = given.pop("steps", None)
+    steps = SHARES.get(steps, steps)
+    if isinstance(steps, str) or (isinstance(steps, float) and not 0 < steps <= 1):
+        raise ValueError(f"steps must be a whole number, a share up to 1, or {', '.join(SHARES)}, got {steps!r}")
+    name = given.pop("cache", "none")
+    own = {f.name for f in fields(POLICIES[name])} if name in POLICIES else set()
+    arguments = {key: given.pop(key) for key in list(given) if key in own}
+    policy = policy_of({"name": name, **arguments})
+    names = {ALIASES.get(key, (key,))[0] for key in given}
+    if fixed := sorted(names & set(DEFAULTS) - set(SETTINGS)):
+        raise ValueError(f"{fixed[0]} cannot differ between runs; what can: steps, {', '.join(SETTINGS)}")
+    # Names of either family's functions become ours here, so that one setting has one label.
+    config = dkv.DiffusionConfig(**given, steps=None if isinstance(steps, float) else steps)
+    settings = {key: value for key, value in config.to_diff_dict().items() if key in SETTINGS}
+    words = [LABELS.get(key, f"{key}={{}}").format(value) for key, value in {**arguments, **settings}.items()]
+    if steps not in (None, 1.0):
+        words.append(next((word for word, share in SHARES.items() if share == steps), f"steps {steps}"))
+    label = " ".join([PLAIN if name == "none" else name, *words])
+    return Contender(label, {**settings, "cache": policy}, name, None if steps == 1.0 else steps)

@@ -1,0 +1,234 @@
+"""Exact answers and speed of many ways to generate, on problems with one right answer each.
+
+The contenders take turns on every batch of problems, so that a machine that slows down slows all of
+them. What a batch gave is a line of a file, and a repeated run takes up where the last one stopped.
+"""
+
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import dkv
+from dkv.bench.contenders import PLAIN, Contender
+from dkv.bench.intervals import paired, wilson
+from dkv.text import answer, encode, vocab_limit
+
+Row = dict[str, Any]
+LOG = "runs.jsonl"
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A family of problems: prompts, their right answers, and the slots that an answer gets."""
+
+    name: str
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    new: int
+
+
+def bundled(names: Iterable[str], count: int, seed: int) -> list[Problems]:
+    """`count` unseen problems of each of the bundled models' tasks."""
+    from dkv.models.tasks import TASKS, held_out
+
+    found = []
+    for name in names:
+        prompts, answers = zip(*held_out(count, seed, name), strict=True)
+        found.append(Problems(name, prompts, answers, TASKS[name].new_tokens))
+    return found
+
+
+def from_file(path: Path, new: int, count: int | None = None) -> list[Problems]:
+    """The problems of a JSON Lines file: objects with prompt and answer, and a task where there are several.
+
+    Args:
+        new: slots of every answer.
+        count: at most so many per task; None: all.
+
+    Raises:
+        ValueError: a line is not such an object, or there is none; the message has its number.
+    """
+    tasks: dict[str, list[tuple[str, str]]] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error})") from error
+        texts = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f'{path} line {number} must be an object with texts "prompt" and "answer", got {line:.50}')
+        tasks.setdefault(str(row.get("task", path.stem)), []).append(tuple(texts))
+    if not tasks:
+        raise ValueError(f"{path} holds no problems: one JSON object per line, with prompt and answer")
+    return [Problems(name, *zip(*rows[:count], strict=True), new) for name, rows in tasks.items()]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the figures of a file depend on, beside the contenders."""
+
+    model: Any
+    tokenizer: Any
+    problems: Sequence[Problems]
+    batch: int
+    seed: int
+    chat: bool = False
+
+    def rounds(self) -> list[tuple[Problems, int]]:
+        """The batches: a family, and the place of the first problem."""
+        return [(family, start) for family in self.problems for start in range(0, len(family.prompts), self.batch)]
+
+    def run(self, contender: Contender, family: Problems, start: int) -> Row:
+        """One batch by one contender."""
+        stop = start + self.batch
+        ids, mask = (t.to(self.model.device) for t in encode(self.tokenizer, family.prompts[start:stop], self.chat))
+        output = dkv.generate(
+            self.model, ids, mask, seed=self.seed, vocab_limit=vocab_limit(self.tokenizer, self.model.spec),
+            **contender.settings_for(family.new),
+        )  # fmt: skip
+        rows = output.sequences[:, ids.shape[1] :].tolist()
+        texts = [answer(self.tokenizer, self.model.spec, row).strip() for row in rows]
+        right = family.answers[start:stop]
+        return {
+            "label": contender.label, "task": family.name, "start": start,
+            "right": [text == one.strip() for text, one in zip(texts, right, strict=True)],
+            "seconds": output.stats.seconds, "tokens": output.stats.new_tokens, "passes": output.stats.passes,
+            "computed_slots": output.stats.computed_slots, "total_slots": output.stats.total_slots,
+        }  # fmt: skip
+
+
+def fingerprint(problems: Sequence[Problems]) -> str:
+    """Of all texts and canvases."""
+    text = json.dumps([[family.name, family.new, *family.prompts, *family.answers] for family in problems])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def digest(model: Any) -> str:
+    """Of the weights that are not packed, the table of embeddings and the norms among them."""
+    found = hashlib.blake2b(digest_size=8)
+    for parameter in model.parameters():
+        found.update(parameter.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Log:
+    """Finished runs, by contender, task and batch; kept in a file, if there is one.
+
+    Raises:
+        ValueError: the file holds runs of another setting, or is damaged.
+    """
+
+    def __init__(self, folder: Path | None, setting: dict[str, Any]):
+        self.path, self.runs = folder and folder / LOG, {}
+        if self.path is not None and self.path.exists():
+            self._read(setting)
+        elif self.path is not None:
+            self.path.write_text(json.dumps({"setting": setting}) + "\n", "utf-8")
+
+    def _read(self, setting: dict[str, Any]) -> None:
+        head, *lines = self.path.read_text("utf-8").split("\n")
+        try:
+            found = json.loads(head)["setting"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is not a log of dkv eval: give another --out, or remove it") from error
+        if odd := [key for key in setting if found.get(key) != setting[key]]:
+            wrong = f"{odd[0]} {found.get(odd[0])!r}, not {setting[odd[0]]!r}"
+            raise ValueError(f"{self.path} has runs with {wrong}: give another --out, or remove it")
+        # A line without its end was being written when the run was stopped.
+        for line in lines[:-1]:
+            self._keep(json.loads(line))
+        self.path.write_text("\n".join([head, *lines[:-1], ""]), "utf-8")
+
+    def add(self, run: Row) -> None:
+        self._keep(run)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(run) + "\n")
+
+    def _keep(self, run: Row) -> None:
+        self.runs[run["label"], run["task"], run["start"]] = run
+
+
+def measure(setting: Setting, contenders: Sequence[Contender], log: Log) -> list[Row]:
+    """Every contender on every problem; what the log already has is not run again.
+
+    Returns:
+        rows of the table, see `summary`.
+    """
+    session = time.time()
+    todo = [
+        (contender, family, start)
+        for family, start in setting.rounds()
+        for contender in contenders
+        if (contender.label, family.name, start) not in log.runs
+    ]
+    done = len(setting.rounds()) * len(contenders) - len(todo)
+    if todo:
+        # What is loaded and compiled at first use is not part of any contender's time.
+        setting.run(contenders[0], todo[0][1], todo[0][2])
+    with tqdm(total=len(todo) + done, initial=done, unit="batch", leave=False, disable=None, file=sys.stderr) as bar:
+        for contender, family, start in todo:
+            bar.set_postfix_str(f"{family.name}, {contender.label}", refresh=False)
+            log.add({**setting.run(contender, family, start), "session": session})
+            bar.update()
+    return [summary(contender, setting, log) for contender in contenders]
+
+
+def summary(contender: Contender, setting: Setting, log: Log) -> Row:
+    """A row of the table.
+
+    Returns:
+        label, policy, right and problems (numbers), by task too; exact, low and high (share answered exactly,
+        and its 95 % interval); change, change_low, change_high (against plain on the same problems, in points);
+        tokens_per_second (of new slots) and speed (against plain) from medians over batches;
+        computed_share (slots computed, as a share of what plain decoding in one pass a slot computes).
+    """
+    own, plain = ([r for r in log.runs.values() if r["label"] == label] for label in (contender.label, PLAIN))
+    own, plain = (_on(runs, setting) for runs in (own, plain))
+    right = [answer for key in own for answer in own[key]["right"]]
+    wanted = [answer for key in own for answer in plain[key]["right"]]
+    low, high = wilson(sum(right), len(right))
+    tasks: dict[str, list[bool]] = {}
+    for task, start in own:
+        tasks.setdefault(task, []).extend(own[task, start]["right"])
+    # Times of different sessions are not compared.
+    both = [key for key in own if own[key]["session"] == plain[key]["session"]]
+    return {
+        "label": contender.label, "policy": contender.policy, "settings": _plain(contender),
+        "problems": len(right), "right": sum(right), "exact": sum(right) / len(right), "low": low, "high": high,
+        **dict(zip(("change", "change_low", "change_high"), paired(right, wanted), strict=True)),
+        "tasks": {name: sum(found) / len(found) for name, found in tasks.items()},
+        "tokens_per_second": sum(own[k]["tokens"] for k in own) / _seconds(own, own),
+        "speed": _seconds(plain, both) / _seconds(own, both) if both else None,
+        "computed_share": sum(own[k]["computed_slots"] for k in own) / sum(plain[k]["computed_slots"] for k in own),
+        "passes": sum(own[k]["passes"] for k in own),
+    }  # fmt: skip
+
+
+def _on(runs: Iterable[Row], setting: Setting) -> dict[tuple[str, int], Row]:
+    places = {(family.name, start) for family, start in setting.rounds()}
+    return {(r["task"], r["start"]): r for r in runs if (r["task"], r["start"]) in places}
+
+
+def _plain(contender: Contender) -> dict[str, Any]:
+    cache = contender.settings.get("cache")
+    own = {} if cache is None else {"cache": {"name": cache.name, **vars(cache)}}
+    return {**contender.settings, **own, "steps": contender.steps}
+
+
+def _seconds(runs: dict[tuple[str, int], Row], keys: Iterable[tuple[str, int]]) -> float:
+    """Of all batches; each counts as the median of its task's, so that a disturbed one does not show."""
+    by_task: dict[str, list[float]] = {}
+    for key in keys:
+        by_task.setdefault(key[0], []).append(runs[key]["seconds"])
+    return sum(len(found) * statistics.median(found) for found in by_task.values())
