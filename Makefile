@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp is made last, so an interrupted installation is repeated and a finished one never is.
 STAMP := .venv/installed
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench eval lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -18,6 +18,11 @@ test: $(STAMP)  ## run the tests
 
 bench: $(STAMP)  ## measure everything into bench/results: 15 minutes, on an idle machine
 	$(BIN)/dkv bench --all --out bench/results $(ARGS)
+
+eval: $(STAMP)  ## exact answers against speed into bench/results: 40 minutes, on an idle machine
+	$(BIN)/dkv eval --problems 500 --out bench/results/eval-tiny $(ARGS)
+	$(BIN)/dkv eval --problems 200 --model tiny-dream --out bench/results/eval-tiny-dream $(ARGS)
+	$(BIN)/dkv eval --drift --out bench/results/eval-tiny $(ARGS)
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .

@@ -15,11 +15,13 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "dkv" / "version.py").read
 
 LINT = ["ruff"]
 BENCH = ["matplotlib>=3.8"]
+EVAL = ["lm_eval>=0.4.13,<0.5"]
 # The packaging tests build without isolation, so they need the build backend too.
-TEST = ["pytest>=8", "pytest-benchmark", "hypothesis", "setuptools>=77", *BENCH]
+TEST = ["pytest>=8", "pytest-benchmark", "hypothesis", "setuptools>=77", *BENCH, *EVAL]
 PACKAGES = [
     "dkv",
     "dkv.commands",
+    "dkv.trace",
     "dkv.kernels",
     "dkv.kernels.triton_backend",
     "dkv.models",
@@ -53,11 +55,18 @@ setup(
         "huggingface_hub",
         "tqdm",
     ],
-    extras_require={"bench": BENCH, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
+    extras_require={"bench": BENCH, "eval": EVAL, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
     packages=PACKAGES,
     package_dir={"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"},
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
-    package_data={"dkv.models": ["tiny/*.json", "tiny/*.jsonl", "tiny/*.safetensors"]},
-    entry_points={"console_scripts": ["dkv = dkv.cli:main"]},
+    package_data={
+        "dkv.trace": ["*.html", "*.css", "*.js"],
+        "dkv.models": [f"tiny*/*.{suffix}" for suffix in ("json", "jsonl", "safetensors")],
+    },
+    entry_points={
+        "console_scripts": ["dkv = dkv.cli:main"],
+        # Where later releases of lm-eval than 0.4.13 look for models of other packages.
+        "lm_eval.models": ["dkv = dkv.harness:DkvLM"],
+    },
     zip_safe=False,
 )

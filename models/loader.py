@@ -20,7 +20,7 @@ from dkv.models.checkpoint import FETCH, Entry, read_config, read_headers, some
 from dkv.models.packing import can_pack, pack_
 from dkv.models.transformer import Transformer
 
-BUNDLED = {"tiny": Path(__file__).parent / "tiny"}
+BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "tiny-dream")}
 FLOATS = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
@@ -44,9 +44,10 @@ def load(
     Everything that can be wrong with names, shapes and files is found before a tensor is read.
 
     Args:
-        path_or_id: "tiny", the model that comes with dkv (a local folder of this name is "./tiny");
-            a folder with `config.json` and `model.safetensors` or its index and shards; or the id of
-            a model on the Hugging Face hub ("org/name"), unless a folder of this name exists.
+        path_or_id: "tiny" or "tiny-dream", the models that come with dkv, in LLaDA's and in Dream's
+            format (a local folder of this name is "./tiny"); a folder with `config.json` and
+            `model.safetensors` or its index and shards; or the id of a model on the Hugging Face hub
+            ("org/name"), unless a folder of this name exists.
         dtype: of the parameters: a torch dtype, its name, or "auto" for the dtype of the file (that of
             its embedding table). None is "auto", except on a CPU, where half precision is slow and
             becomes float32.

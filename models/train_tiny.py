@@ -1,12 +1,13 @@
-"""Train the bundled model with the LLaDA objective, on a CPU, from a seed.
+"""Train a bundled model with the LLaDA objective, on a CPU, from a seed.
 
 Example:
-    python -m dkv.models.train_tiny --out models/tiny
+    python -m dkv.models.train_tiny tiny --out models/tiny
 
-Each batch draws fresh problems; a share t ~ U(0, 1) of every answer is masked, and the loss is the
-cross-entropy at the masked slots divided by t (LLaDA, Nie et al. 2025, algorithm 1). A checkpoint
-in the output folder is picked up again when the command is repeated. The folder then holds a
-checkpoint in LLaDA's format, a tokenizer, and the log of the training.
+Each step draws fresh problems of every task; a share t ~ U(0, 1) of every answer is masked, and the
+loss is the cross-entropy at the masked slots divided by t (LLaDA, Nie et al. 2025, algorithm 1). A
+checkpoint in the output folder is picked up again when the command is repeated. The folder then
+holds a checkpoint in the format of the family, a tokenizer, and the log of the training. The same
+seed gives the same weights on the same machine with the same number of threads.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,31 +24,45 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dkv.models.export import save_llada, save_tokenizer
+import dkv
+from dkv.models.export import save_model, save_tokenizer
 from dkv.models.spec import ModelSpec
-from dkv.models.tasks import balance, held_out
+from dkv.models.tasks import TASKS, held_out
 from dkv.models.transformer import Transformer
+from dkv.version import versions
 
-ALPHABET = "0123456789+-= "
+ALPHABET = "0123456789+-= .#/"
 EOS, MASK = len(ALPHABET), len(ALPHABET) + 1
-ANSWER = 64
-SPEC = ModelSpec(
-    family="llada", vocab_size=16, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
-    intermediate_size=384, max_positions=512, rope_theta=200.0, norm_eps=1e-5,
+_LLADA = ModelSpec(
+    family="llada", vocab_size=len(ALPHABET) + 2, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4,
+    head_dim=32, intermediate_size=384, max_positions=512, rope_theta=200.0, norm_eps=1e-5,
     mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS,
 )  # fmt: skip
+SPECS = {
+    "tiny": _LLADA,
+    "tiny-dream": replace(
+        _LLADA, family="dream", num_kv_heads=2, norm_eps=1e-6, qkv_bias=True, shifted=True, rope_float32=False
+    ),
+}
+# Every so many steps the log is written and the checkpoint saved, and of these every other one with answers.
+SAVE, ANSWERS = 250, 500
+# A batch may have so many slots more behind its answers than they need.
+SPARE = 64
 
 
 def encode(text: str) -> list[int]:
     return [ALPHABET.index(c) for c in text]
 
 
-def batch_of(rng: random.Random, size: int) -> tuple[Tensor, int]:
-    """Token ids [size, prompt + answer] of fresh problems, and the length of the prompt."""
-    problems = [balance(rng) for _ in range(size)]
-    prompt = len(problems[0][0])
-    rows = [encode(p + a) for p, a in problems]
-    return torch.tensor([r + [EOS] * (prompt + ANSWER - len(r)) for r in rows]), prompt
+def batch_of(task: str, rng: random.Random, size: int) -> tuple[Tensor, int]:
+    """Token ids [size, prompt + new] of fresh problems, and the length of the prompt.
+
+    Half of the canvases are as long as the task's own, the others of any length that holds the answer.
+    """
+    problems = [TASKS[task].problem(rng) for _ in range(size)]
+    prompt, answer = map(len, problems[0])
+    new = TASKS[task].new_tokens if rng.random() < 0.5 else answer + 1 + rng.randrange(SPARE)
+    return torch.tensor([encode(p + a) + [EOS] * (new - answer) for p, a in problems]), prompt
 
 
 def loss_of(model: Transformer, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
@@ -56,91 +73,145 @@ def loss_of(model: Transformer, ids: Tensor, prompt: int) -> tuple[Tensor, Tenso
     masked = torch.rand(batch, length) < t[:, None]
     masked[:, :prompt] = False
     logits = model(ids.masked_fill(masked, MASK))
-    weight = (masked / t[:, None])[:, prompt:]
-    loss = F.cross_entropy(logits[:, prompt:].transpose(1, 2), ids[:, prompt:], reduction="none")
+    logits = logits[:, prompt - 1 : -1] if model.spec.shifted else logits[:, prompt:]
+    ids, masked = ids[:, prompt:], masked[:, prompt:]
+    loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     hit = (logits.argmax(-1) == ids)[masked].float().mean()
-    return (loss * weight).sum() / (batch * (length - prompt)), hit
+    return (loss * masked / t[:, None]).mean(), hit
 
 
-@torch.no_grad()
-def exact_answers(model: Transformer, problems: list[tuple[str, str]]) -> float:
-    """Share of problems answered exactly by decoding the most confident slot at every step."""
-    prompt = torch.tensor([encode(p) for p, _ in problems])
-    canvas = torch.cat((prompt, prompt.new_full((len(problems), ANSWER), MASK)), 1)
-    for _ in range(ANSWER):
-        probability, token = model(canvas).softmax(-1).max(-1)
-        best = probability.masked_fill(canvas != MASK, -1).argmax(-1, keepdim=True)
-        canvas.scatter_(1, best, token.gather(1, best))
-    want = torch.tensor([encode(a) + [EOS] * (ANSWER - len(a)) for _, a in problems])
-    return (canvas[:, prompt.shape[1] :] == want).all(-1).float().mean().item()
+def exact_answers(model: Transformer, task: str, problems: list[tuple[str, str]]) -> float:
+    """Share of problems answered exactly by plain decoding."""
+    new, found = TASKS[task].new_tokens, 0
+    for start in range(0, len(problems), 32):
+        prompts, answers = zip(*problems[start : start + 32], strict=True)
+        ids = torch.tensor([encode(p) for p in prompts])
+        output = dkv.generate(model, ids, max_new_tokens=new, schedule="blocks")
+        want = torch.tensor([encode(a) + [EOS] * (new - len(a)) for a in answers])
+        found += int((output.sequences[:, ids.shape[1] :] == want).all(-1).sum())
+    return found / len(problems)
 
 
-def train(model: Transformer, out: Path, steps: int, batch: int, peak_rate: float, seed: int) -> None:
-    """Train to `steps`, resuming from and saving to `out / "checkpoint.pt"`; log to training.jsonl."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    checkpoint, log = out / "checkpoint.pt", out / "training.jsonl"
-    start, seconds = 0, 0.0
-    if checkpoint.exists():
+def optimizers(model: Transformer, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for tables, norms and biases, at one learning rate."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"training needs torch.optim.Muon, which torch {torch.__version__} lacks: use 2.9 or newer")
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    known = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+class Training:
+    """A model on its way; everything that a checkpoint holds."""
+
+    def __init__(self, name: str, seed: int, rate: float):
+        torch.manual_seed(seed)
+        self.model, self.seed, self.rate = Transformer(SPECS[name]), seed, rate
+        for parameter in self.model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.08)
+        self.optimizers = optimizers(self.model, rate)
+        self.step, self.seconds = 0, 0.0
+
+    def load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-        print(f"resuming at step {start}")
-    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", smoothing=0.02)
-    tick, mean = time.perf_counter(), {"loss": 0.0, "hit": 0.0}
-    for step in bar:
+        self.model.load_state_dict(state["model"])
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self, checkpoint: Path) -> None:
+        state = {
+            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step, "seconds": self.seconds,
+        }  # fmt: skip
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
+
+    def take_step(self, steps: int, batch: int) -> dict[str, tuple[float, float]]:
+        """One step of `steps`; the loss and the share of right guesses by task."""
         # Problems and masks depend on the seed and the step alone, so a resumed run repeats them.
-        rng = random.Random(f"train-{seed}-{step}")
-        torch.manual_seed(seed * 1_000_003 + step)
-        warm, cooled = min(1.0, (step + 1) / 200), 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = peak_rate * warm * max(cooled, 0.02)
-        loss, hit = loss_of(model, *batch_of(rng, batch))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        for name, value in (("loss", loss), ("hit", hit)):
-            mean[name] += (value.item() - mean[name]) / min(step % 250 + 1, 50)
-        bar.set_postfix(loss=f"{mean['loss']:.3f}", hit=f"{mean['hit']:.3f}", refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            seconds, tick = seconds + time.perf_counter() - tick, time.perf_counter()
-            exact = exact_answers(model, held_out(50, seed=1)) if (step + 1) % 500 == 0 else None
-            line = {"step": step + 1, "loss": mean["loss"], "hit": mean["hit"], "exact": exact, "seconds": seconds}
-            with log.open("a") as f:
-                f.write(json.dumps(line) + "\n")
+        rng = random.Random(f"train-{self.seed}-{self.step}")
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        warm, cooled = min(1.0, (self.step + 1) / 100), 0.5 * (1 + math.cos(math.pi * self.step / steps))
+        found = {}
+        for task in TASKS:
+            loss, hit = loss_of(self.model, *batch_of(task, rng, batch))
+            (loss / len(TASKS)).backward()
+            found[task] = (loss.item(), hit.item())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * warm * max(cooled, 0.02)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return found
+
+    def run(self, out: Path, steps: int, batch: int) -> None:
+        """Train to `steps`; save to `out / "checkpoint.pt"` and log to training.jsonl as it goes."""
+        bar = tqdm(total=steps, initial=self.step, unit="step", smoothing=0.02)
+        recent: list[dict[str, tuple[float, float]]] = []
+        tick = time.perf_counter()
+        while self.step < steps:
+            recent = [*recent[-49:], self.take_step(steps, batch)]
+            bar.update()
+            if self.step % SAVE and self.step != steps:
+                continue
+            self.seconds += time.perf_counter() - tick
+            line = {"step": self.step, "seconds": round(self.seconds)}
+            for number, name in enumerate(("loss", "hit")):
+                line[name] = {t: _mean(found[t][number] for found in recent) for t in TASKS}
+            if self.step % ANSWERS == 0:
+                line["exact"] = {t: exact_answers(self.model, t, held_out(16, seed=1, task=t)) for t in TASKS}
+            write_line(out, line)
             bar.write(json.dumps(line))
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "seconds": seconds,
-            }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            self.save(out / "checkpoint.pt")
             tick = time.perf_counter()
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return round(sum(values) / len(values), 4)
+
+
+def write_line(out: Path, line: dict) -> None:
+    with (out / "training.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dkv.models.train_tiny", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="problems a step (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, problems and masks")
+    parser.add_argument("name", choices=SPECS, help="which model: %(choices)s")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=10, help="problems a step and task (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, problems and masks (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     args = parser.parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    model = Transformer(SPEC)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.08)
-    train(model, args.out, args.steps, args.batch, args.rate, args.seed)
-    save_llada(model, args.out)
-    save_tokenizer(args.out, ALPHABET, EOS, MASK)
-    print(f"{args.out}: {exact_answers(model, held_out(200)):.1%} of 200 unseen problems answered exactly")
+    training = Training(args.name, args.seed, args.rate)
+    if (args.out / "checkpoint.pt").exists():
+        training.load(args.out / "checkpoint.pt")
+        print(f"resuming at step {training.step}")
+    else:
+        settings = {name: value for name, value in vars(args).items() if name != "out"}
+        write_line(args.out, {**settings, "threads": torch.get_num_threads(), **versions()})
+    training.run(args.out, args.steps, args.batch)
+    save_model(training.model, args.out)
+    save_tokenizer(args.out, ALPHABET, EOS, MASK, training.model.spec.family)
+    exact = {task: exact_answers(training.model, task, held_out(500, task=task)) for task in TASKS}
+    write_line(args.out, {"step": training.step, "exact_of_500": exact})
+    print(*(f"{task}: {share:.1%} of 500 unseen problems answered exactly" for task, share in exact.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -110,17 +110,22 @@ def test_editable_install(python: Path, source: Path, tmp_path: Path):
 
 
 def test_wheel_installs_dkv_alone_and_complete(python: Path, source: Path, tmp_path: Path):
-    tiny = source / "models" / "tiny"
-    tiny.mkdir(exist_ok=True)
-    (tiny / "checkpoint.pt").write_text("a leftover of training")
+    bundled = [source / "models" / name for name in ("tiny", "tiny-dream")]
+    for folder in bundled:
+        (folder / "checkpoint.pt").write_text("a leftover of training")
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source, cwd=tmp_path)
     (wheel,) = tmp_path.glob("dkv-*.whl")
     shipped = set(zipfile.ZipFile(wheel).namelist())
     for folder, target in FOLDERS.items():
         code = {f"{target}/{file.relative_to(source / folder)}" for file in (source / folder).rglob("*.py")}
         assert code <= shipped
-    weights = {f"dkv/models/tiny/{file.name}" for file in tiny.iterdir()} - {"dkv/models/tiny/checkpoint.pt"}
-    assert {name for name in shipped if "/tiny/" in name} == weights
+    weights = {
+        f"dkv/models/{folder.name}/{file.name}"
+        for folder in bundled
+        for file in folder.iterdir()
+        if file.name != "checkpoint.pt"
+    }
+    assert len(weights) == 10 and {name for name in shipped if "/tiny" in name} == weights
 
     install(python, wheel)
     site = site_packages(python)

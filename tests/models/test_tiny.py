@@ -1,4 +1,4 @@
-"""The bundled model: its size, its files, and right answers to problems that it has not seen."""
+"""The bundled models: their size, their files, and right answers to problems that they have not seen."""
 
 import json
 
@@ -7,37 +7,55 @@ import torch
 
 import dkv
 from dkv.models.loader import BUNDLED
-from dkv.models.tasks import held_out
+from dkv.models.tasks import TASKS, held_out
+from dkv.models.train_tiny import ALPHABET, SPECS
 from dkv.text import answer, encode, load_tokenizer
 
-FOLDER = BUNDLED["tiny"]
+
+@pytest.fixture(scope="module", params=BUNDLED)
+def bundled(request):
+    model = dkv.load(request.param, device="cpu")
+    return request.param, model, load_tokenizer(request.param, model.spec.family)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return dkv.load("tiny", device="cpu"), load_tokenizer("tiny", "llada")
+def test_both_together_are_small():
+    kinds = ("*.json*", "*.safetensors")
+    shipped = [file for folder in BUNDLED.values() for kind in kinds for file in folder.glob(kind)]
+    assert len(shipped) == 10 and sum(path.stat().st_size for path in shipped) <= 12e6
 
 
-def test_size_and_log():
-    shipped = [*FOLDER.glob("*.json"), *FOLDER.glob("*.safetensors")]
-    assert sum(path.stat().st_size for path in shipped) <= 8e6
-    log = [json.loads(line) for line in (FOLDER / "training.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == sorted(line["step"] for line in log)
-    assert log[-1]["loss"] < log[0]["loss"] / 5
+def test_models_are_those_of_the_script(bundled):
+    name, model, tokenizer = bundled
+    assert model.spec == SPECS[name]
+    assert len(tokenizer) == model.spec.vocab_size == len(ALPHABET) + 2
+    assert tokenizer.mask_token == {"tiny": "<|mdm_mask|>", "tiny-dream": "<|mask|>"}[name]
 
 
-def test_tokenizer_gives_text_back(tiny):
-    _, tokenizer = tiny
-    for prompt, right in held_out(3):
-        assert tokenizer.decode(tokenizer(prompt + right)["input_ids"]) == prompt + right
+def test_log_of_the_training(bundled):
+    settings, *log = map(json.loads, (BUNDLED[bundled[0]] / "training.jsonl").read_text().splitlines())
+    *log, last = log
+    assert settings["name"] == bundled[0] and {"seed", "threads", "torch"} <= set(settings)
+    assert [line["step"] for line in log] == list(range(250, settings["steps"] + 1, 250))
+    assert log[-1]["seconds"] < 3 * 3600
+    for task in TASKS:
+        assert log[-1]["loss"][task] < log[0]["loss"][task] / 5
+        assert last["exact_of_500"][task] >= 0.95
 
 
-@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 18), (dkv.Decode(8), 15)], ids=["plain", "decode"])
-def test_unseen_problems_are_answered_exactly(tiny, cache, least):
-    model, tokenizer = tiny
-    problems = held_out(20, seed=77)
+def test_tokenizer_gives_text_back(bundled):
+    _, _, tokenizer = bundled
+    for task in TASKS:
+        for prompt, right in held_out(3, task=task):
+            assert tokenizer.decode(tokenizer(prompt + right)["input_ids"]) == prompt + right
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 11), (dkv.Decode(8), 10)], ids=["plain", "decode"])
+def test_unseen_problems_are_answered_exactly(bundled, task, cache, least):
+    _, model, tokenizer = bundled
+    problems = held_out(12, seed=77, task=task)
     ids, mask = encode(tokenizer, [prompt for prompt, _ in problems])
-    output = dkv.generate(model, ids, mask, max_new_tokens=64, cache=cache)
+    output = dkv.generate(model, ids, mask, max_new_tokens=TASKS[task].new_tokens, cache=cache)
     rows = output.sequences[:, ids.shape[1] :].tolist()
     assert not torch.isin(output.sequences, torch.tensor([model.spec.mask_token_id])).any()
     exact = sum(answer(tokenizer, model.spec, row) == right for row, (_, right) in zip(rows, problems, strict=True))
