@@ -13,10 +13,11 @@ from dkv.policies import POLICIES
 SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}
 
 QUICK = (
-    "cache=none,prefill steps=all,half",
-    "cache=decode,pd refresh=4,8,16",
+    "steps=half",
+    "cache=prefill",
+    "cache=decode refresh=4,8,16",
+    "cache=pd refresh=8",
     "cache=greedy refresh=4,8,16 window=4 window_centre=last",
-    "cache=none,greedy confidence=random",
 )
 # The axes of the paper: every policy, refresh interval, window and rule, at one and at two slots a step.
 FULL = (

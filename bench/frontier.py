@@ -23,9 +23,8 @@ def table(rows: Sequence[Row]) -> str:
     header = ["", "tokens/s", "speed", "computed", "exact", "95 % interval", "points lost or won", *tasks]
     lines = []
     for row in rows:
-        speed = "" if row["speed"] is None else f"{row['speed']:.2f}x"
         change = f"{row['change']:+.1f} ({row['change_low']:+.1f} to {row['change_high']:+.1f})"
-        line = [row["label"], f"{row['tokens_per_second']:.0f}", speed, f"{row['computed_share']:.0%}"]
+        line = [row["label"], f"{row['tokens_per_second']:.0f}", f"{row['speed']:.2f}x", f"{row['computed_share']:.0%}"]
         line += [f"{row['exact']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}"]
         line += ["" if row["label"] == PLAIN else change, *(f"{row['tasks'][task]:.1%}" for task in tasks)]
         lines.append(line)
@@ -48,7 +47,7 @@ def frontier(rows: Sequence[Row], by: str = "tokens_per_second") -> list[Row]:
 def verdict(rows: Sequence[Row]) -> str:
     """What is lost, what is won, and whether a cache is better than fewer steps."""
     own = {row["label"]: row for row in rows}
-    cached = [row for row in rows if row["policy"] != "none" and row["speed"] is not None]
+    cached = [row for row in rows if row["policy"] != "none"]
     said = []
     for words, points in (("no measurable loss", LOSSLESS), ("at most 3 points lost", 3.0)):
         good = [row for row in cached if row["change"] >= -points]
@@ -58,7 +57,7 @@ def verdict(rows: Sequence[Row]) -> str:
         else:
             said.append(f"No cache with {words}.")
     half = own.get(HALF)
-    if half is not None and half["speed"] is not None:
+    if half is not None:
         said.append(f"Half the steps, no cache: {_said(half)}.")
         better = [row for row in cached if row["speed"] >= half["speed"] and row["exact"] >= half["exact"]]
         if better:

@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,30 +125,37 @@ def digest(model: Any) -> str:
 class Log:
     """Finished runs, by contender, task and batch; kept in a file, if there is one.
 
+    Attributes:
+        runs: the last run by (label, task, start).
+        plain_seconds: of plain decoding by (task, start, session), as times of two sessions are not compared.
+
     Raises:
         ValueError: the file holds runs of another setting, or is damaged.
     """
 
     def __init__(self, folder: Path | None, setting: dict[str, Any]):
-        self.path, self.runs = folder and folder / LOG, {}
+        self.path = folder and folder / LOG
+        self.runs: dict[tuple[str, str, int], Row] = {}
+        self.plain_seconds: dict[tuple[str, int, float], float] = {}
         if self.path is not None and self.path.exists():
             self._read(setting)
         elif self.path is not None:
             self.path.write_text(json.dumps({"setting": setting}) + "\n", "utf-8")
 
     def _read(self, setting: dict[str, Any]) -> None:
-        head, *lines = self.path.read_text("utf-8").split("\n")
+        # The last line has no end if the run was stopped while it was written.
+        lines = self.path.read_text("utf-8").split("\n")[:-1]
         try:
-            found = json.loads(head)["setting"]
+            head, *runs = map(json.loads, lines)
+            for run in runs:
+                self._keep(run)
+            found = head["setting"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is not a log of dkv eval: give another --out, or remove it") from error
         if odd := [key for key in setting if found.get(key) != setting[key]]:
             wrong = f"{odd[0]} {found.get(odd[0])!r}, not {setting[odd[0]]!r}"
             raise ValueError(f"{self.path} has runs with {wrong}: give another --out, or remove it")
-        # A line without its end was being written when the run was stopped.
-        for line in lines[:-1]:
-            self._keep(json.loads(line))
-        self.path.write_text("\n".join([head, *lines[:-1], ""]), "utf-8")
+        self.path.write_text("\n".join([*lines, ""]), "utf-8")
 
     def add(self, run: Row) -> None:
         self._keep(run)
@@ -157,26 +165,28 @@ class Log:
 
     def _keep(self, run: Row) -> None:
         self.runs[run["label"], run["task"], run["start"]] = run
+        if run["label"] == PLAIN:
+            self.plain_seconds[run["task"], run["start"], run["session"]] = run["seconds"]
 
 
 def measure(setting: Setting, contenders: Sequence[Contender], log: Log) -> list[Row]:
     """Every contender on every problem; what the log already has is not run again.
 
+    Args:
+        contenders: plain decoding first. It also runs where others still have to, as their yardstick.
+
     Returns:
         rows of the table, see `summary`.
     """
-    session = time.time()
-    todo = [
-        (contender, family, start)
-        for family, start in setting.rounds()
-        for contender in contenders
-        if (contender.label, family.name, start) not in log.runs
-    ]
-    done = len(setting.rounds()) * len(contenders) - len(todo)
+    session, todo = time.time(), []
+    for family, start in setting.rounds():
+        missing = [c for c in contenders if (c.label, family.name, start) not in log.runs]
+        if missing:
+            todo += [(contender, family, start) for contender in contenders if contender in (contenders[0], *missing)]
     if todo:
         # What is loaded and compiled at first use is not part of any contender's time.
-        setting.run(contenders[0], todo[0][1], todo[0][2])
-    with tqdm(total=len(todo) + done, initial=done, unit="batch", leave=False, disable=None, file=sys.stderr) as bar:
+        setting.run(*todo[0])
+    with tqdm(total=len(todo), unit="batch", leave=False, disable=None, file=sys.stderr) as bar:
         for contender, family, start in todo:
             bar.set_postfix_str(f"{family.name}, {contender.label}", refresh=False)
             log.add({**setting.run(contender, family, start), "session": session})
@@ -193,31 +203,31 @@ def summary(contender: Contender, setting: Setting, log: Log) -> Row:
         tokens_per_second (of new slots) and speed (against plain) from medians over batches;
         computed_share (slots computed, as a share of what plain decoding in one pass a slot computes).
     """
-    own, plain = ([r for r in log.runs.values() if r["label"] == label] for label in (contender.label, PLAIN))
-    own, plain = (_on(runs, setting) for runs in (own, plain))
-    right = [answer for key in own for answer in own[key]["right"]]
-    wanted = [answer for key in own for answer in plain[key]["right"]]
+    places = [(family.name, start) for family, start in setting.rounds()]
+    own = {place: log.runs[(contender.label, *place)] for place in places}
+    plain = {place: log.runs[(PLAIN, *place)] for place in places}
+    right, wanted = ([answer for run in runs.values() for answer in run["right"]] for runs in (own, plain))
     low, high = wilson(sum(right), len(right))
     tasks: dict[str, list[bool]] = {}
-    for task, start in own:
-        tasks.setdefault(task, []).extend(own[task, start]["right"])
-    # Times of different sessions are not compared.
-    both = [key for key in own if own[key]["session"] == plain[key]["session"]]
+    seconds, yardstick = defaultdict(list), defaultdict(list)
+    for (task, start), run in own.items():
+        tasks.setdefault(task, []).extend(run["right"])
+        seconds[task].append(run["seconds"])
+        yardstick[task].append(log.plain_seconds[task, start, run["session"]])
     return {
         "label": contender.label, "policy": contender.policy, "settings": _plain(contender),
         "problems": len(right), "right": sum(right), "exact": sum(right) / len(right), "low": low, "high": high,
         **dict(zip(("change", "change_low", "change_high"), paired(right, wanted), strict=True)),
         "tasks": {name: sum(found) / len(found) for name, found in tasks.items()},
-        "tokens_per_second": sum(own[k]["tokens"] for k in own) / _seconds(own, own),
-        "speed": _seconds(plain, both) / _seconds(own, both) if both else None,
-        "computed_share": sum(own[k]["computed_slots"] for k in own) / sum(plain[k]["computed_slots"] for k in own),
-        "passes": sum(own[k]["passes"] for k in own),
+        "tokens_per_second": _sum(own, "tokens") / _typical(seconds),
+        "speed": _typical(yardstick) / _typical(seconds),
+        "computed_share": _sum(own, "computed_slots") / _sum(plain, "computed_slots"),
+        "passes": _sum(own, "passes"),
     }  # fmt: skip
 
 
-def _on(runs: Iterable[Row], setting: Setting) -> dict[tuple[str, int], Row]:
-    places = {(family.name, start) for family, start in setting.rounds()}
-    return {(r["task"], r["start"]): r for r in runs if (r["task"], r["start"]) in places}
+def _sum(runs: dict[Any, Row], name: str) -> int:
+    return sum(run[name] for run in runs.values())
 
 
 def _plain(contender: Contender) -> dict[str, Any]:
@@ -226,9 +236,6 @@ def _plain(contender: Contender) -> dict[str, Any]:
     return {**contender.settings, **own, "steps": contender.steps}
 
 
-def _seconds(runs: dict[tuple[str, int], Row], keys: Iterable[tuple[str, int]]) -> float:
+def _typical(seconds: dict[str, list[float]]) -> float:
     """Of all batches; each counts as the median of its task's, so that a disturbed one does not show."""
-    by_task: dict[str, list[float]] = {}
-    for key in keys:
-        by_task.setdefault(key[0], []).append(runs[key]["seconds"])
-    return sum(len(found) * statistics.median(found) for found in by_task.values())
+    return sum(len(found) * statistics.median(found) for found in seconds.values())

@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dkv.commands.measuring import add_machine, check_counts, ready
+
 SUMMARY = "Measure the cache policies on this machine: speed, work, memory, and where the time of a step goes."
 
 EXAMPLES = """\
@@ -25,7 +27,6 @@ the way it was published, on the same weights (plain, Decode and Greedy in rando
 # The names of `dkv.bench.options.LINEUP` and `dkv.bench.shapes.SHAPES`, which import torch.
 POLICIES = ("plain", "decode 8", "decode 32", "prefill", "pd 8", "greedy 4", "greedy 16", "greedy 4 planned")
 SHAPES = ("d128x4", "d512x8", "llada-8b", "dream-7b")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Measurements that can take the place of the comparison.
 OTHERS = {
     "floor": "a full and a cached step against their matrix products alone, by part",
@@ -47,7 +48,6 @@ ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "floor": ("floor", (1,), {}),
     "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
     "memory": ("memory", (1,), {}),
-    "accuracy": ("comparison", (1,), {"model": "tiny", "eager": False}),
 }  # fmt: skip
 # Options that go into `dkv.bench.options.Options` as they are.
 SETTINGS = ("prompt", "new", "steps", "rounds")
@@ -55,7 +55,11 @@ SETTINGS = ("prompt", "new", "steps", "rounds")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
-    add("--model", metavar="MODEL", help="tiny, a checkpoint folder or a Hugging Face hub id (default: tiny)")
+    add(
+        "--model",
+        metavar="MODEL",
+        help="tiny, tiny-dream, a checkpoint folder or a Hugging Face hub id (default: tiny)",
+    )
     add("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
     add("--layers", type=int, metavar="N", help="layers of the shape (default: as many as it has)")
     add("--policies", nargs="+", choices=POLICIES, metavar="NAME",
@@ -69,11 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, nargs="+", metavar="N", help="rows; several make a table each (default: 1)")
     add("--rounds", type=int, metavar="N", help="timed runs of every policy (default: 3)")
 
-    add = parser.add_argument_group("machine").add_argument
-    add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
-    add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
-    add("--dtype", choices=DTYPES, metavar="NAME",
-        help=f"{', '.join(DTYPES)} (default: that of the checkpoint; on a CPU float32)")  # fmt: skip
+    add_machine(parser)
 
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="also write all figures, with the machine and the command")
@@ -89,13 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    from dkv.bench.machine import warn_if_busy
-
-    warn_if_busy("dkv bench")
-    import torch
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    ready(args)
     return run_all(args) if args.all else run_some(args)
 
 
@@ -106,11 +100,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: a number too small, options that exclude each other, an output that cannot be written.
     """
     others = [name for name in OTHERS if getattr(args, name)]
-    for name in (*SETTINGS, "batch", "layers", "threads"):
-        value = getattr(args, name)
-        for number in value if isinstance(value, list) else [] if value is None else [value]:
-            if number < 1:
-                raise ValueError(f"--{name} must be at least 1, got {number}")
+    check_counts(args, (*SETTINGS, "batch", "layers", "threads"))
     if args.all != (args.out is not None):
         raise ValueError("--all writes files: give --out DIR" if args.all else "--out goes with --all")
     if args.all:

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dkv.commands.measuring import add_machine, check_counts, ready
+
 SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
 
 EXAMPLES = """\
@@ -22,13 +24,11 @@ Measure on an idle machine: all runs take turns on every batch.
 """
 
 TASKS = ("balance", "addition", "cells")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems").add_argument
-    add("--model", default="tiny",
-        help="tiny, tiny-dream, a checkpoint folder or a Hugging Face hub id (default: %(default)s)")  # fmt: skip
+    add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
     add("--tasks", nargs="+", choices=TASKS, metavar="NAME",
         help=f"tasks of the bundled models: {', '.join(TASKS)} (default: all)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="problems of your own, as JSON lines")
@@ -38,16 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1, metavar="N", help="of problems and random numbers (default: %(default)s)")
 
     add = parser.add_argument_group("what").add_argument
-    add("--run", action="append", metavar="TEXT", dest="runs", help="settings to compare (default: a dozen of them)")
+    add("--run", action="append", metavar="TEXT", dest="runs", help="settings to compare (default: nine of them)")
     add("--full", action="store_true", help="every policy, refresh interval, window and rule of the paper")
-    add("--drift", action="store_true", help="instead: change of keys and values around the step of decoding")
+    add("--drift", action="store_true",
+        help="instead: change of keys and values around a slot's decoding, of --batch problems per task")  # fmt: skip
 
-    add = parser.add_argument_group("machine").add_argument
+    add = add_machine(parser)
     add("--batch", type=int, default=16, metavar="N", help="problems at a time (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
-    add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
-    add("--dtype", choices=DTYPES, metavar="NAME",
-        help=f"{', '.join(DTYPES)} (default: that of the checkpoint; on a CPU float32)")  # fmt: skip
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR",
@@ -57,15 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    from dkv.bench.machine import warn_if_busy
-    from dkv.bench.report import machine_line
-
-    warn_if_busy("dkv eval")
-    import torch
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    return drift(args, machine_line) if args.drift else compare(args, machine_line)
+    ready(args)
+    return drift(args) if args.drift else compare(args)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -75,9 +65,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: a number too small, options that exclude each other, an output that cannot be written.
         FileNotFoundError: --data does not exist.
     """
-    for name in ("problems", "batch", "threads", "new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    check_counts(args, ("problems", "batch", "threads", "new_tokens"))
     if args.data is None:
         for name in ("new_tokens", "chat"):
             if getattr(args, name):
@@ -129,9 +117,9 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     return model, tokenizer, problems, facts
 
 
-def compare(args: argparse.Namespace, machine_line: Any) -> int:
+def compare(args: argparse.Namespace) -> int:
     """Exact answers and speed of the runs."""
-    from dkv.bench import contenders, frontier, quality
+    from dkv.bench import contenders, frontier, quality, report
 
     runs = args.runs or (contenders.FULL if args.full else contenders.QUICK)
     chosen = contenders.contenders(runs)
@@ -141,18 +129,19 @@ def compare(args: argparse.Namespace, machine_line: Any) -> int:
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
     fixed = {name: facts[name] for name in ("model", "parameters", "dtype", "device", "batch", "seed")}
     log = quality.Log(args.out, fixed | {"problems": quality.fingerprint(problems), "weights": quality.digest(model)})
-    print(machine_line(facts), flush=True)
+    print(report.machine_line(facts), flush=True)
     rows = quality.measure(setting, chosen, log)
     print("", frontier.table(rows), "", frontier.verdict(rows), sep="\n")
     return save(args, {"facts": facts, "rows": rows}, "eval", frontier.draw)
 
 
-def drift(args: argparse.Namespace, machine_line: Any) -> int:
+def drift(args: argparse.Namespace) -> int:
     """Change of keys and values between steps."""
     from dkv.bench import drift as measurement
+    from dkv.bench import report
 
     model, tokenizer, problems, facts = loaded(args)
-    print(machine_line(facts), flush=True)
+    print(report.machine_line(facts), flush=True)
     found = {"facts": facts, **measurement.measure(model, tokenizer, problems, args.batch, args.chat)}
     print("", measurement.table(found), "", measurement.meaning(found), sep="\n")
     return save(args, found, "drift", measurement.draw)

@@ -66,4 +66,4 @@ def test_the_grids_have_every_axis_of_the_paper():
                   "greedy 16 w8 random", "greedy 4 w2 next"):  # fmt: skip
         assert label in labels
     assert {"decode 8 un_right", "pd 16 un_right"} <= {c.label for c in contenders(SHIFTED)}
-    assert {c.label for c in contenders(QUICK)} - {"greedy random"} <= set(labels) | {"greedy 8 w4 last"}
+    assert {c.label for c in contenders(QUICK)} <= set(labels)

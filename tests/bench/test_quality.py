@@ -74,26 +74,34 @@ def test_a_stopped_run_goes_on_where_it_was(setting, monkeypatch, tmp_path):
     made = stopped_after(setting, monkeypatch, None)
     rows = quality.measure(setting, RUNS, quality.Log(tmp_path, {"seed": 0}))
     assert made == [("plain", 2), ("plain", 2), ("decode 2", 2), ("plain half", 2)]
+    lines = (tmp_path / quality.LOG).read_text().splitlines()
+    assert len(lines) == 1 + 6 and json.loads(lines[-1])["label"] == "plain half"
     assert [row["problems"] for row in rows] == [3, 3, 3]
     made.clear()
     assert quality.measure(setting, RUNS, quality.Log(tmp_path, {"seed": 0})) == rows
     assert made == []
 
 
-def test_times_of_two_sessions_are_not_compared(setting, tmp_path):
-    quality.measure(setting, RUNS[:1], quality.Log(tmp_path, {}))
-    rows = quality.measure(setting, RUNS, quality.Log(tmp_path, {}))
-    assert [row["speed"] for row in rows] == [1, None, None]
-    assert rows[1]["change"] == 100 * (rows[1]["exact"] - rows[0]["exact"])
+def test_what_is_added_later_is_timed_against_plain_anew(setting, monkeypatch, tmp_path):
+    first = quality.measure(setting, RUNS[:1], quality.Log(tmp_path, {}))
+    made = stopped_after(setting, monkeypatch, None)
+    log = quality.Log(tmp_path, {})
+    rows = quality.measure(setting, RUNS[:2], log)
+    assert made == [("plain", 0)] + [(label, start) for start in (0, 2) for label in ("plain", "decode 2")]
+    assert rows[0]["right"] == first[0]["right"]
+    own = [log.runs["decode 2", "sum", start] for start in (0, 2)]
+    plain = [log.plain_seconds["sum", start, own[0]["session"]] for start in (0, 2)]
+    assert rows[1]["speed"] == pytest.approx(sum(plain) / sum(run["seconds"] for run in own))
 
 
 def test_a_folder_of_another_setting_is_refused(tmp_path):
     quality.Log(tmp_path, {"seed": 0, "batch": 8})
     with pytest.raises(ValueError, match=r"runs with batch 8, not 16: give another --out"):
         quality.Log(tmp_path, {"seed": 0, "batch": 16})
-    (tmp_path / quality.LOG).write_text("not json\n")
-    with pytest.raises(ValueError, match="is not a log of dkv eval"):
-        quality.Log(tmp_path, {"seed": 0})
+    for text in ("not json\n", "", '{"setting": {"seed": 0}}\n{"label": 1}\n', "[]\n"):
+        (tmp_path / quality.LOG).write_text(text)
+        with pytest.raises(ValueError, match="is not a log of dkv eval"):
+            quality.Log(tmp_path, {"seed": 0})
 
 
 def test_the_seed_draws_the_problems():
