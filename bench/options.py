@@ -8,10 +8,10 @@ from torch import Tensor
 
 import dkv
 from dkv.bench.shapes import as_loaded, random_model, shape
-from dkv.demo import STEPS, Race
+from dkv.demo import Race
 from dkv.models import Transformer
 from dkv.models.loader import FLOATS
-from dkv.models.tasks import held_out
+from dkv.models.tasks import TASKS, held_out
 from dkv.text import encode, load_tokenizer
 
 # Settings of `dkv.generate` by policy; the first is what the others are compared with. Greedy goes with
@@ -115,7 +115,7 @@ def of_checkpoint(
     model = dkv.load(path_or_id, dtype=dtype, device=device)
     if path_or_id == TINY:
         race = _race(model)
-        settings = {"new": STEPS, **settings, "race": race, "prompt": race.ids.shape[1]}
+        settings = {"new": race.new, **settings, "race": race, "prompt": race.ids.shape[1]}
         longest = max(map(len, race.answers))
         if settings["new"] < longest:
             raise ValueError(f"new must be at least {longest} with {TINY}, the length of its answers; or give a shape")
@@ -133,7 +133,7 @@ def _packed(model: Transformer) -> bool:
 def _race(model: Transformer) -> Race:
     tokenizer, problems = load_tokenizer(TINY, model.spec.family), held_out(PROBLEMS)
     ids, mask = (x.to(model.device) for x in encode(tokenizer, [prompt for prompt, _ in problems]))
-    return Race(model, tokenizer, ids, mask, [answer for _, answer in problems])
+    return Race(model, tokenizer, ids, mask, [answer for _, answer in problems], TASKS["balance"].new_tokens)
 
 
 def _device(name: str | None) -> torch.device:

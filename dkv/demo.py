@@ -13,8 +13,8 @@ import dkv
 from dkv.streaming import DraftStreamer, draft_pieces, draws_drafts
 from dkv.text import answer
 
-STEPS = 64
-# Label, and settings of `dkv.generate`; the first is what the others are compared with.
+# Label, and settings of `dkv.generate`; the first is what the others are compared with. A float of steps
+# is a share of the slots to fill.
 LINEUP: list[tuple[str, dict[str, Any]]] = [
     ("plain", {}),
     ("Decode(refresh=8)", {"cache": {"name": "decode", "refresh": 8}}),
@@ -23,7 +23,7 @@ LINEUP: list[tuple[str, dict[str, Any]]] = [
     ("PrefillDecode(refresh=8)", {"cache": {"name": "pd", "refresh": 8}}),
     ("Greedy(refresh=4, window=4)", {"cache": {"name": "greedy", "refresh": 4, "window": 4}}),
     ("Greedy(refresh=2, window=4)", {"cache": {"name": "greedy", "refresh": 2, "window": 4}}),
-    ("plain, half the steps", {"steps": STEPS // 2}),
+    ("plain, half the steps", {"steps": 0.5}),
 ]
 # Timed rounds of one answer per policy, after one that only warms up, and answers of a batch.
 ROUNDS, BATCH = 3, 8
@@ -32,20 +32,27 @@ SNAPSHOTS = 9
 
 @dataclass
 class Race:
-    """The policies of `LINEUP` on the same problems: prompts [B, P] with their mask, and the right answers."""
+    """The policies of `LINEUP` on the same problems.
+
+    Attributes:
+        ids, mask: int64 [B, P], the prompts.
+        answers: the right ones.
+        new: slots to fill.
+    """
 
     model: Any
     tokenizer: Any
     ids: Tensor
     mask: Tensor
     answers: list[str]
+    new: int
 
     def decode(self, rows: list[int], streamer: Any = None, **settings: Any) -> Any:
         """The output of `dkv.generate` for some of the problems."""
-        return dkv.generate(
-            self.model, self.ids[rows], self.mask[rows], streamer=streamer, seed=0,
-            **{"max_new_tokens": STEPS, **settings},
-        )  # fmt: skip
+        chosen = {"max_new_tokens": self.new, **settings}
+        if isinstance(chosen.get("steps"), float):
+            chosen["steps"] = round(chosen["steps"] * chosen["max_new_tokens"])
+        return dkv.generate(self.model, self.ids[rows], self.mask[rows], streamer=streamer, seed=0, **chosen)
 
     def texts(self, sequences: Tensor) -> list[str]:
         """The answers in sequences [B, P + new]."""
@@ -95,7 +102,7 @@ class Race:
 def show(race: Race, prompt: str, right: str) -> None:
     """Decode the first problem before the eyes of the user: in place in a terminal, else as snapshots."""
     label, settings = LINEUP[1]
-    print(f"{prompt}\n\n{label}, {STEPS} steps:\n")
+    print(f"{prompt}\n\n{label}, {race.new} steps:\n")
     if draws_drafts():
         output = race.decode([0], DraftStreamer(race.tokenizer, race.model.spec), **settings)
     else:

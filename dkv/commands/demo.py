@@ -3,11 +3,14 @@
 import argparse
 import json
 
+from dkv.commands.measuring import TASKS
+
 SUMMARY = "Watch the bundled model answer, and compare the cache policies on it: speed, work and answers."
 
 EXAMPLES = """\
 examples:
   dkv demo
+  dkv demo --task cells --model tiny-dream
   dkv demo --problems 100 --threads 1
   dkv demo --json > demo.json
 """
@@ -16,7 +19,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--problems", type=int, default=24, metavar="N", help="problems to answer per policy (default: %(default)s)")
-    add("--model", default="tiny", help="tiny, or a folder with a model of the same task (default: %(default)s)")
+    add("--task", choices=TASKS, default=TASKS[0], metavar="NAME", help=f"{', '.join(TASKS)} (default: %(default)s)")
+    add("--model", default="tiny",
+        help="tiny, tiny-dream, or a folder with a model of the same task (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     add("--json", action="store_true", help="the table as one JSON object, without the drafts")
 
@@ -29,20 +34,27 @@ def run(args: argparse.Namespace) -> int:
 
     import dkv
     from dkv.demo import ROUNDS, Race, meaning, show, table
-    from dkv.models.tasks import held_out
+    from dkv.models.tasks import TASKS, held_out
     from dkv.text import encode, load_tokenizer
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = dkv.load(args.model, device="cpu")
     tokenizer = load_tokenizer(args.model, model.spec.family)
-    problems = held_out(args.problems)
-    race = Race(model, tokenizer, *encode(tokenizer, [prompt for prompt, _ in problems]), [a for _, a in problems])
+    problems = held_out(args.problems, task=args.task)
+    prompts, answers = map(list, zip(*problems, strict=True))
+    race = Race(model, tokenizer, *encode(tokenizer, prompts), answers, TASKS[args.task].new_tokens)
     if not args.json:
         show(race, *problems[0])
     results = race.measure()
     if args.json:
-        facts = {"model": args.model, "problems": args.problems, "threads": torch.get_num_threads(), "rounds": ROUNDS}
+        facts = {
+            "model": args.model,
+            "task": args.task,
+            "problems": args.problems,
+            "threads": torch.get_num_threads(),
+            "rounds": ROUNDS,
+        }
         print(json.dumps({**facts, "results": results}))
     else:
         print(table(results, args.problems))

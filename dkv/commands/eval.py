@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dkv.commands.measuring import add_machine, check_counts, ready
+from dkv.commands.measuring import TASKS, add_machine, check_counts, ready
 
 SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
 
@@ -22,8 +22,6 @@ decoding is always among them, and losses are counted against it on the same pro
 {"prompt": ..., "answer": ...}, with a "task" where there are several; answers are compared as whole texts.
 Measure on an idle machine: all runs take turns on every batch.
 """
-
-TASKS = ("balance", "addition", "cells")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,11 +46,7 @@ def add_generation(parser: argparse.ArgumentParser, lines: str) -> None:
     add("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="tiny",
-        help="tiny, tiny-dream, a checkpoint folder or a Hugging Face hub id (default: %(default)s)",
-    )
+    add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
     add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
 

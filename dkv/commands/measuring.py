@@ -1,9 +1,11 @@
-"""What `dkv bench` and `dkv eval` share: the options of the machine, and what they check and say beforehand."""
+"""What commands that measure share: options of the machine, and what is checked and said beforehand."""
 
 import argparse
 from collections.abc import Iterable
 from typing import Any
 
+# The names of `dkv.models.tasks.TASKS`, which help is to tell without importing torch.
+TASKS = ("balance", "addition", "cells")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

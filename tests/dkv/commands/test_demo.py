@@ -1,12 +1,13 @@
 """`dkv demo` on a random model: the drafts, the table, and what is counted."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import dkv
 from dkv import demo
-from dkv.models.tasks import held_out
+from dkv.models.tasks import TASKS, held_out
 from dkv.text import encode, load_tokenizer
 
 LINEUP = demo.LINEUP
@@ -14,14 +15,14 @@ LINEUP = demo.LINEUP
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Three policies, few steps, one timed round."""
-    monkeypatch.setattr(demo, "LINEUP", [*demo.LINEUP[:2], ("half", {"steps": 8})])
-    monkeypatch.setattr(demo, "STEPS", 16)
+    """Three policies, few slots, one timed round."""
+    monkeypatch.setattr(demo, "LINEUP", [*demo.LINEUP[:2], ("half", {"steps": 0.5})])
+    monkeypatch.setitem(TASKS, "balance", replace(TASKS["balance"], new_tokens=16))
     monkeypatch.setattr(demo, "ROUNDS", 1)
 
 
 def test_every_policy_of_the_table_exists():
-    assert [dkv.DiffusionConfig(**settings).cache.name for _, settings in LINEUP] == [
+    assert [dkv.config.policy_of(settings.get("cache")).name for _, settings in LINEUP] == [
         "none", "decode", "decode", "prefill", "pd", "greedy", "greedy", "none",
     ]  # fmt: skip
 
@@ -49,7 +50,7 @@ def test_demo_json(run, folder):
 
 def test_demo_counts_exact_answers(folder):
     model, tokenizer = dkv.load(folder), load_tokenizer(str(folder), "llada")
-    race = demo.Race(model, tokenizer, *encode(tokenizer, [p for p, _ in held_out(3)]), [])
+    race = demo.Race(model, tokenizer, *encode(tokenizer, [p for p, _ in held_out(3)]), [], 16)
     race.answers = race.texts(race.decode([0, 1, 2]).sequences)
     race.answers[1] += "1"
     assert race.measure()[0]["exact"] == 2
@@ -58,9 +59,17 @@ def test_demo_counts_exact_answers(folder):
 def test_demo_draws_in_a_terminal(run, monkeypatch):
     monkeypatch.setattr(demo, "draws_drafts", lambda: True)
     out = run("demo", "--problems", 1)[1]
-    assert out.count("\x1b[J") == demo.STEPS and "step 1" not in out
+    assert out.count("\x1b[J") == 16 and "step 1" not in out
 
 
 @pytest.mark.parametrize("name", ["problems", "threads"])
 def test_demo_refuses_nothing(run, name):
     assert run("demo", f"--{name}", 0) == (2, "", f"dkv demo: error: --{name} must be at least 1, got 0\n")
+
+
+def test_demo_of_another_task(run, monkeypatch):
+    monkeypatch.setitem(TASKS, "addition", replace(TASKS["addition"], new_tokens=4))
+    code, out, err = run("demo", "--problems", 1, "--task", "addition")
+    assert (code, err) == (0, "") and out.startswith(
+        f"{held_out(1, task='addition')[0][0]}\n\nDecode(refresh=8), 4 steps:"
+    )
