@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from dkv.commands.measuring import TASKS
+from dkv.commands.measuring import TASK_NAMES, check_counts
 
 SUMMARY = "Watch the bundled model answer, and compare the cache policies on it: speed, work and answers."
 
@@ -19,7 +19,13 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--problems", type=int, default=24, metavar="N", help="problems to answer per policy (default: %(default)s)")
-    add("--task", choices=TASKS, default=TASKS[0], metavar="NAME", help=f"{', '.join(TASKS)} (default: %(default)s)")
+    add(
+        "--task",
+        choices=TASK_NAMES,
+        default=TASK_NAMES[0],
+        metavar="NAME",
+        help=f"{', '.join(TASK_NAMES)} (default: %(default)s)",
+    )
     add("--model", default="tiny",
         help="tiny, tiny-dream, or a folder with a model of the same task (default: %(default)s)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
@@ -27,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("problems", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_counts(args, ("problems", "threads"))
     import torch
 
     import dkv

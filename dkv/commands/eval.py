@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dkv.commands.measuring import TASKS, add_machine, check_counts, ready
+from dkv.commands.measuring import TASK_NAMES, add_machine, check_counts, ready
 
 SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
 
@@ -27,8 +27,8 @@ Measure on an idle machine: all runs take turns on every batch.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems").add_argument
     add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
-    add("--tasks", nargs="+", choices=TASKS, metavar="NAME",
-        help=f"tasks of the bundled models: {', '.join(TASKS)} (default: all)")  # fmt: skip
+    add("--tasks", nargs="+", choices=TASK_NAMES, metavar="NAME",
+        help=f"tasks of the bundled models: {', '.join(TASK_NAMES)} (default: all)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="problems of your own, as JSON lines")
     add("--new-tokens", type=int, metavar="N", help="slots for an answer of --data")
     add("--chat", action="store_true", help="put prompts of --data into the tokenizer's chat template")
@@ -104,7 +104,7 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     if args.data is not None:
         problems = quality.from_file(args.data, args.new_tokens, args.problems)
     else:
-        problems = quality.bundled(args.tasks or TASKS, args.problems or 96, args.seed)
+        problems = quality.bundled(args.tasks or TASK_NAMES, args.problems or 96, args.seed)
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.model, model.spec.family)
     facts = machine.facts(model.device, args.command_line) | {

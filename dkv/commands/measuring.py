@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 # The names of `dkv.models.tasks.TASKS`, which help is to tell without importing torch.
-TASKS = ("balance", "addition", "cells")
+TASK_NAMES = ("balance", "addition", "cells")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dkv.cli import build_parser
 from dkv.commands import eval as command
-from dkv.commands.measuring import TASKS as TASK_NAMES
+from dkv.commands.measuring import TASK_NAMES
 from dkv.models.tasks import TASKS
 
 
