@@ -5,7 +5,8 @@ Example:
 
 Each step draws fresh problems of every task; a share t ~ U(0, 1) of every answer is masked, and the
 loss is the cross-entropy at the masked slots divided by t (LLaDA, Nie et al. 2025, algorithm 1). A
-checkpoint in the output folder is picked up again when the command is repeated. The folder then
+checkpoint in the output folder is picked up again when the command is repeated; with more --steps than
+before, the learning rate follows the schedule of the longer training from there on. The folder then
 holds a checkpoint in the format of the family, a tokenizer, and the log of the training. The same
 seed gives the same weights on the same machine with the same number of threads.
 """
@@ -203,9 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     if (args.out / "checkpoint.pt").exists():
         training.load(args.out / "checkpoint.pt")
         print(f"resuming at step {training.step}")
-    else:
-        settings = {name: value for name, value in vars(args).items() if name != "out"}
-        write_line(args.out, {**settings, "threads": torch.get_num_threads(), **versions()})
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    write_line(args.out, {"from_step": training.step, **settings, "threads": torch.get_num_threads(), **versions()})
     training.run(args.out, args.steps, args.batch)
     save_model(training.model, args.out)
     save_tokenizer(args.out, ALPHABET, EOS, MASK, training.model.spec.family)

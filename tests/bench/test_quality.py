@@ -196,12 +196,12 @@ def test_the_frontier_is_what_nothing_beats():
 
 def test_the_verdict_says_what_is_lost_and_won():
     said = frontier.verdict(ROWS).splitlines()
-    assert said[0].startswith("Fastest cache with no measurable loss: decode 8, 2.20x plain, -0.4 points")
+    assert said[0].startswith("Fastest cache with at most 0.5 points lost: decode 8, 2.20x plain, -0.4 points")
     assert said[1].startswith("Fastest cache with at most 3 points lost: greedy 8, 4.00x plain")
     assert said[2].startswith("Half the steps, no cache: plain half, 1.90x plain, -38.0 points")
-    assert said[3].startswith("A cache is better: decode 8")
+    assert said[3].startswith("A cache is better: decode 8, 2.20x")
     alone = frontier.verdict([*ROWS[:2], ROWS[4]])
-    assert "No cache with no measurable loss." in alone and "No cache is at least as fast" in alone
+    assert "No cache with at most 0.5 points lost." in alone and "No cache is at least as fast" in alone
 
 
 def test_the_table_has_a_line_per_contender_and_a_column_per_task():
