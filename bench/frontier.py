@@ -95,7 +95,7 @@ def draw(found: Row) -> Any:
     left.set(
         xlabel="new slots per second", ylabel="problems answered exactly", xlim=(min(values) / 1.2, max(values) * 1.6)
     )
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     right.set(
         xlabel="slots computed, as a share of plain decoding (fewer to the right)",
         xlim=(max(shares) * 1.1, min(shares) / 1.6),
@@ -104,7 +104,7 @@ def draw(found: Row) -> Any:
     for axes, by in ((left, "tokens_per_second"), (right, "computed_share")):
         named = rows if len(rows) <= NAMED else frontier(rows, by)
         drawing.label(axes, [(r[by], r["exact"], r["label"], _colour(policies, r)) for r in named], least=4)
-    figure.legend(handles=_legend(policies), loc="outside lower center", ncols=len(policies) + 3, frameon=False)
+    figure.legend(handles=_legend(policies, rows), loc="outside lower center", ncols=len(policies) + 3, frameon=False)
     return figure
 
 
@@ -126,7 +126,7 @@ def _colour(policies: Sequence[str], row: Row) -> str:
     return COLOURS[policies.index(row["policy"]) % len(COLOURS)]
 
 
-def _legend(policies: Sequence[str]) -> list[Any]:
+def _legend(policies: Sequence[str], rows: Sequence[Row]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -141,7 +141,9 @@ def _legend(policies: Sequence[str]) -> list[Any]:
         for i, name in enumerate(policies)
     ]
     grey = {"ls": "", "color": "#555555"}
-    handles.append(Line2D([], [], marker="o", mfc="white", label="fewer steps", **grey))
-    handles.append(Line2D([], [], marker="x", label="random order", **grey))
+    if any(row["settings"]["steps"] is not None for row in rows):
+        handles.append(Line2D([], [], marker="o", mfc="white", label="fewer steps", **grey))
+    if any(row["settings"].get("confidence") == "random" for row in rows):
+        handles.append(Line2D([], [], marker="x", label="random order", **grey))
     handles.append(Line2D([], [], color="#bbbbbb", lw=3, label="frontier"))
     return handles
