@@ -169,7 +169,7 @@ def draw(found: dict[str, Any]) -> Any:
     facts = found["facts"]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     what = f"{facts['model']}, {found['slots']} decoded slots; torch {facts['torch']}, {facts['date'][:10]}"
-    figure.suptitle(f"Keys and values settle one step after a slot is decoded\n{what}", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(f"Change of keys and values around the step that decodes a slot\n{what}", fontsize=11, x=0.01, ha="left")
     for column, kind in enumerate(NAMES):
         above, below = (figure.add_subplot(2, 2, place) for place in (1 + column, 3 + column))
         layers = found["change"][kind]
@@ -184,6 +184,7 @@ def draw(found: dict[str, Any]) -> Any:
             places = [layer + 0.27 * (i - 1) for layer in range(len(kept))]
             below.bar(places, kept, 0.25, label=f"cached {name}", color=("#D55E00", "#0072B2", "#56B4E9")[i])
         below.set(title=f"{kind}: distance to the last pass", xlabel="layer")
+        below.xaxis.get_major_locator().set_params(integer=True)
         below.legend(fontsize=8, frameon=False)
         for axes in (above, below):
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value < 0.01 else f"{value:.0%}")
