@@ -169,7 +169,8 @@ def draw(found: dict[str, Any]) -> Any:
     facts = found["facts"]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     what = f"{facts['model']}, {found['slots']} decoded slots; torch {facts['torch']}, {facts['date'][:10]}"
-    figure.suptitle(f"Change of keys and values around the step that decodes a slot\n{what}", fontsize=11, x=0.01, ha="left")
+    title = f"Change of keys and values around the step that decodes a slot\n{what}"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     for column, kind in enumerate(NAMES):
         above, below = (figure.add_subplot(2, 2, place) for place in (1 + column, 3 + column))
         layers = found["change"][kind]
