@@ -19,8 +19,9 @@ test: $(STAMP)  ## run the tests
 bench: $(STAMP)  ## measure everything into bench/results: 15 minutes, on an idle machine
 	$(BIN)/dkv bench --all --out bench/results $(ARGS)
 
-eval: $(STAMP)  ## exact answers against speed into bench/results: 25 minutes, on an idle machine
+eval: $(STAMP)  ## exact answers against speed into bench/results: 30 minutes, on an idle machine
 	$(BIN)/dkv eval --problems 256 --out bench/results/eval $(ARGS)
+	$(BIN)/dkv eval --problems 32 --model tiny-dream --out bench/results/eval-dream $(ARGS)
 	$(BIN)/dkv eval --problems 16 --full --out bench/results/eval-full $(ARGS)
 	$(BIN)/dkv eval --drift --out bench/results/eval $(ARGS)
 
