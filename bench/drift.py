@@ -16,6 +16,7 @@ import dkv
 from dkv.bench.quality import Problems
 from dkv.bench.report import columns
 from dkv.canvas import Canvas
+from dkv.inputs import checked_inputs
 from dkv.randomness import Randomness
 from dkv.sampler import Sampler
 from dkv.text import encode
@@ -38,7 +39,10 @@ def measure(model: Any, tokenizer: Any, problems: Sequence[Problems], batch: int
         change: {"keys": [layer][offset], "values": ...}, means over slots.
         stale: {"keys": {"at once": [layer], ...}, ...}, the distance to the last pass of what is cached then.
         prompt: {"keys": [layer], ...}, the distance from the first to the last pass of prompt slots.
-        slots: how many were decoded.
+        slots: how many were decoded. Families count by these in all means.
+
+    Raises:
+        ValueError: a prompt and its answer are longer than the model allows.
     """
     total = sum(family.new for family in problems)
     with tqdm(total=total, unit="step", leave=False, disable=None, file=sys.stderr) as bar:
@@ -65,7 +69,8 @@ def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool
     """Means over the slots of one family: change [offset, 2, L], stale [delay, 2, L], prompt [2, L]."""
     ids, mask = (t.to(model.device) for t in encode(tokenizer, family.prompts[:batch], chat))
     spec, config = model.spec, dkv.DiffusionConfig(max_new_tokens=family.new, schedule="blocks", seed=0)
-    canvas = Canvas(ids, mask.bool(), family.new, spec.mask_token_id)
+    ids, mask = checked_inputs(model, ids, mask, config)
+    canvas = Canvas(ids, mask, family.new, spec.mask_token_id)
     sampler = Sampler(model, canvas, config, Randomness(0, canvas), spec.mask_token_id)
     prompt = ~canvas.masked & (torch.arange(canvas.size, device=ids.device) < canvas.lengths)
     decoded = torch.full(canvas.masked.shape, -1, device=ids.device)

@@ -130,16 +130,10 @@ def _legend(policies: Sequence[str], rows: Sequence[Row]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D(
-            [],
-            [],
-            ls="",
-            marker=MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)],
-            label=WORDS.get(name, name),
-        )
+        Line2D([], [], ls="", marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)],
+               label=WORDS.get(name, name))
         for i, name in enumerate(policies)
-    ]
+    ]  # fmt: skip
     grey = {"ls": "", "color": "#555555"}
     if any(row["settings"]["steps"] is not None for row in rows):
         handles.append(Line2D([], [], marker="o", mfc="white", label="fewer steps", **grey))

@@ -104,7 +104,7 @@ class Setting:
             "label": contender.label, "task": family.name, "start": start,
             "right": [text == one.strip() for text, one in zip(texts, right, strict=True)],
             "seconds": output.stats.seconds, "tokens": output.stats.new_tokens, "passes": output.stats.passes,
-            "computed_slots": output.stats.computed_slots, "total_slots": output.stats.total_slots,
+            "computed_slots": output.stats.computed_slots,
         }  # fmt: skip
 
 

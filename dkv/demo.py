@@ -131,7 +131,7 @@ def meaning(parameters: int, threads: int) -> str:
     """What the table says, and what it does not."""
     return f"""
 tokens/s is the median of {ROUNDS} answers, one at a time (CPU threads: {threads}); speed compares it with plain.
-computed: slots sent through the network, against plain. exact: answers right in every digit.
+computed: slots sent through the network, against plain. exact: answers right in every character.
 
 A cached step computes few slots, but every operation has a fixed cost, too. With {parameters / 1e6:.1f} M parameters
 this cost weighs so much that the speed stays behind what the computed share would allow, and can be below 1. In one

@@ -118,12 +118,16 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
 def compare(args: argparse.Namespace) -> int:
     """Exact answers and speed of the runs."""
     from dkv.bench import contenders, frontier, quality, report
+    from dkv.policies import NoCache
 
     runs = args.runs or (contenders.FULL if args.full else contenders.QUICK)
     chosen = contenders.contenders(runs)
     model, tokenizer, problems, facts = loaded(args)
     if model.spec.shifted and args.runs is None:
         chosen = contenders.contenders((*runs, *contenders.SHIFTED))
+    for contender in chosen:
+        # Before hours of work, not in the middle of them.
+        contender.settings.get("cache", NoCache()).check(model.spec.shifted)
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
     fixed = {name: facts[name] for name in ("model", "parameters", "dtype", "device", "batch", "seed")}
     log = quality.Log(args.out, fixed | {"problems": quality.fingerprint(problems), "weights": quality.digest(model)})

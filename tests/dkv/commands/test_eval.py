@@ -92,3 +92,14 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(run, monkeypatch, wo
     except SystemExit as stop:
         code, err = stop.code, ""
     assert code == 2 and (message in err or "chess" in words)
+
+
+def test_a_policy_that_the_model_cannot_have_is_refused_before_any_run(run, monkeypatch):
+    monkeypatch.setattr("dkv.generate", lambda *_, **__: pytest.fail("something was run"))
+    code, _, err = run("eval", "--model", "tiny-dream", "--problems", 1, "--run", "cache=decode shift_rule=right")
+    assert code == 2 and 'shift_rule "right" caches a slot while' in err
+
+
+def test_drift_refuses_what_the_model_has_no_room_for(run, folder, data):
+    code, _, err = run("eval", "--drift", "--model", folder, "--data", data, "--new-tokens", 300)
+    assert code == 2 and "the model has 256" in err
