@@ -31,6 +31,9 @@ def cached_attention(
     q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, mask=None, block_ids=None, scale=None,
     return_lse=False, workspace=None,
 ):  # fmt: skip
+    special = return_lse or key_mask is not None or mask is not None or block_ids is not None
+    if not special and q.device.type == "cpu" and not (query_lengths is None and key_ranges is None):
+        return _row_by_row(q, k_buf, v_buf, query_lengths, key_ranges, scale, workspace)
     if return_lse:
         return reference.cached_attention(
             q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask,
@@ -59,6 +62,22 @@ def cached_attention(
     if visible is not None:
         out = out.masked_fill(~visible.any(-1)[:, :, None, None], 0)
     return out
+
+
+def _row_by_row(q, k_buf, v_buf, query_lengths, key_ranges, scale, workspace) -> Tensor:
+    """Rows of different lengths, each as it is alone: nothing is computed for what fills it up, and no mask is made."""
+    lengths = [q.shape[1]] * len(q) if query_lengths is None else query_lengths.tolist()
+    ranges = [(0, k_buf.shape[1])] * len(q) if key_ranges is None else key_ranges.tolist()
+    rows = []
+    for row, (length, (start, stop)) in enumerate(zip(lengths, ranges, strict=True)):
+        some = (slice(row, row + 1), slice(max(start, 0), max(stop, 0)))
+        query, key, value = q[row : row + 1, : max(length, 0)], k_buf[some], v_buf[some]
+        if query.shape[1] and key.shape[1]:
+            out = cached_attention(query, key, value, scale=scale, workspace=workspace)
+            rows.append(F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
+        else:
+            rows.append(torch.zeros_like(q[row : row + 1]))
+    return torch.cat(rows)
 
 
 def _few_queries(query: Tensor, k_buf: Tensor, v_buf: Tensor) -> bool:
@@ -115,9 +134,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rotate` without temporaries, where the dtypes agree and no gradient is asked for."""
     if x.dtype != cos.dtype or any(t.requires_grad for t in (x, cos, sin)):
         return reference.rotate(x, cos, sin)
-    cos, sin, half = cos.unsqueeze(-2), sin.unsqueeze(-2), x.shape[-1] // 2
-    (a, b), out = x.split(half, -1), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    left, right = out.split(half, -1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    (a, b), out = x.chunk(2, -1), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    left, right = out.chunk(2, -1)
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=right).addcmul_(a, sin)
     return out

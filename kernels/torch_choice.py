@@ -7,6 +7,7 @@ never held. Only top-k and top-p need them, to sort.
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dkv.kernels import reference
@@ -21,6 +22,8 @@ SCRATCH_BYTES = 64 << 20
 PIECE = 1024
 BLOCK = 128
 LOG2_E = 1.4426950408889634
+# Numbers that PyTorch's loops over a CPU's vectors take at a time.
+VECTOR = 32
 
 
 def choose_token(logits, *, overwrite=False, workspace=None, row_keys=None, **how):
@@ -94,7 +97,7 @@ def _choose_in_strips(
         return noise.add_(x, alpha=confidence_temperature / temperature)
 
     found, closed, start = _Found(rule, draw if temperature > 0 else None), [], 0
-    for x in strips:
+    for x in map(_row_by_row, strips):
         if confidence_temperature != 1:
             x.div_(confidence_temperature)
         stop = start + x.shape[1]
@@ -110,6 +113,16 @@ def _choose_in_strips(
     if closed:
         found.add_closed(torch.cat(closed, 1))
     return found.choice()
+
+
+def _row_by_row(x: Tensor) -> Tensor:
+    """x [R, C], laid out so that a row begins anew for vector instructions.
+
+    What is left over at the end of a tensor is computed otherwise than the rest, in the last bit of exp2; a row
+    must not depend on how many there are.
+    """
+    spare = -x.shape[1] % VECTOR
+    return F.pad(x, (0, spare))[:, : x.shape[1]] if spare else x
 
 
 class _Found:
