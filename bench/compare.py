@@ -74,14 +74,14 @@ def step_times() -> Iterator[list[StepTime]]:
     found: list[StepTime] = []
     original = Sampler.run
 
-    def timed(self, step):
+    def timed(self):
         device = self.canvas.tokens.device
         synchronise(device)
         start = perf_counter()
-        done = original(self, step)
+        done = original(self)
         synchronise(device)
         if done is not None:
-            found.append(StepTime(done.active is None, done.computed, perf_counter() - start))
+            found.append(StepTime(done.full, done.computed, perf_counter() - start))
         return done
 
     Sampler.run = timed

@@ -70,13 +70,13 @@ def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool
     ids, mask = (t.to(model.device) for t in encode(tokenizer, family.prompts[:batch], chat))
     spec, config = model.spec, dkv.DiffusionConfig(max_new_tokens=family.new, schedule="blocks", seed=0)
     ids, mask = checked_inputs(model, ids, mask, config)
-    canvas = Canvas(ids, mask, family.new, spec.mask_token_id)
-    sampler = Sampler(model, canvas, config, Randomness(0, canvas), spec.mask_token_id)
-    prompt = ~canvas.masked & (torch.arange(canvas.size, device=ids.device) < canvas.lengths)
+    canvas = Canvas.after_prompts(ids, mask, [family.new] * len(ids), spec.mask_token_id)
+    sampler = Sampler(model, canvas, config, Randomness([0] * len(ids), canvas), spec.mask_token_id)
+    prompt = ~canvas.masked & canvas.everywhere
     decoded = torch.full(canvas.masked.shape, -1, device=ids.device)
     passes, cached, before, first = [], {}, None, None
-    for time, step in enumerate(config.plan(spec.shifted)):
-        sampler.run(step)
+    for time in range(family.new):
+        sampler.run()
         now = _keys_and_values(sampler)
         passes.append(torch.full(now.shape[:-1], torch.nan) if before is None else _distance(now, before, before))
         first = now if first is None else first

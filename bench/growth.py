@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -95,9 +94,9 @@ def estimate(
     at = 0
     for step in sorted((step for kind in chosen for step in kind), key=lambda step: step.index):
         if step.index > at:
-            skip(sampler, plan[at : step.index])
+            skip(sampler, step.index - at)
         at = step.index + 1
-        seconds, done = timed(partial(sampler.run, step), options.model.device)
+        seconds, done = timed(sampler.run, options.model.device)
         active, rows = done.computed, done.place.numel()
         found[step.index] = (seconds, active, operations(options.model.spec, active, rows, sampler.canvas.size))
     total = [0.0] * 3

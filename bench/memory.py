@@ -154,12 +154,12 @@ def _ours(options: Options, policy: str) -> list[dict[str, Any]]:
         wanted = {full.index(kind): kind for kind in (True, False) if kind in full}
         for step in plan[: max(wanted) + 1]:
             # Without what earlier steps left: a step's scratch is then counted with it.
-            sampler.workspace = kernels.Workspace()
+            sampler.workspace = sampler.choose.workspace = kernels.Workspace()
             if step.index not in wanted:
-                sampler.run(step)
+                sampler.run()
                 continue
             with record_function(STEP):
-                done = sampler.run(step)
+                done = sampler.run()
             logits = done.place.numel() * spec.vocab_size * 4
             found.append({"kind": KINDS[wanted[step.index]], "logits": logits, "scratch": sampler.workspace.nbytes})
 

@@ -67,15 +67,20 @@ def generate(
     config, input_ids = _checked(model, input_ids, new, steps, block_length, cache, confidence)
     mask_id, plan = model.spec.mask_token_id, config.plan(shifted=False)
     x = torch.cat((input_ids, input_ids.new_full((len(input_ids), new), mask_id)), 1)
-    real = torch.ones_like(input_ids, dtype=torch.bool)
-    randomness = Randomness(0, Canvas(input_ids, real, new, mask_id), numbers)
+    rows = len(input_ids)
+    canvas = Canvas.after_prompts(input_ids, torch.ones_like(input_ids, dtype=torch.bool), [new] * rows, mask_id)
+    randomness = Randomness([0] * rows, canvas, numbers)
     way = WAYS[type(config.cache)](config, input_ids.shape[1], mask_id, randomness, Counter(s.block for s in plan))
     rope = tuple(torch.cat((table, table), -1)[: x.shape[1]] for table in model.rope_tables(x.shape[1]))
     for step in plan:
         start = time.perf_counter()
         way.begin(step, x)
-        active = way.active
-        logits = forward(model, x if active is None else x[active].view(len(x), -1), active, way.join, rope)
+        active, tokens, by_key = way.active, x, rope
+        if active is not None:
+            tokens, order = x[active].view(len(x), -1), torch.cat((_slots(active), _slots(~active)), 1)
+            by_key = tuple(table[order].unsqueeze(1) for table in rope)
+        by_query = tuple(table[..., : tokens.shape[1], :] for table in by_key)
+        logits = forward(model, tokens, way.join, by_query, by_key)
         probability = logits.double().softmax(-1) if confidence == "probability" else None
         logits[..., mask_id] = -torch.inf
         guess = logits.argmax(-1)
@@ -120,7 +125,7 @@ class Plain:
 
     def choose(self, step: Step, x: Tensor, certainty: Tensor | None) -> Tensor:
         """bool [B, L]: the slots that take their token now."""
-        certainty = self.randomness.order(step.index) if certainty is None else certainty
+        certainty = self.randomness.order([step.index] * len(x)) if certainty is None else certainty
         open_ = x == self.mask_id
         open_[:, self.prompt + step.stop :] = False
         certainty = torch.where(open_, certainty, -torch.inf)
@@ -164,7 +169,7 @@ class Greedy(Plain):
     def begin(self, step: Step, x: Tensor) -> None:
         super().begin(step, x)
         if step.in_block == 0:
-            numbers = self.randomness.order(step.index).clone()
+            numbers = self.randomness.order([step.index] * len(x)).clone()
             numbers[:, : self.prompt + step.start] = -torch.inf
             numbers[:, self.prompt + step.stop :] = -torch.inf
             self.order, self.filled = numbers.sort(dim=1, descending=True, stable=True).indices, 0
@@ -234,23 +239,22 @@ def _widened(values: Tensor, active: Tensor | None, fill: float) -> Tensor:
     return wide
 
 
-def forward(model: Transformer, tokens: Tensor, active: Tensor | None, join: Join, rope: tuple[Tensor, ...]) -> Tensor:
-    """Logits [B, N, V] of the ids [B, N] at the active slots, ascending; `rope` is cos and sin [L, D]."""
-    if active is not None:
-        order = torch.cat((_slots(active), _slots(~active)), 1)
-        rope = tuple(table[order].unsqueeze(1) for table in rope)
+def forward(
+    model: Transformer, tokens: Tensor, join: Join, by_query: tuple[Tensor, ...], by_key: tuple[Tensor, ...]
+) -> Tensor:
+    """Logits [B, N, V] of ids [B, N]; cos and sin [..., N or L, D] of these, and of the keys as `join` orders them."""
     x = model.embed(tokens)
     for layer in model.layers:
-        x = x + _attention(layer, _norm(layer.attn_norm, x), join, rope)
+        x = x + _attention(layer, _norm(layer.attn_norm, x), join, by_query, by_key)
         h = _norm(layer.mlp_norm, x)
         x = x + layer.down_proj(F.silu(layer.gate_proj(h)) * layer.up_proj(h))
     return model.head(_norm(model.norm, x))
 
 
-def _attention(layer: Layer, h: Tensor, join: Join, rope: tuple[Tensor, ...]) -> Tensor:
+def _attention(layer: Layer, h: Tensor, join: Join, by_query: tuple[Tensor, ...], by_key: tuple[Tensor, ...]) -> Tensor:
     query, (key, value) = layer.q_proj(h), join(layer.index, layer.k_proj(h), layer.v_proj(h))
     query, key, value = (t.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for t in (query, key, value))
-    query, key = _rotated(query, *(t[..., : query.shape[2], :] for t in rope)), _rotated(key, *rope)
+    query, key = _rotated(query, *by_query), _rotated(key, *by_key)
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = (t.repeat_interleave(group, 1) for t in (key, value))
     out = F.scaled_dot_product_attention(query, key, value)

@@ -1,9 +1,11 @@
 """Single steps of a generation: before its first one, or anywhere in it."""
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 import dkv
@@ -44,22 +46,24 @@ def start(options: Options, settings: dict[str, Any], new: int) -> tuple[Sampler
     # Dream's own schedule decodes nothing in its first step.
     config = dkv.DiffusionConfig(max_new_tokens=new, schedule="blocks", seed=0, **settings)
     config.cache.check(spec.shifted)
-    canvas = Canvas(ids, torch.ones_like(ids, dtype=torch.bool), new, spec.mask_token_id)
-    sampler = Sampler(options.model, canvas, config, Randomness(config.seed, canvas), spec.mask_token_id)
+    real, rows = torch.ones_like(ids, dtype=torch.bool), len(ids)
+    canvas = Canvas.after_prompts(ids, real, [new] * rows, spec.mask_token_id)
+    sampler = Sampler(options.model, canvas, config, Randomness([0] * rows, canvas), spec.mask_token_id)
     return sampler, config.plan(spec.shifted)
 
 
-def skip(sampler: Sampler, steps: Sequence[Step]) -> None:
-    """Bring the canvas to where it is after `steps`, from left to right and without computing tokens."""
-    canvas = sampler.canvas
-    for part in (steps[:-1], steps[-1:]):
+def skip(sampler: Sampler, steps: int) -> None:
+    """Bring the canvas to where it is after so many steps, from left to right and without computing tokens."""
+    canvas, progress = sampler.canvas, sampler.progress
+    for part in (steps - 1, 1):
         # Only what the last step decoded is fresh.
-        count = sum(step.count for step in part)
+        count = 0
+        for _ in range(part):
+            step = progress.begin()[0]
+            progress.advance(np.full_like(progress.masked, step.count))
+            count += step.count
         slots = slots_of(canvas.masked, count, canvas.size)
         canvas.commit(slots, torch.ones_like(slots, dtype=torch.bool))
-        sampler.masked_count -= count
-        sampler.open_count -= count
-        sampler.fresh_count = count
 
 
 class HalfWay:
@@ -68,25 +72,25 @@ class HalfWay:
     Args:
         options: the model and the canvas.
         settings: of `dkv.generate`; their policy says what is computed.
+        cached: go on to a step that is not full, if there is one.
     """
 
-    def __init__(self, options: Options, settings: dict[str, Any]):
+    def __init__(self, options: Options, settings: dict[str, Any], cached: bool = False):
         self.sampler, plan = start(options, settings, options.new)
+        self.sampler.run()
+        sampler, canvas = self.sampler, self.sampler.canvas
         half = max(len(plan) // 2, 1)
-        self.sampler.run(plan[0])
-        skip(self.sampler, plan[1:half])
-        self.step, sampler, canvas = plan[half], self.sampler, self.sampler.canvas
-        self.state = (
-            canvas.tokens.clone(), canvas.masked, canvas.fresh, sampler.masked_count, sampler.open_count,
-            sampler.fresh_count,
-        )  # fmt: skip
+        later = (at for at in range(half, len(plan)) if not sampler.policy.full(plan[at], bool(sampler.shifted)))
+        skip(sampler, (next(later, half) if cached else half) - 1)
+        self.state = (canvas.tokens.clone(), canvas.masked, canvas.fresh, copy.deepcopy(sampler.progress))
 
     def take(self) -> Pass | None:
         """Take the step."""
-        return self.sampler.run(self.step)
+        return self.sampler.run()
 
     def back(self) -> None:
         """Go back to before the step."""
         sampler, canvas = self.sampler, self.sampler.canvas
-        tokens, canvas.masked, canvas.fresh, sampler.masked_count, sampler.open_count, sampler.fresh_count = self.state
+        tokens, canvas.masked, canvas.fresh, progress = self.state
         canvas.tokens.copy_(tokens)
+        sampler.progress = copy.deepcopy(progress)

@@ -21,6 +21,8 @@ _PUBLIC = {
     "load": "dkv.models",
     "wrap": "dkv.models",
     "generate": "dkv.generation",
+    "infill": "dkv.generation",
+    "stream": "dkv.generation",
     "DiffusionConfig": "dkv.config",
     "Savings": "dkv.config",
     "DiffusionOutput": "dkv.output",
@@ -32,6 +34,8 @@ _PUBLIC = {
     "Greedy": "dkv.policies",
     "Prefill": "dkv.policies",
     "PrefillDecode": "dkv.policies",
+    "PrefixCache": "dkv.policies",
+    "DualCache": "dkv.policies",
     "use_backend": "dkv.kernels",
     "register": "dkv.hf",
 }

@@ -4,10 +4,13 @@ import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from transformers import GenerationConfig
 
 from dkv.policies import POLICIES, NoCache, Policy
 from dkv.schedule import Step, block_schedule, time_schedule
+from dkv.validation import check_numbers
 
 CONFIDENCE_RULES = ("probability", "margin", "entropy", "random")
 
@@ -41,6 +44,11 @@ DEFAULTS: dict[str, Any] = {
     "top_p": None,
     "top_k": None,
     "selection_temperature": 0.0,
+    "threshold": None,
+    "factor": None,
+    "cfg_scale": 0.0,
+    "eos_token_id": None,
+    "pad_token_id": None,
     "cache": None,
     "seed": None,
     "mask_token_id": None,
@@ -62,10 +70,14 @@ ALIASES: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 # Settings of those functions that have one value here: it is accepted, any other is refused.
-FIXED: dict[str, Any] = {"cfg_scale": 0.0, "num_return_sequences": 1, "return_dict_in_generate": True}
+FIXED: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": True}
 
 # What transformers writes into generation_config.json files for its own use.
-BOOKKEEPING = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "do_sample")
+BOOKKEEPING = ("transformers_version", "bos_token_id", "use_cache", "do_sample")
+# Settings that may be given row by row, as a list.
+BY_ROW = ("max_new_tokens", "steps", "seed")
+# Settings for which LLaDA's and Dream's functions take None, meaning none.
+NONE_IS_DEFAULT = ("temperature", "selection_temperature", "cfg_scale")
 
 
 def policy_of(value: Any) -> Policy:
@@ -96,8 +108,8 @@ class DiffusionConfig(GenerationConfig):
     """How to fill a canvas: schedule, choice of tokens, cache policy, and what to record.
 
     Args:
-        max_new_tokens: slots to fill (LLaDA: `gen_length`); 0 gives the prompt back.
-        steps: passes in all; None: one per slot.
+        max_new_tokens: slots to fill (LLaDA: `gen_length`); 0 gives the prompt back. A list: by row.
+        steps: passes in all; None: one per slot. With `threshold` or `factor` the most that are made. A list: by row.
         block_length: slots of a block of LLaDA's schedule; None: one block.
         schedule: "blocks" (LLaDA) or "time" (Dream); None: that of the model.
         eps: last time of Dream's schedule.
@@ -106,9 +118,18 @@ class DiffusionConfig(GenerationConfig):
         temperature: 0 takes the best token; above 0 tokens are drawn.
         top_p, top_k: tokens outside are neither drawn nor counted.
         selection_temperature: above 0 the slots are drawn by confidence (Dream: `alg_temp`).
-        cache: a policy, its name ("none", "decode", "greedy", "prefill", "pd"), or a dict
+        threshold: fill every slot of the block whose confidence is at least this, and always the surest one
+            (Fast-dLLM): a probability or a margin, with "entropy" the negative entropy in nats.
+        factor: fill the n surest slots of the block, n as large as (n + 1) (1 - c) < factor allows, where c is
+            the confidence of the n-th (Fast-dLLM).
+        cfg_scale: guidance: logits are l + cfg_scale (l - l'), l' with everything masked that was given (LLaDA).
+            Both branches are computed, each with its own keys and values; 0: none.
+        eos_token_id: id or ids. A row ends at its first one as soon as no mask stands before it, takes
+            `pad_token_id` from there on and leaves the batch. None: every slot is filled, as published.
+        pad_token_id: None: that of the model, or the first end id.
+        cache: a policy, its name ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual"), or a dict
             {"name": ..., "refresh": ...}; None: no cache.
-        seed: of every random number; None: drawn from the generator.
+        seed: of every random number; None: one a row, drawn from the generator. A list: by row.
         mask_token_id: id of a slot without a token; None: that of the model. It is never emitted.
         vocab_limit: ids from here on are never emitted (embeddings wider than the tokenizer).
         output_history, output_active, output_confidences, output_logits: record the canvas after
@@ -129,51 +150,85 @@ class DiffusionConfig(GenerationConfig):
         super().__init__(**bookkeeping)
         for name, default in DEFAULTS.items():
             setattr(self, name, given.get(name, default))
-        self.cache = policy_of(self.cache)
-        if isinstance(self.savings, dict):
-            self.savings = Savings(**self.savings)
+        self._build()
         self.validate()
 
     def update(self, **settings: Any) -> dict[str, Any]:
         """Set the given names, aliases included; unknown names are refused, so nothing is left over."""
-        for name, value in _canonical(settings).items():
-            setattr(self, name, policy_of(value) if name == "cache" else value)
-        self.validate()
+        before = dict(vars(self))
+        try:
+            vars(self).update(_canonical(settings))
+            self._build()
+            self.validate()
+        except Exception:
+            vars(self).update(before)
+            raise
         return {}
+
+    def _build(self) -> None:
+        """Make objects of what was given by name or as a dict."""
+        self.cache = policy_of(self.cache)
+        if isinstance(self.savings, dict):
+            self.savings = Savings(**self.savings)
 
     def validate(self, **_: Any) -> None:
         """Raise ValueError where a value is impossible, naming the setting and what it may be."""
         if not hasattr(self, "savings"):  # transformers validates before our settings are there
             return
-        for name, low in (("max_new_tokens", 0), ("steps", 1), ("block_length", 1), ("top_k", 1)):
-            value = getattr(self, name)
-            if value is None and name != "max_new_tokens":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        highest = {"temperature": float("inf"), "selection_temperature": float("inf"), "top_p": 1, "eps": 1}
-        for name, high in highest.items():
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= high:
-                raise ValueError(f"{name} must be between 0 and {high}, got {value!r}")
+        check_numbers(self)
         if self.confidence not in CONFIDENCE_RULES:
             raise ValueError(f"confidence must be one of {', '.join(CONFIDENCE_RULES)}, got {self.confidence!r}")
+        self._validate_dynamic()
         if self.schedule not in (None, "blocks", "time"):
             raise ValueError(f'schedule must be "blocks" or "time", got {self.schedule!r}')
         if self.schedule == "time" and self.block_length is not None:
             raise ValueError('block_length goes with schedule="blocks"; the time schedule has one block')
-        self.plan(shifted=False)
+        lists = {name: len(value) for name in BY_ROW if isinstance(value := getattr(self, name), list)}
+        if len(set(lists.values())) > 1:
+            given = ", ".join(f"{count} of {name}" for name, count in lists.items())
+            raise ValueError(f"settings by row must be one for every row of the batch, got {given}")
+        for row in range(max(lists.values(), default=1)):
+            self.plan(shifted=False, row=row)
 
-    def plan(self, shifted: bool) -> list[Step]:
+    def _validate_dynamic(self) -> None:
+        if not self.is_dynamic:
+            return
+        name, other = ("factor", "threshold") if self.threshold is None else ("threshold", "factor")
+        if getattr(self, other) is not None:
+            raise ValueError("threshold and factor are two rules for the same thing: give one of them")
+        if self.confidence == "random" or (name == "factor" and self.confidence == "entropy"):
+            raise ValueError(f"{name} needs a confidence to go by, which confidence={self.confidence!r} does not give")
+        if self.selection_temperature > 0:
+            raise ValueError(f"{name} fills the surest slots, selection_temperature draws them: give one of them")
+        low, high = (-float("inf"), 0) if self.confidence == "entropy" else (0, 1)
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if name == "threshold" and not (number and low <= self.threshold <= high):
+            given = f"confidence={self.confidence!r}, got {self.threshold!r}"
+            raise ValueError(f"threshold must be between {low} and {high} with {given}")
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether confidences decide how many slots a step fills."""
+        return self.threshold is not None or self.factor is not None
+
+    def of_row(self, name: str, row: int) -> Any:
+        """A setting of `BY_ROW` for one row."""
+        value = getattr(self, name)
+        return value[row] if isinstance(value, list) else value
+
+    def plan(self, shifted: bool, row: int = 0, to_fill: int | None = None) -> list[Step]:
         """The steps, with the number of slots that each decodes; can be printed.
 
         Args:
             shifted: whether the model is of Dream's kind, whose own schedule is the one in time.
+            row: of the batch, where settings are given row by row.
+            to_fill: its slots to fill; default: its `max_new_tokens`.
 
         Raises:
             ValueError: fewer steps than blocks.
         """
-        new, steps = self.max_new_tokens, self.max_new_tokens if self.steps is None else self.steps
+        new = self.of_row("max_new_tokens", row) if to_fill is None else to_fill
+        steps = self.of_row("steps", row) or new
         if new == 0:
             return []
         # Dream's own schedule has no blocks: asking for them asks for LLaDA's.
@@ -218,6 +273,12 @@ def _canonical(settings: dict[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(DEFAULTS)}"
             raise ValueError(f"unknown setting {name!r}{hint}")
         value = spelling.get(value, value) if spelling else value
+        if isinstance(value, np.generic):
+            value = value.item()
+        if target in (*BY_ROW, "eos_token_id") and isinstance(value, list | tuple | Tensor | np.ndarray):
+            value = value.tolist() if hasattr(value, "tolist") else list(value)
+        if (target == "eos_token_id" and value == []) or (value is None and target in NONE_IS_DEFAULT):
+            value = DEFAULTS[target]
         if target in given and given[target] != value:
             raise ValueError(f"{name}={value!r} contradicts {target}={given[target]!r}: give one of them")
         given[target] = value

@@ -1,21 +1,21 @@
 """`dkv.generate`: fill a canvas step by step, computing only the slots that a policy names."""
 
 import copy
-import time
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dkv import kernels
+from dkv.buffer import KVBuffer
 from dkv.canvas import Canvas
+from dkv.choosing import LogitsProcessor
 from dkv.config import DiffusionConfig
+from dkv.ending import StoppingCriteria
 from dkv.inputs import checked_inputs
 from dkv.output import DiffusionOutput
-from dkv.randomness import Numbers, Randomness
-from dkv.sampler import Pass, Sampler
-from dkv.version import versions
+from dkv.randomness import Numbers
+from dkv.run import Run, pad_id
 
 
 @torch.no_grad()
@@ -27,26 +27,42 @@ def generate(
     streamer: Any = None,
     generator: torch.Generator | None = None,
     numbers: Numbers | None = None,
+    logits_processor: LogitsProcessor | None = None,
+    stopping_criteria: StoppingCriteria | None = None,
+    buffer: KVBuffer | None = None,
     **overrides: Any,
 ) -> DiffusionOutput:
     """Continue prompts with a diffusion language model.
 
+    Rows are independent: each has its own length, budget, schedule, noise and end, and gets the tokens that it
+    gets alone, whatever stands beside it.
+
     Args:
         model: from `dkv.load` or `dkv.wrap`.
         input_ids: integers [B, P], prompts of one batch, padded on either side. A mask id in a
-            prompt is left as it is.
+            prompt is left as it is; `dkv.infill` fills it.
         attention_mask: [B, P], 0 at padding; None: no padding. Padding is told by this mask alone,
             is never computed, and does not count in positions.
         generation_config: settings; None: the defaults of `DiffusionConfig`.
         streamer: has `put(ids)` and `end()` as in transformers; gets the prompts [B, P] first and
-            the sequences [B, P + new] last, and with a `put_draft(ids)` the canvas after every step.
-        generator: source of the seed if the settings have none; default: torch's own.
+            the new tokens [B, new] last, and with a `put_draft(ids)` those on the canvas after every step.
+        generator: source of the seeds if the settings have none; default: torch's own.
         numbers: callable (step, (B, P + new)) -> uniform numbers, used for random orders instead of
             our own: once per step for the "random" rule, once per block for `Greedy`.
+        logits_processor: as in transformers, one or a `LogitsProcessorList`: (ids [n, length], scores [n, V]) ->
+            scores. Called once a row and step, with the slots that may be filled as n, filled up to a multiple of
+            4; the ids of each are all the row on its canvas, without padding, the mask id where there is no token.
+            Processors that go by the length of a text, such as `MinLengthLogitsProcessor`, find it always full.
+        stopping_criteria: as in transformers, one or a `StoppingCriteriaList`; `dkv.ending.Ending` says what they see.
+            What a row has beyond its end becomes padding.
+        buffer: `output.buffer` of an earlier call on as many rows. Keys and values of the prefix that a prompt
+            shares with the earlier text are taken over instead of computed, where they are of tokens (the last ones
+            decoded were not seen as such). They are as old as they are: the policy's first refresh after its first
+            passes recomputes them, with `Prefill` and `PrefillDecode` nothing does. It is copied, not changed.
         overrides: settings that replace those of the configuration.
 
     Returns:
-        `DiffusionOutput`; its `sequences` [B, P + new_tokens] keep the prompts as they came.
+        `DiffusionOutput`; its `sequences` [B, P + new] keep the prompts as they came.
 
     Raises:
         ValueError, IndexError: the inputs or settings are impossible, or the logits hold NaN.
@@ -56,73 +72,112 @@ def generate(
         >>> output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.Decode(refresh=8))
         >>> output.sequences[:, ids.shape[1]:], output.stats.computed_share
     """
-    start = time.perf_counter()
-    config = DiffusionConfig() if generation_config is None else copy.copy(generation_config)
+    config = _config(generation_config, overrides)
+    ids, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
+    run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
+    return run.to_the_end(streamer, ids, new=ids.shape[1])
+
+
+@torch.no_grad()
+def infill(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    generation_config: DiffusionConfig | None = None,
+    streamer: Any = None,
+    generator: torch.Generator | None = None,
+    numbers: Numbers | None = None,
+    logits_processor: LogitsProcessor | None = None,
+    **overrides: Any,
+) -> DiffusionOutput:
+    """Fill every mask of a text, and touch nothing else.
+
+    Args:
+        input_ids: integers [B, L], texts with the mask id wherever a token is to be found, padded on either side.
+            Rows may have different numbers of masks, or none.
+        attention_mask: [B, L], 0 at padding; None: no padding. A mask id in the padding stays.
+        generation_config, overrides: as for `dkv.generate`, but for `max_new_tokens`, which is the number of
+            masks. Blocks are counted over the masks from left to right. End ids end nothing.
+        streamer: gets `put(ids)` with the texts and then with the result, `put_draft(ids)` after every step.
+        model, generator, numbers, logits_processor: as for `dkv.generate`.
+
+    Returns:
+        `DiffusionOutput`; its `sequences` [B, L] differ from `input_ids` at the masks alone.
+
+    Raises:
+        ValueError, IndexError: the inputs or settings are impossible, or the logits hold NaN.
+
+    Example:
+        >>> dkv.infill(model, torch.tensor([[5, mask, 7, mask]])).sequences
+    """
+    if "max_new_tokens" in overrides or "gen_length" in overrides:
+        raise ValueError("max_new_tokens does not go with infill, which fills every mask of input_ids")
+    config = _config(generation_config, {**overrides, "max_new_tokens": 0, "eos_token_id": None})
+    ids, mask = checked_inputs(model, input_ids, attention_mask, config)
+    mask_id = _mask_id(model, config)
+    canvas = Canvas(ids, mask, mask & (ids == mask_id), mask_id)
+    return Run(model, canvas, config, mask_id, generator, numbers, logits_processor).to_the_end(streamer, ids, new=0)
+
+
+def stream(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    generation_config: DiffusionConfig | None = None,
+    generator: torch.Generator | None = None,
+    numbers: Numbers | None = None,
+    logits_processor: LogitsProcessor | None = None,
+    stopping_criteria: StoppingCriteria | None = None,
+    buffer: KVBuffer | None = None,
+    **overrides: Any,
+) -> Iterator[DiffusionOutput]:
+    """As `generate`, but yields the canvas after every step; steps are made as they are asked for.
+
+    The arguments are those of `generate`; they are checked at once. The iterator may be dropped at any time.
+
+    Yields:
+        `DiffusionOutput` with the canvas as `sequences` [B, P + new], the mask id where there is no token yet, and
+        the `stats` so far. The last one is what `generate` returns.
+
+    Example:
+        >>> for draft in dkv.stream(model, ids, max_new_tokens=64):
+        ...     print(tokenizer.decode(draft.sequences[0]))
+    """
+    config = _config(generation_config, overrides)
+    _, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
+    run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
+    return _drafts(run)
+
+
+@torch.no_grad()
+def _drafts(run: Run) -> Iterator[DiffusionOutput]:
+    while run.rows:
+        run.step()
+        if run.rows:
+            yield run.draft()
+    yield run.output()
+
+
+def _config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> DiffusionConfig:
+    if given is not None and not isinstance(given, DiffusionConfig):
+        kind = type(given).__name__
+        raise TypeError(
+            f"generation_config must be a dkv.DiffusionConfig, got {kind}: make one, or give settings by name"
+        )
+    config = DiffusionConfig() if given is None else copy.copy(given)
     config.update(**overrides)
-    input_ids, attention_mask = checked_inputs(model, input_ids, attention_mask, config)
-    mask_id = model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
-    seed = config.seed
-    if seed is None:
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
-    canvas = Canvas(input_ids, attention_mask, config.max_new_tokens, mask_id)
-    sampler = Sampler(model, canvas, config, Randomness(seed, canvas, numbers), mask_id)
-    kept = {name: [] for name in RECORDS if getattr(config, f"output_{name}")}
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    draft = getattr(streamer, "put_draft", None)
-    for step in config.plan(model.spec.shifted):
-        if sampler.masked_count == 0:
-            break
-        done = sampler.run(step)
-        for name, records in kept.items():
-            records.append(RECORDS[name](canvas, done, model))
-        if draft is not None:
-            draft(canvas.sequences().cpu())
-    sampler.check()
-    sequences = canvas.sequences()
-    if streamer is not None:
-        streamer.put(sequences.cpu())
-        streamer.end()
-    stats = replace(
-        sampler.stats, seed=seed, seconds=time.perf_counter() - start,
-        new_tokens=len(input_ids) * config.max_new_tokens,
-        settings={**config.settings(), **versions(), "dtype": str(model.dtype), "device": str(model.device)},
-    )  # fmt: skip
-    # The logits of all steps together would be twice as large while they are stacked.
-    found = {name: tuple(of) if name == "logits" else torch.stack(of) for name, of in kept.items() if of}
-    return DiffusionOutput(sequences=sequences, stats=stats, **found)
+    return config
 
 
-def _history(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
-    """int64 [B, P + new]: the canvas."""
-    return canvas.sequences()
+def _mask_id(model: Any, config: DiffusionConfig) -> int:
+    return model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
 
 
-def _active(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
-    """bool [B, P + new]: the slots that a pass computed."""
-    if done is None:
-        return canvas.to_caller(torch.zeros_like(canvas.masked))
-    return canvas.to_caller(torch.ones_like(canvas.masked) if done.active is None else done.active.mask)
-
-
-def _confidences(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
-    """float32 [B, P + new]: the confidence of the slots that a pass ranked, NaN at the others."""
-    batch, size = canvas.masked.shape
-    wide = torch.full((batch, size + 1), torch.nan, device=canvas.tokens.device)
-    if done is not None and done.confidence is not None:
-        wide.scatter_(1, done.slots, done.confidence.float())
-    padding = ~canvas.to_caller(torch.ones_like(canvas.masked))
-    return canvas.to_caller(wide[:, :-1]).masked_fill(padding, torch.nan)
-
-
-def _logits(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:
-    """[B, P + new, V]: the logits of the slots that a pass computed, 0 at the others."""
-    batch, size = canvas.masked.shape
-    wide = torch.zeros(batch, size + 1, model.spec.vocab_size, dtype=model.dtype, device=model.device)
-    if done is not None:
-        kernels.scatter_rows_(wide, done.positions, model.head(done.hidden), validate=False)
-    return canvas.to_caller(wide[:, :-1])
-
-
-# What can be kept of every step, by its name in `DiffusionOutput`; the setting is `output_` and the name.
-RECORDS = {"history": _history, "active": _active, "confidences": _confidences, "logits": _logits}
+def _prompts(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: DiffusionConfig
+) -> tuple[Tensor, Canvas, int]:
+    """The checked prompts, the canvas that continues them, and the mask id."""
+    ids, mask = checked_inputs(model, input_ids, attention_mask, config)
+    budgets = [config.of_row("max_new_tokens", row) for row in range(len(ids))]
+    mask_id = _mask_id(model, config)
+    return ids, Canvas.after_prompts(ids, mask, budgets, mask_id, pad=pad_id(model, config)), mask_id

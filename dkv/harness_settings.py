@@ -38,6 +38,11 @@ def stated(settings: dict[str, Any]) -> dict[str, Any]:
         ValueError: an unknown name, or an impossible value.
     """
     plain = _with_policy(settings)
+    for name, value in plain.items():
+        if isinstance(value, list | tuple) and name != "eos_token_id":
+            raise ValueError(f"{name} must be one value for all requests, got {value!r}")
+    if plain.get("seed", 0) is None:
+        raise ValueError("seed must be a whole number; leave it out to take that of lm-eval")
     names = {_own_name(name) for name in plain}
     # One slot: whether steps and blocks go with the length is seen when that is known.
     config = DiffusionConfig(**plain if "max_new_tokens" in names else {"max_new_tokens": 1, **plain})

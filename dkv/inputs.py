@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.config import DiffusionConfig
+from dkv.config import BY_ROW, DiffusionConfig
 from dkv.kernels import checks
 
 
@@ -37,16 +37,22 @@ def checked_inputs(
                 f"input_ids must be in 0..{spec.vocab_size - 1}, the model's vocabulary, got {low if low < 0 else high}"
             )
     mask = _checked_mask(input_ids, attention_mask)
-    longest = int(mask.sum(1).max()) if mask.numel() else 0
-    if longest + config.max_new_tokens > spec.max_positions:
-        raise ValueError(
-            f"the longest prompt ({longest} tokens) and max_new_tokens ({config.max_new_tokens}) need "
-            f"{longest + config.max_new_tokens} positions, the model has {spec.max_positions}"
-        )
-    for name in ("mask_token_id", "vocab_limit"):
-        value, top = getattr(config, name), spec.vocab_size - (name == "mask_token_id")
-        if value is not None and not (name == "vocab_limit") <= value <= top:
-            raise ValueError(f"{name} must be at most {top} with a vocabulary of {spec.vocab_size}, got {value}")
+    for name in BY_ROW:
+        value = getattr(config, name)
+        if isinstance(value, list) and len(value) != len(input_ids):
+            raise ValueError(f"{name} is a list of {len(value)}, but input_ids has {len(input_ids)} rows")
+    for row, prompt in enumerate(mask.sum(1).tolist()):
+        new = config.of_row("max_new_tokens", row)
+        if prompt + new > spec.max_positions:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and max_new_tokens ({new}) need {prompt + new} positions, the model has "
+                f"{spec.max_positions}"
+            )
+    for name in ("mask_token_id", "vocab_limit", "eos_token_id", "pad_token_id"):
+        value, top = getattr(config, name), spec.vocab_size - (name != "vocab_limit")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number > top:
+                raise ValueError(f"{name} must be at most {top} with a vocabulary of {spec.vocab_size}, got {number}")
     config.cache.check(spec.shifted)
     return input_ids.long(), mask
 

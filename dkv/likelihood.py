@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dkv.buffer import KVBuffer
+from dkv.choosing import LOGITS_AT_A_TIME
 from dkv.generation import generate
 from dkv.output import Stats
-from dkv.sampler import LOGITS_AT_A_TIME
 
 # Token ids of a prompt, and of an answer to it.
 Question = tuple[Sequence[int], Sequence[int]]

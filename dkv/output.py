@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from dkv.buffer import KVBuffer
+
 
 @dataclass
 class Stats:
@@ -14,9 +16,10 @@ class Stats:
     Attributes:
         passes, full_passes: forward passes, and those that computed every slot.
         computed_slots, total_slots: slots sent through the network, and what plain decoding sends.
-        new_tokens: slots filled, all rows.
+        reused_slots: slots whose keys and values were taken over from an earlier generation, all rows.
+        new_tokens: slots filled, all rows; without those beyond the end of a row.
         seconds: wall time of the whole call.
-        seed: of the random numbers.
+        seed: of the random numbers; a list if they were drawn or given row by row.
         settings: the configuration, versions, dtype, device and backend.
     """
 
@@ -24,9 +27,10 @@ class Stats:
     full_passes: int = 0
     computed_slots: int = 0
     total_slots: int = 0
+    reused_slots: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
-    seed: int = 0
+    seed: int | list[int] = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,10 +58,13 @@ class Stats:
 
 @dataclass
 class DiffusionOutput(ModelOutput):
-    """The result of `dkv.generate`.
+    """The result of `dkv.generate` and `dkv.infill`, and a state of `dkv.stream`.
 
     Attributes:
-        sequences: int64 [B, P + new], the prompt as it was given and the new tokens.
+        sequences: int64 [B, P + new], the prompt as it was given and the new tokens. What a row has less than the
+            longest, and what it has beyond its end, is padding.
+        buffer: keys and values of all rows, for the next turn of a chat (`dkv.generate(..., buffer=output.buffer)`).
+            It lives as long as the output does.
         history: int64 [steps, B, P + new], the canvas after each step (`output_history`).
         active: bool [steps, B, P + new], the slots each pass computed (`output_active`); padding
             never is.
@@ -77,3 +84,4 @@ class DiffusionOutput(ModelOutput):
     confidences: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
     stats: Stats | None = None
+    buffer: KVBuffer | None = None

@@ -1,89 +1,16 @@
-"""Which slots a pass recomputes. A policy is index logic: it sees the canvas, never the model.
+"""The policies of dKV-Cache (Ma et al. 2025): rules for the slots that a pass recomputes."""
 
-All keys and values live in one buffer indexed by position (`dkv.buffer`). What a policy does not
-name keeps the keys and values of the last pass that computed it.
-"""
-
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dkv.block_policies import DualCache, PrefixCache
 from dkv.canvas import mask_of, slots_of
+from dkv.policy import Active, Policy, View, runs_of, sources
 from dkv.schedule import Step
-
-
-@dataclass(frozen=True)
-class View:
-    """What is known before a pass. Masks are bool [B, S] over the slots of the canvas.
-
-    Attributes:
-        step: the step about to run.
-        masked: slots without a token.
-        fresh: slots that the previous step decoded.
-        planned: slots that this step will decode, where that is known beforehand: int64 [B, n] in
-            the order of decoding, ragged rows filled up with S.
-        masked_count, fresh_count: the largest number of them in any row, known to the host.
-        prompt_lengths, lengths: [B, 1], where a row's prompt and the row end.
-        new_tokens: slots to decode in all.
-        shifted: the output of a slot predicts the next one (Dream).
-    """
-
-    step: Step
-    masked: Tensor
-    fresh: Tensor
-    planned: Tensor | None
-    masked_count: int
-    fresh_count: int
-    prompt_lengths: Tensor
-    lengths: Tensor
-    new_tokens: int
-    shifted: bool
-
-    @property
-    def slot(self) -> Tensor:
-        return torch.arange(self.masked.shape[1], device=self.masked.device)
-
-
-@dataclass(frozen=True)
-class Active:
-    """Slots to recompute: bool [B, S], and how many a row has at most."""
-
-    mask: Tensor
-    count: int
-
-
-def sources(slots: Tensor) -> Tensor:
-    """The slots whose output predicts the slots of a mask [B, S], in a shifted model."""
-    left = slots.roll(-1, 1)
-    left[:, -1] = False
-    left[:, 0] |= slots[:, 0]
-    return left
-
-
-class Policy(ABC):
-    """Base of all policies.
-
-    Attributes:
-        name: as which `DiffusionConfig(cache=...)` and the command line know it.
-        plans: the slots of a cached step must be chosen before the pass.
-    """
-
-    name: ClassVar[str]
-    plans: ClassVar[bool] = False
-
-    @abstractmethod
-    def full(self, step: Step, shifted: bool) -> bool:
-        """Whether the step recomputes every slot."""
-
-    @abstractmethod
-    def active(self, view: View) -> Active:
-        """The slots of a pass that is not full."""
-
-    def check(self, shifted: bool) -> None:  # noqa: B027, most policies go with every model
-        """Raise ValueError where the policy does not go with the model."""
 
 
 def _check_refresh(refresh: int | None) -> None:
@@ -101,7 +28,7 @@ class NoCache(Policy):
         return True
 
     def active(self, view: View) -> Active:
-        return Active(view.slot < view.lengths, view.masked.shape[1])
+        return Active(view.canvas.everywhere, view.canvas.row_lengths)
 
 
 @dataclass(frozen=True)
@@ -145,39 +72,43 @@ class Decode(Policy):
     def _time(self, step: Step) -> int:
         return step.index if self.keep_across_blocks else step.in_block
 
+    def first_passes(self, shifted: bool) -> int:
+        return self.warmup if self.warmup is not None else 1 if shifted else 2
+
     def _refreshes(self, step: Step, shifted: bool) -> bool:
-        warmup = self.warmup if self.warmup is not None else 1 if shifted else 2
         time = self._time(step)
-        return time < warmup or (bool(self.refresh) and time % self.refresh == 0)
+        return time < self.first_passes(shifted) or (bool(self.refresh) and time % self.refresh == 0)
 
     def full(self, step: Step, shifted: bool) -> bool:
         return self._refreshes(step, shifted)
 
     def active(self, view: View) -> Active:
-        unsettled, count = view.masked | view.fresh, view.masked_count + view.fresh_count
+        canvas = view.canvas
+        unsettled, counts = canvas.masked | canvas.fresh, view.masked_counts + view.fresh_counts
         if not view.shifted:
-            return Active(unsettled, count)
-        last = view.slot == view.lengths - 1
+            return Active(unsettled, counts)
+        last = view.slot == canvas.lengths - 1
         if self.shift_rule == "un":
-            active = sources(unsettled)
             # The published rule takes the last slot as cached from the second pass on.
-            return Active(active | last, count + 1) if self._time(view.step) == 1 else Active(active, count)
+            second = [self._time(step) == 1 for step in view.steps]
+            active = Active(sources(unsettled), counts)
+            return active.where(second, Active(active.mask | last, counts + 1))
         # Every run of unsettled slots adds the slot before it, and a settled slot splits one run at
         # most; the last slot shares the verdict of the one before it.
-        runs = min(count, view.new_tokens - count + 1)
+        settled = np.array([len(slots) for slots in canvas.to_fill]) - counts
+        runs = np.minimum(counts, settled + [runs_of(slots) for slots in canvas.to_fill])
         tail = last & unsettled.roll(1, 1)
-        return Active(unsettled | sources(unsettled) | tail, count + runs + 1)
+        return Active(unsettled | sources(unsettled) | tail, counts + runs + 1)
 
 
 def _beyond_prompt(view: View) -> Active:
-    """All slots after the prompt; in a shifted model also the one whose output predicts the first."""
-    start = view.prompt_lengths - int(view.shifted)
-    return Active((view.slot >= start) & (view.slot < view.lengths), view.new_tokens + view.shifted)
+    """All slots from the first one to fill; in a shifted model also the one whose output predicts it."""
+    return view.from_on(view.first_slots([0] * len(view.steps)))
 
 
 @dataclass(frozen=True)
 class Prefill(Policy):
-    """dKV-Cache-Prefill: the prompt is computed once, everything after it in every step."""
+    """dKV-Cache-Prefill: what stands before the first slot to fill is computed once, the rest in every step."""
 
     name: ClassVar[str] = "prefill"
 
@@ -201,7 +132,8 @@ class PrefillDecode(Decode):
         return step.index == 0
 
     def active(self, view: View) -> Active:
-        return _beyond_prompt(view) if self._refreshes(view.step, view.shifted) else super().active(view)
+        refreshed = [self._refreshes(step, view.shifted) for step in view.steps]
+        return super().active(view).where(refreshed, _beyond_prompt(view))
 
 
 @dataclass(frozen=True)
@@ -242,21 +174,22 @@ class Greedy(Policy):
         return step.in_block == 0 or (bool(self.refresh) and step.in_block % self.refresh == 0)
 
     def active(self, view: View) -> Active:
-        planned, planned_count = mask_of(view.planned, view.masked), view.planned.shape[1]
-        chosen, count = view.fresh | planned, view.fresh_count + planned_count
+        canvas = view.canvas
+        planned = mask_of(view.planned, canvas.masked)
+        chosen, counts = canvas.fresh | planned, view.fresh_counts + view.planned_counts
         if view.shifted:
-            chosen, count = chosen | sources(planned), count + planned_count
-        centres = view.planned
+            chosen, counts = chosen | sources(planned), counts + view.planned_counts
+        centres, wanted = view.planned, view.planned_counts * self.window
         if self.window_centre == "last":
-            centres = slots_of(view.fresh, view.fresh_count, chosen.shape[1])
-        wanted = centres.shape[1] * self.window
-        if wanted == 0:
-            return Active(chosen, count)
+            centres = slots_of(canvas.fresh, int(view.fresh_counts.max()), canvas.size)
+            wanted = view.fresh_counts * self.window
+        if not wanted.any():
+            return Active(chosen, counts)
         if self.window_rule == "neighbours":
-            near = neighbours(mask_of(centres, view.masked), self.window) & (view.slot < view.lengths)
-            return Active(chosen | near, count + wanted)
-        chosen = with_masked_window(chosen, view.masked, centres, self.window)
-        return Active(chosen, count + min(wanted, max(view.masked_count - planned_count, 0)))
+            near = neighbours(mask_of(centres, canvas.masked), self.window) & canvas.everywhere
+            return Active(chosen | near, counts + wanted)
+        chosen = with_masked_window(chosen, canvas.masked, centres, self.window)
+        return Active(chosen, counts + np.minimum(wanted, np.maximum(view.masked_counts - view.planned_counts, 0)))
 
 
 def neighbours(centre: Tensor, window: int) -> Tensor:
@@ -290,4 +223,6 @@ def with_masked_window(chosen: Tensor, masked: Tensor, centres: Tensor, window: 
     return chosen
 
 
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode)}
+POLICIES: dict[str, type[Policy]] = {
+    p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode, PrefixCache, DualCache)
+}

@@ -1,29 +1,36 @@
 """One denoising step: plan, recompute the active slots, choose tokens, commit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dkv import kernels
 from dkv.buffer import KVBuffer
-from dkv.canvas import Canvas, mask_of, slots_of
+from dkv.canvas import Canvas, column, mask_of, slots_of
+from dkv.choosing import Chooser, LogitsProcessor
 from dkv.config import DiffusionConfig
+from dkv.guidance import guided, twice, with_and_without_text
 from dkv.output import Stats
-from dkv.policies import Active, View
+from dkv.policy import Active, View
+from dkv.progress import Progress
+from dkv.ragged import Ragged
 from dkv.randomness import Randomness
 from dkv.schedule import Step
+from dkv.selection import confident_counts, plan_slots
 
-LOGITS_AT_A_TIME = 1 << 24
-# The rows of a pass are filled up to a multiple of this. Otherwise every step would have another shape, and oneDNN
-# compiles every product anew for a shape that it has not met.
+# The entries of a row in a pass are filled up to a multiple of this. Otherwise every step would have another shape,
+# and oneDNN compiles every product anew for a shape that it has not met; and products of other numbers of rows
+# round differently.
 MULTIPLE = 4
 
 
-def filled_up(count: int, most: int) -> int:
-    """`count` raised to a multiple of `MULTIPLE`, but to no more than `most`."""
-    return min(-(-count // MULTIPLE) * MULTIPLE, most)
+def filled_up(counts: np.ndarray) -> list[int]:
+    """Each of `counts` raised to a multiple of `MULTIPLE`."""
+    return (-(-counts // MULTIPLE) * MULTIPLE).tolist()
 
 
 @dataclass(frozen=True)
@@ -31,70 +38,97 @@ class Pass:
     """What went through the model in a step.
 
     Attributes:
-        active: the slots computed; None for all.
-        computed: how many, all rows.
+        active: the slots computed.
+        full: they were all.
         positions: [B, N] the same, ascending, filled up with S.
-        hidden: [B, N, d] if `every_row`, else [B, R, d] at the rows in `place`.
+        hidden: [B, N, d] if `every_row`, else [B, R, d] at the rows in `place`; with guidance, of both branches
+            together.
         place: [B, R] which of the N predict the slots that are scored.
         slots, confidence: [B, R] the slots that are scored, filled up with S, and the outcome; None where none was.
+        scored: how many of the R count, by row.
     """
 
-    active: Active | None
-    computed: int
+    active: Active
+    full: bool
     positions: Tensor
     hidden: Tensor
     place: Tensor
     every_row: bool
     slots: Tensor
+    scored: Ragged
     confidence: Tensor | None = None
+
+    @property
+    def computed(self) -> int:
+        """Slots computed, all rows."""
+        return int(self.active.counts.sum())
 
 
 class Sampler:
     """The state of one generation. Nothing is kept on the model, so several may run at once.
 
     How many slots are masked or fresh follows from the schedule and is counted on the host: a step
-    with a fixed count reads nothing back from the device.
+    with fixed counts reads nothing back from the device.
+
+    Args:
+        model: from `dkv.load` or `dkv.wrap`.
+        canvas: the rows, which leave it one by one (`keep`).
+        config: settings, checked.
+        randomness: the noise of the rows.
+        mask_id: id of a slot without a token.
+        processor: changes logits, as `LogitsProcessor` of transformers.
     """
 
-    def __init__(self, model: Any, canvas: Canvas, config: DiffusionConfig, randomness: Randomness, mask_id: int):
-        self.model, self.canvas, self.config, self.randomness = model, canvas, config, randomness
+    def __init__(
+        self, model: Any, canvas: Canvas, config: DiffusionConfig, randomness: Randomness, mask_id: int,
+        processor: LogitsProcessor | None = None,
+    ):  # fmt: skip
+        self.model, self.canvas, self.config, self.randomness, self.mask_id = model, canvas, config, randomness, mask_id
         self.policy, self.shifted, self.savings = config.cache, int(model.spec.shifted), config.savings
-        self.by_chance, self.banned = config.confidence == "random", (mask_id,)
-        self.buffer = KVBuffer(len(canvas.tokens), max(canvas.size, 1), rotated=self.savings.rotated_keys)
+        self.by_chance, self.dynamic = config.confidence == "random", config.is_dynamic
+        self.branches = 2 if config.cfg_scale else 1
+        rows = len(canvas.tokens)
+        self.buffer = KVBuffer(rows * self.branches, max(canvas.size, 1), rotated=self.savings.rotated_keys)
         self.workspace = kernels.Workspace()
-        self.key_ranges = canvas.key_ranges
-        self.masked_count, self.open_count, self.fresh_count = canvas.new_tokens, 0, 0
+        self.choose = Chooser(model, config, mask_id, self.workspace, processor)
+        plans = [config.plan(bool(self.shifted), row, len(fill)) for row, fill in enumerate(canvas.to_fill)]
+        self.progress = Progress(plans, [len(fill) for fill in canvas.to_fill])
         self.stats = Stats()
-        self.order: Tensor | None = None
+        self.order = torch.zeros(canvas.masked.shape, device=canvas.tokens.device)
         # The confidence of every slot when it was last computed: what Greedy plans by.
-        self.remembered = torch.full(canvas.masked.shape, -torch.inf, device=canvas.tokens.device)
+        self.remembered = torch.full_like(self.order, -torch.inf)
+        # Slots whose keys and values were computed when their token was known, and those taken over from a buffer.
+        self.seen = torch.zeros_like(canvas.masked)
+        self.spared: Tensor | None = None
         self.invalid = torch.zeros((), dtype=torch.bool, device=canvas.tokens.device)
 
-    def run(self, step: Step) -> Pass | None:
-        """Carry out a step: the canvas holds its tokens afterwards. None: there was nothing to compute."""
-        canvas = self.canvas
-        if step.in_block == 0:
-            self.open_count = step.stop - step.start
-        full = self.policy.full(step, bool(self.shifted))
-        if full:
+    def run(self) -> Pass | None:
+        """Carry out a step of every row: the canvas holds its tokens afterwards. None: there was nothing to compute."""
+        canvas, progress = self.canvas, self.progress
+        steps = progress.begin()
+        full = np.array([self.policy.full(step, bool(self.shifted)) for step in steps])
+        if full.any():
             self.check()
-        open_ = canvas.masked & canvas.span(step.start, step.stop)
-        planned = self._plan(step, open_, full)
-        active = None if full else self._active(step, planned)
-        if active is not None and active.count == 0:
-            canvas.commit(slots_of(open_, 0, canvas.size), open_[:, :0])
+        start, stop = (column([getattr(step, at) for step in steps], canvas.tokens.device) for at in ("start", "stop"))
+        open_, quota = canvas.masked & canvas.span(start, stop), progress.quota(self.dynamic)
+        planned, counts = self._plan(steps, open_, full, quota)
+        active = self._active(steps, planned, counts, full)
+        nothing = np.zeros_like(quota)
+        if not active.counts.any():
+            self._commit_nothing(nothing)
             return None
-        slots = self._scored(step, open_, planned, active)
-        done = self._pass(active, slots)
-        if slots.shape[1]:
-            eligible = open_ if planned is None else mask_of(planned, open_)
-            token, confidence = self._choose(done, slots, step)
-            self._commit(step, slots, token, confidence, eligible)
-            done = replace(done, confidence=confidence)
-        else:
-            canvas.commit(slots, slots.bool())
-        self._count(step)
-        return done
+        slots, scored = self._scored(open_, planned, counts, active, full, quota)
+        done = self._pass(active, full.all() and self.spared is None, slots, scored)
+        if not scored.total:
+            self._commit_nothing(nothing)
+            return done
+        eligible = open_
+        if planned is not None:
+            chosen = mask_of(planned, open_)
+            eligible = chosen if self.by_chance else torch.where(column(full.tolist(), open_.device), open_, chosen)
+        token, confidence = self._choose(done, steps)
+        self._commit(steps, quota, slots, token, confidence, eligible)
+        return replace(done, confidence=confidence)
 
     def check(self) -> None:
         """Raise ValueError if any logits so far were not numbers. Reads one value back."""
@@ -104,124 +138,132 @@ class Sampler:
                 "dtype (float16 overflows where bfloat16 and float32 do not)"
             )
 
-    def _plan(self, step: Step, open_: Tensor, full: bool) -> Tensor | None:
-        """The slots to decode in their order, int64 [B, n], where they are known before the pass."""
-        if self.by_chance:
-            per_block = self.policy.plans and step.count is not None
-            if self.order is None or not per_block or step.in_block == 0:
-                self.order = self.randomness.order(step.index)
-            if step.count is None:
-                drawn = open_ & (self.order < step.probability)
-                return slots_of(drawn, int(drawn.sum(1).max()), self.canvas.size)
-            order = self.order
-        elif self.policy.plans and not full:
-            order = self._score(self.remembered, step)
-        else:
-            return None
-        lowest = torch.finfo(order.dtype).min
-        order = order.clamp(min=lowest).masked_fill(~open_, -torch.inf)
-        best, slots = order.sort(dim=1, descending=True, stable=True)
-        best, slots = best[:, : step.count], slots[:, : step.count]
-        return torch.where(best >= lowest, slots, self.canvas.size)
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Go on with these rows alone; returns the order they have now."""
+        # Rows that need not change places stay, as their keys and values would have to be moved.
+        later = [row for row in rows if row >= len(rows)]
+        order = [row if row in rows else later.pop() for row in range(len(rows))]
+        self.buffer.keep([row * self.branches + i for row in order for i in range(self.branches)])
+        for part in (self.canvas, self.progress, self.randomness):
+            part.keep(order)
+        for name in ("order", "remembered", "seen", "spared"):
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, x[order])
+        return order
 
-    def _active(self, step: Step, planned: Tensor | None) -> Active:
-        canvas = self.canvas
+    def _plan(
+        self, steps: list[Step], open_: Tensor, full: np.ndarray, quota: np.ndarray
+    ) -> tuple[Tensor | None, np.ndarray]:
+        """The slots to decode in their order, int64 [B, n], where they are known before the pass; and how many."""
+        if self.by_chance:
+            per_block = self.policy.plans and steps[0].count is not None
+            renewed = [step.in_block == 0 or not per_block for step in steps]
+            if any(renewed):
+                drawn = self.randomness.order([step.index for step in steps])
+                self.order = torch.where(column(renewed, open_.device), drawn, self.order)
+            if steps[0].count is None:
+                chance = column([step.probability for step in steps], open_.device)
+                drawn = open_ & (self.order < chance)
+                counts = drawn.sum(1).cpu().numpy()
+                return slots_of(drawn, int(counts.max()), self.canvas.size), counts
+            return plan_slots(self.order, open_, quota), quota
+        if not self.policy.plans or full.all():
+            return None, np.zeros_like(quota)
+        ranked = self._score(self.remembered, steps)
+        if self.dynamic:
+            least = column(quota.tolist(), open_.device).flatten()
+            quota = confident_counts(self.remembered, open_, least, self.config).cpu().numpy()
+        return plan_slots(ranked, open_, quota), quota
+
+    def _active(self, steps: list[Step], planned: Tensor | None, counts: np.ndarray, full: np.ndarray) -> Active:
+        canvas, progress = self.canvas, self.progress
+        everything = Active(canvas.everywhere, canvas.row_lengths)
+        if self.spared is not None:
+            first = [step.index < self.policy.first_passes(bool(self.shifted)) for step in steps]
+            self.spared = self.spared & column(first, canvas.tokens.device)
+            rest = everything.mask & ~self.spared
+            everything = Active(rest, rest.sum(1).cpu().numpy())
+            if not any(first):
+                self.spared = None
+        if full.all():
+            return everything
         view = View(
-            step, canvas.masked, canvas.fresh, planned, self.masked_count, self.fresh_count,
-            canvas.prompt_lengths, canvas.lengths, canvas.new_tokens, bool(self.shifted),
+            canvas, steps, planned, progress.masked, progress.open, progress.fresh, counts, bool(self.shifted)
         )  # fmt: skip
         active = self.policy.active(view)
-        count = active.count if self.savings.host_counts else int(active.mask.sum(1).max())
-        return Active(active.mask, min(count, canvas.size))
+        if self.dynamic or not self.savings.host_counts:
+            active = Active(active.mask, active.mask.sum(1).cpu().numpy())
+        active = active.where(full.tolist(), everything)
+        return Active(active.mask, np.minimum(active.counts, canvas.row_lengths))
 
-    def _scored(self, step: Step, open_: Tensor, planned: Tensor | None, active: Active | None) -> Tensor:
-        """The slots whose logits matter now, ascending, int64 [B, R], filled up with S."""
+    def _scored(
+        self, open_: Tensor, planned: Tensor | None, planned_counts: np.ndarray, active: Active, full: np.ndarray,
+        quota: np.ndarray,
+    ) -> tuple[Tensor, Ragged]:  # fmt: skip
+        """The slots whose logits matter now, ascending, int64 [B, R], filled up with S; and how many."""
+        counts = self.progress.open
         if planned is not None and self.by_chance:
-            return planned.sort(dim=1).values
-        count = self.open_count
-        if step.count == 0 and not self.policy.plans:
-            count = 0
-        if planned is not None:
+            open_, counts = mask_of(planned, open_), planned_counts
+        elif planned is not None:
             # The window is scored too: its confidences are what the next plans are made of.
             reached = active.mask
             if self.shifted:
                 reached = torch.cat((reached[:, :1], reached[:, :-1]), 1)
-            open_, count = open_ & reached, min(count, active.count + self.shifted)
-        return slots_of(open_, filled_up(count, self.canvas.size), self.canvas.size)
+            reachable = np.where(active.counts > 0, active.counts + self.shifted, 0)
+            open_, counts = open_ & reached, np.minimum(counts, reachable)
+        elif not self.policy.plans and not quota.all():
+            counts = np.where(quota == 0, 0, counts)
+            open_ = open_ & column((quota > 0).tolist(), open_.device)
+        scored = Ragged(filled_up(counts), open_.device)
+        return slots_of(open_, scored.width, self.canvas.size), scored
 
-    def _pass(self, active: Active | None, slots: Tensor) -> Pass:
+    def _pass(self, active: Active, full: bool, slots: Tensor, scored: Ragged) -> Pass:
         """Send the active slots through the model, for the hidden states that predict `slots`."""
-        canvas = self.canvas
-        batch, size = canvas.masked.shape
-        source = (slots - self.shifted).clamp(0, size - 1)
-        if active is None:
-            positions, place = torch.arange(size, device=slots.device).expand(batch, size), source
-        else:
-            positions = slots_of(active.mask, filled_up(active.count, size), size)
-            place = (active.mask.cumsum(1) - 1).gather(1, source).clamp_(min=0)
-        every_row = self.config.output_logits or not self.savings.needed_rows
+        canvas, size, config = self.canvas, self.canvas.size, self.config
+        source = torch.minimum((slots - self.shifted).clamp(min=0), canvas.lengths - 1)
+        counts, scored_counts = filled_up(active.counts), scored.counts
+        positions = slots_of(active.mask, max(counts), size)
+        place = source if full else (active.mask.cumsum(1) - 1).gather(1, source).clamp_(min=0)
+        every_row = config.output_logits or not self.savings.needed_rows
+        inputs = (canvas.tokens.gather(1, positions), positions, canvas.key_ranges, None if every_row else place)
+        if self.branches == 2:
+            tokens = with_and_without_text(inputs[0], positions, canvas, self.mask_id)
+            inputs = (tokens, *map(twice, inputs[1:]))
+            counts, scored_counts = (np.repeat(x, 2).tolist() for x in (counts, scored_counts))
+        tokens, passed, key_ranges, rows = inputs
         hidden = self.model.step(
-            canvas.tokens.gather(1, positions), positions, self.buffer,
-            key_ranges=self.key_ranges, rows=None if every_row else place, workspace=self.workspace,
+            tokens, passed, self.buffer, key_ranges=key_ranges, rows=rows, ragged=Ragged(counts, slots.device),
+            ragged_rows=None if every_row else Ragged(scored_counts, slots.device), workspace=self.workspace,
         )  # fmt: skip
+        if self.branches == 2:
+            hidden = guided(hidden, config.cfg_scale)
+        self.seen = self.seen | (active.mask & ~canvas.masked)
+        done = Pass(active, bool(full), positions, hidden, place, every_row, slots, scored)
         self.stats.passes += 1
-        self.stats.full_passes += active is None
-        computed = canvas.slots_in_use if active is None else batch * active.count
-        self.stats.computed_slots += computed
-        self.stats.total_slots += canvas.slots_in_use
-        return Pass(active, computed, positions, hidden, place, every_row, slots)
+        self.stats.full_passes += done.full
+        self.stats.computed_slots += self.branches * done.computed
+        self.stats.total_slots += self.branches * int(canvas.row_lengths.sum())
+        return done
 
-    def _choose(self, done: Pass, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Token and log-confidence for each of `slots`, [B, R]."""
-        config, head, hidden, all_rows = self.config, self.model.head, done.hidden, not self.savings.needed_rows
+    def _choose(self, done: Pass, steps: list[Step]) -> tuple[Tensor, Tensor]:
+        """Token and log-confidence for each of the scored slots, [B, R]."""
+        hidden, slots, layout = done.hidden, done.slots, done.scored
+        all_rows = not self.savings.needed_rows
         if all_rows:
-            slots = done.positions + self.shifted
+            slots, layout = done.positions + self.shifted, Ragged([hidden.shape[1]] * len(hidden), slots.device)
         elif done.every_row:
             hidden = kernels.gather_rows(hidden, done.place, validate=False)
-        drawn = config.temperature > 0
-        how = {
-            "rule": "probability" if self.by_chance else config.confidence,
-            "temperature": config.temperature,
-            # Dream takes filters and confidences from the tempered logits, LLaDA from the raw ones.
-            "confidence_temperature": config.temperature if drawn and self.shifted else 1.0,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-            "seed": self.randomness.seed,
-            "row_keys": self.randomness.token_keys(slots, step.index) if drawn else None,
-            "banned": self.banned,
-            "vocab_limit": config.vocab_limit,
-            "validate": False,
-        }
-        flat = hidden.flatten(0, 1)
-        if not self.savings.tail_confidence:
-            with kernels.use_backend("reference"):
-                token, confidence = kernels.choose_token(head(flat).double(), **how)
-        elif type(head) is nn.Linear:
-            token, confidence = kernels.choose_token_fused(
-                flat, head.weight, head_bias=head.bias, workspace=self.workspace, **how
-            )
-        elif hasattr(head, "strips"):
-            token, confidence = kernels.choose_token_fused(flat, head, workspace=self.workspace, **how)
-        else:
-            token, confidence = self._choose_in_parts(flat, how.pop("row_keys"), how)
-        token, confidence = token.view(slots.shape), confidence.view(slots.shape)
+        keys = None
+        if self.config.temperature > 0:
+            keys = layout.flat(self.randomness.token_keys(slots, [step.index for step in steps]))
+        found = self.choose(layout.flat(hidden), keys, layout.counts, self.canvas.texts)
+        token, confidence = (layout.padded(x) for x in found)
         if all_rows:
             token, confidence = token.gather(1, done.place), confidence.gather(1, done.place)
         self.invalid |= confidence.isnan().any()
         return token, confidence
 
-    def _choose_in_parts(self, hidden: Tensor, row_keys: Tensor | None, how: dict) -> tuple[Tensor, Tensor]:
-        """`choose_token` behind a head that is not a plain matrix, a bounded number of logits at a time."""
-        rows = max(1, LOGITS_AT_A_TIME // self.model.spec.vocab_size)
-        keys = [None] * len(hidden) if row_keys is None else row_keys.split(rows)
-        parts = [
-            kernels.choose_token(self.model.head(part), row_keys=key, overwrite=True, workspace=self.workspace, **how)
-            for part, key in zip(hidden.split(rows), keys, strict=False)
-        ]
-        token, confidence = zip(*parts, strict=True)
-        return torch.cat(token), torch.cat(confidence)
-
-    def _score(self, confidence: Tensor, step: Step, slots: Tensor | None = None) -> Tensor:
+    def _score(self, confidence: Tensor, steps: list[Step], slots: Tensor | None = None) -> Tensor:
         """What slots are ranked by: their confidence, or a draw that favours confident ones.
 
         With a `selection_temperature` T slots are drawn without replacement with weights
@@ -231,33 +273,36 @@ class Sampler:
         heat = self.config.selection_temperature
         if heat == 0:
             return confidence
-        noise = self.randomness.selection(step.index)
+        noise = self.randomness.selection([step.index for step in steps])
         if slots is not None:
             noise = noise.gather(1, slots.clamp(max=noise.shape[1] - 1))
         plain = confidence if self.config.confidence == "entropy" else confidence.exp()
         return plain / heat + noise
 
-    def _commit(self, step: Step, slots: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor) -> None:
+    def _commit(
+        self, steps: list[Step], quota: np.ndarray, slots: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor
+    ) -> None:
         """Write the tokens of the most confident eligible slots."""
         canvas = self.canvas
         spare = torch.zeros_like(eligible[:, :1])
         allowed = torch.cat((eligible, spare), 1).gather(1, slots)
-        count = canvas.size if step.count is None else step.count
+        count = column(quota.tolist(), slots.device).flatten()
+        if steps[0].count is None:
+            count = torch.full_like(count, canvas.size)
+        elif self.dynamic:
+            count = confident_counts(confidence, allowed, count, self.config)
         committed = kernels.commit_(
-            canvas.tokens, token, self._score(confidence, step, slots), allowed,
-            torch.full((len(slots),), count, device=slots.device), positions=slots, validate=False,
+            canvas.tokens, token, self._score(confidence, steps, slots), allowed, count, positions=slots,
+            validate=False,
         )  # fmt: skip
         canvas.commit(slots, committed)
         if self.policy.plans and not self.by_chance:
             wide = torch.cat((self.remembered, self.remembered[:, :1]), 1)
             self.remembered = wide.scatter_(1, slots, confidence.to(wide.dtype))[:, :-1]
+        # Only chance and confidence make the counts a question to the device.
+        asked = self.dynamic or steps[0].count is None
+        self.progress.advance(canvas.fresh.sum(1).cpu().numpy() if asked else quota)
 
-    def _count(self, step: Step) -> None:
-        """Bring the host's counts up to date; only chance makes them a question to the device."""
-        if step.count is None:
-            self.masked_count = self.open_count = int(self.canvas.masked.sum(1).max())
-            self.fresh_count = int(self.canvas.fresh.sum(1).max())
-            return
-        self.masked_count -= step.count
-        self.open_count -= step.count
-        self.fresh_count = step.count
+    def _commit_nothing(self, nothing: np.ndarray) -> None:
+        self.canvas.fresh = torch.zeros_like(self.canvas.fresh)
+        self.progress.advance(nothing)

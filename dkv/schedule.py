@@ -12,8 +12,9 @@ class Step:
     Attributes:
         index: number of the step, from 0.
         block, in_block: its block, and its number within the block.
-        start, stop: the block's slots, counted from the end of the prompt.
-        count: slots to decode per row; None when chance decides (`probability`).
+        start, stop: the block's slots, counted among the slots to fill of the row.
+        count: slots to decode; None when chance decides (`probability`).
+        left: slots of the block that have no token after this step, at most.
         probability: of decoding a masked slot, when chance decides.
     """
 
@@ -23,6 +24,7 @@ class Step:
     start: int
     stop: int
     count: int | None
+    left: int
     probability: float = 0.0
 
 
@@ -52,9 +54,10 @@ def block_schedule(new_tokens: int, steps: int, block_length: int) -> list[Step]
     for block, start in enumerate(starts):
         stop = min(start + block_length, new_tokens)
         share = steps // len(starts) + (block < steps % len(starts))
-        base, extra = divmod(stop - start, share)
+        left, (base, extra) = stop - start, divmod(stop - start, share)
         for i in range(min(share, stop - start)):
-            plan.append(Step(len(plan), block, i, start, stop, base + (i < extra)))
+            left -= base + (i < extra)
+            plan.append(Step(len(plan), block, i, start, stop, base + (i < extra), left))
     return plan
 
 
@@ -77,5 +80,5 @@ def time_schedule(new_tokens: int, steps: int, eps: float, by_chance: bool) -> l
         share = torch.tensor(1.0) if last else 1 - times[i + 1] / times[i]
         count = int(left * share)
         left = left - count
-        plan.append(Step(i, 0, i, 0, new_tokens, None if by_chance else count, share.item()))
+        plan.append(Step(i, 0, i, 0, new_tokens, None if by_chance else count, int(left), share.item()))
     return plan

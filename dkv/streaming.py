@@ -1,7 +1,7 @@
 """Streamers: watch a canvas fill while `dkv.generate` runs.
 
-They follow transformers' convention (`put` the prompts, `put` the result, `end`) with one method
-more, `put_draft`, which `dkv.generate` calls with the canvas after every step.
+They follow transformers' convention: `put` the prompts, `put_draft` the new slots after every step, `put` the
+new tokens, `end`. Those of transformers serve as well, `TextDiffusionStreamer` among them.
 """
 
 import os
@@ -68,30 +68,29 @@ class DraftStreamer:
         self.end()
 
     def put(self, ids: Tensor) -> None:
-        """Take the prompts [B, P] at first, the sequences [B, P + new] at last."""
-        if self._prompt is None:
-            self._prompt = ids.shape[1]
+        """Take the prompts [B, P] at first, the new tokens [B, new] at last."""
+        if not self._begun:
+            self._begun = True
             return
         # Not wrapped, so that the text can be copied and the window resized.
-        self._draw([answer(self.tokenizer, self.spec, row, self.raw) for row in ids[:, self._prompt :].tolist()])
+        self._draw([answer(self.tokenizer, self.spec, row, self.raw) for row in ids.tolist()])
 
     def put_draft(self, ids: Tensor) -> None:
-        """Show a canvas [B, P + new], every row from a line of its own."""
-        new = ids[:, self._prompt :]
-        fresh = new != (self.spec.mask_token_id if self._before is None else self._before)
+        """Show the new slots [B, new], every row from a line of its own."""
+        fresh = ids != (self.spec.mask_token_id if self._before is None else self._before)
         size, lines = shutil.get_terminal_size(), []
-        for row, row_fresh in zip(new.tolist(), fresh.tolist(), strict=True):
+        for row, row_fresh in zip(ids.tolist(), fresh.tolist(), strict=True):
             pieces = draft_pieces(self.tokenizer, self.spec, row, row_fresh, self.raw)
             # The last column stays free: a symbol wider than we think must not wrap.
             lines += wrapped(pieces, max(size.columns - 1, 1), self.colour)
         # What has left the screen at its top cannot be drawn again; the last line is for the cursor.
         lines = lines[-max(size.lines - 1, 1) :]
         self._draw(lines)
-        self._before, self._height = new, len(lines)
+        self._before, self._height = ids, len(lines)
 
     def end(self) -> None:
         """Be ready for another generation, also after one that failed."""
-        self._prompt, self._before, self._height = None, None, 0
+        self._begun, self._before, self._height = False, None, 0
 
     def _draw(self, lines: list[str]) -> None:
         """Write lines in the place of those drawn before; the cursor is left below them."""

@@ -100,9 +100,14 @@ def vocab_limit(tokenizer: Any, spec: Any) -> int | None:
     return limit if limit < spec.vocab_size else None
 
 
+def end_ids(tokenizer: Any, spec: Any) -> list[int] | None:
+    """The ids that end a text, by the tokenizer or by the model's configuration; None: there are none."""
+    return sorted({tokenizer.eos_token_id, spec.eos_token_id} - {None}) or None
+
+
 def until_end(tokenizer: Any, spec: Any, ids: Sequence[int]) -> list[int]:
     """The ids before the first that ends a text, by the tokenizer or by the model's configuration."""
-    ends = {tokenizer.eos_token_id, spec.eos_token_id}
+    ends = end_ids(tokenizer, spec) or []
     return list(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
 
 

@@ -1,8 +1,9 @@
 """Replay recorded runs of the published code through the public API, and compare.
 
 A golden folder holds `config.json`, `model.safetensors` and `cases/NAME.json` + `.safetensors`;
-`tests/golden/README.md` describes the tensors. Tokens after every step and the slots computed in
-every step must be equal, logits within `LOGIT_TOLERANCE`.
+`tests/golden/README.md` describes the tensors. Of the runs of dKV-Cache, tokens after every step and the slots
+computed in every step must be equal, logits within `LOGIT_TOLERANCE`; of those of Fast-dLLM, the tokens and how
+many slots every pass computed.
 """
 
 import json
@@ -110,6 +111,8 @@ def check_case(case: Case, model: Any) -> str:
     Raises:
         Mismatch: what differs, where, and the two values.
     """
+    if "function" in case.facts:
+        return _check_blocks(case, model)
     if case.facts["variant"] == "forward":
         return _check_forward(case.tensors, model)
     t = case.tensors
@@ -129,6 +132,36 @@ def check_case(case: Case, model: Any) -> str:
     worst = _check_logits(t, full)
     share = fast.stats.computed_share
     return f"{len(fast.history)} steps, {share:.0%} of the slots computed, logits within {worst:.1e}"
+
+
+# The policies that stand for the functions of Fast-dLLM.
+FAST_DLLM = {
+    "generate": dkv.NoCache(),
+    "generate_with_prefix_cache": dkv.PrefixCache(),
+    "generate_with_dual_cache": dkv.DualCache(),
+}
+
+
+def _check_blocks(case: Case, model: Any) -> str:
+    """A run of Fast-dLLM, whose code does not look at the number of steps where it has a threshold."""
+    f, t = case.facts, case.tensors
+    rule = {"steps": f["steps"]} if f["threshold"] is None else {"threshold": f["threshold"]}
+    output = dkv.generate(
+        model, t["prompt"].long(), gen_length=f["gen_length"], block_length=f["block_length"], output_active=True,
+        cache=FAST_DLLM[f["function"]], schedule="blocks", **rule,
+    )  # fmt: skip
+    if not torch.equal(output.sequences, t["final"].long()):
+        raise Mismatch("the final sequences differ from the recorded ones")
+    computed, recorded = output.active.sum((1, 2)).tolist(), t["call_lengths"].tolist()
+    needed: list[int] = []
+    for before, slots in zip([0, *recorded], recorded, strict=False):
+        # After a full pass that filled its block, the published code makes one pass more. It changes nothing.
+        if before == recorded[0] and computed[len(needed) : len(needed) + 1] != [slots]:
+            continue
+        needed.append(slots)
+    if computed != needed:
+        raise Mismatch(f"the passes computed {computed} slots, recorded {recorded}")
+    return f"{len(computed)} passes, {output.stats.computed_share:.0%} of the slots computed"
 
 
 def _check_tokens(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:

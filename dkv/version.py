@@ -1,8 +1,11 @@
 """The one place that states the version; `setup.py` reads it without importing the package."""
 
+from functools import cache
+
 __version__ = "0.1.0"
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of dkv and of what a result depends on, by name."""
     import platform

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dkv import kernels
 from dkv.kernels import torch_choice
 from dkv.models.transformer import Attend, Layer
 
@@ -108,9 +107,9 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """As `Layer.forward`; here the queries of all slots cost less than a product of their own."""
         qkv = self.qkv_proj(self.attn_norm(x))
-        query, key, value = qkv.view(*x.shape[:2], -1, self.head_dim).split_with_sizes(self.heads, 2)
+        query, key, value = qkv.unflatten(-1, (-1, self.head_dim)).split_with_sizes(self.heads, -2)
         if rows is not None:
-            x, query = (kernels.gather_rows(t, rows, validate=False) for t in (x, query))
+            x, query = x.index_select(0, rows), query.index_select(0, rows)
         x = self.o_proj(attend(self, query, key, value).flatten(-2), add=x)
         h = self.mlp_norm(x)
         return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x)

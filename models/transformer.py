@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from dkv import kernels
 from dkv.buffer import KVBuffer
 from dkv.models.spec import ModelSpec
+from dkv.ragged import Ragged
 
-# (layer, query [B, R, Hq, D], key and value [B, N, Hkv, D]) -> [B, R, Hq, D]
+# (layer, query [..., R, Hq, D], key and value [..., N, Hkv, D]) -> [..., R, Hq, D]
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
 
@@ -51,11 +52,11 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(spec.intermediate_size, d, bias=bias)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """x [B, N, d] -> [B, N, d], or [B, R, d] for the `rows` [B, R] alone."""
+        """x [..., d] -> [..., d]; or x [T, d] -> [R, d], for the `rows` [R] alone."""
         h = self.attn_norm(x)
         key, value = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
         if rows is not None:
-            x, h = (kernels.gather_rows(t, rows, validate=False) for t in (x, h))
+            x, h = x.index_select(0, rows), h.index_select(0, rows)
         query = self._heads(self.q_proj(h))
         x = x + self.o_proj(attend(self, query, key, value).flatten(-2))
         h = self.mlp_norm(x)
@@ -151,6 +152,8 @@ class Transformer(nn.Module):
         *,
         key_ranges: Tensor | None = None,
         rows: Tensor | None = None,
+        ragged: Ragged | None = None,
+        ragged_rows: Ragged | None = None,
         workspace: kernels.Workspace | None = None,
     ) -> Tensor:
         """Recompute the active slots over the buffer: their K and V are written, then attended to.
@@ -162,17 +165,25 @@ class Transformer(nn.Module):
             buffer: keys and values of all slots; every visible slot must have been written.
             key_ranges: [B, 2] first visible slot and the one after the last; None: all slots.
             rows: [B, R] which of the N active slots need an output; None: all.
+            ragged, ragged_rows: how many of the N and of the R count in each row; None: all. The others are not
+                computed.
             workspace: scratch to use again between calls.
 
         Returns:
-            [B, R or N, d] hidden states after the final norm, ready for `head`.
+            [B, R or N, d] hidden states after the final norm, ready for `head`; those that do not count mean nothing.
         """
         cos, sin = self.rope_tables(buffer.slots)
         last = len(self.layers) - 1
+        entries = Ragged([positions.shape[1]] * len(positions), positions.device) if ragged is None else ragged
+        outputs = entries
+        if rows is not None:
+            outputs = Ragged([rows.shape[1]] * len(rows), rows.device) if ragged_rows is None else ragged_rows
 
         def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             k_buf, v_buf = buffer.layer(layer.index, like=key)
-            here = positions.gather(1, rows) if layer.index == last and rows is not None else None
+            some = layer.index == last and rows is not None
+            here, layout = (positions.gather(1, rows), outputs) if some else (None, entries)
+            query, key, value = layout.padded(query), entries.padded(key), entries.padded(value)
             norms = {"q_norm": _head_norm(layer.q_norm), "k_norm": _head_norm(layer.k_norm)}
             keys, values = k_buf[:, : buffer.length], v_buf[:, : buffer.length]
             if buffer.rotated:
@@ -186,12 +197,16 @@ class Transformer(nn.Module):
                 kernels.scatter_rows_(k_buf, positions, key, validate=False)
                 kernels.scatter_rows_(v_buf, positions, value, validate=False)
                 keys = kernels.rotate(keys, cos[: buffer.length], sin[: buffer.length])
-            return kernels.cached_attention(query, keys, values, key_ranges=key_ranges, workspace=workspace)
+            out = kernels.cached_attention(
+                query, keys, values, query_lengths=layout.lengths, key_ranges=key_ranges, workspace=workspace
+            )
+            return layout.flat(out)
 
-        x = self.embed(tokens)
+        x = self.embed(entries.flat(tokens))
+        places = None if rows is None else outputs.flat(entries.places(rows))
         for layer in self.layers:
-            x = layer(x, attend, rows if layer.index == last else None)
-        return self.norm(x)
+            x = layer(x, attend, places if layer.index == last else None)
+        return outputs.padded(self.norm(x))
 
 
 def _head_norm(norm: RMSNorm | None) -> tuple[Tensor, float] | None:

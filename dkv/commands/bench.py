@@ -17,7 +17,7 @@ examples:
   dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
   dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
   dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
-  dkv bench --all --out results                             everything, with plots: 15 minutes on 2 cores
+  dkv bench --all --out results                             everything, with plots: 18 minutes on 2 cores
 
 Measure on an idle machine. Every round runs each policy once, in turn; speeds are ratios to plain
 decoding in the same round, and figures are medians. "eager" is the method written in plain PyTorch
@@ -32,6 +32,7 @@ OTHERS = {
     "floor": "a full and a cached step against their matrix products alone, by part",
     "growth": "time per generated slot for 64 to 2048 new slots, with the fitted exponents",
     "memory": "peak memory of a step against weights and buffer",
+    "blocks": "Fast-dLLM's block policies and its threshold, one prompt at a time",
 }
 # What --all measures: file -> measurement, batches, and settings of `dkv.bench.options`. Eager runs and
 # long canvases cost most of the time, hence few rounds of them.
@@ -48,6 +49,8 @@ ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "floor": ("floor", (1,), {}),
     "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
     "memory": ("memory", (1,), {}),
+    "blocks": ("blocks", (1,), {"new": 64}),
+    "blocks_tiny": ("blocks", (1,), {"model": "tiny"}),
 }  # fmt: skip
 # Options that go into `dkv.bench.options.Options` as they are.
 SETTINGS = ("prompt", "new", "steps", "rounds")

@@ -21,10 +21,11 @@ the final text is written. Write a prompt that begins with a dash after `--`.
 """
 
 # Options that go into the policy, by their names there.
-POLICY_OPTIONS = ("refresh", "window", "warmup", "shift_rule")
+POLICY_OPTIONS = ("refresh", "window", "warmup", "shift_rule", "delayed")
 # Options that go into `dkv.DiffusionConfig` as they are; the others have its defaults.
 SETTINGS = (
-    "max_new_tokens", "steps", "block_length", "schedule", "confidence", "temperature", "top_p", "top_k",
+    "max_new_tokens", "steps", "block_length", "schedule", "confidence", "temperature", "top_p", "top_k", "threshold",
+    "factor", "cfg_scale",
 )  # fmt: skip
 
 
@@ -62,6 +63,19 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--schedule", help="blocks (LLaDA) or time (Dream) (default: that of the model)")
     rules = "probability, margin, entropy or random"
     add("--confidence", default="probability", help=f"what is decoded first: {rules} (default: %(default)s)")
+    add(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="fill all slots that are at least so sure; --steps is then a limit",
+    )
+    add(
+        "--factor",
+        type=float,
+        metavar="F",
+        help="fill the n surest slots, n as large as (n+1)(1-confidence)<F allows",
+    )
+    add("--cfg-scale", type=float, default=0.0, metavar="S", help="guidance by the prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0 tokens are drawn (default: %(default)s)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
@@ -72,11 +86,13 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "cache", "The policy and its options; each goes with the policies in brackets, see also dkv info."
     ).add_argument
-    add("--cache", default="none", metavar="POLICY", help="none, decode, greedy, prefill or pd (default: %(default)s)")
+    names = "none, decode, greedy, prefill, pd, prefix or dual"
+    add("--cache", default="none", metavar="POLICY", help=f"{names} (default: %(default)s)")
     own = "default: the policy's own"
     add("--refresh", type=int, metavar="N", help=f"full pass every N steps, 0: never [decode, greedy, pd] ({own})")
     add("--window", type=int, metavar="N", help=f"masked neighbours computed per slot [greedy] ({own})")
     add("--warmup", type=int, metavar="N", help=f"full passes at the start of a block [decode, pd] ({own})")
+    add("--delayed", action="store_true", default=None, help="skip decoded slots of the block, too [prefix, dual]")
     add("--shift-rule", metavar="RULE", help=f"un, un_right or right: when Dream caches a slot [decode, pd] ({own})")
 
 
@@ -84,9 +100,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     import dkv
     from dkv.streaming import DraftStreamer, ProgressStreamer, draws_drafts
-    from dkv.text import answer
+    from dkv.text import answer, end_ids
 
     config, model, tokenizer, ids, mask = prepare(args, prompts)
+    if not args.raw:
+        # What follows the end of a text is not shown.
+        config.update(eos_token_id=end_ids(tokenizer, model.spec))
     stream = draws_drafts() and not (args.json or args.no_stream)
     # Every draft costs a copy from the device: none where nobody sees it.
     streamer = None
@@ -120,6 +139,8 @@ def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.model, model.spec.family)
     config.update(vocab_limit=vocab_limit(tokenizer, model.spec))
+    if config.seed is None:
+        config.update(seed=[secrets.randbits(62) for _ in prompts] if len(prompts) > 1 else secrets.randbits(62))
     ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
     return config, model, tokenizer, ids, mask
 
@@ -159,8 +180,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `dkv.DiffusionConfig` that the arguments ask for."""
     policy = {name: value for name in POLICY_OPTIONS if (value := getattr(args, name)) is not None}
     chosen = {name: getattr(args, name) for name in SETTINGS}
-    seed = secrets.randbits(62) if args.seed is None else args.seed
-    return {**chosen, "seed": seed, "cache": {"name": args.cache, **policy}}
+    return {**chosen, "seed": args.seed, "cache": {"name": args.cache, **policy}}
 
 
 def summary(stats: Any) -> str:

@@ -32,7 +32,7 @@ class Trace:
         texts: [S] the same as text, special tokens by their names. A character that spans several tokens
             stands at the first of them, the others are empty.
         special: bool [S], where a special token stands in the end.
-        decoded: int64 [S], the step that decoded a slot; -1 in the prompt.
+        decoded: int64 [S], the step that decoded a slot; -1 in the prompt, and beyond an early end.
         computed: bool [steps, S], the slots that the policy named in a step; `stats` counts a few more where
             only a bound of their number is known before the pass.
         confidences: float32 [steps, S], as in `DiffusionOutput`.
@@ -125,10 +125,13 @@ def record(
     if config.max_new_tokens == 0:
         raise ValueError("max_new_tokens is 0: a trace needs at least one slot to fill")
     output = generate(model, input_ids, None, config, streamer)
-    prompt, new, ids = input_ids.shape[1], config.max_new_tokens, output.sequences[0].tolist()
+    prompt, ids = input_ids.shape[1], output.sequences[0].tolist()
+    new = len(ids) - prompt
     mask = model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
     # A token stays, so a slot was decoded by the step that follows those that left it a mask.
     decoded = (output.history[:, 0, prompt:] == mask).sum(0)
+    # Beyond the end of the text is padding.
+    decoded[output.stats.new_tokens :] = -1
     return Trace(
         model=name or model.spec.family,
         policy=label(config.cache),

@@ -76,11 +76,13 @@ def test_estimate_counts_the_work_of_the_generation(options, policy, family):
 def test_skipped_steps_leave_the_canvas_as_if_they_had_been_run(options):
     sampler, plan = steps.start(options, {"cache": dkv.Decode(8)}, 32)
     with torch.no_grad():
-        sampler.run(plan[0])
-        steps.skip(sampler, plan[1:20])
-        assert int(sampler.canvas.masked.sum()) == sampler.masked_count == sampler.open_count == 12
-        assert int(sampler.canvas.fresh.sum()) == sampler.fresh_count == 1
-        assert sampler.run(plan[20]).computed == 13
+        sampler.run()
+        steps.skip(sampler, 19)
+        progress = sampler.progress
+        assert progress.steps == [plan[20]]
+        assert int(sampler.canvas.masked.sum()) == progress.masked[0] == progress.open[0] == 12
+        assert int(sampler.canvas.fresh.sum()) == progress.fresh[0] == 1
+        assert sampler.run().computed == 13
 
 
 @pytest.mark.parametrize("active", [5, 40])

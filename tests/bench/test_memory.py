@@ -98,8 +98,8 @@ def test_rows_follow_from_the_sizes(options):
     assert [f"{row['policy']} {row['kind']}" for row in ours] == kinds
     slots = 128  # 32 and the spare, padded
     buffer = spec.num_layers * 2 * BATCH * slots * spec.num_kv_heads * spec.head_dim * 4
-    # Cached steps score two fewer and one fewer, filled up to a multiple of 4.
-    scored = {"plain": (NEW,), "decode 8": (NEW, NEW), "prefill": (NEW, NEW), "greedy 16": (1, 1)}
+    # Cached steps score two fewer and one fewer, Greedy one slot: all filled up to a multiple of 4.
+    scored = {"plain": (NEW,), "decode 8": (NEW, NEW), "prefill": (NEW, NEW), "greedy 16": (4, 4)}
     for row in ours:
         rows = scored[row["policy"]][row["kind"] == "cached"]
         assert row["logits_mb"] == BATCH * rows * spec.vocab_size * 4 / 1e6

@@ -69,7 +69,7 @@ class Stub:
         self.spec = small_spec(vocab_size=vocab_size, mask_token_id=vocab_size - 1, eos_token_id=None, shifted=shifted)
         self.device, self.dtype, self.head = torch.device("cpu"), torch.float32, Copy()
 
-    def step(self, tokens, positions, buffer, *, key_ranges=None, rows=None, workspace=None):
+    def step(self, tokens, positions, buffer, *, rows=None, **_):
         logits = self.script(len(self.calls), positions)
         self.calls.append(positions.shape[1])
         return logits if rows is None else logits.gather(1, rows.unsqueeze(-1).expand(*rows.shape, logits.shape[-1]))
@@ -90,7 +90,7 @@ def build():
     return small_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def padded():
     return pad_rows
 

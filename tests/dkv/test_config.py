@@ -1,5 +1,6 @@
 """Names, aliases and values of `DiffusionConfig`."""
 
+import numpy as np
 import pytest
 
 import dkv
@@ -23,7 +24,28 @@ def test_names_of_both_families_are_accepted():
     [
         ({"tempreature": 1.0}, "unknown setting 'tempreature'; did you mean 'temperature'"),
         ({"num_beams": 4}, "unknown setting 'num_beams'"),
-        ({"cfg_scale": 1.5}, "cfg_scale can only be 0.0"),
+        ({"num_return_sequences": 2}, "num_return_sequences can only be 1"),
+        ({"cfg_scale": -1}, "cfg_scale must be between 0"),
+        ({"threshold": 1.5}, "threshold must be between 0 and 1 with confidence='probability', got 1.5"),
+        ({"threshold": 0.5, "confidence": "entropy"}, "threshold must be between -inf and 0 with confidence='entropy'"),
+        ({"threshold": 0.9, "factor": 1.0}, "threshold and factor are two rules for the same thing"),
+        ({"threshold": 0.9, "confidence": "random"}, "threshold needs a confidence to go by"),
+        ({"factor": 1.0, "confidence": "entropy"}, "factor needs a confidence to go by"),
+        ({"threshold": 0.9, "alg_temp": 0.5}, "selection_temperature draws them"),
+        ({"factor": -1.0}, "factor must be between 0"),
+        ({"threshold": "0.9"}, "threshold must be between 0 and 1"),
+        ({"temperature": "hot"}, "temperature must be between 0 and inf, got 'hot'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": [1, None]}, "seed must be a whole number, or a list of them, got"),
+        ({"mask_token_id": 1.5}, "mask_token_id must be a whole number of at least 0, got 1.5"),
+        ({"vocab_limit": 0}, "vocab_limit must be a whole number of at least 1, got 0"),
+        ({"eos_token_id": [1, -2]}, "eos_token_id must be a whole number of at least 0, or a list of them"),
+        ({"max_new_tokens": [3, 0.5]}, "max_new_tokens must be a whole number of at least 0, or a list of them"),
+        ({"max_new_tokens": [8, 40], "block_length": 8, "steps": 4}, "40 new tokens in blocks of 8 need 5"),
+        (
+            {"max_new_tokens": [8, 9], "seed": [1, 2, 3]},
+            "got 2 of max_new_tokens, 3 of seed",
+        ),
         ({"gen_length": 8, "max_new_tokens": 9}, "contradicts"),
         ({"remasking": "high_confidence"}, "confidence must be one of"),
         ({"temperature": -1}, "temperature must be between"),
@@ -47,6 +69,16 @@ def test_names_of_both_families_are_accepted():
 def test_impossible_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         DiffusionConfig(**settings)
+
+
+def test_a_refused_update_leaves_all_as_it_was():
+    config = DiffusionConfig(threshold=0.5)
+    for bad in ({"threshold": 7}, {"steps": 3, "cache": "no"}, {"max_new_tokens": 9, "block_length": 2, "steps": 1}):
+        with pytest.raises(ValueError, match=r"must be|unknown"):
+            config.update(**bad)
+        assert (config.threshold, config.steps, config.max_new_tokens, config.block_length) == (0.5, None, 128, None)
+    config.update(savings={"needed_rows": False}, seed=np.int64(3), alg_temp=None)
+    assert (config.savings.needed_rows, config.seed, config.selection_temperature) == (False, 3, 0.0)
 
 
 def test_update_refuses_what_the_constructor_refuses():

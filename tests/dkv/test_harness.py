@@ -151,6 +151,8 @@ def test_what_model_args_state_goes_before_the_task_with_a_warning(lm, caplog):
         ({"cache": "decode", "window": 2}, "policy 'decode' has no window; it takes"),
         ({"cache": "lru"}, "unknown policy 'lru'; known are"),
         ({"temperature": -1.0}, "temperature must be between"),
+        ({"seed": None}, "seed must be a whole number; leave it out"),
+        ({"seed": [1, 2]}, "seed must be one value for all requests"),
         ({"batch_size": "auto"}, "batch_size must be a whole number of at least 1, got 'auto'"),
         ({"mc_num": 0}, "mc_num must be a whole number"),
         ({"max_batch_size": 8}, "give batch_size"),

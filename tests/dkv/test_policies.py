@@ -1,13 +1,15 @@
 """Policies are index logic: their slots, their counts and their cadence."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dkv
-from dkv.canvas import mask_of, slots_of
-from dkv.policies import View, neighbours, sources, with_masked_window
+from dkv.canvas import Canvas, mask_of, slots_of
+from dkv.policies import neighbours, with_masked_window
+from dkv.policy import View, sources
 from dkv.schedule import Step, block_schedule
 
 S = 10
@@ -23,12 +25,14 @@ def slots(x):
     return x[0].nonzero().flatten().tolist()
 
 
-def view(*, masked, fresh=(), planned=None, step=3, prompt=2, size=S, shifted=False, in_block=None):
-    return View(
-        Step(step, 0, step if in_block is None else in_block, 0, size - prompt, 1),
-        mask(*masked, size=size), mask(*fresh, size=size), None if planned is None else torch.tensor([planned]),
-        len(masked), len(fresh), torch.tensor([[prompt]]), torch.tensor([[size]]), size - prompt, shifted,
-    )  # fmt: skip
+def view(*, masked, fresh=(), planned=None, step=3, prompt=2, size=S, shifted=False, in_block=None, block=None):
+    prompts = torch.zeros(1, prompt, dtype=torch.long)
+    canvas = Canvas.after_prompts(prompts, torch.ones_like(prompts, dtype=torch.bool), [size - prompt], 63)
+    canvas.masked, canvas.fresh = mask(*masked, size=size), mask(*fresh, size=size)
+    step = Step(step, 0, step if in_block is None else in_block, *block or (0, size - prompt), 1, 0)
+    masked_in_block = [slot for slot in masked if step.start <= slot - prompt < step.stop]
+    counts = (np.array([len(slots)]) for slots in (masked, masked_in_block, fresh, planned or ()))
+    return View(canvas, [step], None if planned is None else torch.tensor([planned]), *counts, shifted)
 
 
 def full_passes(policy, plan, shifted=False):
@@ -60,7 +64,7 @@ def test_S06_refresh_1_is_plain_decoding():
 
 def test_decode_computes_masked_slots_and_those_decoded_last():
     active = dkv.Decode().active(view(masked=(4, 7, 8), fresh=(5,)))
-    assert slots(active.mask) == [4, 5, 7, 8] and active.count == 4
+    assert slots(active.mask) == [4, 5, 7, 8] and active.counts.tolist() == [4]
 
 
 def test_S05_shift_rules():
@@ -140,13 +144,13 @@ def test_counts_bound_the_slots_and_needed_slots_are_active(data, policy, shifte
     step = data.draw(st.integers(1, 7))
     seen = view(masked=masked, fresh=fresh, planned=planned, step=step, prompt=prompt, size=size, shifted=shifted)
     active = policy.active(seen)
-    assert int(active.mask.sum()) <= active.count
-    wanted = mask_of(seen.planned, seen.masked) if policy.plans else seen.masked
+    assert int(active.mask.sum()) <= active.counts[0]
+    wanted = mask_of(seen.planned, seen.canvas.masked) if policy.plans else seen.canvas.masked
     needed = sources(wanted) if shifted else wanted
     assert not (needed & ~active.mask).any()
     if shifted and getattr(policy, "shift_rule", "") == "un":
         return  # this rule may cache a slot that was decoded last: its documented staleness
-    assert not (seen.fresh & ~active.mask).any()
+    assert not (seen.canvas.fresh & ~active.mask).any()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

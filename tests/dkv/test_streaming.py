@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dkv
 from dkv.streaming import DraftStreamer, ProgressStreamer, wrapped
 
 END, MASK = 98, 99
@@ -76,8 +78,8 @@ def terminal(monkeypatch):
 
 
 def canvas(*rows):
-    """A canvas [B, 2 + new] with prompts of two ids that are never shown."""
-    return torch.tensor([[0, 9, *row] for row in rows])
+    """The new slots [B, new] of a canvas."""
+    return torch.tensor(rows)
 
 
 def test_a_draft_takes_the_place_of_the_one_before(terminal):
@@ -217,3 +219,60 @@ def test_progress_shows_in_a_terminal_alone(monkeypatch):
         progress.end()
         progress.end()
         assert ("/2 [" in err.getvalue()) is is_terminal
+
+
+class Letters:
+    """A tokenizer of one letter per id, enough for the streamers of transformers."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(ord("A") + int(i) % 26) for i in torch.as_tensor(ids).flatten().tolist())
+
+
+@pytest.mark.parametrize("skip_prompt", [False, True])
+def test_streamers_of_transformers(llada, capsys, skip_prompt):
+    """The prompt once or not at all, a draft after every step, and the new tokens at last."""
+    if not hasattr(transformers, "TextDiffusionStreamer"):
+        pytest.skip("this transformers has no TextDiffusionStreamer")
+    ids, letters = torch.tensor([[5, 9]]), Letters()
+    output = dkv.generate(
+        llada, ids, max_new_tokens=4, streamer=transformers.TextDiffusionStreamer(letters, skip_prompt=skip_prompt)
+    )
+    shown = capsys.readouterr().out
+    new = letters.decode(output.sequences[0, 2:])
+    assert shown.count("\x1b[33m") == 4
+    final = re.sub(r"\x1b7\x1b\[33m.*?\x1b\[0m\x1b8\x1b\[J", "", shown)
+    assert final == ("" if skip_prompt else letters.decode(ids)) + new + "\n"
+    for count, shown in ((4, final), (0, final.removesuffix(new + "\n") + "\n")):
+        streamer = transformers.TextStreamer(letters, skip_prompt=skip_prompt)
+        dkv.generate(llada, ids, max_new_tokens=count, streamer=streamer)
+        assert capsys.readouterr().out == shown
+
+
+def test_stream_yields_the_canvas_after_every_step(model):
+    ids, call = torch.tensor([[5, 9], [7, 3]]), {"max_new_tokens": [2, 5], "cache": dkv.Decode(3)}
+    output = dkv.generate(model, ids, **call, output_history=True)
+    states = list(dkv.stream(model, ids, **call))
+    assert torch.equal(torch.stack([state.sequences for state in states]), output.history)
+    assert [state.stats.passes for state in states] == [1, 2, 3, 4, 5]
+    filled = [state.stats.new_tokens for state in states]
+    assert filled == sorted(filled) and filled[-1] == 7
+    assert torch.equal(states[-1].sequences, output.sequences) and states[-1].buffer is not None
+    assert [s.sequences.tolist() for s in dkv.stream(model, ids, max_new_tokens=0)] == [ids.tolist()]
+
+
+def test_stream_checks_at_once_and_may_be_dropped(llada):
+    ids, call = torch.tensor([[5, 9]]), {"max_new_tokens": 6, "cache": dkv.Decode(3)}
+    with pytest.raises(ValueError, match="input_ids must have shape"):
+        dkv.stream(llada, ids[0])
+    expected = dkv.generate(llada, ids, **call).sequences
+    begun = dkv.stream(llada, ids, **call)
+    next(begun), next(begun)
+    assert torch.is_grad_enabled()
+    # Another one in between, and the first goes on where it was.
+    assert torch.equal(list(dkv.stream(llada, ids, **call))[-1].sequences, expected)
+    *_, last = begun
+    assert torch.equal(last.sequences, expected)
+    dropped = dkv.stream(llada, ids, **call)
+    next(dropped)
+    dropped.close()
+    assert torch.equal(dkv.generate(llada, ids, **call).sequences, expected) and torch.is_grad_enabled()

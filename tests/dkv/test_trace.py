@@ -87,6 +87,15 @@ def test_a_step_without_a_pass_and_several_tokens_in_a_step(dream):
     assert quiet.computed_share == found.computed[[0, 2]].mean()
 
 
+def test_slots_beyond_an_early_end_are_not_decoded(llada):
+    whole = dkv.generate(llada, IDS, max_new_tokens=10, block_length=5)
+    eos = int(whole.sequences[0, 4 + 1])
+    found = trace.record(llada, Tokens(), IDS, max_new_tokens=[10], eos_token_id=eos, block_length=5)
+    new = found.stats.new_tokens
+    assert 0 < new < 10 and (found.decoded[4 : 4 + new] >= 0).all() and (found.decoded[4 + new :] == -1).all()
+    assert sum(len(step["decoded"]) for step in found.to_dict()["steps"]) == new
+
+
 def test_only_one_prompt_and_something_to_generate(llada):
     with pytest.raises(ValueError, match=r"input_ids must be \[1, P\], as a trace is of one prompt; got \[2, 4\]"):
         trace.record(llada, Tokens(), IDS.repeat(2, 1))

@@ -13,6 +13,8 @@ POLICIES = [
     dkv.Prefill(),
     dkv.PrefillDecode(refresh=3),
     dkv.Greedy(refresh=3, window=2),
+    dkv.PrefixCache(),
+    dkv.DualCache(delayed=True),
 ]
 
 
@@ -53,6 +55,18 @@ def test_other_confidences_with_noise(model, confidence, padded):
         model, ids, mask, max_new_tokens=6, steps=3, confidence=confidence, temperature=0.8, seed=3,
         cache=dkv.Decode(refresh=2),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [dkv.Decode(refresh=2), dkv.DualCache()], ids=str)
+def test_ragged_rows(model, policy, padded):
+    """Rows of different budgets and steps: full and cached passes of different lengths at once."""
+    ids, mask = rows(padded)
+    same_tokens(model, ids, mask, max_new_tokens=[3, 8], block_length=3, threshold=0.2, cache=policy)
+
+
+def test_guidance(llada, padded):
+    ids, mask = rows(padded)
+    same_tokens(llada, ids, mask, max_new_tokens=[2, 4], cfg_scale=1.0, cache=dkv.Decode(refresh=2))
 
 
 def test_filters_of_the_sampling(dream, padded):

@@ -136,7 +136,8 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
         ("comparison", "d128x4, 1 layer", 128, 1, False), ("comparison", "d128x4, 1 layer", 896, 1, True),
         *(("comparison", "d128x4, 1 layer", 128, batch, False) for batch in (1, 2, 4, 8)),
         ("floor", "d128x4, 1 layer", 128, 1, False), ("growth", "d128x4, 1 layer", 64, 1, True),
-        ("memory", "d128x4, 1 layer", 128, 1, False),
+        ("memory", "d128x4, 1 layer", 128, 1, False), ("blocks", "d128x4, 1 layer", 128, 1, False),
+        ("blocks", "tiny", 63, 1, False),
     ]  # fmt: skip
     assert json.loads((tmp_path / "new" / "memory.json").read_text())["facts"]["model"] == "d128x4, 1 layer"
     assert out.count("\n== ") == len(bench.ALL)

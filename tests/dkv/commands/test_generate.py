@@ -39,6 +39,12 @@ ROOT, EOS = Path(__file__).parents[3], 14
             {"temperature": 1.0, "top_p": 0.9, "top_k": 5, "seed": 7},
         ),
         (("--schedule", "time", "--dtype", "float64"), {"schedule": "time"}),
+        (("--threshold", 0.05, "--block-length", 4), {"threshold": 0.05, "block_length": 4}),
+        (("--factor", 1.9, "--cfg-scale", 0.5), {"factor": 1.9, "cfg_scale": 0.5}),
+        (
+            ("--cache", "dual", "--delayed", "--block-length", 4),
+            {"cache": {"name": "dual", "delayed": True}, "block_length": 4},
+        ),
     ],
     ids=str,
 )
@@ -63,6 +69,23 @@ def test_B08_lines_are_decoded_together_as_each_alone(run, expected, tmp_path):
     assert code == 0
     assert json.loads(out)["text"] == [expected(prompt) for prompt in ("+7 -3=", "1=", "+1 +1 +1=")]
     assert [len(tokens) for tokens in json.loads(out)["tokens"]] == [12] * 3
+
+
+def test_what_follows_the_end_of_a_text_is_not_computed_unless_it_is_shown(run):
+    """The bundled model ends its answers with many end tokens."""
+    call = ("generate", "--model", "tiny", "--max-new-tokens", 100, "--block-length", 10, "--json")
+    prompt = "+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2="
+    short, whole = (json.loads(run(*call, *more, prompt)[1]) for more in ((), ("--raw",)))
+    assert short["stats"]["new_tokens"] == len(short["text"]) + 1 < whole["stats"]["new_tokens"] == 100
+    assert short["stats"]["passes"] < whole["stats"]["passes"] == 100
+    assert whole["text"].startswith(short["text"])
+
+
+def test_equal_lines_are_drawn_apart_unless_there_is_a_seed(run, tmp_path):
+    (tmp_path / "prompts").write_text("1=\n" * 4)
+    call = ("generate", "--lines", "--file", tmp_path / "prompts", "--max-new-tokens", 12, "--temperature", 2, "--json")
+    assert len({tuple(row) for row in json.loads(run(*call)[1])["tokens"]}) > 1
+    assert len({tuple(row) for row in json.loads(run(*call, "--seed", 3)[1])["tokens"]}) == 1
 
 
 def test_generate_json(run, expected):

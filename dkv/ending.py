@@ -1,0 +1,63 @@
+"""Where a row ends before its last slot: at an end token, or where stopping criteria of transformers say so."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MaxTimeCriteria, StoppingCriteriaList
+
+from dkv.canvas import Canvas
+
+# As in transformers: (ids [n, length], scores) -> bool [n]
+StoppingCriteria = Callable[[Tensor, Any], Any]
+
+
+class Ending:
+    """Looks for the ends of rows after every step.
+
+    A slot counts once no mask stands before it: a diffusion model may place an end token long before the
+    text that leads up to it.
+
+    Args:
+        eos: end ids.
+        criteria: of transformers. They see a row alone, without padding and up to its first mask, as if it
+            had grown by one token at a time: the first length for which one of them holds is the end. They
+            are also asked in steps that do not add to it, and get None for scores. Of a prompt without a new
+            token only `MaxTimeCriteria` is asked.
+        rows: of the batch.
+    """
+
+    def __init__(self, eos: Sequence[int], criteria: StoppingCriteriaList | None, rows: int):
+        self.eos, self.criteria = list(eos), criteria
+        self._clocks = StoppingCriteriaList(c for c in criteria or () if isinstance(c, MaxTimeCriteria))
+        self._asked = [-1] * rows
+
+    def ends(self, canvas: Canvas, rows: Sequence[int]) -> list[int] | None:
+        """By row of the canvas, its length if it ends now, else more than it has; None: nothing ends.
+
+        `rows` are the numbers of these rows in the batch.
+        """
+        never = canvas.size + 1
+        found = [never] * len(rows)
+        known = canvas.masked.cumsum(1) == 0
+        if self.eos:
+            end = torch.isin(canvas.tokens[:, :-1], torch.tensor(self.eos, device=known.device))
+            end &= known & (canvas.rank >= 0)
+            place = torch.where(end, torch.arange(1, never, device=known.device), never)
+            found = torch.nn.functional.pad(place, (0, 1), value=never).amin(1).tolist()
+        if self.criteria is not None:
+            lengths = (known & canvas.everywhere).sum(1).tolist()
+            for i, (row, text, length) in enumerate(zip(rows, canvas.texts(), lengths, strict=True)):
+                found[i] = min(found[i], self._asked_for(row, text, int(canvas.to_fill[i][0]), length, never))
+        return None if min(found, default=never) == never else found
+
+    def _asked_for(self, row: int, text: Tensor, prompt: int, length: int, never: int) -> int:
+        """The first length, of those not asked for yet, that the criteria stop at."""
+        criteria, first = (self.criteria, self._asked[row] + 1) if length > prompt else (self._clocks, length)
+        first = min(max(first, prompt + 1), length)
+        self._asked[row] = length
+        for end in range(first, length + 1):
+            if criteria and bool(criteria(text[None, :end], None).all()):
+                return end
+        return never
