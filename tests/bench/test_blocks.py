@@ -1,0 +1,65 @@
+"""The block policies against eager PyTorch: the same tokens, and figures that follow from them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dkv
+from dkv.bench import blocks, fastdllm
+from dkv.bench.options import Options, of_shape
+from dkv.verify import FAST_DLLM, find_cases
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = [case for case in find_cases(GOLDEN) if "function" in case.facts]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dkv.load(GOLDEN / "llada_mha", device="cpu", pack=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_baseline_gives_the_tokens_and_passes_of_the_published_code(case, model):
+    facts, tensors = case.facts, case.tensors
+    if facts["steps"] != facts["gen_length"] and facts["threshold"] is None:
+        return  # the baseline fills one slot a step
+    settings = {name: facts[name] for name in ("block_length", "threshold")}
+    cache, prompt = FAST_DLLM[facts["function"]], tensors["prompt"].long()
+    found, passes = fastdllm.generate(model, prompt, new=facts["gen_length"], cache=cache, **settings)
+    assert torch.equal(found, tensors["final"].long()) and passes == facts["forward_passes"]
+
+
+def test_the_baseline_takes_one_row(model):
+    with pytest.raises(ValueError, match="input_ids must be one row"):
+        fastdllm.generate(model, torch.zeros(2, 3).long(), new=4, block_length=2, cache=dkv.NoCache())
+
+
+@pytest.fixture(scope="module")
+def options() -> Options:
+    return of_shape("d128x4", 2, device="cpu", dtype="float32", prompt=5, new=64, rounds=1)
+
+
+def test_a_row_for_every_policy_and_rule(options, monkeypatch):
+    monkeypatch.setattr(blocks, "RULES", {"one a step": {}, "threshold 0.9": {"threshold": 0.0}})
+    found = json.loads(json.dumps(blocks.measure(options)))
+    rows = {(row["policy"], row["rule"]): row for row in found["rows"]}
+    assert list(rows) == [(policy, rule) for rule in blocks.RULES for policy in blocks.POLICIES]
+    for (policy, rule), row in rows.items():
+        one = rule == "one a step"
+        assert row["passes"] == (64 if one else 2) and row["tokens_per_forward"] == (1 if one else 32)
+        assert row["same"] is (True if policy in blocks.PUBLISHED else None)
+        assert (row["over_eager"] is None) == (policy not in blocks.PUBLISHED)
+        assert (row["step_over_floor"] is not None) == one
+    assert rows["dual", "one a step"]["computed_share"] < rows["prefix", "one a step"]["computed_share"] < 1
+    text = blocks.table(found)
+    assert text.count("yes") == 6 and "NO" not in text and "step/floor" in text
+
+
+def test_other_sizes_are_refused(options):
+    with pytest.raises(ValueError, match="blocks of 32 slots: give a --new"):
+        blocks.measure(replace(options, new=40))
+    with pytest.raises(ValueError, match="one prompt at a time: give --batch 1, got 2"):
+        blocks.measure(replace(options, batch=2))
