@@ -14,10 +14,12 @@ examples:
   dkv generate --max-new-tokens 64 '+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2='
   dkv generate --model GSAI-ML/LLaDA-8B-Instruct --chat --cache decode --refresh 8 'Why is the sky blue?'
   dkv generate --model GSAI-ML/LLaDA-8B-Base --cache greedy --refresh 2 --window 4 --stats --file prompt.txt
+  dkv generate --cache dual --block-length 16 --threshold 0.9 --max-new-tokens 64 --stats '+1 +2 -3 +1 -2 +3 +3 -1='
   dkv generate --lines --json < prompts.txt > answers.json
 
 In a terminal the drafts are shown as they fill: masks as a shade, new tokens bold. Elsewhere only
-the final text is written. Write a prompt that begins with a dash after `--`.
+the final text is written. What follows its end is not computed, unless --raw asks for it. Write a
+prompt that begins with a dash after `--`.
 """
 
 # Options that go into the policy, by their names there.
@@ -79,7 +81,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0 tokens are drawn (default: %(default)s)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
-    add("--seed", type=int, metavar="N", help="of the random numbers (default: a new one, which --stats tells)")
+    add("--seed", type=int, metavar="N", help="of the random numbers, in every row (default: new ones; see --stats)")
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
