@@ -50,9 +50,11 @@ class DualCache(Policy):
     def active(self, view: View) -> Active:
         canvas = view.canvas
         block = canvas.span(view.column(lambda step: step.start), view.column(lambda step: step.stop))
-        slots = [fill[step.start : step.stop] for fill, step in zip(canvas.to_fill, view.steps, strict=True)]
-        counts = np.array([len(part) for part in slots])
-        runs = np.array([runs_of(part) for part in slots])
+        counts = np.array([step.stop - step.start for step in view.steps])
+        runs = counts
+        if view.shifted:
+            parts = zip(canvas.to_fill, view.steps, strict=True)
+            runs = np.array([runs_of(fill[step.start : step.stop]) for fill, step in parts])
         return _with_sources(view, Active(block, counts), view.open_counts, runs, self.delayed)
 
 

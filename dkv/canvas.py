@@ -48,6 +48,8 @@ class Canvas:
         masked: bool [B, S], slots to fill that have no token yet.
         fresh: bool [B, S], slots filled by the last step.
         rank: int64 [B, S], slots to fill counted from the left of their row, from 0; -1 elsewhere.
+        everywhere: bool [B, S], the slots that a row has.
+        key_ranges: [B, 2], first and last + 1 of these; None when all rows have all.
         size: S.
         row_lengths: slots of each row, known to the host.
         to_fill: the slots to fill of each row, ascending, known to the host.
@@ -67,6 +69,7 @@ class Canvas:
         self.masked = self.from_caller(fill)
         self.rank = torch.where(self.masked, self.masked.cumsum(1) - 1, -1)
         self.fresh = torch.zeros_like(self.masked)
+        self._measure()
 
     @classmethod
     def after_prompts(
@@ -82,17 +85,11 @@ class Canvas:
         fill = torch.cat((torch.zeros_like(attention_mask), new), 1)
         return cls(ids, torch.cat((attention_mask, new), 1), fill, mask_token_id)
 
-    @property
-    def everywhere(self) -> Tensor:
-        """bool [B, S]: the slots that a row has."""
-        return torch.arange(self.size, device=self.tokens.device) < self.lengths
-
-    @property
-    def key_ranges(self) -> Tensor | None:
-        """[B, 2], the slots that a row has; None when all rows have all."""
-        if (self.row_lengths == self.size).all():
-            return None
-        return torch.cat((torch.zeros_like(self.lengths), self.lengths), 1)
+    def _measure(self) -> None:
+        """What follows from the rows that there are: once, not in every step."""
+        self.everywhere = torch.arange(self.size, device=self.tokens.device) < self.lengths
+        ranges = torch.cat((torch.zeros_like(self.lengths), self.lengths), 1)
+        self.key_ranges = None if (self.row_lengths == self.size).all() else ranges
 
     def span(self, start: Tensor, stop: Tensor) -> Tensor:
         """bool [B, S]: the slots to fill from number `start` to `stop` of their row, both [B, 1]."""
@@ -118,6 +115,7 @@ class Canvas:
         for name in ("ids", "lengths", "_slot", "tokens", "masked", "fresh", "rank"):
             setattr(self, name, getattr(self, name)[index])
         self.row_lengths, self.to_fill = self.row_lengths[rows], [self.to_fill[row] for row in rows]
+        self._measure()
 
     def texts(self) -> list[Tensor]:
         """The ids of every row, [length] each, the mask id where there is no token yet."""
