@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dkv
-from dkv.bench.published import forward
+from dkv.bench.eager import forward
 from dkv.config import DiffusionConfig
 from dkv.models import Transformer
 from dkv.policy import Policy

@@ -12,22 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dkv
+from dkv.bench.eager import forward
 from dkv.bench.steps import synchronise
 from dkv.canvas import Canvas
 from dkv.config import CONFIDENCE_RULES, DiffusionConfig
 from dkv.inputs import checked_inputs
 from dkv.models import Transformer
-from dkv.models.transformer import Layer, RMSNorm
+from dkv.models.transformer import Layer
 from dkv.policies import Policy
 from dkv.randomness import Numbers, Randomness
 from dkv.schedule import Step
-
-# (layer, fresh keys and values [B, N, d_kv]) -> keys and values of all slots [B, L, d_kv]
-Join = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -237,39 +234,6 @@ def _widened(values: Tensor, active: Tensor | None, fill: float) -> Tensor:
     wide = torch.full(active.shape, fill, dtype=values.dtype, device=values.device)
     wide[active] = values.flatten()
     return wide
-
-
-def forward(
-    model: Transformer, tokens: Tensor, join: Join, by_query: tuple[Tensor, ...], by_key: tuple[Tensor, ...]
-) -> Tensor:
-    """Logits [B, N, V] of ids [B, N]; cos and sin [..., N or L, D] of these, and of the keys as `join` orders them."""
-    x = model.embed(tokens)
-    for layer in model.layers:
-        x = x + _attention(layer, _norm(layer.attn_norm, x), join, by_query, by_key)
-        h = _norm(layer.mlp_norm, x)
-        x = x + layer.down_proj(F.silu(layer.gate_proj(h)) * layer.up_proj(h))
-    return model.head(_norm(model.norm, x))
-
-
-def _attention(layer: Layer, h: Tensor, join: Join, by_query: tuple[Tensor, ...], by_key: tuple[Tensor, ...]) -> Tensor:
-    query, (key, value) = layer.q_proj(h), join(layer.index, layer.k_proj(h), layer.v_proj(h))
-    query, key, value = (t.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for t in (query, key, value))
-    query, key = _rotated(query, *by_query), _rotated(key, *by_key)
-    if (group := query.shape[1] // key.shape[1]) > 1:
-        key, value = (t.repeat_interleave(group, 1) for t in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value)
-    return layer.o_proj(out.transpose(1, 2).flatten(-2))
-
-
-def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.to(cos.dtype)
-    left, right = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)
 
 
 def _checked(

@@ -11,8 +11,9 @@ import torch
 import dkv
 from dkv.bench.options import Options
 from dkv.canvas import Canvas, slots_of
+from dkv.passes import Pass
 from dkv.randomness import Randomness
-from dkv.sampler import Pass, Sampler
+from dkv.sampler import Sampler
 from dkv.schedule import Step
 
 

@@ -55,8 +55,8 @@ def generate(
             Processors that go by the length of a text, such as `MinLengthLogitsProcessor`, find it always full.
         stopping_criteria: as in transformers, one or a `StoppingCriteriaList`; `dkv.ending.Ending` says what they see.
             What a row has beyond its end becomes padding.
-        buffer: `output.buffer` of an earlier call on as many rows. Keys and values of the prefix that a prompt
-            shares with the earlier text are taken over instead of computed, where they are of tokens (the last ones
+        buffer: `output.buffer` of an earlier call with this model, on as many rows. Keys and values of the prefix
+            that a prompt shares with the earlier text are taken over instead of computed, where they are of tokens (the last ones
             decoded were not seen as such). They are as old as they are: the policy's first refresh after its first
             passes recomputes them, with `Prefill` and `PrefillDecode` nothing does. It is copied, not changed.
         overrides: settings that replace those of the configuration.

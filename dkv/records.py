@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dkv import kernels
 from dkv.canvas import Canvas
-from dkv.sampler import Pass
+from dkv.passes import Pass
 
 
 def _history(canvas: Canvas, done: Pass | None, model: Any) -> Tensor:

@@ -15,11 +15,12 @@ from dkv.choosing import LogitsProcessor
 from dkv.config import DiffusionConfig
 from dkv.ending import Ending, StoppingCriteria
 from dkv.output import DiffusionOutput
+from dkv.passes import Pass
 from dkv.policies import NoCache
 from dkv.policy import sources
 from dkv.randomness import Numbers, Randomness
 from dkv.records import RECORDS
-from dkv.sampler import Pass, Sampler
+from dkv.sampler import Sampler
 from dkv.version import versions
 
 

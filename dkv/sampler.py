@@ -1,7 +1,7 @@
 """One denoising step: plan, recompute the active slots, choose tokens, commit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from dkv.choosing import Chooser, LogitsProcessor
 from dkv.config import DiffusionConfig
 from dkv.guidance import guided, twice, with_and_without_text
 from dkv.output import Stats
+from dkv.passes import Pass
 from dkv.policy import Active, View
 from dkv.progress import Progress
 from dkv.ragged import Ragged
@@ -31,37 +32,6 @@ MULTIPLE = 4
 def filled_up(counts: np.ndarray) -> list[int]:
     """Each of `counts` raised to a multiple of `MULTIPLE`."""
     return (-(-counts // MULTIPLE) * MULTIPLE).tolist()
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What went through the model in a step.
-
-    Attributes:
-        active: the slots computed.
-        full: they were all.
-        positions: [B, N] the same, ascending, filled up with S.
-        hidden: [B, N, d] if `every_row`, else [B, R, d] at the rows in `place`; with guidance, of both branches
-            together.
-        place: [B, R] which of the N predict the slots that are scored.
-        slots, confidence: [B, R] the slots that are scored, filled up with S, and the outcome; None where none was.
-        scored: how many of the R count, by row.
-    """
-
-    active: Active
-    full: bool
-    positions: Tensor
-    hidden: Tensor
-    place: Tensor
-    every_row: bool
-    slots: Tensor
-    scored: Ragged
-    confidence: Tensor | None = None
-
-    @property
-    def computed(self) -> int:
-        """Slots computed, all rows."""
-        return int(self.active.counts.sum())
 
 
 class Sampler:
