@@ -56,9 +56,10 @@ def generate(
         stopping_criteria: as in transformers, one or a `StoppingCriteriaList`; `dkv.ending.Ending` says what they see.
             What a row has beyond its end becomes padding.
         buffer: `output.buffer` of an earlier call with this model, on as many rows. Keys and values of the prefix
-            that a prompt shares with the earlier text are taken over instead of computed, where they are of tokens (the last ones
-            decoded were not seen as such). They are as old as they are: the policy's first refresh after its first
-            passes recomputes them, with `Prefill` and `PrefillDecode` nothing does. It is copied, not changed.
+            that a prompt shares with the earlier text are taken over instead of computed, where they are of tokens
+            (the last ones decoded were not seen as such). They are as old as they are: the policy's first refresh
+            after its first passes recomputes them, with `Prefill` and `PrefillDecode` nothing does. It is copied,
+            not changed.
         overrides: settings that replace those of the configuration.
 
     Returns:
