@@ -20,7 +20,7 @@ from dkv.config import DiffusionConfig, policy_of
 from dkv.harness_settings import count, stated, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
 from dkv.output import Stats
-from dkv.text import answer, encode, load_tokenizer, vocab_limit
+from dkv.text import answer, encode
 from dkv.version import versions
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,8 @@ class DkvLM(TemplateLM):
         self.pretrained, self.add_bos_token, self.is_check_greedy = str(pretrained), add_bos_token, is_check_greedy
         self.model = dkv.load(self.pretrained, dtype=dtype, device=device)
         policy_of(self.stated.get("cache")).check(self.model.spec.shifted)
-        self.tokenizer = load_tokenizer(self.pretrained, self.model.spec.family)
+        self.tokenizer = dkv.load_tokenizer(self.pretrained)
         self._device = self.model.device
-        self.stated.setdefault("vocab_limit", vocab_limit(self.tokenizer, self.model.spec))
         self.generated: dict[str, tuple[int, Stats]] = {}
         self.scored, self.scores, self.truncated = 0, Stats(), 0
         bos = self.tokenizer.bos_token_id

@@ -2,6 +2,12 @@
 
 from collections.abc import Mapping
 
+import torch
+
+# The most of anything: what an index of 32 bits reaches.
+MOST = torch.iinfo(torch.int32).max
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def value(config: Mapping, field: str, default=None):
     """A field that may be absent or null."""
@@ -10,10 +16,10 @@ def value(config: Mapping, field: str, default=None):
 
 
 def only(supported: Mapping, config: Mapping) -> None:
-    """Every field of `supported` is as it says there, or absent."""
+    """Every field of `supported` is as it says there, of the same type, or absent."""
     for field, wanted in supported.items():
         found = value(config, field, wanted)
-        if found != wanted:
+        if type(found) is not type(wanted) or found != wanted:
             raise ValueError(f"the configuration has {field}={found!r}; only {wanted!r} is implemented")
 
 
@@ -22,17 +28,39 @@ def count(config: Mapping, field: str, default: int | None = None) -> int:
     found = value(config, field, default)
     if found is None:
         raise ValueError(f"the configuration lacks {field!r}: take config.json from the same place as the weights")
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+    if type(found) is not int or found < 1:
         raise ValueError(f"the configuration has {field}={found!r}; a whole number of at least 1 is needed")
+    if found > MOST:
+        raise ValueError(f"the configuration has {field}={found:.3g}; a whole number of at most {MOST} is needed")
     return found
 
 
 def positive(config: Mapping, field: str, default: float) -> float:
-    """A number above 0."""
+    """A number above 0 with which float32 can compute."""
     found = value(config, field, default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+    if type(found) not in (int, float) or not found > 0:
         raise ValueError(f"the configuration has {field}={found!r}; a number above 0 is needed")
+    if not SMALLEST <= found <= LARGEST:
+        raise ValueError(
+            f"the configuration has {field}={found!r}; a number from {SMALLEST:.3g} to {LARGEST:.3g} is needed"
+        )
     return float(found)
+
+
+def flag(config: Mapping, field: str, default: bool) -> bool:
+    """True or false, and nothing that merely counts as one of them."""
+    found = value(config, field, default)
+    if type(found) is not bool:
+        raise ValueError(f"the configuration has {field}={found!r}; true or false is needed")
+    return found
+
+
+def names(config: Mapping, field: str) -> list[str]:
+    """A list of names, which may be absent."""
+    found = value(config, field, [])
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"the configuration has {field}={found!r}; a list of names or null is needed")
+    return list(found)
 
 
 def share(config: Mapping, whole_field: str, parts_field: str) -> int:
@@ -46,15 +74,16 @@ def share(config: Mapping, whole_field: str, parts_field: str) -> int:
 def token_id(config: Mapping, field: str, default: int | None, rows: int) -> int | None:
     """A token id, or the first of a list of them; None where only a default outside the vocabulary is left."""
     found = config.get(field)
+    for one in found if isinstance(found, list | tuple) else [] if found is None else [found]:
+        if type(one) is not int or not 0 <= one < rows:
+            raise ValueError(
+                f"the configuration has {field}={found!r}, but the model has {rows} tokens: correct config.json, "
+                "or take it from the same place as the weights"
+            )
     if isinstance(found, list | tuple):
         found = found[0] if found else None
     if found is None:
         return default if default is not None and default < rows else None
-    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < rows:
-        raise ValueError(
-            f"the configuration has {field}={found!r}, but the model has {rows} tokens: correct config.json, "
-            "or take it from the same place as the weights"
-        )
     return found
 
 
@@ -77,10 +106,10 @@ def rope_theta(config: Mapping, default: float) -> float:
         if not isinstance(part, Mapping):
             raise ValueError(f"the configuration has {field}={part!r}; an object or null is needed")
         nested.update({k: v for k, v in part.items() if v is not None})
-    kinds = {nested.pop(key) for key in ("rope_type", "type") if key in nested}
+    kinds = [nested.pop(key) for key in ("rope_type", "type") if key in nested]
     theta = nested.pop("rope_theta", None)
-    if nested or not kinds <= {"default"}:
-        asked = ", ".join([*(f"rope_type={k!r}" for k in sorted(kinds)), *(f"{k}={v!r}" for k, v in nested.items())])
+    if nested or any(kind != "default" for kind in kinds):
+        asked = ", ".join([*(f"rope_type={k!r}" for k in kinds), *(f"{k}={v!r}" for k, v in nested.items())])
         raise ValueError(
             f"the configuration changes its rotary embedding (rope_scaling or rope_parameters: {asked}); "
             "only rope_type='default' with a rope_theta is implemented"

@@ -135,12 +135,11 @@ def run(args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     """What the arguments of `add_generation` ask for: settings, model, tokenizer, and ids [B, P] with their mask."""
     import dkv
-    from dkv.text import encode, load_tokenizer, vocab_limit
+    from dkv.text import encode
 
     config = dkv.DiffusionConfig(**settings(args))
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
-    tokenizer = load_tokenizer(args.model, model.spec.family)
-    config.update(vocab_limit=vocab_limit(tokenizer, model.spec))
+    tokenizer = dkv.load_tokenizer(args.model)
     if config.seed is None:
         config.update(seed=[secrets.randbits(62) for _ in prompts] if len(prompts) > 1 else secrets.randbits(62))
     ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
