@@ -24,6 +24,11 @@ LLADA_SWITCHES = {
 }  # fmt: skip
 DREAM_SWITCHES = {"hidden_act": "silu", "use_sliding_window": False}
 
+# Size of a published vocabulary (LLaDA's and MMaDA's; Dream's) -> ids that some of its files leave out. Of another
+# vocabulary these would be any tokens.
+LLADA_IDS = {size: {"mask": 126336, "end": 126081} for size in (126464, 134656)}
+DREAM_IDS = {152064: {"mask": 151666, "end": 151643}}
+
 # Checkpoint module -> module of `Transformer`; {} is the number of the layer.
 LLADA_NAMES = {
     "model.transformer.wte": "embed",
@@ -59,7 +64,7 @@ def llada_spec(config: Mapping) -> ModelSpec:
     """The spec of a LLaDA configuration (GSAI-ML/LLaDA-8B-*, LLaDA-1.5, the MMaDA language model).
 
     Defaults of absent fields are those of the published configuration class, but for the token
-    ids (126336 mask, 126081 end) and the table size (`vocab_size`), which there are GPT-2's.
+    ids (those of `LLADA_IDS`) and the table size (`vocab_size`), which there are GPT-2's.
 
     Raises:
         ValueError: a field is missing, malformed, or asks for something not implemented.
@@ -69,7 +74,8 @@ def llada_spec(config: Mapping) -> ModelSpec:
     fields.only(LLADA_SWITCHES, {**config, "bias_for_layer_norm": fields.flag(config, "bias_for_layer_norm", bias)})
     hidden, heads = fields.count(config, "d_model"), fields.count(config, "n_heads")
     rows = fields.count(config, "embedding_size", fields.count(config, "vocab_size"))
-    eos = fields.token_id(config, "eos_token_id", 126081, rows)
+    usual = LLADA_IDS.get(fields.count(config, "vocab_size"), {})
+    eos = fields.token_id(config, "eos_token_id", usual.get("end"), rows)
     return ModelSpec(
         family="llada",
         vocab_size=rows,
@@ -82,7 +88,7 @@ def llada_spec(config: Mapping) -> ModelSpec:
         max_positions=fields.count(config, "max_sequence_length", 1024),
         rope_theta=fields.rope_theta(config, 10000.0),
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-5),
-        mask_token_id=fields.mask_id(config, 126336, rows),
+        mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
         eos_token_id=eos,
         pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
         qkv_bias=fields.flag(config, "include_qkv_bias", False),
@@ -106,7 +112,8 @@ def dream_spec(config: Mapping) -> ModelSpec:
         head_dim = fields.share(config, "hidden_size", "num_attention_heads")
     else:
         head_dim = fields.count(config, "head_dim")
-    eos = fields.token_id(config, "eos_token_id", 151643, rows)
+    usual = DREAM_IDS.get(rows, {})
+    eos = fields.token_id(config, "eos_token_id", usual.get("end"), rows)
     return ModelSpec(
         family="dream",
         vocab_size=rows,
@@ -119,7 +126,7 @@ def dream_spec(config: Mapping) -> ModelSpec:
         max_positions=fields.count(config, "max_position_embeddings", 32768),
         rope_theta=fields.rope_theta(config, 10000.0),
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-6),
-        mask_token_id=fields.mask_id(config, 151666, rows),
+        mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
         eos_token_id=eos,
         pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
         qkv_bias=True,

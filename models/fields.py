@@ -72,27 +72,23 @@ def share(config: Mapping, whole_field: str, parts_field: str) -> int:
 
 
 def token_id(config: Mapping, field: str, default: int | None, rows: int) -> int | None:
-    """A token id, or the first of a list of them; None where only a default outside the vocabulary is left."""
+    """A token id, or the first of a list of them."""
     found = config.get(field)
-    for one in found if isinstance(found, list | tuple) else [] if found is None else [found]:
-        if type(one) is not int or not 0 <= one < rows:
-            raise ValueError(
-                f"the configuration has {field}={found!r}, but the model has {rows} tokens: correct config.json, "
-                "or take it from the same place as the weights"
-            )
-    if isinstance(found, list | tuple):
-        found = found[0] if found else None
-    if found is None:
-        return default if default is not None and default < rows else None
-    return found
+    listed = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
+    if not all(type(one) is int and 0 <= one < rows for one in listed):
+        raise ValueError(
+            f"the configuration has {field}={found!r}, but the model has {rows} tokens: correct config.json, "
+            "or take it from the same place as the weights"
+        )
+    return listed[0] if listed else default
 
 
-def mask_id(config: Mapping, default: int, rows: int) -> int:
+def mask_id(config: Mapping, default: int | None, rows: int) -> int:
     """The id of the mask token, which every model must have."""
     found = token_id(config, "mask_token_id", default, rows)
     if found is None:
         raise ValueError(
-            f"the configuration has no mask_token_id, and the usual {default} is outside the vocabulary of {rows}: "
+            f"the configuration has no mask_token_id, and a vocabulary of {rows} has no usual one: "
             "add the id of the mask token to config.json"
         )
     return found

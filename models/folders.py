@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "tiny-dream")}
 # What is fetched from the hub for a tokenizer and for a model: no code, and no weights in other formats.
@@ -14,38 +15,30 @@ MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 def folder_of(
     path_or_id: str | os.PathLike,
     files: Sequence[str] = MODEL_FILES,
-    *,
     subfolder: str = "",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
+    **hub: Any,
 ) -> Path:
-    """The local folder of a bundled name, a path or a hub id; the arguments by name are the hub client's.
+    """The local folder of a bundled name, a path or a hub id.
 
     Args:
         path_or_id: as for `dkv.load`.
         files: patterns of the files that are wanted from the hub.
         subfolder: the folder inside that holds the files.
+        hub: arguments of the hub's client.
 
     Raises:
         FileNotFoundError: there is no such folder, or the hub does not deliver it.
         ValueError: the path is a file; or a `revision` of what is not on the hub.
     """
     local = _local(path_or_id)
-    if local is not None and revision is not None:
-        raise ValueError(f"revision={revision!r} is for models of the hub, and {path_or_id} is here: leave it out")
+    if local is not None and hub.get("revision") is not None:
+        raise ValueError(
+            f"revision={hub['revision']!r} is for models of the hub, and {path_or_id} is here: leave it out"
+        )
     if local is None:
         if subfolder:
             files = [f"{subfolder}/{pattern}" for pattern in files]
-        options = {
-            "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
-            "force_download": force_download,
-        }  # fmt: skip
-        local = _fetched(
-            os.fspath(path_or_id), files, {name: value for name, value in options.items() if value is not None}
-        )
+        local = _fetched(os.fspath(path_or_id), files, hub)
     if subfolder and not (local / subfolder).is_dir():
         raise FileNotFoundError(f"{path_or_id} has no folder {subfolder!r}: pass the subfolder that holds config.json")
     return local / subfolder

@@ -1,6 +1,6 @@
 """Keyword arguments of transformers' `from_pretrained` that `dkv.load` meets: taken, granted, or answered."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ _QUANTISE = "load with pack=False, and quantise the model that you get (torch.ao
 _ONE_DEVICE = "a model lies on one device: pass device='cuda:0', or another"
 _DOES_NOT = "dkv.load has nothing of the kind: leave it out"
 
+# Handed on to the hub's client.
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Asks for what happens anyway, or allows what is not needed (no code of a checkpoint is run).
 GRANTED = ("trust_remote_code", "low_cpu_mem_usage", "_fast_init", "use_cache")
 # Those with another effect in transformers -> what to do. None and False ask for nothing and are accepted.
@@ -31,6 +33,7 @@ ANSWERS = {
     "config": "the folder's config.json counts: change it there, in a copy of the folder",
     "state_dict": "for weights in memory there is dkv.wrap(hf_model)",
     "gguf_file": "only safetensors are read: pass the folder of the original weights",
+    "use_safetensors": "only safetensors are read: convert the checkpoint with transformers",
     "from_tf": "only safetensors are read: convert the checkpoint with transformers",
     "from_flax": "only safetensors are read: convert the checkpoint with transformers",
     "use_auth_token": "pass token=",
@@ -44,22 +47,22 @@ ANSWERS = {
 }
 
 
-def check_keywords(given: Mapping[str, Any], taken: str) -> None:
-    """Refuse arguments that would have no effect.
+def hub_options(given: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
+    """The arguments for the hub's client; refuses those that would have no effect.
 
     Raises:
-        TypeError: an unknown name; `taken` says which there are.
+        TypeError: an unknown name; `taken` are those that the caller knows by itself.
         ValueError: a name of transformers that asks for something that is not done here.
     """
     for name, value in given.items():
-        if name in GRANTED or (name == "use_safetensors" and value in (None, True)):
+        if name in HUB or name in GRANTED or (name == "use_safetensors" and value is True):
             continue
-        if name == "use_safetensors":
-            raise ValueError(f"use_safetensors={value!r}: only safetensors are read; leave it out")
         if name not in ANSWERS:
-            raise TypeError(f"unknown argument {name!r}: known are {taken}")
-        if value is not None and value is not False:
+            raise TypeError(f"unknown argument {name!r}: known are {', '.join((*taken, *HUB))}")
+        # Where None or False ask for nothing.
+        if value is not None and (value is not False or name == "use_safetensors"):
             raise ValueError(f"{name}={value!r} is not supported: {ANSWERS[name]}")
+    return {name: value for name, value in given.items() if name in HUB and value is not None}
 
 
 def one_device(device: Any, device_map: Any) -> Any:

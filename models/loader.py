@@ -18,7 +18,7 @@ from dkv.models.checkpoint import read_config, read_headers
 from dkv.models.files import FETCH
 from dkv.models.folders import folder_of
 from dkv.models.headers import Entry
-from dkv.models.keywords import check_keywords, one_device, usable
+from dkv.models.keywords import hub_options, one_device, usable
 from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.skeleton import fill, skeleton
 from dkv.models.transformer import Transformer
@@ -29,10 +29,6 @@ FLOATS = {
 }  # fmt: skip
 # The same by the codes of safetensors headers.
 CODES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-TAKEN = (
-    "dtype, device, device_map, torch_dtype, pack, subfolder, revision, token, cache_dir, local_files_only, "
-    "force_download"
-)
 # Checkpoints of at least so many bytes show how far they are.
 LARGE = 1 << 30
 
@@ -46,12 +42,7 @@ def load(
     *,
     device_map: Any = None,
     subfolder: str = "",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    **others: Any,
+    **keywords: Any,
 ) -> Transformer:
     """Load a LLaDA or Dream checkpoint for inference, without running code that comes with it.
 
@@ -74,9 +65,9 @@ def load(
             float32 on a CPU that can.
         device_map: transformers' name for `device`; "auto" is the default device, as a model is never split.
         subfolder: the folder inside that holds the files.
-        revision, token, cache_dir, local_files_only, force_download: as in transformers, for models of the hub.
-        others: further arguments of transformers' `from_pretrained`: those that ask for what happens
-            anyway are accepted (`trust_remote_code`: no code is run), others refused with what to do.
+        keywords: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in transformers, for
+            models of the hub. Of the other arguments of its `from_pretrained` those that ask for what happens
+            anyway are accepted (`trust_remote_code`: no code is run), the rest refused with what to do.
 
     Returns:
         The model in eval mode, its parameters frozen. Its vocabulary has as many ids as its tables
@@ -90,14 +81,11 @@ def load(
         OSError: a file cannot be read.
         TypeError: an unknown argument.
     """
-    check_keywords(others, TAKEN)
+    hub = hub_options(keywords, ("dtype", "device", "device_map", "torch_dtype", "pack", "subfolder"))
     if pack not in (None, True, False):
         raise ValueError(f"pack must be True, False or None, got {pack!r}")
     wanted, device = _one_dtype(dtype, torch_dtype), usable(one_device(device, device_map))
-    folder = folder_of(
-        path_or_id, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir,
-        local_files_only=local_files_only, force_download=force_download,
-    )  # fmt: skip
+    folder = folder_of(path_or_id, subfolder=subfolder, **hub)
     config = read_config(folder)
     family = family_of(config)
     entries = read_headers(folder)

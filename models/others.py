@@ -26,6 +26,9 @@ OTHERS = (
     (r"^diffullama|^diffugpt", "DiffuLLaMA"),
     (r"^bd3lm|^mdlm|^sedd|^udlm|^duo$", "MDLM, BD3-LM or a relative of theirs"),
     (r"^sumi", "Sumi"),
+    (r"^lladaformultimodal|^luminadimoo", "Lumina-DiMOO (text and images)"),
+    (r"^dimple", "Dimple (text and images)"),
+    (r"^dyninomni", "Dynin-Omni (text, images and more)"),
 )
 
 # Fields of mixtures of experts, which the dense families lack.

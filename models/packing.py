@@ -105,13 +105,11 @@ class PackedLinear(Packed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not can_pack():
-            raise RuntimeError(
-                "this model was saved packed, which PyTorch cannot do here: save it after dkv.unpack(model)"
-            )
+            raise RuntimeError("PyTorch cannot pack the weights of this model here: save it after dkv.unpack(model)")
         self._pack(self.packed)
 
     def check_move(self, fn: Any) -> None:
-        """Raise RuntimeError if `fn`, which `nn.Module._apply` runs on every parameter, would change device or dtype."""
+        """Raise RuntimeError if `fn`, as `nn.Module._apply` runs it on every parameter, changes device or dtype."""
         here = torch.empty(0)
         there = fn(here)
         if there.device != here.device or there.dtype != here.dtype:

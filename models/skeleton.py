@@ -87,7 +87,7 @@ def _check_sizes(spec: ModelSpec, config: Mapping, shapes: Mapping[str, tuple[in
             # Families write the same size under different names.
             said = ", ".join(field for field, value in config.items() if value == size) or name
             raise ValueError(
-                f"the configuration asks for {said}={size}, but no tensor of {origin} is longer than {longest}: {REMEDY}"
+                f"the configuration has {said}={size}, but no tensor of {origin} is longer than {longest}: {REMEDY}"
             )
 
 

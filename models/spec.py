@@ -52,6 +52,4 @@ class ModelSpec:
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id ({self.mask_token_id}) is outside the vocabulary of {self.vocab_size}")
         if self.vocab_limit is not None and not 1 <= self.vocab_limit <= self.vocab_size:
-            raise ValueError(
-                f"vocab_limit ({self.vocab_limit}) must be in 1..{self.vocab_size}, the size of the vocabulary"
-            )
+            raise ValueError(f"vocab_limit ({self.vocab_limit}) is outside 1..{self.vocab_size}, the vocabulary")

@@ -10,7 +10,7 @@ from dkv.models.adapters import family_of
 from dkv.models.checkpoint import CONFIG
 from dkv.models.files import FETCH, is_there, read_json, some
 from dkv.models.folders import TOKENIZER_FILES, folder_of
-from dkv.models.keywords import check_keywords
+from dkv.models.keywords import hub_options
 
 ALL_IN_ONE, WORDS, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 JSON = (ALL_IN_ONE, WORDS, CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -19,26 +19,20 @@ TEXT = (MERGES, "vocab.txt", "chat_template.jinja", "chat_template.json")
 OTHER = ("vocab.txt", "*.model", "*.tiktoken")
 # The class that Dream's folders name and bring along, and which is Qwen2's.
 DREAMS = (None, "DreamTokenizer", "DreamTokenizerFast")
-TAKEN = "subfolder, revision, token, cache_dir, local_files_only, force_download"
 
 
 def load_tokenizer(
     path_or_id: str | os.PathLike,
     *,
     subfolder: str = "",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    **others: Any,
+    **keywords: Any,
 ) -> Any:
     """The tokenizer that comes with a LLaDA or Dream checkpoint. No code of the checkpoint is run; no weight is read.
 
     Args:
         path_or_id: as for `dkv.load`: "tiny", "tiny-dream", a folder, or the id of a model on the hub, of which
             only the small files are fetched.
-        subfolder, revision, token, cache_dir, local_files_only, force_download, others: as for `dkv.load`.
+        subfolder, keywords: as for `dkv.load`.
 
     Returns:
         A tokenizer of transformers. A `tokenizer.json` is taken as it stands, whatever class the folder names.
@@ -54,11 +48,7 @@ def load_tokenizer(
         >>> tokenizer = dkv.load_tokenizer("tiny")
         >>> tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # where it has a template
     """
-    check_keywords(others, TAKEN)
-    folder = folder_of(
-        path_or_id, TOKENIZER_FILES, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir,
-        local_files_only=local_files_only, force_download=force_download,
-    )  # fmt: skip
+    folder = folder_of(path_or_id, TOKENIZER_FILES, subfolder=subfolder, **hub_options(keywords, ("subfolder",)))
     files = _checked_files(folder)
     reasons = []
     for kind in _classes(files):
@@ -102,9 +92,7 @@ def _check_merges(path: Path, words: dict[str, Any]) -> None:
     merges = sum(bool(line) and not line.startswith("#version") for line in lines)
     longer = sum(len(word) > 1 for word in words)
     if 2 * merges < longer:
-        raise ValueError(
-            f"{path} is cut short: {merges} merges do not make {longer} tokens of several letters: {FETCH}"
-        )
+        raise ValueError(f"{path} is cut short: {merges} merges do not make {longer} tokens: {FETCH}")
 
 
 def _classes(files: dict[str, Any]) -> list[Any]:
