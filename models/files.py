@@ -40,6 +40,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed(path, path.read_bytes())
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        ValueError: it is not in UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): {FETCH}") from error
+
+
 def parsed(path: Path, content: bytes) -> dict[str, Any]:
     """The object in JSON text that comes from `path`; raises ValueError as `read_json`."""
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dkv.models.adapters import family_of
 from dkv.models.checkpoint import CONFIG
-from dkv.models.files import FETCH, is_there, read_json, some
+from dkv.models.files import FETCH, is_there, read_json, read_text, some
 from dkv.models.folders import TOKENIZER_FILES, folder_of
 from dkv.models.keywords import hub_options
 
@@ -70,9 +70,9 @@ def load_tokenizer(
 
 
 def _checked_files(folder: Path) -> dict[str, Any]:
-    """What the folder has of a tokenizer, and what is in the JSON files; refused if it is not complete."""
+    """What the folder has of a tokenizer, by file; refused if it is not complete."""
     files = {name: read_json(folder / name) for name in JSON if is_there(folder / name)}
-    files |= {name: None for name in TEXT if is_there(folder / name)}
+    files |= {name: read_text(folder / name) for name in TEXT if is_there(folder / name)}
     found = {name for name in (ALL_IN_ONE, WORDS, MERGES) if name in files}
     advice = f"put {ALL_IN_ONE}, or {WORDS} and {MERGES}, beside the weights, with tokenizer_config.json"
     if len(found) == 1 and ALL_IN_ONE not in found:
@@ -82,14 +82,13 @@ def _checked_files(folder: Path) -> dict[str, Any]:
     if not found and not others:
         raise FileNotFoundError(f"{folder} has no tokenizer: {advice}")
     if ALL_IN_ONE not in found and WORDS in found:
-        _check_merges(folder / MERGES, files[WORDS])
+        _check_merges(folder / MERGES, files[MERGES], files[WORDS])
     return files
 
 
-def _check_merges(path: Path, words: dict[str, Any]) -> None:
+def _check_merges(path: Path, text: str, words: dict[str, Any]) -> None:
     """Refuse a list of merges that is empty or cut short: every token of several letters comes from one."""
-    lines = path.read_text("utf-8").splitlines()
-    merges = sum(bool(line) and not line.startswith("#version") for line in lines)
+    merges = sum(bool(line) and not line.startswith("#version") for line in text.splitlines())
     longer = sum(len(word) > 1 for word in words)
     if 2 * merges < longer:
         raise ValueError(f"{path} is cut short: {merges} merges do not make {longer} tokens: {FETCH}")
