@@ -2,8 +2,9 @@
 
 >>> import dkv
 >>> model, tokenizer = dkv.load("tiny"), dkv.load_tokenizer("tiny")
->>> ids = tokenizer("+2 -3 +1 +1 -2 +3 +1 -1 -1 +2 -3 +3 +1 +1 -2 -2 +1 +3 -1 -1 +2=", return_tensors="pt").input_ids.to(model.device)
->>> output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.Decode(refresh=8))
+>>> prompt = "+2 -3 +1 +1 -2 +3 +1 -1 -1 +2 -3 +3 +1 +1 -2 -2 +1 +3 -1 -1 +2="
+>>> ids = tokenizer(prompt, return_tensors="pt").input_ids
+>>> output = dkv.generate(model, ids.to(model.device), max_new_tokens=64, cache=dkv.Decode(refresh=8))
 >>> tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
 """
 

@@ -234,7 +234,7 @@ def family_of(config: Mapping) -> Family:
     found = by_class or [family for family in FAMILIES.values() if kind in family.model_types]
     if not found:
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
-        hint = " (by its class it writes from left to right, and is no diffusion model)" if causal else ""
+        hint = " (by its class it writes from left to right)" if causal else ""
         raise ValueError(f"unknown model family: {stated}{hint}; known are {known}")
     if experts := next((field for field in EXPERTS if fields.value(config, field) is not None), None):
         raise ValueError(

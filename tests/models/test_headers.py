@@ -77,7 +77,7 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 3 << 30))
     os.truncate(path, 4 << 30)  # takes no room on the disk
-    with pytest.raises(ValueError, match="not a safetensors file .a header of 3221225472 bytes.: fetch"):
+    with pytest.raises(ValueError, match=r"not a safetensors file .a header of 3221225472 bytes.: fetch"):
         read_header(path)
     assert MOST_HEADER == 100_000_000
 
@@ -97,5 +97,5 @@ def test_shards_are_checked_alike(small):
     index = small().shard()
     shard = index.parent / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes() + b"surplus")
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is damaged: 7 bytes follow"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is damaged: 7 bytes follow"):
         load(index.parent)

@@ -145,7 +145,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path, name, content, message):
 
 def test_merges_in_another_encoding_are_named(tmp_path):
     (dream_files(tmp_path) / "merges.txt").write_bytes(b"h \xff\n")
-    with pytest.raises(ValueError, match="merges.txt is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"merges.txt is not text in UTF-8"):
         load_tokenizer(tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_the_limit_is_that_of_the_tokenizer(tmp_path, small):
         small_spec = replace(spec, vocab_size=known, mask_token_id=1, eos_token_id=2, pad_token_id=None)
         assert with_vocab_limit(small_spec, tmp_path).vocab_limit is None
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": "b"}}}')
-    with pytest.raises(ValueError, match="tokenizer.json has a token with the id 'b'"):
+    with pytest.raises(ValueError, match=r"tokenizer.json has a token with the id 'b'"):
         with_vocab_limit(spec, tmp_path)
 
 
