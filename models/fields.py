@@ -1,5 +1,6 @@
 """Reading the fields of a `config.json`: every complaint names the field, what it holds and what it should."""
 
+import reprlib
 from collections.abc import Mapping
 
 import torch
@@ -31,7 +32,7 @@ def count(config: Mapping, field: str, default: int | None = None) -> int:
     if type(found) is not int or found < 1:
         raise ValueError(f"the configuration has {field}={found!r}; a whole number of at least 1 is needed")
     if found > MOST:
-        raise ValueError(f"the configuration has {field}={found:.3g}; a whole number of at most {MOST} is needed")
+        raise ValueError(f"the configuration has {field}={reprlib.repr(found)}; a whole number of at most {MOST} is needed")
     return found
 
 
@@ -42,7 +43,7 @@ def positive(config: Mapping, field: str, default: float) -> float:
         raise ValueError(f"the configuration has {field}={found!r}; a number above 0 is needed")
     if not SMALLEST <= found <= LARGEST:
         raise ValueError(
-            f"the configuration has {field}={found!r}; a number from {SMALLEST:.3g} to {LARGEST:.3g} is needed"
+            f"the configuration has {field}={reprlib.repr(found)}; a number from {SMALLEST:.3g} to {LARGEST:.3g} is needed"
         )
     return float(found)
 
