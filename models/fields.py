@@ -32,7 +32,9 @@ def count(config: Mapping, field: str, default: int | None = None) -> int:
     if type(found) is not int or found < 1:
         raise ValueError(f"the configuration has {field}={found!r}; a whole number of at least 1 is needed")
     if found > MOST:
-        raise ValueError(f"the configuration has {field}={reprlib.repr(found)}; a whole number of at most {MOST} is needed")
+        raise ValueError(
+            f"the configuration has {field}={reprlib.repr(found)}; a whole number of at most {MOST} is needed"
+        )
     return found
 
 
@@ -43,7 +45,8 @@ def positive(config: Mapping, field: str, default: float) -> float:
         raise ValueError(f"the configuration has {field}={found!r}; a number above 0 is needed")
     if not SMALLEST <= found <= LARGEST:
         raise ValueError(
-            f"the configuration has {field}={reprlib.repr(found)}; a number from {SMALLEST:.3g} to {LARGEST:.3g} is needed"
+            f"the configuration has {field}={reprlib.repr(found)}; a number between {SMALLEST:.3g} and {LARGEST:.3g}, "
+            "which float32 can hold, is needed"
         )
     return float(found)
 
