@@ -74,7 +74,7 @@ def _checked_files(folder: Path) -> dict[str, Any]:
     files = {name: read_json(folder / name) for name in JSON if is_there(folder / name)}
     files |= {name: read_text(folder / name) for name in TEXT if is_there(folder / name)}
     found = {name for name in (ALL_IN_ONE, WORDS, MERGES) if name in files}
-    advice = f"put {ALL_IN_ONE}, or {WORDS} and {MERGES}, beside the weights, with tokenizer_config.json"
+    advice = f"put its files, {ALL_IN_ONE} or {WORDS} and {MERGES}, beside the weights"
     if len(found) == 1 and ALL_IN_ONE not in found:
         lacks = next(name for name in (WORDS, MERGES) if name not in files)
         raise FileNotFoundError(f"{folder / lacks} is missing, without which {some(found)} means nothing: {advice}")

@@ -105,8 +105,8 @@ def test_a_dream_folder_with_the_files_of_another_class(tmp_path):
 
 LLADA, DREAM = '{"model_type": "llada"}', '{"model_type": "Dream"}'
 INCOMPLETE = [
-    ({"config.json": LLADA}, "has no tokenizer: put tokenizer.json"),
-    ({"config.json": DREAM}, "has no tokenizer: put tokenizer.json"),
+    ({"config.json": LLADA}, "has no tokenizer: put its files, tokenizer.json or"),
+    ({"config.json": DREAM}, "has no tokenizer: put its files, tokenizer.json or"),
     ({"config.json": DREAM, "tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}'}, "has no tokenizer"),
     ({"config.json": DREAM, "vocab.json": '{"a": 0}'}, "merges.txt is missing, without which vocab.json means nothing"),
     ({"config.json": DREAM, "merges.txt": "a b\n"}, "vocab.json is missing, without which merges.txt means nothing"),
