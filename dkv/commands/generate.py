@@ -163,6 +163,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if text is None and sys.stdin.isatty():
             raise ValueError("no prompt: give one, or --file FILE, or pipe it in")
         text, source = _read(sys.stdin, "standard input"), "standard input"
+    try:
+        # Bytes that are not text in the system's encoding, which may be ASCII, arrive as halves of surrogate pairs.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{source or 'PROMPT'} is not text in UTF-8") from error
     prompts = [line for line in text.split("\n") if line.strip()] if args.lines else [text]
     # An empty prompt is allowed where it was meant.
     if not any(prompts) and (args.lines or source):
@@ -186,8 +191,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def summary(stats: Any) -> str:
     """What a generation cost, in one line."""
+    from dkv.bar import counted
+
+    tokens, passes = counted(stats.new_tokens, "token"), counted(stats.passes, "pass")
     return (
-        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
-        f"{stats.passes} passes ({stats.full_passes} full), {stats.computed_share:.0%} of the slots computed, "
+        f"{tokens} in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
+        f"{passes} ({stats.full_passes} full), {stats.computed_share:.0%} of the slots computed, "
         f"seed {stats.seed}, {stats.settings['dtype'].removeprefix('torch.')} on {stats.settings['device']}"
     )
