@@ -49,8 +49,25 @@ def cached_attention(
         scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
-    out = torch.einsum("bhns,bshd->bnhd", weights, value).to(q.dtype)
+    out = weighted_sum(weights, value, visible).to(q.dtype)
     return (out, lse.transpose(1, 2)) if return_lse else out
+
+
+def weighted_sum(weights: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """The values [B, S, H, D] that a query sees, times their weights [B, H, N, S]: [B, N, H, D].
+
+    A hidden value has the weight 0, but 0 times NaN is NaN: values that are not finite are added one by one, where
+    they are seen.
+    """
+    if visible is None:
+        return torch.einsum("bhns,bshd->bnhd", weights, value)
+    strange = ~value.isfinite()
+    out = torch.einsum("bhns,bshd->bnhd", weights, value.masked_fill(strange, 0))
+    for slot in strange.any((0, 2, 3)).nonzero().flatten():
+        term = weights[..., slot].transpose(1, 2).unsqueeze(-1) * value[:, None, slot]
+        seen = visible[:, :, slot, None, None] & strange[:, None, slot]
+        out = out + torch.where(seen, term, 0)
+    return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,14 +102,17 @@ def rope_scatter_(
     query_positions = positions if query_positions is None else query_positions
     key = rotate(head_norm(k, k_norm), cos[positions], sin[positions])
     for b in range(len(positions)):
-        n = positions.shape[1] if lengths is None else int(lengths[b])
+        n = positions.shape[1] if lengths is None else max(int(lengths[b]), 0)
         k_buf[b, positions[b, :n]] = key[b, :n].to(k_buf.dtype)
         v_buf[b, positions[b, :n]] = v[b, :n].to(v_buf.dtype)
     return rotate(head_norm(q, q_norm), cos[query_positions], sin[query_positions])
 
 
 def gather_rows(x, index):
-    return torch.stack([row[i] for row, i in zip(x, index, strict=True)])
+    out = x.new_empty((*index.shape, *x.shape[2:]))
+    for b in range(len(index)):
+        out[b] = x[b, index[b]]
+    return out
 
 
 def scatter_rows_(x, index, source):
