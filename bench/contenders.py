@@ -33,8 +33,8 @@ FULL = (
 SHIFTED = ("cache=decode,pd refresh=2,4,8,16 shift_rule=un_right",)
 PLAIN = "plain"
 SETTINGS = (
-    "block_length", "schedule", "eps", "confidence", "temperature", "top_p", "top_k", "selection_temperature",
-    "threshold", "factor", "cfg_scale",
+    "block_length", "schedule", "eps", "confidence", "confidence_dtype", "temperature", "top_p", "top_k",
+    "selection_temperature", "threshold", "factor", "cfg_scale",
 )  # fmt: skip
 # How a setting is written in a label; others as name=value.
 LABELS = {

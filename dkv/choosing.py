@@ -30,13 +30,15 @@ class Chooser:
         processor: LogitsProcessor | None = None,
     ):  # fmt: skip
         self.model, self.workspace, self.processor = model, workspace, processor
-        self.exact = not config.savings.tail_confidence
+        self.rounded = config.confidence_dtype == "model"
+        self.float64 = not (config.savings.tail_confidence or self.rounded)
         drawn = config.temperature > 0
         self.how = {
             "rule": "probability" if config.confidence == "random" else config.confidence,
             "temperature": config.temperature,
             # Dream takes filters and confidences from the tempered logits, LLaDA from the raw ones.
             "confidence_temperature": config.temperature if drawn and model.spec.shifted else 1.0,
+            "confidence_dtype": config.confidence_dtype,
             "top_k": config.top_k,
             "top_p": config.top_p,
             "seed": 0,
@@ -59,7 +61,7 @@ class Chooser:
         head, how = self.model.head, {**self.how, "row_keys": keys}
         if self.processor is not None:
             return self._processed(hidden, keys, counts, texts())
-        if self.exact:
+        if self.float64:
             with kernels.use_backend("reference"):
                 return kernels.choose_token(head(hidden).double(), **how)
         if type(head) is nn.Linear:
@@ -76,19 +78,20 @@ class Chooser:
         """With the processor: of one row at a time, so that no row can tell what is beside it."""
         counts = list(counts)
         logits = (
-            self._changed(text.expand(len(part), -1), self.model.head(part).float())
+            self._changed(text.expand(len(part), -1), self.model.head(part))
             for text, part in zip(texts, hidden.split(counts), strict=True)
             if len(part)
         )
         some = [None] * len(counts) if keys is None else keys.split(counts)
         return self._parts(logits, [part for part, count in zip(some, counts, strict=True) if count])
 
-    def _changed(self, ids: Tensor, scores: Tensor) -> Tensor:
+    def _changed(self, ids: Tensor, logits: Tensor) -> Tensor:
+        scores = logits.float()
         found = self.processor(ids, scores)
         if not isinstance(found, Tensor) or found.shape != scores.shape:
             got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"logits_processor must return scores {list(scores.shape)}, got {got}")
-        return found
+        return found.to(logits.dtype) if self.rounded else found
 
     def _parts(self, logits: Any, keys: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """`choose_token` of several parts, whose logits may be overwritten."""

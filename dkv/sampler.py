@@ -14,6 +14,7 @@ from dkv.canvas import Canvas, column, mask_of, slots_of
 from dkv.choosing import Chooser, LogitsProcessor
 from dkv.config import DiffusionConfig
 from dkv.guidance import guided, twice, with_and_without_text
+from dkv.kernels.reference import shares
 from dkv.output import Stats
 from dkv.passes import Pass
 from dkv.policy import Active, View
@@ -102,11 +103,17 @@ class Sampler:
 
     def check(self) -> None:
         """Raise ValueError if any logits so far were not numbers. Reads one value back."""
-        if bool(self.invalid):
-            raise ValueError(
-                "the model's logits hold NaN or infinity, or no id that may be chosen: check the weights, and the "
-                "dtype (float16 overflows where bfloat16 and float32 do not)"
-            )
+        if not bool(self.invalid):
+            return
+        suspects = [
+            f"cfg_scale={self.config.cfg_scale}, which multiplies them" if self.config.cfg_scale else "",
+            "the logits_processor, which changes them" if self.choose.processor is not None else "",
+            "the weights, and the dtype (float16 overflows where bfloat16 and float32 do not)",
+        ]
+        raise ValueError(
+            "the model's logits hold NaN or infinity, or no id that may be chosen: check "
+            + ", then ".join(filter(None, suspects))
+        )
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Go on with these rows alone; returns the order they have now."""
@@ -247,7 +254,8 @@ class Sampler:
         if slots is not None:
             noise = noise.gather(1, slots.clamp(max=noise.shape[1] - 1))
         plain = confidence if self.config.confidence == "entropy" else confidence.exp()
-        return plain / heat + noise
+        own, noisy = shares(heat, plain.dtype)
+        return plain * own + noise * noisy
 
     def _commit(
         self, steps: list[Step], quota: np.ndarray, slots: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+INFINITY = float("inf")
 # Whole numbers: the least one (None: any), and whether the setting may be None, and a list.
 WHOLE: dict[str, tuple[int | None, bool, bool]] = {
     "max_new_tokens": (0, False, True),
@@ -14,14 +15,14 @@ WHOLE: dict[str, tuple[int | None, bool, bool]] = {
     "mask_token_id": (0, True, False),
     "vocab_limit": (1, True, False),
 }
-# Numbers from 0: the greatest one, and whether the setting may be None.
+# Finite numbers from 0: the greatest one, and whether the setting may be None.
 NUMBERS: dict[str, tuple[float, bool]] = {
-    "temperature": (float("inf"), False),
-    "selection_temperature": (float("inf"), False),
-    "cfg_scale": (float("inf"), False),
+    "temperature": (INFINITY, False),
+    "selection_temperature": (INFINITY, False),
+    "cfg_scale": (INFINITY, False),
     "eps": (1, False),
     "top_p": (1, True),
-    "factor": (float("inf"), True),
+    "factor": (INFINITY, True),
 }
 
 
@@ -43,3 +44,5 @@ def check_numbers(settings: Any) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
             raise ValueError(f"{name} must be between 0 and {high}, got {value!r}")
+        if value == INFINITY:
+            raise ValueError(f"{name} must be a finite number, got {value!r}")

@@ -10,6 +10,7 @@ from dkv.kernels import checks, ops
 from dkv.kernels.workspace import Workspace
 
 RULES = ("probability", "margin", "entropy")
+CONFIDENCE_DTYPES = ("exact", "model")
 
 
 def choose_token(
@@ -18,6 +19,7 @@ def choose_token(
     rule: str = "probability",
     temperature: float = 0.0,
     confidence_temperature: float = 1.0,
+    confidence_dtype: str = "exact",
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -33,15 +35,20 @@ def choose_token(
     The confidence is a logarithm taken from the tail, log p = -log1p(sum over the others of
     exp(x - max)), so that probabilities that differ only in how close to 1 they are stay apart in
     float32 as they do in the published float64 softmax. Banned ids and those beyond the limit
-    cannot be chosen, but keep their share of the probability, as in the published code.
+    cannot be chosen, but keep their share of the probability, as in the published code: NaN there is
+    NaN. Logits are divided by a temperature after the largest of a row is subtracted, so that none overflows.
 
     Args:
-        logits: [R, V]; half precision is computed in float32.
+        logits: [R, V], V at least 1; half precision is computed in float32.
         rule: "probability" (log p of the token), "margin" (log of best minus second best) or
             "entropy" (sum of p log p).
-        temperature: 0 takes the best id; above 0 the id is drawn from softmax(logits / temperature).
+        temperature: 0 takes the best id; above 0 the id is drawn from softmax(logits / temperature). A temperature
+            so low that it does not tell logits apart takes the best id, of equal ones the lowest.
         confidence_temperature: divides the logits before filters and confidence: 1 as LLaDA does,
             the temperature as Dream does.
+        confidence_dtype: "exact", or "model": logits are divided, filtered, softmaxed and compared in their own dtype
+            and the confidence is the logarithm of a rounded number, as in the code that Dream published. In bfloat16
+            many confidences are then equal.
         top_k, top_p: ids outside are neither drawn nor counted; the best allowed id always stays.
         seed, row_keys: integer and [R, K] int64 (default: the row number): the noise of a row is a
             function of these and of nothing else.
@@ -60,7 +67,9 @@ def choose_token(
     """
     r, v = checks.shape("logits", logits, None, None)
     checks.dtype("logits", logits, checks.FLOATS)
-    how = _choice(v, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit)
+    how = _choice(
+        v, rule, temperature, confidence_temperature, confidence_dtype, top_k, top_p, seed, banned, vocab_limit
+    )
     row_keys = _row_keys(row_keys, r, temperature, logits)
     choice = ops.run(
         "choose_token", logits, row_keys=row_keys, overwrite=overwrite, workspace=workspace, differentiable=False, **how
@@ -76,6 +85,7 @@ def choose_token_fused(
     rule: str = "probability",
     temperature: float = 0.0,
     confidence_temperature: float = 1.0,
+    confidence_dtype: str = "exact",
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -88,7 +98,8 @@ def choose_token_fused(
     """`choose_token` of `hidden @ head_weight.T + head_bias`; no more than a scratch of logits is held.
 
     The Triton kernel holds no logits at all, and adds up half-precision products in float32 without
-    rounding the logits to the dtype of `hidden`. With top-k or top-p it leaves the work to PyTorch.
+    rounding the logits to the dtype of `hidden`. With top-k, top-p or confidence_dtype="model", for which logits
+    are rounded, it leaves the work to PyTorch.
 
     Args:
         hidden: [R, d].
@@ -113,7 +124,9 @@ def choose_token_fused(
         v = head_weight.out_features
         if head_bias is not None:
             raise ValueError("head_bias goes with a head_weight that is a tensor: a layer adds its own")
-    how = _choice(v, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit)
+    how = _choice(
+        v, rule, temperature, confidence_temperature, confidence_dtype, top_k, top_p, seed, banned, vocab_limit
+    )
     row_keys = _row_keys(row_keys, r, temperature, hidden)
     choice = ops.run(
         "choose_token_fused", hidden, head_weight, head_bias=head_bias, row_keys=row_keys, workspace=workspace,
@@ -122,14 +135,20 @@ def choose_token_fused(
     return _valid(choice, validate)
 
 
-def _choice(vocabulary, rule, temperature, confidence_temperature, top_k, top_p, seed, banned, vocab_limit):
+def _choice(
+    vocabulary, rule, temperature, confidence_temperature, confidence_dtype, top_k, top_p, seed, banned, vocab_limit
+):
     """The checked settings of a choice, all present."""
+    if vocabulary == 0:
+        raise ValueError("logits must have at least one id, got a vocabulary of 0")
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or a positive number, got {temperature}")
     if not 0 < confidence_temperature < float("inf"):
         raise ValueError(f"confidence_temperature must be a positive number, got {confidence_temperature}")
+    if confidence_dtype not in CONFIDENCE_DTYPES:
+        raise ValueError(f"confidence_dtype must be one of {', '.join(CONFIDENCE_DTYPES)}, got {confidence_dtype!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
     if top_p is not None and not 0 <= top_p <= 1:
@@ -144,8 +163,9 @@ def _choice(vocabulary, rule, temperature, confidence_temperature, top_k, top_p,
     if sum(token < limit for token in banned) == limit:
         raise ValueError("banned leaves no id to choose")
     return {
-        "rule": rule, "temperature": temperature, "confidence_temperature": confidence_temperature, "top_k": top_k,
-        "top_p": top_p, "seed": seed, "banned": banned, "vocab_limit": vocab_limit,
+        "rule": rule, "temperature": temperature, "confidence_temperature": confidence_temperature,
+        "confidence_dtype": confidence_dtype, "top_k": top_k, "top_p": top_p, "seed": seed, "banned": banned,
+        "vocab_limit": vocab_limit,
     }  # fmt: skip
 
 

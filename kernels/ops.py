@@ -115,10 +115,12 @@ def scatter_rows_(x, index, source):
 def _choose_token(
     logits: Tensor, rule: str, temperature: float, confidence_temperature: float, top_k: int | None,
     top_p: float | None, seed: int, row_keys: Tensor | None, banned: Sequence[int], vocab_limit: int | None,
+    confidence_dtype: str = "exact",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return backend.current(logits).choose_token(
         logits, rule=rule, temperature=temperature, confidence_temperature=confidence_temperature, top_k=top_k,
         top_p=top_p, seed=seed, row_keys=row_keys, banned=tuple(banned), vocab_limit=vocab_limit,
+        confidence_dtype=confidence_dtype,
     )  # fmt: skip
 
 
@@ -135,12 +137,12 @@ def choose_token(logits, *, overwrite, workspace, **how):
 def _choose_token_fused(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, rule: str, temperature: float,
     confidence_temperature: float, top_k: int | None, top_p: float | None, seed: int, row_keys: Tensor | None,
-    banned: Sequence[int], vocab_limit: int | None,
+    banned: Sequence[int], vocab_limit: int | None, confidence_dtype: str = "exact",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return backend.current(hidden).choose_token_fused(
         hidden, head_weight, head_bias=head_bias, rule=rule, temperature=temperature,
         confidence_temperature=confidence_temperature, top_k=top_k, top_p=top_p, seed=seed, row_keys=row_keys,
-        banned=tuple(banned), vocab_limit=vocab_limit,
+        banned=tuple(banned), vocab_limit=vocab_limit, confidence_dtype=confidence_dtype,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ are those of the public functions of `dkv.kernels`, which check them and documen
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dkv.kernels.noise import gumbel
@@ -121,42 +122,66 @@ def scatter_rows_(x, index, source):
     return x
 
 
-def keep_best(x: Tensor, best: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """x with the ids outside top-p and then top-k at -inf; `best` [R] is always kept.
+def dropped(x: Tensor, best: Tensor, top_k: int | None, top_p: float | None) -> Tensor | None:
+    """Which ids top-p and then top-k drop of the tempered logits x, bool [R, V]; `best` [R] is always kept.
 
     Dream's order and cuts: an id stays while the probability before it is at most `top_p`; ids that
     tie with the k-th best stay.
     """
-    kept = x
+    gone = None
     if top_p is not None and top_p < 1:
-        ordered, order = kept.sort(dim=-1, descending=True, stable=True)
+        ordered, order = x.sort(dim=-1, descending=True, stable=True)
         drop = ordered.softmax(-1).cumsum(-1).roll(1, -1) > top_p
         drop[:, 0] = False
-        kept = kept.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+        gone = torch.zeros_like(drop).scatter(1, order, drop)
+        x = x.masked_fill(gone, -torch.inf)
     if top_k is not None and top_k < x.shape[-1]:
-        kept = kept.masked_fill(kept < kept.topk(top_k).values[:, -1:], -torch.inf)
-    return kept if kept is x else kept.scatter(1, best[:, None], x.gather(1, best[:, None]))
+        low = x < x.topk(top_k).values[:, -1:]
+        gone = low if gone is None else gone | low
+    return gone if gone is None else gone.scatter(1, best[:, None], False)
+
+
+def computable(temperature: float, dtype: torch.dtype) -> float:
+    """A temperature that numbers of this dtype can be multiplied with and divided by."""
+    return min(max(temperature, torch.finfo(dtype).tiny), torch.finfo(dtype).max)
+
+
+def shares(temperature: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What a value and its noise are multiplied with before they are added: 1 / temperature and 1, or both times it.
+
+    Neither overflows. As the temperature goes below what tells two values apart, the larger one wins, and the first
+    of equal ones.
+    """
+    temperature = computable(temperature, dtype)
+    return (1.0, temperature) if temperature < 1 else (max(1 / temperature, torch.finfo(dtype).tiny), 1.0)
+
+
+def choosable(vocabulary: int, banned, vocab_limit: int | None, device: torch.device) -> Tensor:
+    """bool [V]: the ids that may be chosen."""
+    allowed = torch.arange(vocabulary, device=device) < (vocabulary if vocab_limit is None else vocab_limit)
+    for token in banned:
+        allowed[token] = False
+    return allowed
 
 
 def choose_token(
     logits, *, rule, temperature=0.0, confidence_temperature=1.0, top_k=None, top_p=None, seed=0, row_keys=None,
-    banned=(), vocab_limit=None, overwrite=False, workspace=None,
+    banned=(), vocab_limit=None, confidence_dtype="exact", overwrite=False, workspace=None,
 ):  # fmt: skip
-    x = wide(logits) / confidence_temperature
-    allowed = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
-    allowed[list(banned)] = False
-    allowed[x.shape[-1] if vocab_limit is None else vocab_limit :] = False
+    allowed = choosable(logits.shape[-1], banned, vocab_limit, logits.device)
+    if confidence_dtype == "model":
+        return _choose_rounded(logits, allowed, rule, temperature, confidence_temperature, top_k, top_p, seed, row_keys)
+    x = wide(logits)
     best = x.masked_fill(~allowed, -torch.inf).argmax(-1)
-    x = keep_best(x, best, top_k, top_p)
+    gone = dropped(tempered(x, confidence_temperature), best, top_k, top_p)
+    if gone is not None:
+        x = x.masked_fill(gone, -torch.inf)
     open_ = x.masked_fill(~allowed, -torch.inf)
-    token = best
-    if temperature > 0:
-        noisy = open_ * (confidence_temperature / temperature)
-        token = (noisy + gumbel(seed, row_keys, x.shape[-1]).to(x.dtype)).argmax(-1)
+    token = _drawn(open_, temperature, seed, row_keys) if temperature > 0 else best
     # In float64, where a probability near 1 is told from 1; the fast backends sum the tail instead.
-    log_p = x.double().log_softmax(-1)
+    log_p = tempered(x.double(), computable(confidence_temperature, x.dtype)).log_softmax(-1)
     if rule == "margin":
-        top = open_.log_softmax(-1).topk(min(2, open_.shape[-1])).indices
+        top = open_.topk(min(2, open_.shape[-1])).indices
         first, second = log_p.gather(1, top[:, :1])[:, 0], log_p.gather(1, top[:, 1:])
         second = second[:, 0].masked_fill(~allowed[top[:, -1]], -torch.inf) if second.numel() else -torch.inf
         confidence = first + torch.log1p(-torch.exp(second - first))
@@ -166,6 +191,50 @@ def choose_token(
         confidence = log_p.gather(1, token[:, None])[:, 0]
     nothing_to_choose = open_.amax(-1) == -torch.inf
     return token, confidence.to(x.dtype).masked_fill(nothing_to_choose, torch.nan)
+
+
+def tempered(x: Tensor, temperature: float) -> Tensor:
+    """(x - the largest of a row) / temperature: what may overflow counts for nothing."""
+    top = x.amax(-1, keepdim=True)
+    return (x - top.masked_fill(top.isinf(), 0)) / computable(temperature, x.dtype)
+
+
+def _drawn(x: Tensor, temperature: float, seed: int, row_keys: Tensor) -> Tensor:
+    """Ids drawn from softmax(x / temperature)."""
+    own, noisy = shares(temperature, x.dtype)
+    return (x * own + gumbel(seed, row_keys, x.shape[-1]).to(x.dtype) * noisy).argmax(-1)
+
+
+def _choose_rounded(
+    logits, allowed, rule, temperature, confidence_temperature, top_k, top_p, seed, row_keys
+) -> tuple[Tensor, Tensor]:
+    """`choose_token` with every step rounded to the dtype of the logits, as Dream's published code has it.
+
+    What differs from that code: the noise; ids that are not allowed; temperatures that overflow count as low; in
+    float16, where 1e-10 is 0, the published entropy is NaN.
+    """
+    x, top = logits, logits.amax(-1, keepdim=True)
+    if confidence_temperature != 1:
+        heat = computable(confidence_temperature, torch.promote_types(x.dtype, torch.float32))
+        x = torch.where((top / heat).isinf() & top.isfinite(), (x - top) / heat, x / heat)
+    open_ = logits.masked_fill(~allowed, -torch.inf)
+    best = open_.argmax(-1)
+    gone = dropped(x, best, top_k, top_p)
+    p = (x if gone is None else x.masked_fill(gone, -torch.inf)).softmax(-1)
+    open_p = p.masked_fill(~allowed, 0)
+    token = open_p.argmax(-1)
+    if temperature > 0:
+        token = _drawn(wide(open_p).log(), temperature / confidence_temperature, seed, row_keys)
+    # Beside an id that is not allowed all others may round to 0.
+    token = torch.where(open_p.amax(-1) == 0, best, token)
+    if rule == "margin":
+        first, second = F.pad(open_p, (0, 1)).topk(2).values.unbind(-1)
+        confidence = wide(first - second).log()
+    elif rule == "entropy":
+        confidence = wide((p * torch.log(p + 1e-10)).masked_fill(p == 0, 0).sum(-1))
+    else:
+        confidence = wide(p.gather(1, token[:, None])[:, 0]).log()
+    return token, confidence.masked_fill(open_.amax(-1) == -torch.inf, torch.nan)
 
 
 def choose_token_fused(hidden, head_weight, *, head_bias=None, **how):

@@ -1,7 +1,7 @@
 """The choice of a token in fast PyTorch, strip by strip over the vocabulary.
 
 A strip of logits is made, used while it is in the cache, and forgotten: rows of the whole vocabulary are
-never held. Only top-k and top-p need them, to sort.
+never held. Only top-k and top-p need them, to sort, and confidences in the dtype of the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -35,14 +35,15 @@ def choose_token(logits, *, overwrite=False, workspace=None, row_keys=None, **ho
             free = overwrite and part.dtype == dtype
             yield part if free else work.take("strip", part.shape, dtype, part.device).copy_(part)
 
-    return _by_rows(strips, *logits.shape, row_keys, **how)
+    return _by_rows(strips, *logits.shape, logits.dtype, row_keys, **how)
 
 
 def choose_token_fused(hidden, head_weight, *, head_bias=None, workspace=None, row_keys=None, **how):
     if not isinstance(head_weight, Tensor):
         return _by_rows(
-            lambda rows: head_weight.strips(hidden[rows]), len(hidden), head_weight.out_features, row_keys, **how
-        )
+            lambda rows: head_weight.strips(hidden[rows]), len(hidden), head_weight.out_features, hidden.dtype,
+            row_keys, **how,
+        )  # fmt: skip
     work = Workspace() if workspace is None else workspace
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
@@ -59,18 +60,26 @@ def choose_token_fused(hidden, head_weight, *, head_bias=None, workspace=None, r
                 logits.add_(head_bias[start : start + STRIP])
             yield logits if logits.dtype == dtype else work.take("strip", shape, dtype, part.device).copy_(logits)
 
-    return _by_rows(strips, len(hidden), len(head_weight), row_keys, **how)
+    return _by_rows(strips, len(hidden), len(head_weight), hidden.dtype, row_keys, **how)
 
 
-def _by_rows(strips: Callable[[slice], Iterable[Tensor]], rows: int, vocabulary: int, row_keys, **how):
-    """Choose for all rows, with no more than `SCRATCH_BYTES` of logits held at a time."""
-    columns = vocabulary if _filters(vocabulary, how) else min(vocabulary, STRIP)
+def _by_rows(
+    strips: Callable[[slice], Iterable[Tensor]], rows: int, vocabulary: int, dtype: torch.dtype, row_keys,
+    *, confidence_dtype, **how,
+):  # fmt: skip
+    """Choose for all rows, with no more than `SCRATCH_BYTES` of logits held at a time; they are of `dtype`."""
+    rounded = confidence_dtype == "model"
+    columns = vocabulary if rounded or _filters(vocabulary, how) else min(vocabulary, STRIP)
     step = max(1, SCRATCH_BYTES // (4 * columns))
     parts = []
     for start in range(0, max(rows, 1), step):
         part = slice(start, start + step)
         keys = None if row_keys is None else row_keys[part]
-        parts.append(_choose_in_strips(strips(part), vocabulary, keys, **how))
+        if rounded:
+            logits = torch.cat([strip.to(dtype, copy=True) for strip in strips(part)], 1)
+            parts.append(reference.choose_token(logits, row_keys=keys, confidence_dtype=confidence_dtype, **how))
+        else:
+            parts.append(_choose_in_strips(strips(part), vocabulary, keys, **how))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
@@ -90,16 +99,14 @@ def _choose_in_strips(
     limit = vocabulary if vocab_limit is None else vocab_limit
     if _filters(vocabulary, filters):
         strips = _filtered(strips, confidence_temperature, banned, limit, **filters)
-        confidence_temperature, temperature = 1.0, temperature / confidence_temperature
 
     def draw(x: Tensor, start: int) -> Tensor:
+        own, noisy = reference.shares(temperature, x.dtype)
         noise = gumbel(seed, row_keys, x.shape[1], start).to(x.dtype)
-        return noise.add_(x, alpha=confidence_temperature / temperature)
+        return noise.mul_(noisy).add_(x, alpha=own)
 
-    found, closed, start = _Found(rule, draw if temperature > 0 else None), [], 0
+    found, closed, start = _Found(rule, confidence_temperature, draw if temperature > 0 else None), [], 0
     for x in map(_row_by_row, strips):
-        if confidence_temperature != 1:
-            x.div_(confidence_temperature)
         stop = start + x.shape[1]
         for token in banned:
             if start <= token < min(stop, limit):
@@ -128,17 +135,19 @@ def _row_by_row(x: Tensor) -> Tensor:
 class _Found:
     """What the strips of R rows had, each [R, 1], and the choice that follows from all of them.
 
-    Of each strip: its largest logit (`tops`) and the sum of exp(logit - top) over its others: a sum without its
-    largest term keeps its precision when the probability of that is almost 1. For the entropy also the sum of
-    exp(logit - top) * (logit - top) (`weighted`).
+    Of each strip: its largest logit (`tops`) and the sum of exp((logit - top) / temperature) over its others: a sum
+    without its largest term keeps its precision when the probability of that is almost 1, and a difference divided
+    by a low temperature overflows to what counts for nothing. For the entropy also the sum of those terms times their
+    exponents (`weighted`).
 
     Args:
         rule: what the confidence is.
+        temperature: of the confidence.
         draw: (strip, its first column) -> values whose largest is drawn; None: the best id is taken.
     """
 
-    def __init__(self, rule: str, draw: Callable[[Tensor, int], Tensor] | None):
-        self.rule, self.draw = rule, draw
+    def __init__(self, rule: str, temperature: float, draw: Callable[[Tensor, int], Tensor] | None):
+        self.rule, self.temperature, self.draw = rule, temperature, draw
         self.tops, self.others, self.weighted = [], [], []
         self.best, self.pairs, self.drawn = [], [], []
 
@@ -154,7 +163,7 @@ class _Found:
     def add_closed(self, x: Tensor) -> Tensor:
         """Columns that cannot be chosen, but have their share of the probability; the place of the largest."""
         top, place = _best(x)
-        x.scatter_(1, place, -torch.inf).sub_(top.masked_fill(top == -torch.inf, 0))
+        self._cool(x.scatter_(1, place, -torch.inf).sub_(top.masked_fill(top == -torch.inf, 0)))
         if self.rule == "entropy":
             weight = x.clamp_(min=-1e4).exp()
             self.others.append(weight.sum(1, keepdim=True))
@@ -165,13 +174,19 @@ class _Found:
         self.tops.append(top)
         return place
 
+    def _cool(self, difference: Tensor) -> Tensor:
+        """A difference of logits divided by the temperature, in place."""
+        if self.temperature == 1:
+            return difference
+        return difference.div_(reference.computable(self.temperature, difference.dtype))
+
     def choice(self) -> tuple[Tensor, Tensor]:
         tops, best = torch.cat(self.tops, 1), torch.cat(self.best, 1)
         first, strip = tops[:, : best.shape[1]].max(1, keepdim=True)
         top, top_strip = tops.max(1, keepdim=True)
         # Nothing to choose from, or +inf.
         top = top.masked_fill((first == -torch.inf) | (top == torch.inf), torch.nan)
-        down = tops - top
+        down = self._cool(tops - top)
         counted = torch.ones_like(tops).scatter_(1, top_strip, 0)
         others = torch.cat(self.others, 1)
         log_total = torch.log1p(((others + counted) * down.exp()).sum(1, keepdim=True))
@@ -185,9 +200,10 @@ class _Found:
             confidence = (weighted * down.exp()).sum(1, keepdim=True) * torch.exp(-log_total) - log_total
         elif self.rule == "margin":
             pairs = torch.cat([*self.pairs, torch.full_like(first, -torch.inf)], 1).topk(2).values
-            confidence = first - top - log_total + torch.log1p(-torch.exp(pairs[:, 1:] - first))
+            apart = torch.log1p(-torch.exp(self._cool(pairs[:, 1:] - first)))
+            confidence = self._cool(first - top) - log_total + apart
         else:
-            confidence = chosen - top - log_total
+            confidence = self._cool(chosen - top) - log_total
         return token.squeeze(1), confidence.squeeze(1)
 
 
@@ -211,10 +227,11 @@ def _best(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _filtered(strips: Iterable[Tensor], confidence_temperature: float, banned, limit: int, *, top_k, top_p):
-    """The strips of the logits over the temperature, those outside top-p and top-k at -inf."""
-    x = torch.cat([strip.clone() for strip in strips], 1).div_(confidence_temperature)
+    """The strips, with the ids outside top-p and top-k at -inf."""
+    x = torch.cat([strip.clone() for strip in strips], 1)
     allowed = x.clone()
     for token in banned:
         allowed[:, token] = -torch.inf
     allowed[:, limit:] = -torch.inf
-    return reference.keep_best(x, allowed.argmax(-1), top_k, top_p).split(STRIP, 1)
+    gone = reference.dropped(reference.tempered(x, confidence_temperature), allowed.argmax(-1), top_k, top_p)
+    return x.masked_fill_(gone, -torch.inf).split(STRIP, 1)

@@ -26,8 +26,8 @@ prompt that begins with a dash after `--`.
 POLICY_OPTIONS = ("refresh", "window", "warmup", "shift_rule", "delayed")
 # Options that go into `dkv.DiffusionConfig` as they are; the others have its defaults.
 SETTINGS = (
-    "max_new_tokens", "steps", "block_length", "schedule", "confidence", "temperature", "top_p", "top_k", "threshold",
-    "factor", "cfg_scale",
+    "max_new_tokens", "steps", "block_length", "schedule", "confidence", "confidence_dtype", "temperature", "top_p",
+    "top_k", "threshold", "factor", "cfg_scale",
 )  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--schedule", help="blocks (LLaDA) or time (Dream) (default: that of the model)")
     rules = "probability, margin, entropy or random"
     add("--confidence", default="probability", help=f"what is decoded first: {rules} (default: %(default)s)")
+    published = "exact, or model: rounded to the model's dtype, as in Dream's published code"
+    add("--confidence-dtype", default="exact", metavar="KIND", help=f"{published} (default: %(default)s)")
     add(
         "--threshold",
         type=float,

@@ -2,11 +2,12 @@
 
 The state of a row, over the columns seen so far, is a tuple of [R] tensors:
     top        the largest logit, of ids that may be chosen and of others
-    tail       the sum of exp(x - top) without one largest: next to a probability of almost 1 it keeps its digits
-    extra      "entropy": the sum of (x - top) * exp(x - top); "margin": the second best logit that may be chosen
+    tail       the sum of exp(f) without one largest, where f = (x - top) / temperature: next to a probability of
+               almost 1 it keeps its digits
+    extra      "entropy": the sum of f * exp(f); "margin": the second best logit that may be chosen
     best       the largest logit that may be chosen
     token      its lowest id
-    noisy      with noise, the largest sum of a scaled logit and noise
+    noisy      with noise, the largest sum of a scaled logit and scaled noise
     drawn      its lowest id
     drawn_x    its logit
 """
@@ -79,14 +80,20 @@ def fresh(RULE: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def cooled(difference, temperature, TEMPERED: tl.constexpr):
+    """A difference of logits over the temperature, which may overflow to -inf where logits would to +inf."""
+    if TEMPERED:
+        difference = tl.div_rn(difference, temperature)
+    return difference
+
+
+@triton.jit
 def absorb(
-    state, x, column, limit, temperature, scale, a, b,
+    state, x, column, limit, temperature, scale, noise_scale, a, b,
     RULE: tl.constexpr, BANNED: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     """The state after the logits x [R, V] of ids `column` [V], each greater than all before it; -inf for no id."""
     top, tail, extra, best, token, noisy, drawn, drawn_x = state
-    if TEMPERED:
-        x = tl.div_rn(x, temperature)
     x = tl.where(x == x, x, float("inf"))  # a maximum may drop NaN, and +inf ends as NaN
     allowed = column < limit
     for i in tl.static_range(len(BANNED)):
@@ -95,7 +102,7 @@ def absorb(
     here = tl.max(open_x, 1)
     place = tl.min(tl.where(open_x == here[:, None], column[None, :], LAST), 1)
     if NOISE:
-        score = tl.where(open_x > float("-inf"), open_x * scale + gumbel(a, b, column), float("-inf"))
+        score = tl.where(open_x > float("-inf"), open_x * scale + gumbel(a, b, column) * noise_scale, float("-inf"))
         score_here = tl.max(score, 1)
         drawn_here = tl.min(tl.where(score == score_here[:, None], column[None, :], LAST), 1)
         x_here = tl.max(tl.where(column[None, :] == drawn_here[:, None], open_x, float("-inf")), 1)
@@ -109,7 +116,8 @@ def absorb(
 
     high = tl.maximum(top, tl.max(x, 1))
     shift = tl.where(tl.abs(high) == float("inf"), 0.0, high)
-    far, fell = tl.maximum(x - shift[:, None], FAR), tl.maximum(top - shift, FAR)  # [R, V], [R]
+    far = tl.maximum(cooled(x - shift[:, None], temperature, TEMPERED), FAR)  # [R, V]
+    fell = tl.maximum(cooled(top - shift, temperature, TEMPERED), FAR)  # [R]
     # Those equal to the top are counted, so that one of them can be left out without a subtraction from the sum.
     is_top, lost = x == shift[:, None], high > top
     weight, keep = tl.where(is_top, 0.0, tl.exp(far)), tl.exp(fell)
@@ -138,8 +146,9 @@ def store(state, floats, ids, r, inside, part, PARTS: tl.constexpr, NOISE: tl.co
 
 @triton.jit
 def merge_kernel(
-    floats, ids, token_out, confidence_out, rows,
-    RULE: tl.constexpr, NOISE: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+    floats, ids, token_out, confidence_out, rows, temperature,
+    RULE: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Token and log-confidence of the rows from the states of the parts of the vocabulary; grid (tiles of rows,)."""
     r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
@@ -164,7 +173,8 @@ def merge_kernel(
         is_drawn = (noisy == highest[:, None]) & (drawn == place[:, None])
         chosen = tl.max(tl.where(is_drawn, drawn_x, float("-inf")), 1)
 
-    fell = tl.maximum(top - tl.where(tl.abs(high) == float("inf"), 0.0, high)[:, None], FAR)
+    shift = tl.where(tl.abs(high) == float("inf"), 0.0, high)
+    fell = tl.maximum(cooled(top - shift[:, None], temperature, TEMPERED), FAR)
     keep = tl.exp(fell)
     winner = tl.min(tl.where(top == high[:, None], part[None, :], LAST), 1)
     total = tl.sum(tl.where(part[None, :] == winner[:, None], tail, keep * (1.0 + tail)), 1)
@@ -176,9 +186,10 @@ def merge_kernel(
         confidence = tl.sum(keep * (extra + fell * (1.0 + tail)), 1) / (1.0 + total) - log_total
     elif RULE == "margin":
         second = tl.maximum(tl.max(extra, 1), tl.max(tl.where(is_first, float("-inf"), best), 1))
-        confidence = first - high - log_total + log1p(-tl.exp(second - first))
+        apart = log1p(-tl.exp(cooled(second - first, temperature, TEMPERED)))
+        confidence = cooled(first - high, temperature, TEMPERED) - log_total + apart
     else:
-        confidence = chosen - high - log_total
+        confidence = cooled(chosen - high, temperature, TEMPERED) - log_total
     tl.store(token_out + r, place.to(tl.int64), mask=r < rows)
     tl.store(confidence_out + r, tl.where(usable, confidence, float("nan")), mask=r < rows)
 
@@ -196,12 +207,16 @@ def scratch(work: Workspace, rows: int, parts: int, device: torch.device) -> dic
     }
 
 
-def merge(states: dict[str, Tensor], token: Tensor, confidence: Tensor, rule: str, noise: bool, parts: int) -> None:
+def merge(
+    states: dict[str, Tensor], token: Tensor, confidence: Tensor, rule: str, noise: bool, parts: int,
+    temperature: float, tempered: bool,
+) -> None:  # fmt: skip
     """Write the tokens and confidences that the states of the parts come to."""
     block_r, block_p = _merge_tile(parts)
     merge_kernel[(triton.cdiv(len(token), block_r),)](
-        **states, token_out=token, confidence_out=confidence, rows=len(token), RULE=rule, NOISE=noise, PARTS=parts,
-        BLOCK_P=block_p, BLOCK_R=block_r, num_warps=MERGE.warps,
+        **states, token_out=token, confidence_out=confidence, rows=len(token),
+        temperature=temperature, RULE=rule, NOISE=noise, TEMPERED=tempered, PARTS=parts, BLOCK_P=block_p,
+        BLOCK_R=block_r, num_warps=MERGE.warps,
     )  # fmt: skip
 
 
@@ -211,10 +226,11 @@ def _merge_tile(parts: int) -> tuple[int, int]:
 
 
 def merge_cases(parts: int) -> Iterator[Case]:
-    types = {"floats": "*fp32", "ids": "*i32", "token_out": "*i64", "confidence_out": "*fp32"}
+    types = {"floats": "*fp32", "ids": "*i32", "token_out": "*i64", "confidence_out": "*fp32", "temperature": "fp32"}
     block_r, block_p = _merge_tile(parts)
     for rule in RULES:
-        constants = {"RULE": rule, "NOISE": True, "PARTS": parts, "BLOCK_P": block_p, "BLOCK_R": block_r}
+        constants = {"RULE": rule, "NOISE": True, "TEMPERED": True, "PARTS": parts}
+        constants |= {"BLOCK_P": block_p, "BLOCK_R": block_r}
         yield case(f"choose_token merge of {parts} {rule}", merge_kernel, MERGE, types, constants)
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dkv.kernels import torch_backend
+from dkv.kernels import reference, torch_backend
 from dkv.kernels.choose import RULES
 from dkv.kernels.triton_backend import choice_state
 from dkv.kernels.triton_backend.cases import Case, case
@@ -32,8 +32,8 @@ from dkv.kernels.workspace import Workspace
 
 @triton.jit(do_not_specialize=["seed_a", "seed_b"])
 def _logits_kernel(
-    logits, row_keys, floats, ids, rows, vocabulary, limit, tiles, temperature, scale, seed_a, seed_b,
-    stride_r, stride_v, stride_kr, stride_kk,
+    logits, row_keys, floats, ids, rows, vocabulary, limit, tiles, temperature, scale, noise_scale, seed_a,
+    seed_b, stride_r, stride_v, stride_kr, stride_kk,
     RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -47,14 +47,14 @@ def _logits_kernel(
         at = logits + r[:, None] * stride_r + column.to(tl.int64)[None, :] * stride_v
         seen = inside[:, None] & (column < vocabulary)[None, :]
         x = tl.load(at, mask=seen, other=float("-inf")).to(tl.float32)  # [R, V]
-        state = absorb(state, x, column, limit, temperature, scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
+        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
     store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)
 
 
 @triton.jit(do_not_specialize=["seed_a", "seed_b"])
 def _hidden_kernel(
     hidden, weight, bias, row_keys, floats, ids, rows, vocabulary, size, limit, tiles, temperature, scale,
-    seed_a, seed_b, stride_hr, stride_hd, stride_wv, stride_wd, stride_b, stride_kr, stride_kk,
+    noise_scale, seed_a, seed_b, stride_hr, stride_hd, stride_wv, stride_wd, stride_b, stride_kr, stride_kk,
     RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
@@ -83,7 +83,7 @@ def _hidden_kernel(
         if bias is not None:
             x += tl.load(bias + column.to(tl.int64) * stride_b, mask=known, other=0.0).to(tl.float32)[None, :]
         x = tl.where(known[None, :], x, float("-inf"))
-        state = absorb(state, x, column, limit, temperature, scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
+        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
     store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)
 
 
@@ -122,22 +122,23 @@ FUSED_TABLE = LaunchTable(
 # Programs of a processor at a time, and the most parts of a vocabulary.
 EACH, MOST_PARTS = 4, 64
 FUSED_EACH, FUSED_MOST_PARTS = 2, 256
-# About the largest float32: what a kernel can be given.
-LARGEST = 3e38
 
 
 def choose_token(
-    logits, *, top_k=None, top_p=None, overwrite=False, workspace=None, parts=None, row=None, **how
+    logits, *, top_k=None, top_p=None, confidence_dtype="exact", overwrite=False, workspace=None, parts=None, row=None,
+    **how,
 ):  # fmt: skip
     """`dkv.kernels.choose_token`; `parts` fixes in how many parts the vocabulary is divided, `row` the launch.
 
-    top-k and top-p need the ids in order, which one pass does not give: PyTorch chooses with them.
+    top-k and top-p need the ids in order, and confidences in the dtype of the logits a softmax that is rounded in the
+    middle, which one pass does not give: PyTorch chooses with them.
     """
     rows, vocabulary = logits.shape
-    if _filters(vocabulary, top_k, top_p):
+    if _needs_rows(vocabulary, top_k, top_p, confidence_dtype):
         return torch_backend.choose_token(
-            logits, top_k=top_k, top_p=top_p, overwrite=overwrite, workspace=workspace, **how
-        )
+            logits, top_k=top_k, top_p=top_p, confidence_dtype=confidence_dtype, overwrite=overwrite,
+            workspace=workspace, **how,
+        )  # fmt: skip
     logits = computable(logits)
 
     def start(grid, row, shared):
@@ -151,15 +152,17 @@ def choose_token(
 
 
 def choose_token_fused(
-    hidden, head_weight, *, head_bias=None, top_k=None, top_p=None, workspace=None, parts=None, row=None, **how
+    hidden, head_weight, *, head_bias=None, top_k=None, top_p=None, confidence_dtype="exact", workspace=None,
+    parts=None, row=None, **how,
 ):  # fmt: skip
-    """`dkv.kernels.choose_token_fused`; `parts`, `row`, top-k and top-p as in `choose_token`."""
+    """`dkv.kernels.choose_token_fused`; `parts`, `row` and what is left to PyTorch as in `choose_token`."""
+    rounding = {"top_k": top_k, "top_p": top_p, "confidence_dtype": confidence_dtype}
     if not isinstance(head_weight, torch.Tensor):
-        return choose_token(head_weight(hidden), top_k=top_k, top_p=top_p, workspace=workspace, **how)
+        return choose_token(head_weight(hidden), workspace=workspace, **rounding, **how)
     (rows, size), vocabulary = hidden.shape, len(head_weight)
-    if _filters(vocabulary, top_k, top_p):
+    if _needs_rows(vocabulary, **rounding):
         return torch_backend.choose_token_fused(
-            hidden, head_weight, head_bias=head_bias, top_k=top_k, top_p=top_p, workspace=workspace, **how
+            hidden, head_weight, head_bias=head_bias, workspace=workspace, **rounding, **how
         )
     hidden, weight = computable(hidden), computable(head_weight)
     bias = None if head_bias is None else computable(head_bias)
@@ -180,8 +183,10 @@ def choose_token_fused(
     )  # fmt: skip
 
 
-def _filters(vocabulary: int, top_k: int | None, top_p: float | None) -> bool:
-    return (top_k is not None and top_k < vocabulary) or (top_p is not None and top_p < 1)
+def _needs_rows(vocabulary: int, top_k: int | None, top_p: float | None, confidence_dtype: str) -> bool:
+    return (
+        confidence_dtype != "exact" or (top_k is not None and top_k < vocabulary) or (top_p is not None and top_p < 1)
+    )
 
 
 def _choose(
@@ -195,6 +200,8 @@ def _choose(
     work = Workspace() if workspace is None else workspace
     row_keys = row_keys if temperature > 0 else None
     seed_a, seed_b = choice_state.seed_halves(seed)
+    heat, tempered = reference.computable(confidence_temperature, torch.float32), confidence_temperature != 1
+    scale, noise_scale = reference.shares(temperature, torch.float32) if temperature > 0 else (0.0, 0.0)
 
     def run(row: Launch) -> None:
         block_r, block_v = fit(row)
@@ -204,15 +211,14 @@ def _choose(
         shared = states | {
             "row_keys": row_keys, "rows": rows, "vocabulary": vocabulary,
             "limit": vocabulary if vocab_limit is None else vocab_limit, "tiles": triton.cdiv(tiles, split),
-            "temperature": min(confidence_temperature, LARGEST), "seed_a": seed_a, "seed_b": seed_b,
-            "scale": min(confidence_temperature / temperature, LARGEST) if temperature > 0 else 0.0,
+            "temperature": heat, "scale": scale, "noise_scale": noise_scale, "seed_a": seed_a, "seed_b": seed_b,
             "KEYS": 0 if row_keys is None else row_keys.shape[1],
-            "RULE": rule, "BANNED": banned, "TEMPERED": confidence_temperature != 1, "PARTS": split,
+            "RULE": rule, "BANNED": banned, "TEMPERED": tempered, "PARTS": split,
             "BLOCK_R": block_r, "BLOCK_V": block_v, "num_warps": row.warps, "num_stages": row.stages,
         }  # fmt: skip
         shared["stride_kr"], shared["stride_kk"] = strides(row_keys, 2)
         start((row_tiles, split), row, shared)
-        choice_state.merge(states, token, confidence, rule, row_keys is not None, split)
+        choice_state.merge(states, token, confidence, rule, row_keys is not None, split, heat, tempered)
 
     if rows:
         table.start(device, regime, run, row)
@@ -249,7 +255,8 @@ def audit_cases(arch: str) -> Iterator[Case]:
 
 
 def _case(name, kernel, row, types, constants, rule, noise, expect=()) -> Case:
-    types = types | {"floats": "*fp32", "ids": "*i32", "row_keys": "*i64", "temperature": "fp32", "scale": "fp32"}
+    types = types | {"floats": "*fp32", "ids": "*i32", "row_keys": "*i64", "temperature": "fp32"}
+    types |= {"scale": "fp32", "noise_scale": "fp32"}
     constants = constants | {"RULE": rule, "BANNED": (126336,), "TEMPERED": noise, "PARTS": MOST_PARTS}
     constants |= {"KEYS": 3, "stride_kk": 1} if noise else {"KEYS": 0, "row_keys": None, "stride_kr": 0, "stride_kk": 0}
     plain = case(name, kernel, row, types, constants, loose=("stride_kr",), expect=expect)
