@@ -28,14 +28,14 @@ def _load(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _absorb(
-    acc, top, total, q, k, v, key_mask, mask, mask_row, key_blocks, query_block, first, start, stop, scale,
+    acc, top, total, met, q, k, v, key_mask, mask, mask_row, key_blocks, query_block, first, start, stop, scale,
     stride_ks, stride_vs, stride_km, stride_ms, stride_kb,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
     """Add the slots `first` to `first + BLOCK_N - 1` to the running softmax of a tile of queries.
 
-    FINITE: values that are not finite count as 0.
+    FINITE: values that are not finite count as 0, and `met` [M] tells who sees one.
     """
     # Scalars carry the 64-bit part of an offset; within a tile 32 bits do, unless a stride is enormous.
     n, d, first = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.cast(first, tl.int64)
@@ -63,41 +63,12 @@ def _absorb(
     v_at = v + first * stride_vs + (n[:, None] * stride_vs + d[None, :])
     value = _load(v_at, seen[:, None], (d < D)[None, :], EDGE, D != BLOCK_D)  # [N, D]
     if FINITE:
-        value = tl.where(tl.abs(value) < float("inf"), value, 0.0)
+        finite = tl.abs(value) < float("inf")
+        strange = tl.max(tl.where(finite, 0, 1), 1)  # [N]
+        met = tl.maximum(met, tl.max(tl.where(scores != float("-inf"), strange[None, :], 0), 1))
+        value = tl.where(finite, value, 0.0)
     acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None], input_precision=PRECISION)
-    return acc, highest, total * keep + tl.sum(weight, 1)
-
-
-@triton.jit
-def _mark_strange(
-    strange, out_at, asked, v, key_mask, mask, mask_row, key_blocks, query_block, first, last, start, stop,
-    stride_vs, stride_km, stride_ms, stride_kb,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """If `strange`, store NaN where a query sees a value that is not finite, in the slots of some tiles."""
-    if strange:
-        n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        if WIDE:
-            n = n.to(tl.int64)
-        met = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)  # how many
-        for tile in tl.range(first, last, num_stages=1):
-            slot = tl.cast(tile * BLOCK_N, tl.int64)
-            seen = (n >= start - slot) & (n < stop - slot)  # [N]
-            if key_mask is not None:
-                seen = seen & (tl.load(key_mask + slot * stride_km + n * stride_km, mask=seen, other=0) != 0)
-            sees = tl.zeros((BLOCK_M, BLOCK_N), tl.float16) + tl.where(seen, 1.0, 0.0).to(tl.float16)[None, :]  # [M, N]
-            if mask is not None:
-                mask_at = mask + slot * stride_ms + (mask_row[:, None] + n[None, :] * stride_ms)
-                sees = tl.where(tl.load(mask_at, mask=seen[None, :], other=0) != 0, sees, 0.0)
-            if key_blocks is not None:
-                key_block = tl.load(key_blocks + slot * stride_kb + n * stride_kb, mask=seen, other=0).to(tl.int32)
-                sees = tl.where(key_block[None, :] <= query_block[:, None], sees, 0.0)
-            v_at = v + slot * stride_vs + (n[:, None] * stride_vs + d[None, :])
-            value = _load(v_at, seen[:, None], (d < D)[None, :], True, D != BLOCK_D)  # [N, D]
-            bad = tl.where(tl.abs(value) < float("inf"), 0.0, 1.0)
-            met = tl.dot(sees.to(tl.float16), bad.to(tl.float16), met)
-        nothing = tl.full((BLOCK_M, BLOCK_D), float("nan"), out_at.dtype.element_ty)
-        tl.store(out_at, nothing, mask=(met > 0) & asked[:, None] & (d < D)[None, :])
+    return acc, highest, total * keep + tl.sum(weight, 1), met
 
 
 @triton.jit
@@ -106,11 +77,15 @@ def attention_kernel(
     stride_qb, stride_qn, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_lb, stride_rb, stride_re, stride_kmb, stride_kms, stride_mb, stride_mn, stride_ms,
     stride_qbb, stride_qbn, stride_kbb, stride_kbs,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TESTED: tl.constexpr, PAIRS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TESTED: tl.constexpr, REPAIR: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of packed queries over one part of the slots; grid (tiles of queries x SPLITS, Hkv, B)."""
+    """One tile of packed queries over one part of the slots; grid (tiles of queries x SPLITS, Hkv, B).
+
+    A value that is hidden from some queries of a tile alone has the weight 0 there, and 0 times NaN is NaN. REPAIR:
+    where a tile of `out` is not finite, compute it again without such values, but for the queries that see one.
+    """
     query_tile, split = tl.program_id(0) // SPLITS, (tl.program_id(0) % SPLITS).to(tl.int64)
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     m, d = query_tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -148,58 +123,41 @@ def attention_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total, met = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.int32)
+    at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
+    out_at, stored = out + at[:, None] * D + d[None, :], token < tokens
     # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends. Where
     # every tile is tested there is one loop, as one takes fewer registers than two.
     before, whole, after = start // BLOCK_N, tl.cdiv(start, BLOCK_N), stop // BLOCK_N
     first, last = (before, tl.cdiv(stop, BLOCK_N)) if TESTED else (whole, after)
+    if REPAIR:
+        found = tl.load(out_at, mask=asked[:, None] & (d < D)[None, :], other=0.0)
+        strange = tl.max(tl.max(tl.where(tl.abs(found) < float("inf"), 0, 1), 1), 0)
+        stored, last = asked & (strange > 0), tl.where(strange > 0, last, first)
     for tile in tl.range(first, last, num_stages=STAGES):
-        acc, top, total = _absorb(
-            acc, top, total, query, k, v, key_mask, mask, mask_row, key_blocks, query_block, tile * BLOCK_N, start,
+        acc, top, total, met = _absorb(
+            acc, top, total, met, query, k, v, key_mask, mask, mask_row, key_blocks, query_block, tile * BLOCK_N, start,
             stop, scale, stride_ks, stride_vs, stride_kms, stride_ms, stride_kbs,
-            D, BLOCK_D, BLOCK_N, TESTED, WIDE, PRECISION, False,
+            D, BLOCK_D, BLOCK_N, TESTED, WIDE, PRECISION, REPAIR,
         )  # fmt: skip
     if not TESTED:
         has_tail = (after * BLOCK_N < stop) & ((after > before) | (whole == before))
         for end in tl.range(tl.where(before < whole, 0, 1), tl.where(has_tail, 2, 1), num_stages=1):
-            acc, top, total = _absorb(
-                acc, top, total, query, k, v, None, None, mask_row, None, query_block,
+            acc, top, total, met = _absorb(
+                acc, top, total, met, query, k, v, None, None, mask_row, None, query_block,
                 tl.where(end == 0, before, after) * BLOCK_N, start, stop, scale, stride_ks, stride_vs, 0, 0, 0,
                 D, BLOCK_D, BLOCK_N, True, WIDE, PRECISION, False,
             )  # fmt: skip
-    if PAIRS:
-        # A value that is hidden from some queries of the tile has the weight 0 there, and 0 times NaN is NaN. Then all
-        # is added up again without such values, and those who see one get their NaN below.
-        strange = tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), 1), 0) > 0
-        if strange:
-            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-            top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            total = tl.zeros((BLOCK_M,), tl.float32)
-            for tile in tl.range(first, last, num_stages=1):
-                acc, top, total = _absorb(
-                    acc, top, total, query, k, v, key_mask, mask, mask_row, key_blocks, query_block, tile * BLOCK_N,
-                    start, stop, scale, stride_ks, stride_vs, stride_kms, stride_ms, stride_kbs,
-                    D, BLOCK_D, BLOCK_N, TESTED, WIDE, PRECISION, True,
-                )  # fmt: skip
 
     # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing.
     total = tl.where(asked, total, 0.0)
     none = total == 0.0
     share = tl.where(none, 1.0, total)
     acc = tl.where(none[:, None], 0.0, acc / share[:, None])
-    log_total = tl.where(top == float("inf"), top, (top + tl.log2(share)) * LN2)
-    log_total = tl.where(none, float("-inf"), log_total)
-    at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
-    inside = token < tokens
-    out_at = out + at[:, None] * D + d[None, :]
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
-    if lse is not None:
-        tl.store(lse + at, log_total, mask=inside)
-    if PAIRS:
-        _mark_strange(
-            strange, out_at, inside & asked, v, key_mask, mask, mask_row, key_blocks, query_block, first, last, start,
-            stop, stride_vs, stride_kms, stride_ms, stride_kbs, D, BLOCK_D, BLOCK_M, BLOCK_N, WIDE,
-        )  # fmt: skip
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=(stored & (met == 0))[:, None] & (d < D)[None, :])
+    if lse is not None and not REPAIR:
+        log_total = tl.where(top == float("inf"), top, (top + tl.log2(share)) * LN2)
+        tl.store(lse + at, tl.where(none, float("-inf"), log_total), mask=stored)
 
 
 @triton.jit
