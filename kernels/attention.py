@@ -24,7 +24,9 @@ def cached_attention(
     """Bidirectional attention of the active queries over the whole buffer.
 
     A key is visible to a query when every rule that is given allows it. A query without a visible
-    key gives 0, and -inf as its log-sum-exp.
+    key gives 0, and -inf as its log-sum-exp. What is hidden, queries beyond `query_lengths` included, may hold
+    anything, NaN too; NaN or infinity that a query sees makes its result NaN or infinite. A score of -inf is as good
+    as hidden.
 
     Args:
         q: [B, N, Hq, D], float16, bfloat16, float32 or float64; Hq is a multiple of Hkv, and query
@@ -48,6 +50,8 @@ def cached_attention(
         ValueError: shapes, dtypes or devices do not fit.
     """
     b, n, hq, d = checks.shape("q", q, None, None, None, None)
+    if d == 0:
+        raise ValueError(f"q must have a head size of at least 1, got shape {list(q.shape)}")
     checks.shape("k_buf", k_buf, b, None, None, d)
     s, hkv = k_buf.shape[1:3]
     checks.shape("v_buf", v_buf, b, s, hkv, d)

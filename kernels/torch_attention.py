@@ -104,7 +104,7 @@ def _row_by_row(q, k_buf, v_buf, query_lengths, key_ranges, scale, workspace) ->
             rows.append(F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
         else:
             rows.append(torch.zeros_like(q[row : row + 1]))
-    return torch.cat(rows) if rows else torch.zeros_like(q)
+    return torch.cat(rows) if rows else q.clone()
 
 
 def _few_queries(query: Tensor, k_buf: Tensor, v_buf: Tensor) -> bool:

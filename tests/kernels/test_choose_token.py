@@ -279,3 +279,42 @@ def test_winner_is_the_lowest_id_wherever_it_stands(columns, backend):
         logits[2] = 0  # and of the whole row
         token, _ = choose_token(logits)
         assert token.tolist() == [best, best, 0]
+
+
+EXTREMES = [1e-320, 1e-300, 1e-38, 1e30, 3e38, 1e300]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heat", EXTREMES)
+def test_temperatures_that_overflow(heat, dtype, backend):
+    """A low one takes the best id, of equal ones the lowest; a high one leaves all ids alike."""
+    logits = torch.tensor([[10.0, 20.0, 0.0], [-5.0, -7.0, -5.5], [3.0, 8.0, 8.0]], dtype=dtype)
+    if heat < 1:
+        assert choose_token(logits, temperature=heat)[0].tolist() == [1, 0, 1]
+        assert choose_token(logits, temperature=heat, banned=(1,))[0].tolist() == [0, 0, 2]
+    elif dtype != torch.float64 or heat == 1e300:
+        drawn = frequencies([0.0, 1.0], dtype, draws=2000, temperature=heat)
+        assert drawn == pytest.approx([0.5, 0.5], abs=0.05)
+    for filters in ({}, {"top_k": 2}, {"top_p": 0.9}):
+        both = {"temperature": heat, "confidence_temperature": heat, **filters}
+        for how in ({"confidence_temperature": heat, **filters}, both):
+            token, confidence = choose_token(logits, **how)
+            ids = 2 if "top_k" in filters else 3
+            expected = [0.0, 0.0, -math.log(2)] if heat < 1 else [-math.log(ids)] * 3
+            assert confidence.tolist() == pytest.approx(expected, abs=1e-6)
+            assert heat > 1 or token.tolist() == [1, 0, 1]
+        _, entropy = choose_token(logits, rule="entropy", **both)
+        assert entropy.tolist() == pytest.approx(expected, abs=1e-6)
+    _, margin = choose_token(logits[:2], rule="margin", confidence_temperature=heat)
+    assert heat > 1 or margin.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_low_temperatures_across_strips_and_parts(name):
+    logits = torch.zeros(2, 20_001)
+    logits[:, 3], logits[0, 20_000], logits[1, 9_000] = 9.0, 9.5, 9.0
+    with use_backend(name):
+        for how in ({"temperature": 1e-38}, {"confidence_temperature": 1e-38}):
+            token, confidence = choose_token(logits, **how)
+            assert token.tolist() == [20_000, 3]
+            assert confidence.isfinite().all()

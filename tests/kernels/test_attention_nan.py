@@ -1,0 +1,182 @@
+"""cached_attention among numbers that are not finite: hidden ones leave no trace, visible ones show."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dkv.kernels import cached_attention, use_backend
+from dkv.kernels.backend import has_triton, load
+
+NAN, INF = float("nan"), float("inf")
+B, N, S, HQ, HKV, D = 2, 4, 9, 4, 2, 16
+SEEN = 5  # slots from here on are hidden from row 0; row 1 sees all
+RULES = ["key_ranges", "key_mask", "mask", "block_ids", "all"]
+
+
+def rules(name: str) -> dict:
+    slot = torch.arange(S)
+    seen = torch.stack([slot < SEEN, slot < S])
+    every = {
+        "key_ranges": torch.tensor([[0, SEEN], [0, S]]),
+        "key_mask": seen,
+        "mask": seen[:, None].repeat(1, N, 1),
+        "block_ids": (torch.zeros(B, N, dtype=torch.int64), (~seen).long()),
+    }
+    return every if name == "all" else {name: every[name]}
+
+
+def inputs(dtype: torch.dtype = torch.float32, hkv: int = HKV) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(B, N, HQ, D).to(dtype), torch.randn(B, S, hkv, D).to(dtype), torch.randn(B, S, hkv, D).to(dtype)
+
+
+def both(*args, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """The output alone, and the output with its log-sum-exp."""
+    return cached_attention(*args, **options), *cached_attention(*args, return_lse=True, **options)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_what_is_hidden_leaves_no_trace(where, name, bad, backend):
+    q, k, v = inputs()
+    clean = both(q, k, v, **rules(name))
+    (k if where == "key" else v)[0, SEEN:] = bad
+    for found, expected in zip(both(q, k, v, **rules(name)), clean, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("hkv", [1, 4])
+def test_in_other_dtypes_and_groups(hkv, dtype, backend):
+    q, k, v = inputs(dtype, hkv)
+    clean = both(q, k, v, **rules("all"))
+    k[0, SEEN:], v[0, SEEN:] = NAN, NAN
+    for found, expected in zip(both(q, k, v, **rules("all")), clean, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_what_is_visible_shows(bad, where, name, backend):
+    """Row 1 sees a slot or asks a query that is not finite, row 0 does not."""
+    args = dict(zip(("query", "key", "value"), inputs(), strict=True))
+    clean = both(*args.values(), **rules(name))
+    args[where][1, 2] = bad
+    for i, (found, expected) in enumerate(zip(both(*args.values(), **rules(name)), clean, strict=True)):
+        assert torch.equal(found[0], expected[0])
+        hit = found[1, 2] if where == "query" else found[1]
+        if where == "value" and i == 2:
+            assert torch.equal(hit, expected[1])  # a log-sum-exp is made of keys
+        else:
+            assert not hit.isfinite().any()
+            assert i == 2 or where == "value" or hit.isnan().all()
+
+
+def test_without_any_rule_it_shows_too(backend):
+    for where in range(3):
+        args = list(inputs())
+        args[where][0, 1] = NAN
+        out, _, lse = both(*args)
+        assert out[0, 1].isnan().all() and not out[1].isnan().any()
+        assert where == 2 or lse[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["mask", "block_ids"])
+@pytest.mark.parametrize("where", ["key", "value", "one number of a value"])
+def test_a_slot_that_some_queries_see(where, name, backend):
+    """NaN reaches the queries that see it and no others, of the head and in the place where it is."""
+    q, k, v = inputs()
+    options = rules(name)
+    if name == "mask":
+        options["mask"][0, 2, 7] = True
+    else:
+        options["block_ids"][0][0, 2] = 1
+    clean = both(q, k, v, **options)
+    if where == "key":
+        k[0, 7, 1] = NAN
+    elif where == "value":
+        v[0, 7, 1] = NAN
+    else:
+        v[0, 7, 1, 3] = NAN
+    hit = torch.zeros(B, N, HQ, D, dtype=torch.bool)
+    hit[0, 2, 2:, slice(3, 4) if "one" in where else slice(None)] = True  # query heads 2 and 3 read key head 1
+    out, again, lse = both(q, k, v, **options)
+    for found, expected in ((out, clean[0]), (again, clean[1])):
+        assert torch.equal(found.isnan(), hit)
+        torch.testing.assert_close(found[~hit], expected[~hit])
+    assert torch.equal(lse.isnan(), hit.all(-1) if where == "key" else torch.zeros_like(lse, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", [None, *RULES])
+def test_queries_that_are_not_asked_may_hold_nan(name, backend):
+    q, k, v = inputs()
+    options = {"query_lengths": torch.tensor([2, 0])} | (rules(name) if name else {})
+    clean = both(q, k, v, **options)
+    q[0, 2:], q[1] = NAN, INF
+    for found, expected in zip(both(q, k, v, **options), clean, strict=True):
+        assert torch.equal(found, expected)
+    assert (clean[0][1] == 0).all() and (clean[2][1] == -INF).all()
+
+
+@pytest.mark.parametrize("name", ["key_ranges", "key_mask", "mask", "block_ids"])
+def test_a_query_without_a_key_among_nan_is_zero(name, backend):
+    q, k, v = (torch.full((1, size, 2, 16), NAN) for size in (3, 5, 5))
+    options = {
+        "key_ranges": torch.tensor([[2, 2]]),
+        "key_mask": torch.zeros(1, 5, dtype=torch.bool),
+        "mask": torch.zeros(1, 3, 5, dtype=torch.bool),
+        "block_ids": (torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64)),
+    }
+    out, again, lse = both(q, k, v, **{name: options[name]})
+    assert (out == 0).all() and (again == 0).all() and (lse == -INF).all()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_parts_of_the_slots_are_merged_with_their_nan(parts):
+    if not (has_triton() and load("triton").INTERPRETED):
+        pytest.skip("needs TRITON_INTERPRET=1")
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 300, 1, 16), torch.randn(1, 300, 1, 16)
+    mask = torch.ones(1, 2, 300, dtype=torch.bool)
+    mask[0, 0, 260:] = False
+    attend = load("triton").cached_attention
+    clean = attend(q, k, v, mask=mask, parts=parts, return_lse=True)
+    v[0, 270] = NAN
+    out, lse = attend(q, k, v, mask=mask, parts=parts, return_lse=True)
+    assert torch.equal(out[0, 0], clean[0][0, 0]) and out[0, 1].isnan().all() and torch.equal(lse, clean[1])
+    k[0, 270] = NAN
+    out, lse = attend(q, k, v, mask=mask, parts=parts, return_lse=True)
+    assert torch.equal(out[0, 0], clean[0][0, 0]) and torch.equal(lse[0, 0], clean[1][0, 0])
+    assert out[0, 1].isnan().all() and lse[0, 1].isnan().all()
+
+
+def test_few_queries_in_plain_products():
+    """The path of 33 to 191 queries on a CPU, rows of different lengths."""
+    q, k, v = torch.randn(2, 40, 2, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
+    options = {"query_lengths": torch.tensor([36, 40]), "key_ranges": torch.tensor([[0, 60], [4, 70]])}
+    with use_backend("torch"):
+        clean = cached_attention(q, k, v, **options)
+        q[0, 36:], k[0, 60:], v[0, 60:], k[1, :4], v[1, :4] = (NAN,) * 5
+        assert torch.equal(cached_attention(q, k, v, **options), clean)
+        k[1, 4, 0] = NAN
+        found = cached_attention(q, k, v, **options)
+    assert torch.equal(found[0], clean[0])
+    assert found[1, :, 0].isnan().all() and torch.equal(found[1, :, 1], clean[1, :, 1])
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients_do_not_see_what_is_hidden(name, return_lse):
+    q, k, v = inputs()
+    options = rules(name) | {"query_lengths": torch.tensor([2, 4])}
+
+    def gradients() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = cached_attention(*leaves, return_lse=return_lse, **options)
+        return list(torch.autograd.grad((out[0] if return_lse else out).square().sum(), leaves))
+
+    clean = gradients()
+    q[0, 2:], k[0, SEEN:], v[0, SEEN:] = NAN, NAN, NAN
+    for found, expected in zip(gradients(), clean, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert found.isfinite().all()

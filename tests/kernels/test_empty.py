@@ -1,0 +1,104 @@
+"""Every operation on no rows, no queries, no slots: nothing comes out, and nothing fails."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dkv import kernels
+
+SIZES = [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0), (2, 0, 0)]
+sizes = pytest.mark.parametrize("size", SIZES, ids="B{0[0]}-N{0[1]}-S{0[2]}".format)
+CHOICES = [
+    {}, {"temperature": 1.0}, {"top_k": 1}, {"top_p": 0.5, "temperature": 1.0}, {"rule": "margin"}, {"rule": "entropy"},
+    {"confidence_dtype": "model", "rule": "margin", "temperature": 0.5, "confidence_temperature": 0.5},
+]  # fmt: skip
+
+
+def longs(*size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int64)
+
+
+def rules(b: int, n: int, s: int) -> dict:
+    return {
+        "query_lengths": longs(b), "key_ranges": torch.tensor([0, s]).expand(b, 2),
+        "key_mask": torch.ones(b, s, dtype=torch.bool), "mask": torch.ones(b, n, s, dtype=torch.bool),
+        "block_ids": (longs(b, n), longs(b, s)),
+    }  # fmt: skip
+
+
+@sizes
+@pytest.mark.parametrize("names", [[], *([name] for name in rules(1, 1, 1)), list(rules(1, 1, 1))], ids="+".join)
+def test_attention(names, size, backend):
+    b, n, s = size
+    options = {name: rules(b, n, s)[name] for name in names}
+    q, k = torch.randn(b, n, 4, 16), torch.randn(b, s, 2, 16)
+    out, lse = kernels.cached_attention(q, k, k, return_lse=True, **options)
+    for x in (out, kernels.cached_attention(q, k, k, **options)):
+        assert x.shape == q.shape and (x == 0).all()
+    assert lse.shape == (b, n, 4) and (lse == -torch.inf).all()
+    if b == 0:
+        leaf = q.requires_grad_()
+        assert torch.autograd.grad(kernels.cached_attention(leaf, k, k, **options).sum(), leaf)[0].shape == q.shape
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if 0 in size[:2]], ids="B{0[0]}-N{0[1]}-S{0[2]}".format)
+def test_rows_and_writes(size, backend):
+    b, n, s = size
+    index = longs(b, n)
+    for rest in ((), (3,), (0,)):
+        x = torch.randn(b, s, *rest)
+        assert kernels.gather_rows(x, index).shape == (b, n, *rest)
+        assert kernels.scatter_rows_(x, index, torch.randn(b, n, *rest)) is x
+    q, k, tables = torch.randn(b, n, 4, 16), torch.randn(b, n, 2, 16), torch.randn(2, 7, 8)
+    for lengths in (None, longs(b)):
+        buffers = torch.randn(2, b, s, 2, 16)
+        before = buffers.clone()
+        assert kernels.rope_scatter_(q, k, k, *tables, index, *buffers, lengths=lengths).shape == q.shape
+        assert torch.equal(buffers, before)
+    eligible = torch.ones(b, n, dtype=torch.bool)
+    for threshold in (None, -0.1):
+        committed = kernels.commit_(
+            longs(b, s), index, torch.zeros(b, n), eligible, longs(b), positions=index, threshold=threshold
+        )
+        assert committed.shape == (b, n)
+
+
+@pytest.mark.parametrize("how", CHOICES, ids=str)
+def test_choices(how, backend):
+    for token, confidence in (
+        kernels.choose_token(torch.zeros(0, 5), **how),
+        kernels.choose_token_fused(torch.zeros(0, 3), torch.zeros(5, 3), head_bias=torch.zeros(5), **how),
+    ):
+        assert token.shape == confidence.shape == (0,)
+    token, _ = kernels.choose_token_fused(torch.zeros(2, 0), torch.zeros(1, 0), **how)
+    assert token.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="logits must have at least one id"):
+        kernels.choose_token(torch.zeros(2, 0), **how)
+
+
+def test_a_head_size_of_zero_is_refused(backend):
+    with pytest.raises(ValueError, match="q must have a head size of at least 1"):
+        kernels.cached_attention(*(torch.zeros(1, 2, 1, 0) for _ in range(3)))
+
+
+def _attend(q, k, ranges):
+    return kernels.cached_attention(q, k, k, key_ranges=ranges)
+
+
+def _gather(x, index):
+    return kernels.gather_rows(x, index, validate=False)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["fake", "compiled"])
+def test_recorded(compiled, backend):
+    for function, args in (
+        (_attend, (torch.randn(0, 3, 4, 16), torch.randn(0, 5, 2, 16), longs(0, 2))),
+        (_gather, (torch.randn(0, 5, 3), longs(0, 2))),
+    ):
+        real = function(*args)
+        if compiled:
+            found = torch.compile(function, fullgraph=True, backend="aot_eager")(*args)
+        else:
+            with FakeTensorMode() as mode:
+                found = function(*(mode.from_tensor(x) for x in args))
+        assert found.shape == real.shape
