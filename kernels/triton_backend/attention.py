@@ -1,5 +1,7 @@
 """Attention of the active queries over the buffer, in Triton; the kernels are in `attention_kernel`."""
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -105,7 +107,8 @@ def audit_cases(arch: str) -> list[Case]:
         for full in (True, False)
         if full or row == TABLE.row(arch, regime)
     ]
-    cases += [_case(arch, regime, row, True, repair=True) for regime, row in TABLE.on(arch) if regime[1] == "masked"]
+    masked = (regime for regime in TABLE.rows["default"] if regime[1] == "masked")
+    cases += [_case(arch, regime, TABLE.row(arch, regime), True, repair=True) for regime in masked]
     return cases + [_merge_case(size) for size in (64, 128, 256)]
 
 
@@ -135,12 +138,13 @@ def _case(arch: str, regime: tuple, row: Launch, full: bool, repair: bool = Fals
         "async copy": row.stages > 1,
     }
     tile = "x".join(map(str, row.tile)) + " repair" * repair
-    return case(
+    found = case(
         f"{many} {rules} {number} D{constants['D']} {tile}", attention_kernel, row,
         {n: kind for n, kind in pointers.items() if n in given} | {"scale": "fp32"}, constants,
         loose=tuple(n for n in attention_kernel.arg_names if n.startswith("stride_") and n not in dense),
         expect=tuple(family for family, there in expect.items() if there),
     )  # fmt: skip
+    return replace(found, rare=repair)
 
 
 def _merge_case(size: int) -> Case:

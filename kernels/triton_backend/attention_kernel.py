@@ -124,16 +124,15 @@ def attention_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total, met = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.int32)
-    at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
-    out_at, stored = out + at[:, None] * D + d[None, :], token < tokens
     # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends. Where
     # every tile is tested there is one loop, as one takes fewer registers than two.
     before, whole, after = start // BLOCK_N, tl.cdiv(start, BLOCK_N), stop // BLOCK_N
     first, last = (before, tl.cdiv(stop, BLOCK_N)) if TESTED else (whole, after)
     if REPAIR:
-        found = tl.load(out_at, mask=asked[:, None] & (d < D)[None, :], other=0.0)
+        at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
+        found = tl.load(out + at[:, None] * D + d[None, :], mask=asked[:, None] & (d < D)[None, :], other=0.0)
         strange = tl.max(tl.max(tl.where(tl.abs(found) < float("inf"), 0, 1), 1), 0)
-        stored, last = asked & (strange > 0), tl.where(strange > 0, last, first)
+        last = tl.where(strange > 0, last, first)
     for tile in tl.range(first, last, num_stages=STAGES):
         acc, top, total, met = _absorb(
             acc, top, total, met, query, k, v, key_mask, mask, mask_row, key_blocks, query_block, tile * BLOCK_N, start,
@@ -151,13 +150,16 @@ def attention_kernel(
 
     # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing.
     total = tl.where(asked, total, 0.0)
-    none = total == 0.0
-    share = tl.where(none, 1.0, total)
-    acc = tl.where(none[:, None], 0.0, acc / share[:, None])
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=(stored & (met == 0))[:, None] & (d < D)[None, :])
+    acc = tl.where(total[:, None] == 0.0, 0.0, acc / tl.where(total == 0.0, 1.0, total)[:, None])
+    log_total = tl.where(total == 0.0, float("-inf"), (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2)
+    at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
+    inside = token < tokens
+    if REPAIR:
+        inside = asked & (strange > 0) & (met == 0)
+    out_at = out + at[:, None] * D + d[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     if lse is not None and not REPAIR:
-        log_total = tl.where(top == float("inf"), top, (top + tl.log2(share)) * LN2)
-        tl.store(lse + at, tl.where(none, float("-inf"), log_total), mask=stored)
+        tl.store(lse + at, tl.where(top == float("inf"), top, log_total), mask=inside)
 
 
 @triton.jit

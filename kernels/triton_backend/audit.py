@@ -210,7 +210,7 @@ def broken(case: Case, arch: str, limit: int, found: Mapping[str, Any]) -> list[
     """In what a case is over budget, in words."""
     wrong = []
     for name in ("stack", "spills"):
-        if found[name]:
+        if found[name] and not case.rare:
             wrong.append(f"{found[name]} bytes of {name}")
     if found["shared"] > limit:
         wrong.append(f"{found['shared'] / KB:.1f} KB of shared memory, {limit // KB} KB allowed")

@@ -18,6 +18,7 @@ class Case:
         constants: values of the constexpr arguments, and None for a pointer that is left out.
         aligned: names of the arguments that are divisible by 16, as they are in a real call.
         expect: families of instructions that must be there: "tensor core", "wgmma", "async copy".
+        rare: runs through its loop only where numbers are not finite, and may be slow there: spills are allowed.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Case:
     constants: dict[str, Any]
     aligned: tuple[str, ...] = ()
     expect: tuple[str, ...] = ()
+    rare: bool = False
 
 
 def case(

@@ -43,7 +43,7 @@ def test_order_of_slots_is_that_of_the_published_code(filters, heat, rule, dtype
     token, confidence = choose_token(logits, **how)
     assert torch.equal(p.gather(1, token[:, None])[:, 0], p.amax(-1))
     assert order_filled(confidence) == order_filled(expected)
-    if heat == 0.1 and dtype == torch.bfloat16:
+    if heat == 0.1 and dtype == torch.bfloat16 and not filters:
         # What the setting is there for: levels that "exact" tells apart become one.
         exact = choose_token(logits, **how | {"confidence_dtype": "exact"})[1]
         assert confidence.unique().numel() < exact.unique().numel()
@@ -54,7 +54,7 @@ def test_order_of_slots_is_that_of_the_published_code(filters, heat, rule, dtype
 @pytest.mark.parametrize("rule", RULES)
 def test_logarithms_of_the_rounded_numbers(rule, dtype, backend):
     logits = (3 * torch.randn(9, 33)).to(dtype)
-    p, expected = as_published(logits.clone(), rule, 0.5)
+    _, expected = as_published(logits.clone(), rule, 0.5)
     _, confidence = choose_token(logits, rule=rule, confidence_temperature=0.5, **MODEL)
     assert confidence.dtype == torch.promote_types(dtype, torch.float32)
     if rule == "entropy" and dtype == torch.float16:
