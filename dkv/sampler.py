@@ -247,7 +247,8 @@ class Sampler:
         if slots is not None:
             noise = noise.gather(1, slots.clamp(max=noise.shape[1] - 1))
         plain = confidence if self.config.confidence == "entropy" else confidence.exp()
-        return plain / heat + noise
+        score = plain / heat + noise
+        return score.masked_fill(confidence == -torch.inf, -torch.inf) if self.config.confidence_eos_eot_inf else score
 
     def _commit(
         self, steps: list[Step], quota: np.ndarray, slots: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What ends a turn: LLaDA's name for it, and Dream's.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
@@ -103,6 +106,12 @@ def vocab_limit(tokenizer: Any, spec: Any) -> int | None:
 def end_ids(tokenizer: Any, spec: Any) -> list[int] | None:
     """The ids that end a text, by the tokenizer or by the model's configuration; None: there are none."""
     return sorted({tokenizer.eos_token_id, spec.eos_token_id} - {None}) or None
+
+
+def turn_end_ids(tokenizer: Any) -> list[int] | None:
+    """The ids of the tokens that end a turn of a talk in the chat templates of the families; None: there are none."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in TURN_ENDS if token in vocabulary] or None
 
 
 def until_end(tokenizer: Any, spec: Any, ids: Sequence[int]) -> list[int]:

@@ -25,6 +25,8 @@ class ModelSpec:
     mask_token_id: int
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    # What ends a turn of a talk, where that is another token than the end of a text.
+    eot_token_id: int | None = None
     qkv_bias: bool = False
     linear_bias: bool = False
     qk_norm: bool = False
