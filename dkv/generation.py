@@ -64,7 +64,7 @@ def generate(
         attention_mask: [B, P], 0 at padding; None: no padding. Padding is told by this mask alone,
             is never computed, and does not count in positions.
         generation_config: settings; None: the defaults of `DiffusionConfig`.
-        streamer: has `put(ids)` and `end()` as in transformers; gets the prompts [B, P] first and
+        streamer: has `put(ids)` and, if it wants, `end()` as in transformers; gets the prompts [B, P] first and
             the new tokens [B, new] last, and with a `put_draft(ids)` those on the canvas after every step.
         generator: source of the seeds if the settings have none; default: torch's own.
         numbers: callable (step, (B, P + new)) -> uniform numbers, used for random orders instead of
@@ -137,7 +137,7 @@ def infill(
     """
     lengths = ("max_new_tokens", "max_length")
     if given := [name for name, value in overrides.items() if own_name(name) in lengths and value is not None]:
-        raise ValueError(f"{given[0]} does not go with infill, which fills every mask of input_ids")
+        raise ValueError(f"{own_name(given[0])} does not go with infill, which fills every mask of input_ids")
     config = _config(generation_config, {**overrides, "max_new_tokens": 0})
     _check_helpers(config, generator, streamer)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
@@ -205,9 +205,8 @@ def _check_helpers(config: DiffusionConfig, generator: Any, streamer: Any = None
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}; a number is given as seed=")
     if generator is not None and config.seed is not None:
         raise ValueError(f"generator and seed={config.seed!r} are both sources of random numbers: give one of them")
-    missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]
-    if streamer is not None and missing:
-        raise TypeError(f"streamer must have put(ids) and end(), as in transformers, got {streamer!r}")
+    if streamer is not None and not callable(getattr(streamer, "put", None)):
+        raise TypeError(f"streamer must have put(ids), as in transformers, got {streamer!r}")
 
 
 def _mask_id(model: Any, config: DiffusionConfig) -> int:

@@ -75,7 +75,7 @@ class Run:
         """Take all steps; the streamer gets what was given, then the columns from `new` on, every step and at last."""
         if streamer is not None:
             streamer.put(prompts.cpu())
-        draft = getattr(streamer, "put_draft", None)
+        draft, end = (getattr(streamer, name, None) for name in ("put_draft", "end"))
         while self.rows:
             self.step()
             if draft is not None:
@@ -83,7 +83,8 @@ class Run:
         output = self.output()
         if streamer is not None:
             streamer.put(output.sequences[:, new:].cpu())
-            streamer.end()
+            if end is not None:
+                end()
         return output
 
     def draft(self) -> DiffusionOutput:

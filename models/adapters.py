@@ -4,6 +4,7 @@ An adapter holds no arithmetic. What a family can express and `models/transforme
 refused by name, so a checkpoint never loads into a network that computes something else.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -241,11 +242,14 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
     spec, family = model.spec, FAMILIES[model.spec.family]
     names = family.checkpoint_names(n for n, _ in model.named_parameters())
     config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": False}
+    if spec.eot_token_id is not None:
+        config["eot_token_id"] = spec.eot_token_id
     again = family.spec(config)
-    for field, value in vars(spec).items():
-        if value != getattr(again, field):
+    for field in (one.name for one in dataclasses.fields(spec) if one.compare):
+        if getattr(spec, field) != getattr(again, field):
             raise ValueError(
-                f"the {family.name} format cannot express {field}={value!r}, only {getattr(again, field)!r}"
+                f"the {family.name} format cannot express {field}={getattr(spec, field)!r}, only "
+                f"{getattr(again, field)!r}"
             )
     return config, {names[n]: p.detach() for n, p in model.named_parameters()}
 
