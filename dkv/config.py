@@ -72,15 +72,21 @@ BY_ROW = ("max_new_tokens", "steps", "seed")
 class DiffusionConfig(GenerationConfig):
     """How to fill a canvas: schedule, choice of tokens, cache policy, and what to record.
 
+    Settings of transformers and of the published generate functions act or are refused (`dkv.published_names`);
+    None stands for the default.
+
     Args:
         max_new_tokens: slots to fill (LLaDA: `gen_length`); 0 gives the prompt back. A list: by row.
+        max_length: as in transformers, columns of the prompt, padding included, and slots to fill together. Given
+            beside `max_new_tokens`, it is not used, with a warning.
         steps: passes in all; None: one per slot. With `threshold` or `factor` the most that are made. A list: by row.
         block_length: slots of a block of LLaDA's schedule; None: one block.
         schedule: "blocks" (LLaDA) or "time" (Dream); None: that of the model.
         eps: last time of Dream's schedule.
         confidence: which slots are decoded first: "probability" of the best token, "margin" to the
-            second, negative "entropy", or "random" (`remasking`, `alg`).
-        temperature: 0 takes the best token; above 0 tokens are drawn.
+            second, negative "entropy", or "random"; or a published name of these (`remasking`, `alg`).
+        temperature: 0 takes the best token; above 0 tokens are drawn. `do_sample` of transformers must agree with
+            it; True alone is a temperature of 1.
         top_p, top_k: tokens outside are neither drawn nor counted.
         selection_temperature: above 0 the slots are drawn by confidence (Dream: `alg_temp`).
         threshold: fill every slot of the block whose confidence is at least this, and always the surest one
@@ -92,8 +98,12 @@ class DiffusionConfig(GenerationConfig):
         eos_token_id: id or ids. A row ends at its first one as soon as no mask stands before it, takes
             `pad_token_id` from there on and leaves the batch. None: every slot is filled, as published.
         pad_token_id: None: that of the model, or the first end id.
+        eot_token_id: id or ids that end a turn of a talk, for `confidence_eos_eot_inf`; None: that of the model.
+        logits_eos_inf: never emit `eos_token_id`, or that of the model: its logit is -inf (LLaDA).
+        confidence_eos_eot_inf: fill slots whose token is `eos_token_id` or `eot_token_id`, or those of the model, last,
+            with that token; how sure the others are is told without these ids (LLaDA). Computes the head twice.
         cache: a policy, its name ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual"), or a dict
-            {"name": ..., "refresh": ...}; None: no cache.
+            {"name": ..., "refresh": ...}; None: no cache. Or by the names in `dkv.published_caches`.
         seed: of every random number; None: one a row, drawn from the generator. A list: by row.
         mask_token_id: id of a slot without a token; None: that of the model. It is never emitted.
         vocab_limit: ids from here on are never emitted (embeddings wider than the tokenizer).

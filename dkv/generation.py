@@ -205,7 +205,7 @@ def _check_helpers(config: DiffusionConfig, generator: Any, streamer: Any = None
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}; a number is given as seed=")
     if generator is not None and config.seed is not None:
         raise ValueError(f"generator and seed={config.seed!r} are both sources of random numbers: give one of them")
-    if streamer is not None and not callable(getattr(streamer, "put", None)):
+    if streamer is not None and (isinstance(streamer, type) or not callable(getattr(streamer, "put", None))):
         raise TypeError(f"streamer must have put(ids), as in transformers, got {streamer!r}")
 
 

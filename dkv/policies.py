@@ -196,7 +196,7 @@ class Greedy(Policy):
 
 def neighbours(centre: Tensor, window: int) -> Tensor:
     """Slots from ceil(window / 2) before to window // 2 after a centre [B, S] (paper, section on Greedy)."""
-    near = centre.clone()
+    near, window = centre.clone(), min(window, 2 * centre.shape[1])
     for shift in range(1, (window + 1) // 2 + 1):
         near[:, :-shift] |= centre[:, shift:]
         if shift <= window // 2:
