@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from dkv.policies import policy_of
-from dkv.published_caches import CACHE_NAMES, SWITCHES, published_policy
+from dkv.published_caches import CACHE_NAMES, choose_policy
 from dkv.published_names import ACTING, ALIASES, BOOKKEEPING, canonical, check_other, choose_temperature
 from dkv.schedule import Step, block_schedule, check_steps, time_schedule
 from dkv.validation import check_types
@@ -157,7 +157,7 @@ class DiffusionConfig(GenerationConfig):
     def _take(self, settings: dict[str, Any]) -> None:
         """Set what is given, under any name, and make objects of what is given by name or as a dict."""
         given = canonical(settings, (*DEFAULTS, *BOOKKEEPING))
-        _choose_policy(given, policy_of(self.cache).name)
+        choose_policy(given, policy_of(self.cache).name)
         choose_temperature(given, self.temperature)
         if given.get("max_new_tokens") is not None:
             if given.get("max_length") is not None:
@@ -213,7 +213,7 @@ class DiffusionConfig(GenerationConfig):
             raise ValueError(f"{name} fills the surest slots, selection_temperature draws them: give one of them")
         low, high = (-float("inf"), 0) if self.confidence == "entropy" else (0, 1)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if name == "threshold" and not (number and low <= self.threshold <= high):
+        if name == "threshold" and not (number and low <= self.threshold <= high and abs(self.threshold) < 1e38):
             given = f"confidence={self.confidence!r}, got {self.threshold!r}"
             raise ValueError(f"threshold must be between {low} and {high} with {given}")
 
@@ -275,20 +275,6 @@ class DiffusionConfig(GenerationConfig):
         plain_defaults = {**DEFAULTS, "cache": {"name": "none"}, "savings": asdict(Savings())}
         names = (*DEFAULTS, *BOOKKEEPING)
         return {n: plain[n] for n in names if plain.get(n) is not None and plain[n] != plain_defaults.get(n)}
-
-
-def _choose_policy(given: dict[str, Any], current: str) -> None:
-    """Put the policy that published names ask for in their place."""
-    asked = {name: value for name in CACHE_NAMES if (value := given.pop(name, None)) is not None}
-    if asked and given.get("cache") is None:
-        found = published_policy(asked, current)
-        given.update({} if found is None else {"cache": found})
-    elif asked:
-        # A switch may stand beside a policy that it agrees with.
-        on = policy_of(given["cache"]).name != "none"
-        if wrong := [name for name, value in asked.items() if name not in SWITCHES or value is not on]:
-            name = wrong[0]
-            raise ValueError(f"{name}={asked[name]!r} does not go with cache={given['cache']!r}: give one of them")
 
 
 def _savings_of(value: Any) -> Savings:

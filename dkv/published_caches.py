@@ -3,16 +3,35 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dkv.policies import policy_of
 from dkv.validation import flag
 
 # What the codes of dKV-Cache (LLaDA; Dream) and of Fast-dLLM call their caches, and their arguments.
-SWITCHES = ("enable_cache", "use_cache")
+_SWITCHES = ("enable_cache", "use_cache")
 _ARGUMENTS = {
     "cache_reloading_step": "refresh", "cache_steps": "refresh", "window_size": "window", "shift_type": "shift_rule"
 }  # fmt: skip
 _TYPES = {"decoded": "decode", "prefill": "prefill", "pd": "pd"}
-CACHE_NAMES = (*SWITCHES, *_ARGUMENTS, "cache_type", "dual_cache")
+CACHE_NAMES = (*_SWITCHES, *_ARGUMENTS, "cache_type", "dual_cache")
 _TAKES = {"decode": ("refresh", "shift_rule"), "greedy": ("refresh", "window"), "pd": ("refresh", "shift_rule")}
+
+
+def choose_policy(given: dict[str, Any], current: str) -> None:
+    """Put the policy that published names ask for in their place, among canonical settings.
+
+    Raises:
+        ValueError: they contradict each other, or the policy beside them.
+    """
+    asked = {name: value for name in CACHE_NAMES if (value := given.pop(name, None)) is not None}
+    if asked and given.get("cache") is None:
+        found = published_policy(asked, current)
+        given.update({} if found is None else {"cache": found})
+    elif asked:
+        # A switch may stand beside a policy that it agrees with.
+        on = policy_of(given["cache"]).name != "none"
+        if wrong := [name for name, value in asked.items() if name not in _SWITCHES or value is not on]:
+            name = wrong[0]
+            raise ValueError(f"{name}={asked[name]!r} does not go with cache={given['cache']!r}: give one of them")
 
 
 def published_policy(given: Mapping[str, Any], current: str) -> dict[str, Any] | None:
@@ -33,9 +52,9 @@ def published_policy(given: Mapping[str, Any], current: str) -> dict[str, Any] |
     Raises:
         ValueError: they do not say which policy, or two of them disagree.
     """
-    for name in (*SWITCHES, "dual_cache"):
+    for name in (*_SWITCHES, "dual_cache"):
         flag(name, given.get(name, True))
-    switches = {given[name] for name in SWITCHES if name in given}
+    switches = {given[name] for name in _SWITCHES if name in given}
     if len(switches) > 1:
         raise ValueError("enable_cache and use_cache contradict each other: give one of them")
     if switches == {False} or given == {"dual_cache": False}:
