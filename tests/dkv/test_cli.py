@@ -1,5 +1,6 @@
 """The command line as a whole: help, version, and how a command stops."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -112,11 +113,10 @@ def test_absurd_options_are_refused_at_once(capsys, options, message):
 
 
 def test_the_end_token_can_be_kept_out(capsys):
-    import json
-
-    found = {}
+    found, prompt = {}, "+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2="
     for option in ("--raw", "--logits-eos-inf", "--confidence-eos-eot-inf"):
-        assert main(["generate", "--max-new-tokens", "12", "--json", option, "+1 +2="]) == 0
+        assert main(["generate", "--max-new-tokens", "68", "--json", option, prompt]) == 0
         found[option] = json.loads(capsys.readouterr().out)["tokens"]
     eos = dkv.load("tiny").spec.eos_token_id
     assert eos in found["--raw"] and eos not in found["--logits-eos-inf"]
+    assert found["--confidence-eos-eot-inf"][:63] == found["--raw"][:63]
