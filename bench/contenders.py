@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import dkv
-from dkv.config import ALIASES, DEFAULTS, policy_of
+from dkv.config import DEFAULTS, policy_of
 from dkv.policies import POLICIES
+from dkv.published_names import own_name
 
 # Steps by name, as a share of the slots to fill.
 SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}
@@ -115,7 +116,7 @@ def _contender(asked: dict[str, Any]) -> Contender:
     own = {f.name for f in fields(POLICIES[name])} if name in POLICIES else set()
     arguments = {key: given.pop(key) for key in list(given) if key in own}
     policy = policy_of({"name": name, **arguments})
-    names = {ALIASES.get(key, (key,))[0] for key in given}
+    names = {own_name(key) for key in given}
     if fixed := sorted(names & set(DEFAULTS) - set(SETTINGS)):
         raise ValueError(f"{fixed[0]} cannot differ between runs; what can: steps, {', '.join(SETTINGS)}")
     # Names of either family's functions become ours here, so that one setting has one label.

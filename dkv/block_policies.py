@@ -8,6 +8,7 @@ import numpy as np
 from dkv.canvas import column
 from dkv.policy import Active, Policy, View, runs_of, sources
 from dkv.schedule import Step
+from dkv.validation import flag
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class PrefixCache(Policy):
 
     name: ClassVar[str] = "prefix"
     delayed: bool = False
+
+    def __post_init__(self):
+        flag("delayed", self.delayed)
 
     def full(self, step: Step, shifted: bool) -> bool:
         return step.in_block == 0
@@ -43,6 +47,9 @@ class DualCache(Policy):
 
     name: ClassVar[str] = "dual"
     delayed: bool = False
+
+    def __post_init__(self):
+        flag("delayed", self.delayed)
 
     def full(self, step: Step, shifted: bool) -> bool:
         return step.in_block == 0

@@ -1,6 +1,6 @@
 """From hidden states to a token and its confidence, without keeping logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dkv import kernels
 from dkv.config import DiffusionConfig
+from dkv.ending import unwanted_ends
 
 LOGITS_AT_A_TIME = 1 << 24
 # As in transformers: (ids [n, length], scores [n, V]) -> scores
@@ -19,7 +20,7 @@ class Chooser:
 
     Args:
         model: its `head` gives the logits.
-        config: temperature, filters, confidence.
+        config: temperature, filters, confidence, and what becomes of end tokens.
         mask_id: never chosen.
         workspace: scratch to use again between calls.
         processor: changes the logits before anything else looks at them; they are then computed row by row.
@@ -32,6 +33,7 @@ class Chooser:
         self.model, self.workspace, self.processor = model, workspace, processor
         self.rounded = config.confidence_dtype == "model"
         self.float64 = not (config.savings.tail_confidence or self.rounded)
+        self.never, self.late = unwanted_ends(config, model.spec)
         drawn = config.temperature > 0
         self.how = {
             "rule": "probability" if config.confidence == "random" else config.confidence,
@@ -58,19 +60,44 @@ class Chooser:
             counts: how many of the T are of each row.
             texts: gives the ids of every row, [length] each, for the processor.
         """
-        head, how = self.model.head, {**self.how, "row_keys": keys}
+        head = self.model.head
         if self.processor is not None:
             return self._processed(hidden, keys, counts, texts())
         if self.float64:
             with kernels.use_backend("reference"):
-                return kernels.choose_token(head(hidden).double(), **how)
-        if type(head) is nn.Linear:
-            return kernels.choose_token_fused(hidden, head.weight, head_bias=head.bias, workspace=self.workspace, **how)
-        if hasattr(head, "strips"):
-            return kernels.choose_token_fused(hidden, head, workspace=self.workspace, **how)
+                return self._of_logits(head(hidden).double(), keys)
+        if type(head) is nn.Linear or hasattr(head, "strips"):
+            how = {**self.how, "row_keys": keys, "workspace": self.workspace}
+            return self._with_late_ends(lambda gone: kernels.choose_token_fused(hidden, **_without(head, gone), **how))
         rows = max(1, LOGITS_AT_A_TIME // self.model.spec.vocab_size)
         parts = hidden.split(rows)
         return self._parts(map(head, parts), [None] * len(parts) if keys is None else keys.split(rows))
+
+    def _with_late_ends(self, choose: Callable[[Sequence[int]], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The choice that `choose` makes with the logits of some ids gone, that is at -inf.
+
+        With `confidence_eos_eot_inf` the token is chosen first. How sure it is, is then asked as if there were no
+        end tokens (published code of LLaDA), and where the token is one of them, the answer is -inf: less than all
+        others, which are finite.
+        """
+        token, confidence = choose(self.never)
+        if not self.late:
+            return token, confidence
+        _, without = choose(self.never + self.late)
+        without = without.clamp(min=torch.finfo(without.dtype).min)
+        is_end = torch.isin(token, torch.tensor(self.late, device=token.device))
+        return token, without.masked_fill(is_end, -torch.inf).masked_fill(confidence.isnan(), torch.nan)
+
+    def _of_logits(self, logits: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The choice from logits, which may be overwritten."""
+
+        def choose(gone: Sequence[int]) -> tuple[Tensor, Tensor]:
+            if gone:
+                logits[:, gone] = -torch.inf
+            last = len(gone) == len(self.never) + len(self.late)
+            return kernels.choose_token(logits, row_keys=keys, overwrite=last, workspace=self.workspace, **self.how)
+
+        return self._with_late_ends(choose)
 
     def _processed(
         self, hidden: Tensor, keys: Tensor | None, counts: Sequence[int], texts: Sequence[Tensor]
@@ -94,8 +121,39 @@ class Chooser:
         return found.to(logits.dtype) if self.rounded else found
 
     def _parts(self, logits: Any, keys: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """`choose_token` of several parts, whose logits may be overwritten."""
-        how = {**self.how, "overwrite": True, "workspace": self.workspace}
-        found = [kernels.choose_token(part, row_keys=key, **how) for part, key in zip(logits, keys, strict=True)]
+        """The choices from several parts of logits."""
+        found = [self._of_logits(part, key) for part, key in zip(logits, keys, strict=True)]
         token, confidence = zip(*found, strict=True)
         return torch.cat(token), torch.cat(confidence)
+
+
+def _without(head: Any, gone: Sequence[int]) -> dict[str, Any]:
+    """A head with the logits of some ids at -inf, as `choose_token_fused` takes it."""
+    if type(head) is not nn.Linear:
+        return {"head_weight": _Strips(head, gone) if gone else head}
+    bias = head.bias
+    if gone:
+        bias = head.weight.new_zeros(len(head.weight)) if bias is None else bias.clone()
+        bias[gone] = -torch.inf
+    return {"head_weight": head.weight, "head_bias": bias}
+
+
+class _Strips:
+    """A head that gives its logits strip by strip, those of some ids at -inf."""
+
+    def __init__(self, head: Any, gone: Sequence[int]):
+        self.head, self.gone, self.in_features, self.out_features = head, gone, head.in_features, head.out_features
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden).index_fill(-1, torch.tensor(self.gone, device=hidden.device), -torch.inf)
+
+    def strips(self, hidden: Tensor) -> Iterator[Tensor]:
+        """[R, C] each."""
+        start = 0
+        for strip in self.head.strips(hidden):
+            stop = start + strip.shape[-1]
+            for token in self.gone:
+                if start <= token < stop:
+                    strip[:, token - start] = -torch.inf
+            yield strip
+            start = stop

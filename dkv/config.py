@@ -1,17 +1,18 @@
 """Settings of a generation, in transformers' form and under the names of both model families."""
 
-import difflib
+import functools
+import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from transformers import GenerationConfig
 
 from dkv.kernels.choose import CONFIDENCE_DTYPES
-from dkv.policies import POLICIES, NoCache, Policy
-from dkv.schedule import Step, block_schedule, time_schedule
-from dkv.validation import check_numbers
+from dkv.policies import policy_of
+from dkv.published_caches import CACHE_NAMES, choose_policy
+from dkv.published_names import ACTING, ALIASES, BOOKKEEPING, canonical, check_other, choose_temperature
+from dkv.schedule import Step, block_schedule, check_steps, time_schedule
+from dkv.validation import check_types
 
 CONFIDENCE_RULES = ("probability", "margin", "entropy", "random")
 
@@ -36,6 +37,7 @@ class Savings:
 
 DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 128,
+    "max_length": None,
     "steps": None,
     "block_length": None,
     "schedule": None,
@@ -50,7 +52,10 @@ DEFAULTS: dict[str, Any] = {
     "factor": None,
     "cfg_scale": 0.0,
     "eos_token_id": None,
+    "eot_token_id": None,
     "pad_token_id": None,
+    "logits_eos_inf": False,
+    "confidence_eos_eot_inf": False,
     "cache": None,
     "seed": None,
     "mask_token_id": None,
@@ -62,67 +67,33 @@ DEFAULTS: dict[str, Any] = {
     "savings": Savings(),
 }
 
-# Names in the generate functions of LLaDA and Dream -> (name here, values that are spelled otherwise).
-ALIASES: dict[str, tuple[str, dict[str, str]]] = {
-    "gen_length": ("max_new_tokens", {}),
-    "mask_id": ("mask_token_id", {}),
-    "remasking": ("confidence", {"low_confidence": "probability"}),
-    "alg": ("confidence", {"origin": "random", "maskgit_plus": "probability", "topk_margin": "margin"}),
-    "alg_temp": ("selection_temperature", {}),
-}
-
-# Settings of those functions that have one value here: it is accepted, any other is refused.
-FIXED: dict[str, Any] = {"num_return_sequences": 1, "return_dict_in_generate": True}
-
-# What transformers writes into generation_config.json files for its own use.
-BOOKKEEPING = ("transformers_version", "bos_token_id", "use_cache", "do_sample")
 # Settings that may be given row by row, as a list.
 BY_ROW = ("max_new_tokens", "steps", "seed")
-# Settings for which LLaDA's and Dream's functions take None, meaning none.
-NONE_IS_DEFAULT = ("temperature", "selection_temperature", "cfg_scale")
-
-
-def policy_of(value: Any) -> Policy:
-    """A policy from itself, its name, a dict {"name": ..., **arguments}, or None for `NoCache`.
-
-    Raises:
-        ValueError: no such policy, or no such argument.
-    """
-    if value is None:
-        return NoCache()
-    if isinstance(value, Policy):
-        return value
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, dict):
-        raise ValueError(f"cache must be a policy, its name or a dict, got {value!r}")
-    name, arguments = value.get("name"), {k: v for k, v in value.items() if k != "name"}
-    if name not in POLICIES:
-        raise ValueError(f"cache: unknown policy {name!r}; known are {', '.join(POLICIES)}")
-    known = {f.name for f in fields(POLICIES[name])}
-    if unknown := sorted(set(arguments) - known):
-        takes = ", ".join(sorted(known)) or "no arguments"
-        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}; it takes {takes}")
-    return POLICIES[name](**arguments)
 
 
 class DiffusionConfig(GenerationConfig):
     """How to fill a canvas: schedule, choice of tokens, cache policy, and what to record.
 
+    Settings of transformers and of the published generate functions act or are refused (`dkv.published_names`);
+    None stands for the default.
+
     Args:
         max_new_tokens: slots to fill (LLaDA: `gen_length`); 0 gives the prompt back. A list: by row.
+        max_length: as in transformers, columns of the prompt, padding included, and slots to fill together. Given
+            beside `max_new_tokens`, it is not used, with a warning.
         steps: passes in all; None: one per slot. With `threshold` or `factor` the most that are made. A list: by row.
         block_length: slots of a block of LLaDA's schedule; None: one block.
         schedule: "blocks" (LLaDA) or "time" (Dream); None: that of the model.
         eps: last time of Dream's schedule.
         confidence: which slots are decoded first: "probability" of the best token, "margin" to the
-            second, negative "entropy", or "random" (`remasking`, `alg`).
+            second, negative "entropy", or "random"; or a published name of these (`remasking`, `alg`).
         confidence_dtype: "exact" tells apart probabilities however close to 1 they are. "model" computes them as
             Dream's published code does, in the dtype of the model: at a temperature of 0.1 in bfloat16 most become
             equal, and of equals the leftmost slot is filled. Scores reported for Dream at low temperatures (GSM8K
             about 80, against 35 to 58 at temperature 0) were made that way. LLaDA's published code takes a float64
             softmax, which "exact" orders alike; there "model" rounds what it does not.
-        temperature: 0 takes the best token; above 0 tokens are drawn.
+        temperature: 0 takes the best token; above 0 tokens are drawn. `do_sample` of transformers must agree with
+            it; True alone is a temperature of 1.
         top_p, top_k: tokens outside are neither drawn nor counted.
         selection_temperature: above 0 the slots are drawn by confidence (Dream: `alg_temp`).
         threshold: fill every slot of the block whose confidence is at least this, and always the surest one
@@ -134,8 +105,12 @@ class DiffusionConfig(GenerationConfig):
         eos_token_id: id or ids. A row ends at its first one as soon as no mask stands before it, takes
             `pad_token_id` from there on and leaves the batch. None: every slot is filled, as published.
         pad_token_id: None: that of the model, or the first end id.
+        eot_token_id: id or ids that end a turn of a talk, for `confidence_eos_eot_inf`; None: that of the model.
+        logits_eos_inf: never emit `eos_token_id`, or that of the model: its logit is -inf (LLaDA).
+        confidence_eos_eot_inf: fill slots whose token is `eos_token_id` or `eot_token_id`, or those of the model, last,
+            with that token; how sure the others are is told without these ids (LLaDA). Computes the head twice.
         cache: a policy, its name ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual"), or a dict
-            {"name": ..., "refresh": ...}; None: no cache.
+            {"name": ..., "refresh": ...}; None: no cache. Or by the names in `dkv.published_caches`.
         seed: of every random number; None: one a row, drawn from the generator. A list: by row.
         mask_token_id: id of a slot without a token; None: that of the model. It is never emitted.
         vocab_limit: ids from here on are never emitted (embeddings wider than the tokenizer).
@@ -152,43 +127,78 @@ class DiffusionConfig(GenerationConfig):
     """
 
     def __init__(self, **settings: Any):
-        given = _canonical(settings)
-        bookkeeping = {name: given.pop(name) for name in BOOKKEEPING if name in given}
-        super().__init__(**bookkeeping)
-        for name, default in DEFAULTS.items():
-            setattr(self, name, given.get(name, default))
-        self._build()
+        super().__init__(**{name: settings.pop(name) for name in BOOKKEEPING if name in settings})
+        # These act on other settings, and are not kept: transformers has defaults for them.
+        vars(self).update(DEFAULTS, do_sample=None, use_cache=None)
+        self._take(settings)
         self.validate()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A published name acts on the setting that it stands for."""
+        if value is not None and (name in ALIASES or name in ACTING) and hasattr(self, "savings"):
+            self.update(**{name: value})
+        else:
+            super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, whose `use_cache` in a file is about its own decoding and does not choose a policy."""
+        says_which = {"cache", *CACHE_NAMES} - {"use_cache"}
+        if config_dict.get("use_cache") is True and not says_which & {*config_dict, *kwargs}:
+            warnings.warn("use_cache=True of the file does not say which cache: none is used", stacklevel=2)
+            config_dict = {name: value for name, value in config_dict.items() if name != "use_cache"}
+        return super().from_dict(config_dict, **kwargs)
+
     def update(self, **settings: Any) -> dict[str, Any]:
-        """Set the given names, aliases included; unknown names are refused, so nothing is left over."""
+        """Set the given names, published ones included; unknown names are refused, so nothing is left over."""
         before = dict(vars(self))
         try:
-            vars(self).update(_canonical(settings))
-            self._build()
+            self._take(settings)
             self.validate()
         except Exception:
+            vars(self).clear()
             vars(self).update(before)
             raise
         return {}
 
-    def _build(self) -> None:
-        """Make objects of what was given by name or as a dict."""
+    def _take(self, settings: dict[str, Any]) -> None:
+        """Set what is given, under any name, and make objects of what is given by name or as a dict."""
+        given = canonical(settings, (*DEFAULTS, *BOOKKEEPING))
+        choose_policy(given, policy_of(self.cache).name)
+        choose_temperature(given, self.temperature)
+        if given.get("max_new_tokens") is not None:
+            if given.get("max_length") is not None:
+                warnings.warn("max_new_tokens and max_length are both given: max_new_tokens is used", stacklevel=4)
+            given["max_length"] = None
+        # None puts the default back.
+        vars(self).update({n: DEFAULTS.get(n) if value is None else value for n, value in given.items()})
         self.cache = policy_of(self.cache)
-        if isinstance(self.savings, dict):
-            self.savings = Savings(**self.savings)
+        self.savings = _savings_of(self.savings)
+        for name in ("eos_token_id", "eot_token_id"):
+            if getattr(self, name) == []:
+                setattr(self, name, None)
+        if "confidence_threshold" in (settings.get("alg"), settings.get("remasking")) and self.threshold is None:
+            raise ValueError("alg='confidence_threshold' goes by threshold=, which is 0.9 in the published code")
 
     def validate(self, **_: Any) -> None:
         """Raise ValueError where a value is impossible, naming the setting and what it may be."""
         if not hasattr(self, "savings"):  # transformers validates before our settings are there
             return
-        check_numbers(self)
+        for name, value in vars(self).items():
+            known = name in DEFAULTS or name in BOOKKEEPING or value is None or value is _of_transformers().get(name)
+            if not known and not check_other(name, value):
+                raise ValueError(f"unknown setting {name!r}, set as an attribute; known are {', '.join(DEFAULTS)}")
+        check_types(self)
         if self.confidence not in CONFIDENCE_RULES:
             raise ValueError(f"confidence must be one of {', '.join(CONFIDENCE_RULES)}, got {self.confidence!r}")
         if self.confidence_dtype not in CONFIDENCE_DTYPES:
             known = ", ".join(CONFIDENCE_DTYPES)
             raise ValueError(f"confidence_dtype must be one of {known}, got {self.confidence_dtype!r}")
         self._validate_dynamic()
+        if self.confidence_eos_eot_inf and self.confidence == "random":
+            raise ValueError(
+                "confidence_eos_eot_inf needs a confidence to go by, which confidence='random' does not give"
+            )
         if self.schedule not in (None, "blocks", "time"):
             raise ValueError(f'schedule must be "blocks" or "time", got {self.schedule!r}')
         if self.schedule == "time" and self.block_length is not None:
@@ -197,8 +207,9 @@ class DiffusionConfig(GenerationConfig):
         if len(set(lists.values())) > 1:
             given = ", ".join(f"{count} of {name}" for name, count in lists.items())
             raise ValueError(f"settings by row must be one for every row of the batch, got {given}")
-        for row in range(max(lists.values(), default=1)):
-            self.plan(shifted=False, row=row)
+        # How many slots there are to fill is known when the prompt is.
+        for row in range(max(lists.values(), default=1) if self.max_length is None else 0):
+            self.check_steps(shifted=False, row=row)
 
     def _validate_dynamic(self) -> None:
         if not self.is_dynamic:
@@ -212,7 +223,7 @@ class DiffusionConfig(GenerationConfig):
             raise ValueError(f"{name} fills the surest slots, selection_temperature draws them: give one of them")
         low, high = (-float("inf"), 0) if self.confidence == "entropy" else (0, 1)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if name == "threshold" and not (number and low <= self.threshold <= high):
+        if name == "threshold" and not (number and low <= self.threshold <= high and abs(self.threshold) < 1e38):
             given = f"confidence={self.confidence!r}, got {self.threshold!r}"
             raise ValueError(f"threshold must be between {low} and {high} with {given}")
 
@@ -226,6 +237,11 @@ class DiffusionConfig(GenerationConfig):
         value = getattr(self, name)
         return value[row] if isinstance(value, list) else value
 
+    def check_steps(self, shifted: bool, row: int = 0) -> None:
+        """Raise ValueError if the plan of a row cannot be made; costs nothing, however long the plan would be."""
+        new = self.of_row("max_new_tokens", row)
+        check_steps(new, self.of_row("steps", row) or new, self._block_length(shifted, new))
+
     def plan(self, shifted: bool, row: int = 0, to_fill: int | None = None) -> list[Step]:
         """The steps, with the number of slots that each decodes; can be printed.
 
@@ -235,17 +251,21 @@ class DiffusionConfig(GenerationConfig):
             to_fill: its slots to fill; default: its `max_new_tokens`.
 
         Raises:
-            ValueError: fewer steps than blocks.
+            ValueError: fewer steps than blocks, or far more of the time schedule than slots.
         """
         new = self.of_row("max_new_tokens", row) if to_fill is None else to_fill
-        steps = self.of_row("steps", row) or new
+        steps, block_length = self.of_row("steps", row) or new, self._block_length(shifted, new)
         if new == 0:
             return []
+        if block_length is not None:
+            return block_schedule(new, steps, block_length)
+        return time_schedule(new, steps, self.eps, by_chance=self.confidence == "random")
+
+    def _block_length(self, shifted: bool, new: int) -> int | None:
+        """Slots of a block; None for the time schedule."""
         # Dream's own schedule has no blocks: asking for them asks for LLaDA's.
         default = "time" if shifted and self.block_length is None else "blocks"
-        if (self.schedule or default) == "blocks":
-            return block_schedule(new, steps, self.block_length or new)
-        return time_schedule(new, steps, self.eps, by_chance=self.confidence == "random")
+        return self.block_length or max(new, 1) if (self.schedule or default) == "blocks" else None
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, for JSON."""
@@ -267,29 +287,15 @@ class DiffusionConfig(GenerationConfig):
         return {n: plain[n] for n in names if plain.get(n) is not None and plain[n] != plain_defaults.get(n)}
 
 
-def _canonical(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings under our names; unknown and contradicting ones are refused."""
-    given: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name in FIXED:
-            if value not in (None, FIXED[name]):
-                raise ValueError(f"{name} can only be {FIXED[name]} here, got {value!r}")
-            continue
-        target, spelling = ALIASES.get(name, (name, {}))
-        if target not in DEFAULTS and target not in BOOKKEEPING:
-            if value is None or name.startswith("_"):  # transformers hands on its unset settings
-                continue
-            near = difflib.get_close_matches(name, (*DEFAULTS, *ALIASES), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(DEFAULTS)}"
-            raise ValueError(f"unknown setting {name!r}{hint}")
-        value = spelling.get(value, value) if spelling else value
-        if isinstance(value, np.generic):
-            value = value.item()
-        if target in (*BY_ROW, "eos_token_id") and isinstance(value, list | tuple | Tensor | np.ndarray):
-            value = value.tolist() if hasattr(value, "tolist") else list(value)
-        if (target == "eos_token_id" and value == []) or (value is None and target in NONE_IS_DEFAULT):
-            value = DEFAULTS[target]
-        if target in given and given[target] != value:
-            raise ValueError(f"{name}={value!r} contradicts {target}={given[target]!r}: give one of them")
-        given[target] = value
-    return given
+def _savings_of(value: Any) -> Savings:
+    if isinstance(value, dict) and value.keys() <= {f.name for f in fields(Savings)}:
+        value = Savings(**value)
+    if not isinstance(value, Savings) or not all(isinstance(one, bool) for one in asdict(value).values()):
+        raise ValueError(f"savings must be a dkv.Savings, or a dict of its switches, got {value!r}")
+    return value
+
+
+@functools.cache
+def _of_transformers() -> dict[str, Any]:
+    """The attributes of a configuration of transformers, with their defaults."""
+    return vars(GenerationConfig())

@@ -8,9 +8,32 @@ from torch import Tensor
 from transformers import MaxTimeCriteria, StoppingCriteriaList
 
 from dkv.canvas import Canvas
+from dkv.config import DiffusionConfig
 
 # As in transformers: (ids [n, length], scores) -> bool [n]
 StoppingCriteria = Callable[[Tensor, Any], Any]
+
+
+def id_list(ids: int | list[int] | None) -> list[int]:
+    """An id, several or none, as a list."""
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def unwanted_ends(config: DiffusionConfig, spec: Any) -> tuple[list[int], list[int]]:
+    """The ids that are never emitted (`logits_eos_inf`), and those that come last (`confidence_eos_eot_inf`).
+
+    Args:
+        spec: of the model, whose ids stand in for those that are not set.
+
+    Raises:
+        ValueError: they are needed, and there is none.
+    """
+    eos = id_list(spec.eos_token_id if config.eos_token_id is None else config.eos_token_id)
+    eot = id_list(spec.eot_token_id if config.eot_token_id is None else config.eot_token_id)
+    if (config.logits_eos_inf and not eos) or (config.confidence_eos_eot_inf and not eos + eot):
+        name = "logits_eos_inf" if config.logits_eos_inf else "confidence_eos_eot_inf"
+        raise ValueError(f"{name} needs an end token, and the model names none: give eos_token_id")
+    return eos if config.logits_eos_inf else [], sorted({*eos, *eot}) if config.confidence_eos_eot_inf else []
 
 
 class Ending:

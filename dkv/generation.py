@@ -1,7 +1,8 @@
 """`dkv.generate`: fill a canvas step by step, computing only the slots that a policy names."""
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,15 +15,33 @@ from dkv.config import DiffusionConfig
 from dkv.ending import StoppingCriteria
 from dkv.inputs import checked_inputs
 from dkv.output import DiffusionOutput
+from dkv.published_names import own_name
 from dkv.randomness import Numbers
 from dkv.run import Run, pad_id
 
 
+def _by_name(function: Callable) -> Callable:
+    """The function, which says what to write where settings are given by position, as LLaDA's code takes them."""
+
+    @functools.wraps(function)
+    def called(*given: Any, **named: Any) -> Any:
+        if len(given) > 3:
+            raise TypeError(
+                f"{function.__name__} takes model, input_ids and attention_mask by position, got {len(given)}: give "
+                "the others by name, such as generation_config=config or max_new_tokens=128"
+            )
+        return function(*given, **named)
+
+    return called
+
+
+@_by_name
 @torch.no_grad()
 def generate(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping,
     attention_mask: Tensor | None = None,
+    *,
     generation_config: DiffusionConfig | None = None,
     streamer: Any = None,
     generator: torch.Generator | None = None,
@@ -40,11 +59,12 @@ def generate(
     Args:
         model: from `dkv.load` or `dkv.wrap`.
         input_ids: integers [B, P], prompts of one batch, padded on either side. A mask id in a
-            prompt is left as it is; `dkv.infill` fills it.
+            prompt is left as it is; `dkv.infill` fills it. Or the encoding of a tokenizer, which holds them and
+            their mask; `**encoding` does as well.
         attention_mask: [B, P], 0 at padding; None: no padding. Padding is told by this mask alone,
             is never computed, and does not count in positions.
         generation_config: settings; None: the defaults of `DiffusionConfig`.
-        streamer: has `put(ids)` and `end()` as in transformers; gets the prompts [B, P] first and
+        streamer: has `put(ids)` and, if it wants, `end()` as in transformers; gets the prompts [B, P] first and
             the new tokens [B, new] last, and with a `put_draft(ids)` those on the canvas after every step.
         generator: source of the seeds if the settings have none; default: torch's own.
         numbers: callable (step, (B, P + new)) -> uniform numbers, used for random orders instead of
@@ -60,12 +80,13 @@ def generate(
             (the last ones decoded were not seen as such). They are as old as they are: the policy's first refresh
             after its first passes recomputes them, with `Prefill` and `PrefillDecode` nothing does. It is copied,
             not changed.
-        overrides: settings that replace those of the configuration.
+        overrides: settings that replace those of the configuration, under any name that it knows.
 
     Returns:
         `DiffusionOutput`; its `sequences` [B, P + new] keep the prompts as they came.
 
     Raises:
+        TypeError: an argument is of the wrong kind, or a setting is given by position.
         ValueError, IndexError: the inputs or settings are impossible, or the logits hold NaN.
 
     Example:
@@ -74,16 +95,19 @@ def generate(
         >>> output.sequences[:, ids.shape[1]:], output.stats.computed_share
     """
     config = _config(generation_config, overrides)
+    _check_helpers(config, generator, streamer)
     ids, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
     run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
     return run.to_the_end(streamer, ids, new=ids.shape[1])
 
 
+@_by_name
 @torch.no_grad()
 def infill(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping,
     attention_mask: Tensor | None = None,
+    *,
     generation_config: DiffusionConfig | None = None,
     streamer: Any = None,
     generator: torch.Generator | None = None,
@@ -97,8 +121,8 @@ def infill(
         input_ids: integers [B, L], texts with the mask id wherever a token is to be found, padded on either side.
             Rows may have different numbers of masks, or none.
         attention_mask: [B, L], 0 at padding; None: no padding. A mask id in the padding stays.
-        generation_config, overrides: as for `dkv.generate`, but for `max_new_tokens`, which is the number of
-            masks. Blocks are counted over the masks from left to right. End ids end nothing.
+        generation_config, overrides: as for `dkv.generate`, but for `max_new_tokens` and `max_length`: the slots to
+            fill are the masks. Blocks are counted over the masks from left to right. End ids end nothing.
         streamer: gets `put(ids)` with the texts and then with the result, `put_draft(ids)` after every step.
         model, generator, numbers, logits_processor: as for `dkv.generate`.
 
@@ -111,19 +135,24 @@ def infill(
     Example:
         >>> dkv.infill(model, torch.tensor([[5, mask, 7, mask]])).sequences
     """
-    if "max_new_tokens" in overrides or "gen_length" in overrides:
-        raise ValueError("max_new_tokens does not go with infill, which fills every mask of input_ids")
-    config = _config(generation_config, {**overrides, "max_new_tokens": 0, "eos_token_id": None})
+    lengths = ("max_new_tokens", "max_length")
+    if given := [name for name, value in overrides.items() if own_name(name) in lengths and value is not None]:
+        raise ValueError(f"{own_name(given[0])} does not go with infill, which fills every mask of input_ids")
+    config = _config(generation_config, {**overrides, "max_new_tokens": 0})
+    _check_helpers(config, generator, streamer)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
     mask_id = _mask_id(model, config)
     canvas = Canvas(ids, mask, mask & (ids == mask_id), mask_id)
-    return Run(model, canvas, config, mask_id, generator, numbers, logits_processor).to_the_end(streamer, ids, new=0)
+    run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, ends=False)
+    return run.to_the_end(streamer, ids, new=0)
 
 
+@_by_name
 def stream(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping,
     attention_mask: Tensor | None = None,
+    *,
     generation_config: DiffusionConfig | None = None,
     generator: torch.Generator | None = None,
     numbers: Numbers | None = None,
@@ -145,6 +174,7 @@ def stream(
         ...     print(tokenizer.decode(draft.sequences[0]))
     """
     config = _config(generation_config, overrides)
+    _check_helpers(config, generator)
     _, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
     run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
     return _drafts(run)
@@ -170,12 +200,21 @@ def _config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> Diffusi
     return config
 
 
+def _check_helpers(config: DiffusionConfig, generator: Any, streamer: Any = None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}; a number is given as seed=")
+    if generator is not None and config.seed is not None:
+        raise ValueError(f"generator and seed={config.seed!r} are both sources of random numbers: give one of them")
+    if streamer is not None and (isinstance(streamer, type) or not callable(getattr(streamer, "put", None))):
+        raise TypeError(f"streamer must have put(ids), as in transformers, got {streamer!r}")
+
+
 def _mask_id(model: Any, config: DiffusionConfig) -> int:
     return model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
 
 
 def _prompts(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: DiffusionConfig
+    model: Any, input_ids: Tensor | Mapping, attention_mask: Tensor | None, config: DiffusionConfig
 ) -> tuple[Tensor, Canvas, int]:
     """The checked prompts, the canvas that continues them, and the mask id."""
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)

@@ -19,7 +19,7 @@ from dkv.config import DiffusionConfig, policy_of
 from dkv.harness_settings import count, stated, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
 from dkv.output import Stats
-from dkv.text import answer, encode
+from dkv.text import answer, encode, turn_end_ids
 from dkv.version import versions
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class DkvLM(TemplateLM):
         policy_of(self.stated.get("cache")).check(self.model.spec.shifted)
         self.tokenizer = dkv.load_tokenizer(self.pretrained)
         self._device = self.model.device
+        self.stated.setdefault("eot_token_id", turn_end_ids(self.tokenizer))
         self.generated: dict[str, tuple[int, Stats]] = {}
         self.scored, self.scores, self.truncated = 0, Stats(), 0
         bos = self.tokenizer.bos_token_id
@@ -178,7 +179,7 @@ class DkvLM(TemplateLM):
         self._note_truncated(int((mask.sum(1) > room).sum()))
         # Padding is on the left, so a long prompt loses its beginning.
         ids, mask = (t[:, -room:].to(self.model.device) for t in (ids, mask))
-        output = dkv.generate(self.model, ids, mask, job.config)
+        output = dkv.generate(self.model, ids, mask, generation_config=job.config)
         stats = output.stats
         what = json.dumps({**stats.settings, "seed": None}, sort_keys=True, default=str)
         count, total = self.generated.get(what, (0, Stats(seed=self.stated["seed"], settings=stats.settings)))

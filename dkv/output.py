@@ -71,8 +71,8 @@ class DiffusionOutput(ModelOutput):
         confidences: float32 [steps, B, P + new] (`output_confidences`), the logarithm of the
             probability or margin, or the negative entropy in nats, of each slot that the pass ranked:
             the masked slots of its block, or what `Greedy` computed of them; NaN elsewhere. The
-            "random" rule ranks none: there, the log probability of the tokens decoded. A
-            `selection_temperature` is not in it.
+            "random" rule ranks none: there, the log probability of the tokens decoded. Slots that
+            `confidence_eos_eot_inf` holds back have -inf. A `selection_temperature` is not in it.
         logits: one [B, P + new, V] per step, raw (not shifted), 0 where a slot was not computed
             (`output_logits`).
         stats: `Stats`.

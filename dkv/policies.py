@@ -1,7 +1,7 @@
 """The policies of dKV-Cache (Ma et al. 2025): rules for the slots that a pass recomputes."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,11 +11,14 @@ from dkv.block_policies import DualCache, PrefixCache
 from dkv.canvas import mask_of, slots_of
 from dkv.policy import Active, Policy, View, runs_of, sources
 from dkv.schedule import Step
+from dkv.validation import flag, whole
 
 
-def _check_refresh(refresh: int | None) -> None:
-    if refresh is not None and (refresh != int(refresh) or refresh < 0):
-        raise ValueError(f"refresh must be a whole number of steps, or 0 or None for never; got {refresh!r}")
+def _take_whole(policy: Policy, name: str, low: int, optional: bool = True) -> None:
+    """Check an argument of a policy, and keep it as an int."""
+    value = getattr(policy, name)
+    if value is not None or not optional:
+        object.__setattr__(policy, name, whole(name, value, low))
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Decode(Policy):
     shift_rule: str = "un"
 
     def __post_init__(self):
-        _check_refresh(self.refresh)
-        if self.warmup is not None and self.warmup < 1:
-            raise ValueError(f"warmup must be at least 1 full pass, got {self.warmup}")
+        _take_whole(self, "refresh", 0)
+        _take_whole(self, "warmup", 1)
+        flag("keep_across_blocks", self.keep_across_blocks)
         if self.shift_rule not in ("un", "un_right", "right"):
             raise ValueError(f'shift_rule must be "un", "un_right" or "right", got {self.shift_rule!r}')
 
@@ -162,9 +165,8 @@ class Greedy(Policy):
     window_centre: str = "next"
 
     def __post_init__(self):
-        _check_refresh(self.refresh)
-        if self.window < 0:
-            raise ValueError(f"window must be 0 or more slots, got {self.window}")
+        _take_whole(self, "refresh", 0)
+        _take_whole(self, "window", 0, optional=False)
         if self.window_rule not in ("masked", "neighbours"):
             raise ValueError(f'window_rule must be "masked" or "neighbours", got {self.window_rule!r}')
         if self.window_centre not in ("next", "last"):
@@ -194,7 +196,7 @@ class Greedy(Policy):
 
 def neighbours(centre: Tensor, window: int) -> Tensor:
     """Slots from ceil(window / 2) before to window // 2 after a centre [B, S] (paper, section on Greedy)."""
-    near = centre.clone()
+    near, window = centre.clone(), min(window, 2 * centre.shape[1])
     for shift in range(1, (window + 1) // 2 + 1):
         near[:, :-shift] |= centre[:, shift:]
         if shift <= window // 2:
@@ -226,3 +228,27 @@ def with_masked_window(chosen: Tensor, masked: Tensor, centres: Tensor, window: 
 POLICIES: dict[str, type[Policy]] = {
     p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode, PrefixCache, DualCache)
 }
+
+
+def policy_of(value: Any) -> Policy:
+    """A policy from itself, its name, a dict {"name": ..., **arguments}, or None for `NoCache`.
+
+    Raises:
+        ValueError: no such policy, or no such argument.
+    """
+    if value is None:
+        return NoCache()
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"cache must be a policy, its name or a dict, got {value!r}")
+    name, arguments = value.get("name"), {k: v for k, v in value.items() if k != "name"}
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ValueError(f"cache: unknown policy {name!r}; known are {', '.join(POLICIES)}")
+    known = {f.name for f in fields(POLICIES[name])}
+    if unknown := sorted(map(str, set(arguments) - known)):
+        takes = ", ".join(sorted(known)) or "no arguments"
+        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}; it takes {takes}")
+    return POLICIES[name](**arguments)

@@ -13,7 +13,7 @@ from dkv.buffer import KVBuffer
 from dkv.canvas import Canvas, column
 from dkv.choosing import LogitsProcessor
 from dkv.config import DiffusionConfig
-from dkv.ending import Ending, StoppingCriteria
+from dkv.ending import Ending, StoppingCriteria, id_list
 from dkv.output import DiffusionOutput
 from dkv.passes import Pass
 from dkv.policies import NoCache
@@ -30,6 +30,7 @@ class Run:
     Args:
         model, canvas, config, mask_id: as for `Sampler`.
         generator, numbers, processor, criteria, buffer: as for `dkv.generate`.
+        ends: whether a row ends at an end id.
 
     Attributes:
         rows: numbers in the batch of the rows that are not finished, in the order in which they stand on the canvas.
@@ -40,7 +41,7 @@ class Run:
         self, model: Any, canvas: Canvas, config: DiffusionConfig, mask_id: int,
         generator: torch.Generator | None = None, numbers: Numbers | None = None,
         processor: LogitsProcessor | list | None = None, criteria: StoppingCriteria | list | None = None,
-        buffer: KVBuffer | None = None,
+        buffer: KVBuffer | None = None, ends: bool = True,
     ):  # fmt: skip
         self.start, self.model, self.config = time.perf_counter(), model, config
         batch = len(canvas.tokens)
@@ -53,8 +54,7 @@ class Run:
         self.sampler = Sampler(model, canvas, config, Randomness(seeds, canvas, numbers), mask_id, processor)
         self.rows, self.sequences = list(range(batch)), canvas.sequences()
         self.tokens, self.seen = canvas.tokens[:, :-1].clone(), torch.zeros_like(canvas.masked)
-        self.pad, eos = pad_id(model, config), config.eos_token_id
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        self.pad, eos = pad_id(model, config), id_list(config.eos_token_id) if ends else []
         self.ending = Ending(eos, criteria, batch) if eos or criteria else None
         self.wanted, self.given_up, self.reused = sum(map(len, canvas.to_fill)), 0, 0
         self.kept = {name: [] for name in RECORDS if getattr(config, f"output_{name}")}
@@ -75,7 +75,7 @@ class Run:
         """Take all steps; the streamer gets what was given, then the columns from `new` on, every step and at last."""
         if streamer is not None:
             streamer.put(prompts.cpu())
-        draft = getattr(streamer, "put_draft", None)
+        draft, end = (getattr(streamer, name, None) for name in ("put_draft", "end"))
         while self.rows:
             self.step()
             if draft is not None:
@@ -83,7 +83,8 @@ class Run:
         output = self.output()
         if streamer is not None:
             streamer.put(output.sequences[:, new:].cpu())
-            streamer.end()
+            if end is not None:
+                end()
         return output
 
     def draft(self) -> DiffusionOutput:
@@ -155,8 +156,8 @@ class Run:
 
 def pad_id(model: Any, config: DiffusionConfig) -> int:
     """What a row is filled up with beyond its end."""
-    eos = (config.eos_token_id or [None])[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    known = (config.pad_token_id, model.spec.pad_token_id, eos, model.spec.eos_token_id, 0)
+    eos = id_list(config.eos_token_id)[:1]
+    known = (config.pad_token_id, model.spec.pad_token_id, *eos, model.spec.eos_token_id, 0)
     return next(number for number in known if number is not None)
 
 

@@ -255,7 +255,8 @@ class Sampler:
             noise = noise.gather(1, slots.clamp(max=noise.shape[1] - 1))
         plain = confidence if self.config.confidence == "entropy" else confidence.exp()
         own, noisy = shares(heat, plain.dtype)
-        return plain * own + noise * noisy
+        score = plain * own + noise * noisy
+        return score.masked_fill(confidence == -torch.inf, -torch.inf) if self.config.confidence_eos_eot_inf else score
 
     def _commit(
         self, steps: list[Step], quota: np.ndarray, slots: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor

@@ -28,6 +28,25 @@ class Step:
     probability: float = 0.0
 
 
+# Steps in time beyond the slots decode nothing, and each is a pass: what asks for more than this is a slip.
+MOST_STEPS = 1 << 16
+
+
+def check_steps(new_tokens: int, steps: int, block_length: int | None) -> None:
+    """Raise ValueError where there are fewer steps than blocks, or far too many of the time schedule (no blocks)."""
+    if block_length is None:
+        most = max(MOST_STEPS, new_tokens)
+        if steps > most:
+            raise ValueError(f"steps must be at most {most} in the time schedule, where each is a pass, got {steps}")
+        return
+    blocks = -(-new_tokens // block_length)
+    if steps < blocks:
+        raise ValueError(
+            f"steps ({steps}) is the total over all blocks and must be at least the number of blocks: "
+            f"{new_tokens} new tokens in blocks of {block_length} need {blocks}"
+        )
+
+
 def block_schedule(new_tokens: int, steps: int, block_length: int) -> list[Step]:
     """LLaDA's schedule: blocks from left to right, and equal shares of a block in each of its steps.
 
@@ -44,12 +63,8 @@ def block_schedule(new_tokens: int, steps: int, block_length: int) -> list[Step]
     Raises:
         ValueError: fewer steps than blocks.
     """
+    check_steps(new_tokens, steps, block_length)
     starts = range(0, new_tokens, block_length)
-    if steps < len(starts):
-        raise ValueError(
-            f"steps ({steps}) is the total over all blocks and must be at least the number of blocks: "
-            f"{new_tokens} new tokens in blocks of {block_length} need {len(starts)}"
-        )
     plan: list[Step] = []
     for block, start in enumerate(starts):
         stop = min(start + block_length, new_tokens)
@@ -72,7 +87,11 @@ def time_schedule(new_tokens: int, steps: int, eps: float, by_chance: bool) -> l
         steps: time steps, which may exceed the slots.
         eps: the last time, in (0, 1).
         by_chance: every masked slot is decoded with the probability of the step (Dream's "origin").
+
+    Raises:
+        ValueError: more than `MOST_STEPS`, and more than slots.
     """
+    check_steps(new_tokens, steps, None)
     times = torch.linspace(1, eps, steps + 1)
     plan, left = [], torch.tensor(float(new_tokens))
     for i in range(steps):

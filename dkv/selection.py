@@ -37,6 +37,8 @@ def confident_counts(confidence: Tensor, eligible: Tensor, least: Tensor, config
         least: int64 [B].
     """
     logarithm = config.confidence != "entropy"
+    if config.confidence_eos_eot_inf:
+        eligible = eligible & (confidence > -torch.inf)
     known = confidence.float().clamp(min=torch.finfo(torch.float32).min)
     best = known.masked_fill(~eligible, -torch.inf).sort(dim=1, descending=True).values
     if config.threshold is not None:
@@ -44,5 +46,5 @@ def confident_counts(confidence: Tensor, eligible: Tensor, least: Tensor, config
         sure = best >= max((value.log() if logarithm else value).item(), torch.finfo(torch.float32).min)
     else:
         number = torch.arange(2, best.shape[1] + 2, device=best.device)
-        sure = number * -torch.expm1(best) < config.factor
+        sure = (number * -torch.expm1(best) < config.factor) & (best > -torch.inf)
     return torch.maximum(sure.sum(1), least)

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What ends a turn: LLaDA's name for it, and Dream's.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
+
 
 def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False) -> tuple[Tensor, Tensor]:
     """Prompts as one batch, padded on the left.
@@ -51,6 +54,12 @@ def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
 def end_ids(tokenizer: Any, spec: Any) -> list[int] | None:
     """The ids that end a text, by the tokenizer or by the model's configuration; None: there are none."""
     return sorted({tokenizer.eos_token_id, spec.eos_token_id} - {None}) or None
+
+
+def turn_end_ids(tokenizer: Any) -> list[int] | None:
+    """The ids of the tokens that end a turn of a talk in the chat templates of the families; None: there are none."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in TURN_ENDS if token in vocabulary] or None
 
 
 def until_end(tokenizer: Any, spec: Any, ids: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ refused by name, so a checkpoint never loads into a network that computes someth
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 
 from torch import Tensor
 
@@ -26,8 +27,8 @@ DREAM_SWITCHES = {"hidden_act": "silu", "use_sliding_window": False}
 
 # Size of a published vocabulary (LLaDA's and MMaDA's; Dream's) -> ids that some of its files leave out. Of another
 # vocabulary these would be any tokens.
-LLADA_IDS = {size: {"mask": 126336, "end": 126081} for size in (126464, 134656)}
-DREAM_IDS = {152064: {"mask": 151666, "end": 151643}}
+LLADA_IDS = {size: {"mask": 126336, "end": 126081, "turn_end": 126348} for size in (126464, 134656)}
+DREAM_IDS = {152064: {"mask": 151666, "end": 151643, "turn_end": 151645}}
 
 # Checkpoint module -> module of `Transformer`; {} is the number of the layer.
 LLADA_NAMES = {
@@ -90,6 +91,7 @@ def llada_spec(config: Mapping) -> ModelSpec:
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-5),
         mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
         eos_token_id=eos,
+        eot_token_id=fields.token_id(config, "eot_token_id", usual.get("turn_end"), rows),
         pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
         qkv_bias=fields.flag(config, "include_qkv_bias", False),
         linear_bias=bias,
@@ -128,6 +130,7 @@ def dream_spec(config: Mapping) -> ModelSpec:
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-6),
         mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
         eos_token_id=eos,
+        eot_token_id=fields.token_id(config, "eot_token_id", usual.get("turn_end"), rows),
         pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
         qkv_bias=True,
         tied_head=fields.flag(config, "tie_word_embeddings", False),
@@ -258,12 +261,15 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
     spec, family = model.spec, FAMILIES[model.spec.family]
     names = family.checkpoint_names(n for n, _ in model.named_parameters())
     config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": False}
+    if spec.eot_token_id is not None:
+        config["eot_token_id"] = spec.eot_token_id
     # The limit comes from a tokenizer, not from the configuration.
     again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
-    for field, value in vars(spec).items():
-        if value != getattr(again, field):
+    for field in (one.name for one in fields_of(spec) if one.compare):
+        if getattr(spec, field) != getattr(again, field):
             raise ValueError(
-                f"the {family.name} format cannot express {field}={value!r}, only {getattr(again, field)!r}"
+                f"the {family.name} format cannot express {field}={getattr(spec, field)!r}, only "
+                f"{getattr(again, field)!r}"
             )
     return config, {names[n]: p.detach() for n, p in model.named_parameters()}
 

@@ -1,7 +1,7 @@
 """What distinguishes one diffusion language model from the next, as data."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class ModelSpec:
     mask_token_id: int
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    # What ends a turn of a talk, where that is another token than the end of a text. Nothing is computed with it.
+    eot_token_id: int | None = field(default=None, compare=False)
     qkv_bias: bool = False
     linear_bias: bool = False
     qk_norm: bool = False

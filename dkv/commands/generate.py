@@ -27,7 +27,7 @@ POLICY_OPTIONS = ("refresh", "window", "warmup", "shift_rule", "delayed")
 # Options that go into `dkv.DiffusionConfig` as they are; the others have its defaults.
 SETTINGS = (
     "max_new_tokens", "steps", "block_length", "schedule", "confidence", "confidence_dtype", "temperature", "top_p",
-    "top_k", "threshold", "factor", "cfg_scale",
+    "top_k", "threshold", "factor", "cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf",
 )  # fmt: skip
 
 
@@ -83,6 +83,8 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0 tokens are drawn (default: %(default)s)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    add("--logits-eos-inf", action="store_true", help="never emit the token that ends a text")
+    add("--confidence-eos-eot-inf", action="store_true", help="fill slots with a token that ends a text or a turn last")
     add("--seed", type=int, metavar="N", help="of the random numbers, in every row (default: new ones; see --stats)")
 
 
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     elif sys.stderr.isatty():
         streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
     try:
-        output = dkv.generate(model, ids, mask, config, streamer)
+        output = dkv.generate(model, ids, mask, generation_config=config, streamer=streamer)
     finally:
         if streamer is not None:
             streamer.end()
@@ -137,14 +139,17 @@ def run(args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     """What the arguments of `add_generation` ask for: settings, model, tokenizer, and ids [B, P] with their mask."""
     import dkv
-    from dkv.text import encode
+    from dkv.inputs import checked_inputs
+    from dkv.text import encode, turn_end_ids
 
     config = dkv.DiffusionConfig(**settings(args))
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
     tokenizer = dkv.load_tokenizer(args.model)
+    config.update(eot_token_id=turn_end_ids(tokenizer))
     if config.seed is None:
         config.update(seed=[secrets.randbits(62) for _ in prompts] if len(prompts) > 1 else secrets.randbits(62))
     ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
+    checked_inputs(model, ids, mask, config)
     return config, model, tokenizer, ids, mask
 
 

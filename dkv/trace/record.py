@@ -124,7 +124,7 @@ def record(
     config.update(**{**overrides, **KEPT})
     if config.max_new_tokens == 0:
         raise ValueError("max_new_tokens is 0: a trace needs at least one slot to fill")
-    output = generate(model, input_ids, None, config, streamer)
+    output = generate(model, input_ids, generation_config=config, streamer=streamer)
     prompt, ids = input_ids.shape[1], output.sequences[0].tolist()
     new = len(ids) - prompt
     mask = model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id

@@ -1,5 +1,6 @@
 """The command line as a whole: help, version, and how a command stops."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -92,3 +93,31 @@ def test_nobody_reads_the_output(monkeypatch, capfd):
         monkeypatch.setattr("sys.stdout", closed)
         assert main(["info"]) == 141
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--max-new-tokens 10000000", "max_new_tokens (10000000) need"),
+        ("--model tiny-dream --steps 100000000", "steps must be at most 65536"),
+        ("--cache decode --refresh 1000000000000000000000000000000", "refresh must be at most"),
+        ("--temperature nan", "temperature must be between"),
+        ("--cfg-scale inf", "cfg_scale must be between"),
+        ("--seed 1000000000000000000000000000000", "seed must be at most"),
+        ("--confidence random --confidence-eos-eot-inf", "confidence_eos_eot_inf needs a confidence"),
+    ],
+)
+def test_absurd_options_are_refused_at_once(capsys, options, message):
+    assert main(["generate", *options.split(), "1+2="]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_the_end_token_can_be_kept_out(capsys):
+    found, prompt = {}, "+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2="
+    for option in ("--raw", "--logits-eos-inf", "--confidence-eos-eot-inf"):
+        assert main(["generate", "--max-new-tokens", "68", "--json", option, prompt]) == 0
+        found[option] = json.loads(capsys.readouterr().out)["tokens"]
+    eos = dkv.load("tiny").spec.eos_token_id
+    assert eos in found["--raw"] and eos not in found["--logits-eos-inf"]
+    assert found["--confidence-eos-eot-inf"][:63] == found["--raw"][:63]

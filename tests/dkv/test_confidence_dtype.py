@@ -94,7 +94,8 @@ def test_names_and_values():
     assert dkv.DiffusionConfig().confidence_dtype == "exact"
     config = dkv.DiffusionConfig(confidence_dtype="model")
     assert config.to_diff_dict()["confidence_dtype"] == config.settings()["confidence_dtype"] == "model"
-    for bad in ("bfloat16", None, torch.bfloat16):
+    assert dkv.DiffusionConfig(confidence_dtype=None).confidence_dtype == "exact"
+    for bad in ("bfloat16", torch.bfloat16):
         with pytest.raises(ValueError, match="confidence_dtype must be one of exact, model, got"):
             dkv.DiffusionConfig(confidence_dtype=bad)
 
@@ -130,7 +131,7 @@ def test_in_runs_of_dkv_eval_and_of_lm_eval():
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
-@pytest.mark.parametrize("heat", ["1e-300", "1e-38", "1e30"])
+@pytest.mark.parametrize("heat", ["1e-300", "1e-38", "1e6"])
 def test_extreme_temperatures_generate(name, heat, capsys):
     words = [
         "generate",
@@ -153,7 +154,7 @@ def test_extreme_temperatures_generate(name, heat, capsys):
         assert json.loads(capsys.readouterr().out)["tokens"] == tokens
 
 
-@pytest.mark.parametrize("heat", [1e-320, 1e-38, 1e30, 1e300])
+@pytest.mark.parametrize("heat", [1e-320, 1e-38, 1e6])
 @pytest.mark.parametrize("confidence", ["probability", "entropy"])
 def test_extreme_selection_temperatures(heat, confidence, build):
     model = build()
@@ -166,5 +167,5 @@ def test_extreme_selection_temperatures(heat, confidence, build):
 
 @pytest.mark.parametrize("name", ["temperature", "selection_temperature", "cfg_scale", "factor"])
 def test_infinity_is_no_number_for_a_setting(name):
-    with pytest.raises(ValueError, match=f"{name} must be a finite number, got inf"):
+    with pytest.raises(ValueError, match=f"{name} must be between 0 and 1000000, got inf"):
         dkv.DiffusionConfig(**{name: float("inf")})

@@ -1,11 +1,15 @@
 """Names, aliases and values of `DiffusionConfig`."""
 
+import time
+
 import numpy as np
 import pytest
+import torch
 
 import dkv
 from dkv import DiffusionConfig
 from dkv.config import policy_of
+from dkv.validation import FLAGS, NUMBERS, WHOLE
 
 
 def test_names_of_both_families_are_accepted():
@@ -23,7 +27,7 @@ def test_names_of_both_families_are_accepted():
     ("settings", "message"),
     [
         ({"tempreature": 1.0}, "unknown setting 'tempreature'; did you mean 'temperature'"),
-        ({"num_beams": 4}, "unknown setting 'num_beams'"),
+        ({"num_beams": 4}, "num_beams can only be 1 here, got 4: a canvas has no beams"),
         ({"num_return_sequences": 2}, "num_return_sequences can only be 1"),
         ({"cfg_scale": -1}, "cfg_scale must be between 0"),
         ({"threshold": 1.5}, "threshold must be between 0 and 1 with confidence='probability', got 1.5"),
@@ -34,7 +38,7 @@ def test_names_of_both_families_are_accepted():
         ({"threshold": 0.9, "alg_temp": 0.5}, "selection_temperature draws them"),
         ({"factor": -1.0}, "factor must be between 0"),
         ({"threshold": "0.9"}, "threshold must be between 0 and 1"),
-        ({"temperature": "hot"}, "temperature must be between 0 and inf, got 'hot'"),
+        ({"temperature": "hot"}, "temperature must be between 0 and 1000000, got 'hot'"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"seed": [1, None]}, "seed must be a whole number, or a list of them, got"),
         ({"mask_token_id": 1.5}, "mask_token_id must be a whole number of at least 0, got 1.5"),
@@ -113,8 +117,81 @@ def test_policies_refuse_impossible_values():
         (lambda: dkv.Decode(4, warmup=0), "warmup must be"),
         (lambda: dkv.Decode(4, shift_rule="left"), "shift_rule must be"),
         (lambda: dkv.Greedy(2, window=-1), "window must be"),
+        (lambda: dkv.Greedy(2, window=None), "window must be"),
+        (lambda: dkv.Decode("8"), "refresh must be"),
+        (lambda: dkv.PrefixCache(delayed=1), "delayed must be True or False"),
+        (lambda: dkv.Decode(keep_across_blocks="no"), "keep_across_blocks must be True or False"),
         (lambda: dkv.Greedy(2, window_rule="all"), "window_rule must be"),
         (lambda: dkv.Greedy(2, window_centre="first"), "window_centre must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+ABSURD = [float("inf"), float("-inf"), float("nan"), 10**30, -(10**30), 10**400, "8", True, 1j, object(), [[1]], {}]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *NUMBERS, "threshold"])
+def test_absurd_numbers_are_refused(name):
+    for value in (*ABSURD, torch.tensor(float("nan")), np.float64("inf"), torch.tensor(True)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            DiffusionConfig(**{name: value})
+    if name not in ("eos_token_id", "eot_token_id"):  # which may have no ids
+        with pytest.raises(ValueError, match=f"{name} (must be|is an empty list)"):
+            DiffusionConfig(**{name: []})
+    with pytest.raises(ValueError, match="threshold must be between -inf and 0"):
+        DiffusionConfig(confidence="entropy", threshold=float("-inf"))
+
+
+@pytest.mark.parametrize("name", ["refresh", "window", "warmup"])
+def test_absurd_numbers_of_policies_are_refused(name):
+    policy = dkv.Greedy if name == "window" else dkv.Decode
+    for value in ABSURD:
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            policy(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            DiffusionConfig(cache={"name": policy.name, name: value})
+    assert type(getattr(policy(**{name: np.int64(3)}), name)) is int
+
+
+def test_scalars_of_numpy_and_torch_are_numbers():
+    for make in (np.float32, torch.tensor, np.array):
+        config = DiffusionConfig(temperature=make(0.5), threshold=make(0.25))
+        assert (config.temperature, config.threshold, type(config.temperature)) == (0.5, 0.25, float)
+    config = DiffusionConfig(
+        max_new_tokens=[np.int64(3), torch.tensor(4)], seed=torch.tensor([1, 2]), steps=(np.int8(3), 4),
+        output_history=np.bool_(True), top_k=torch.tensor(3),
+    )  # fmt: skip
+    assert (config.max_new_tokens, config.seed, config.steps) == ([3, 4], [1, 2], [3, 4])
+    assert config.output_history is True and type(config.top_k) is int
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_switches_are_true_or_false(name):
+    for value in (1, 0, "yes", [True], torch.ones(2)):
+        with pytest.raises(ValueError, match=f"{name} must be True or False"):
+            DiffusionConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cache": {"name": []}}, {"cache": dkv.Decode}, {"savings": 5}, {"savings": {"x": 1}},
+                 {"savings": {"needed_rows": 1}}, {"schedule": ["time"]}, {"remasking": ["random"]}], ids=str
+)  # fmt: skip
+def test_odd_kinds_are_refused(settings):
+    with pytest.raises(ValueError, match=r"must be|unknown policy"):
+        DiffusionConfig(**settings)
+
+
+def test_no_plan_is_made_to_check_settings():
+    """As long as these would be, none could be made in time."""
+    begun = time.perf_counter()
+    for settings in ({"max_new_tokens": 2**31 - 1}, {"max_new_tokens": 2**31 - 1, "block_length": 1},
+                     {"max_new_tokens": 2**31 - 1, "schedule": "time"}, {"steps": 2**31 - 1}):  # fmt: skip
+        DiffusionConfig(**settings)
+    assert len(DiffusionConfig(max_new_tokens=4, steps=2**31 - 1).plan(shifted=False)) == 4
+    config = DiffusionConfig(max_new_tokens=4, steps=10**8)
+    with pytest.raises(ValueError, match="steps must be at most 65536 in the time schedule"):
+        config.plan(shifted=True)
+    with pytest.raises(ValueError, match="steps must be at most 65536"):
+        config.update(schedule="time")
+    assert time.perf_counter() - begun < 30

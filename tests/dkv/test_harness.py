@@ -98,8 +98,8 @@ def test_ends_and_special_stop_strings_are_not_in_the_text(lm, monkeypatch, unti
     ids = torch.tensor([[1, 2, EOT, 3, 4, 5, EOS, 6]])
     generate = dkv.generate
 
-    def replaced(*args):
-        output = generate(*args)
+    def replaced(*args, **settings):
+        output = generate(*args, **settings)
         output.sequences[:, -8:] = ids
         return output
 

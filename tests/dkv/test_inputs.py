@@ -25,6 +25,12 @@ IDS = torch.tensor([[5, 9, 3], [1, 2, 3]])
         (IDS, None, {"max_new_tokens": 254}, ValueError, r"3 tokens and max_new_tokens \(254\) need 257 .* 256"),
         (IDS, None, {"mask_token_id": 64}, ValueError, "mask_token_id must be at most 63"),
         (IDS, None, {"vocab_limit": 65}, ValueError, "vocab_limit must be at most 64"),
+        (IDS, None, {"max_new_tokens": 10**9}, ValueError, "need 1000000003 positions, the model has 256"),
+        (IDS, None, {"max_new_tokens": [4, 10**9]}, ValueError, "need 1000000003 positions"),
+        (IDS, None, {"schedule": "time", "steps": 10**8}, ValueError, "steps must be at most 65536"),
+        (IDS, None, {"max_new_tokens": [4] * 3}, ValueError, "max_new_tokens is a list of 3, but input_ids has 2 rows"),
+        (IDS, None, {"seed": 2**64}, ValueError, "seed must be at most 18446744073709551615"),
+        (IDS, None, {"seed": -(2**63) - 1}, ValueError, "seed must be a whole number of at least -9223372036854775808"),
         (IDS, None, {"gen_lenght": 8}, ValueError, "did you mean 'gen_length'"),
     ],
 )  # fmt: skip
@@ -112,3 +118,20 @@ def test_the_watch_sees_what_it_looks_for():
         _ = x[x > 1], int(x[0]), x.nonzero()
         x[x > 1] = 0
     assert {"_local_scalar_dense", "nonzero", "index by bool", "index_put_ by bool"} <= set(watch.seen)
+
+
+def test_the_largest_numbers_give_tokens(model):
+    """What is accepted works, and at once."""
+    most, call = 2**31 - 1, {"max_new_tokens": 6, "schedule": "blocks"}
+    plain = dkv.generate(model, IDS, **call).sequences
+    for settings in (
+        {"steps": most}, {"block_length": most}, {"top_k": most}, {"cfg_scale": 1e-30},
+        {"cache": dkv.Decode(most, most)}, {"cache": dkv.Greedy(1, most)},
+    ):  # fmt: skip
+        assert torch.equal(dkv.generate(model, IDS, **call, **settings).sequences, plain), settings
+    for settings in (
+        {"temperature": 1e6}, {"temperature": 1e-30}, {"alg_temp": 1e6}, {"alg_temp": 1e-30}, {"cfg_scale": 1e6},
+        {"temperature": 1.0, "top_p": 1e-300}, {"temperature": 1.0, "seed": 2**64 - 1}, {"factor": 1e6},
+        {"schedule": "time", "eps": 1e-300}, {"cache": dkv.Greedy(most, most, window_rule="neighbours")},
+    ):  # fmt: skip
+        assert not (dkv.generate(model, IDS, **{**call, **settings}).sequences == 63).any()

@@ -111,7 +111,7 @@ def test_generate_draws_a_new_seed_each_time(run):
 def test_generate_raw_does_not_stop_at_the_end(run, monkeypatch):
     sequences = torch.tensor([[1, 12, 3, EOS, 4]])
     output = SimpleNamespace(sequences=sequences, stats=None)
-    monkeypatch.setattr("dkv.generate", lambda *args: output, raising=False)
+    monkeypatch.setattr("dkv.generate", lambda *args, **kwargs: output, raising=False)
     assert run("generate", "1=")[1] == "3\n"
     assert run("generate", "1=", "--raw")[1] == "3<|endoftext|>4\n"
 
