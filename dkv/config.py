@@ -1,6 +1,5 @@
 """Settings of a generation, in transformers' form and under the names of both model families."""
 
-import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -8,7 +7,8 @@ import numpy as np
 from torch import Tensor
 from transformers import GenerationConfig
 
-from dkv.policies import POLICIES, NoCache, Policy
+from dkv.naming import instead, nearest
+from dkv.policies import POLICIES, POLICY_OPTIONS, NoCache, Policy
 from dkv.schedule import Step, block_schedule, time_schedule
 from dkv.validation import check_numbers
 
@@ -96,11 +96,13 @@ def policy_of(value: Any) -> Policy:
         raise ValueError(f"cache must be a policy, its name or a dict, got {value!r}")
     name, arguments = value.get("name"), {k: v for k, v in value.items() if k != "name"}
     if name not in POLICIES:
-        raise ValueError(f"cache: unknown policy {name!r}; known are {', '.join(POLICIES)}")
+        raise ValueError(f"cache: unknown policy {name!r}; {instead(name, POLICIES)}")
     known = {f.name for f in fields(POLICIES[name])}
     if unknown := sorted(set(arguments) - known):
         takes = ", ".join(sorted(known)) or "no arguments"
-        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}; it takes {takes}")
+        near = None if unknown[0] in POLICY_OPTIONS else nearest(unknown[0], known)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}{hint}; it takes {takes}")
     return POLICIES[name](**arguments)
 
 
@@ -257,6 +259,15 @@ class DiffusionConfig(GenerationConfig):
         return {n: plain[n] for n in names if plain.get(n) is not None and plain[n] != plain_defaults.get(n)}
 
 
+def _meant(name: str) -> str:
+    """What an unknown setting may have been meant to be; the options of policies have a place of their own."""
+    near = name if name in POLICY_OPTIONS else nearest(name, (*DEFAULTS, *ALIASES, *POLICY_OPTIONS))
+    if near not in POLICY_OPTIONS:
+        return instead(name, DEFAULTS, ALIASES)
+    hint = "" if near == name else f"did you mean {near!r}? "
+    return f'{hint}That is an option of the policy: cache={{"name": ..., "{near}": ...}}'
+
+
 def _canonical(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings under our names; unknown and contradicting ones are refused."""
     given: dict[str, Any] = {}
@@ -269,9 +280,7 @@ def _canonical(settings: dict[str, Any]) -> dict[str, Any]:
         if target not in DEFAULTS and target not in BOOKKEEPING:
             if value is None or name.startswith("_"):  # transformers hands on its unset settings
                 continue
-            near = difflib.get_close_matches(name, (*DEFAULTS, *ALIASES), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(DEFAULTS)}"
-            raise ValueError(f"unknown setting {name!r}{hint}")
+            raise ValueError(f"unknown setting {name!r}; {_meant(name)}")
         value = spelling.get(value, value) if spelling else value
         if isinstance(value, np.generic):
             value = value.item()

@@ -17,11 +17,14 @@ from tqdm import tqdm
 
 import dkv
 from dkv.config import DiffusionConfig, policy_of
-from dkv.harness_settings import count, stated, task_config
+from dkv.harness_settings import count, stated, switch, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
 from dkv.output import Stats
 from dkv.text import answer, encode, load_tokenizer, vocab_limit
 from dkv.version import versions
+
+# Of lm-eval: not a wish of the user.
+DEFAULT_DEVICES = ("cuda", "cuda:0")
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +79,15 @@ class DkvLM(TemplateLM):
         if max_batch_size is not None:
             raise ValueError("max_batch_size goes with batch_size auto, which dkv has not: give batch_size")
         self.batch_size, self.mc_num = count("batch_size", batch_size), count("mc_num", mc_num)
+        self.add_bos_token = switch("add_bos_token", add_bos_token)
+        self.is_check_greedy = switch("is_check_greedy", is_check_greedy)
         self.stated = stated({"seed": torch.initial_seed() % 2**62, **settings})
-        if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
+        if str(device) in DEFAULT_DEVICES and not torch.cuda.is_available():
             log.warning("no device %s here: using the CPU", device)
             device = "cpu"
         if trust_remote_code:
             log.warning("trust_remote_code has no effect on the model: dkv never runs code of a checkpoint")
-        self.pretrained, self.add_bos_token, self.is_check_greedy = str(pretrained), add_bos_token, is_check_greedy
+        self.pretrained = str(pretrained)
         self.model = dkv.load(self.pretrained, dtype=dtype, device=device)
         policy_of(self.stated.get("cache")).check(self.model.spec.shifted)
         self.tokenizer = load_tokenizer(self.pretrained, self.model.spec.family)

@@ -1,6 +1,6 @@
 """The policies of dKV-Cache (Ma et al. 2025): rules for the slots that a pass recomputes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -226,3 +226,5 @@ def with_masked_window(chosen: Tensor, masked: Tensor, centres: Tensor, window: 
 POLICIES: dict[str, type[Policy]] = {
     p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode, PrefixCache, DualCache)
 }
+# The options of all policies, each once.
+POLICY_OPTIONS = tuple(dict.fromkeys(field.name for policy in POLICIES.values() for field in fields(policy)))
