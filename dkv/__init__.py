@@ -22,6 +22,8 @@ _PUBLIC = {
     "wrap": "dkv.models",
     "generate": "dkv.generation",
     "infill": "dkv.generation",
+    "fill_gaps": "dkv.gaps",
+    "Gap": "dkv.gaps",
     "stream": "dkv.generation",
     "DiffusionConfig": "dkv.config",
     "Savings": "dkv.config",

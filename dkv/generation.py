@@ -111,9 +111,7 @@ def infill(
     Example:
         >>> dkv.infill(model, torch.tensor([[5, mask, 7, mask]])).sequences
     """
-    if "max_new_tokens" in overrides or "gen_length" in overrides:
-        raise ValueError("max_new_tokens does not go with infill, which fills every mask of input_ids")
-    config = _config(generation_config, {**overrides, "max_new_tokens": 0, "eos_token_id": None})
+    config = infill_config(generation_config, overrides)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
     mask_id = _mask_id(model, config)
     canvas = Canvas(ids, mask, mask & (ids == mask_id), mask_id)
@@ -168,6 +166,13 @@ def _config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> Diffusi
     config = DiffusionConfig() if given is None else copy.copy(given)
     config.update(**overrides)
     return config
+
+
+def infill_config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> DiffusionConfig:
+    """The settings of `infill`, which fills what is masked, whatever their budget and end ids."""
+    if "max_new_tokens" in overrides or "gen_length" in overrides:
+        raise ValueError("max_new_tokens does not go with infill, which fills every mask of input_ids")
+    return _config(given, {**overrides, "max_new_tokens": 0, "eos_token_id": None})
 
 
 def _mask_id(model: Any, config: DiffusionConfig) -> int:

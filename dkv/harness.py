@@ -20,7 +20,7 @@ from dkv.config import DiffusionConfig, policy_of
 from dkv.harness_settings import count, stated, switch, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
 from dkv.output import Stats
-from dkv.text import answer, encode, load_tokenizer, vocab_limit
+from dkv.text import answer, encode, load_tokenizer, starts, vocab_limit
 from dkv.version import versions
 
 # Of lm-eval: not a wish of the user.
@@ -95,8 +95,7 @@ class DkvLM(TemplateLM):
         self.stated.setdefault("vocab_limit", vocab_limit(self.tokenizer, self.model.spec))
         self.generated: dict[str, tuple[int, Stats]] = {}
         self.scored, self.scores, self.truncated = 0, Stats(), 0
-        bos = self.tokenizer.bos_token_id
-        self._adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+        self._adds_bos = bool(starts(self.tokenizer))
         added = self.tokenizer.added_tokens_decoder.items()
         self._special = {token.content: i for i, token in added if token.special}
 
