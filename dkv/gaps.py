@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.config import DiffusionConfig
+from dkv.config import BY_ROW, DiffusionConfig
 from dkv.generation import infill, infill_config
 from dkv.likelihood import Copy, log_probabilities, masked_places
 from dkv.output import Stats
@@ -215,6 +215,9 @@ def _check(model: Any, layouts: Sequence[_Layout], config: DiffusionConfig) -> N
     spec = model.spec
     if not layouts:
         raise ValueError("texts holds no text")
+    for name in BY_ROW:
+        if isinstance(value := getattr(config, name), list) and len(value) != len(layouts):
+            raise ValueError(f"{name} is a list of {len(value)}, but there are {len(layouts)} texts")
     for row, layout in enumerate(layouts, 1):
         name = f"text {row} of {len(layouts)}"
         given, most = sum(map(len, layout.pieces)), sum(gap.most for gap in layout.gaps)
@@ -232,4 +235,4 @@ def _check(model: Any, layouts: Sequence[_Layout], config: DiffusionConfig) -> N
                 raise IndexError(f"{name} must hold ids in 0..{spec.vocab_size - 1}, got {token}")
             if token == spec.mask_token_id:
                 raise ValueError(f"{name} holds the mask id {token}: write Gap(1, 1) in its place")
-        config.plan(bool(spec.shifted), to_fill=most)
+        config.plan(bool(spec.shifted), row=row - 1, to_fill=most)

@@ -108,6 +108,7 @@ class GapStreamer(DraftStreamer):
 
     def __init__(self, tokenizer: Any, spec: Any):
         super().__init__(tokenizer, spec, raw=True)
+        super().end()
 
     def put(self, ids: Tensor) -> None:
         """Nothing is drawn before the first step, and nothing after the last one."""

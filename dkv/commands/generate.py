@@ -233,7 +233,8 @@ def _read(stream: TextIO, source: object) -> str:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `dkv.DiffusionConfig` that the arguments ask for."""
     policy = {name: value for name in POLICY_OPTIONS if (value := getattr(args, name)) is not None}
-    chosen = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    # Without a budget there are gaps to fill, and no slots to add.
+    chosen = {"max_new_tokens": 0} | {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     return {**chosen, "seed": args.seed, "cache": {"name": args.cache, **policy}}
 
 
