@@ -1,6 +1,7 @@
 """`dkv bench`: which cache policy pays, and where the time goes."""
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +55,18 @@ ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 }  # fmt: skip
 # Options that go into `dkv.bench.options.Options` as they are.
 SETTINGS = ("prompt", "new", "steps", "rounds")
+# Which of the options of size and choice a measurement goes by; others it would pass over in silence.
+USES = {
+    "comparison": (*SETTINGS, "policies", "no_eager"),
+    "floor": ("prompt", "new", "no_eager"),
+    "growth": ("prompt",),
+    "memory": ("prompt", "new", "steps", "policies", "no_eager"),
+    "blocks": ("prompt", "new", "rounds", "no_eager"),
+}
+# Of --new: what it must be a multiple of, `dkv.bench.blocks.BLOCK`, and the least, in which a cached step comes up.
+MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3}
+# Slots where --new does not say, of tiny and of all others.
+NEW = (64, 128)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +132,50 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--{others[0]} takes one --batch, got {len(args.batch)}")
     if args.csv is not None and len(others) > 1:
         raise ValueError("--csv holds the rows of one measurement: give one, or --json")
+    if not args.all:
+        _check_sizes(args, others or ["comparison"])
     _check_outputs(args)
+
+
+def _check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
+    """Numbers that are impossible together, and options that none of the measurements goes by."""
+    used = {name for kind in kinds for name in USES[kind]}
+    for name in USES["comparison"]:
+        if getattr(args, name) and name not in used:
+            own = " and ".join(f"--{kind}" for kind in kinds)
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {own}: leave it out")
+    on_tiny = args.shape is None and args.model in (None, "tiny")
+    new = args.new or NEW[0 if on_tiny else 1]
+    for kind in kinds:
+        part, least = MULTIPLE.get(kind, 1), LEAST.get(kind, 1)
+        if new % part:
+            near = max(new // part, 1) * part
+            near = near + part if on_tiny and near < NEW[0] else near
+            raise ValueError(
+                f"--{kind} fills blocks of {part} slots: --new must be a multiple of {part}, such as {near}, got {new}"
+            )
+        if new < least:
+            raise ValueError(f"--{kind} needs a step that reuses the cache: --new must be at least {least}, got {new}")
+        if kind == "blocks" and args.batch not in (None, [1]):
+            raise ValueError(
+                f"--blocks takes one prompt at a time, as published: --batch must be 1, got {args.batch[0]}"
+            )
+    if args.steps is not None and args.steps > new and "new" in used:
+        raise ValueError(f"--steps must be at most --new, as every step fills a slot, got {args.steps} steps for {new}")
+
+
+def check_room(kinds: Iterable[str], options: Any) -> None:
+    """Raise ValueError where a measurement needs a longer canvas than the model has."""
+    from dkv.bench.growth import LENGTHS
+
+    most = options.model.spec.max_positions
+    for kind in kinds:
+        new = LENGTHS[0] if kind == "growth" else options.new
+        if options.prompt + new > most:
+            raise ValueError(
+                f"a prompt of {options.prompt} tokens and {new} new slots need {options.prompt + new} positions, and "
+                f"{options.name} has {most}: give a smaller --prompt{' or --new' if kind != 'growth' else ''}"
+            )
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -155,11 +211,12 @@ def run_some(args: argparse.Namespace) -> int:
     """The measurements that the arguments name, on one model."""
     from dkv.bench import plots, report
 
-    options = build(args)
+    options, kinds = build(args), [name for name in OTHERS if getattr(args, name)] or ["comparison"]
+    check_room(kinds, options)
     found = {"facts": facts(args, options)}
     print(report.machine_line(found["facts"]))
-    for kind in [name for name in OTHERS if getattr(args, name)] or ["comparison"]:
-        found[kind] = measured(kind, options, args.batch or [1])
+    for kind in kinds:
+        found[kind] = measured(kind, options, list(dict.fromkeys(args.batch or [1])))
         if args.json is not None:
             report.save_json(args.json, found)
     if args.csv is not None:
@@ -175,6 +232,11 @@ def run_all(args: argparse.Namespace) -> int:
 
     if args.model is None and args.shape is None:
         args.shape = "d512x8"
+    first = build(args)
+    for kind, _, changes in ALL.values():
+        # Before the first of them, not after half an hour.
+        if "model" not in changes:
+            check_room([kind], replace(first, **{key: changes[key] for key in ("prompt", "new") if key in changes}))
     for number, (name, (kind, batches, changes)) in enumerate(ALL.items(), 1):
         options = build(args, **changes)
         print(f"\n== {number} of {len(ALL)}: {name}")
