@@ -157,9 +157,7 @@ def _check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
         if new < least:
             raise ValueError(f"--{kind} needs a step that reuses the cache: --new must be at least {least}, got {new}")
         if kind == "blocks" and args.batch not in (None, [1]):
-            raise ValueError(
-                f"--blocks takes one prompt at a time, as published: --batch must be 1, got {args.batch[0]}"
-            )
+            raise ValueError(f"--blocks takes one prompt, as published: --batch must be 1, got {args.batch[0]}")
     if args.steps is not None and args.steps > new and "new" in used:
         raise ValueError(f"--steps must be at most --new, as every step fills a slot, got {args.steps} steps for {new}")
 

@@ -59,7 +59,7 @@ def add_source(parser: argparse.ArgumentParser, name: str, text: str, lines: str
     """The options of where the text comes from, for `read_source`; returns the `add_argument` of their group."""
     add = parser.add_argument_group(name).add_argument
     add("prompt", nargs="?", metavar=name.upper(), help=f"{text}; - or none at all reads standard input")
-    add("--file", type=Path, metavar="FILE", help=f"take the whole text of FILE as the {name}")
+    add("--file", type=Path, metavar="FILE", help=f"take the whole of FILE as the {name}")
     add("--lines", action="store_true", help=lines)
     return add
 
