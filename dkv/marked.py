@@ -116,7 +116,7 @@ class GapStreamer(DraftStreamer):
     def end(self) -> None:
         """The drafts stand until the texts take their place."""
 
-    def finish(self, texts: str) -> None:
+    def finish(self, texts: Sequence[str]) -> None:
         """Write the texts in the place of the drafts."""
-        self._draw(texts.split("\n"))
+        self._draw(list(texts))
         super().end()

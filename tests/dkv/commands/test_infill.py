@@ -130,9 +130,17 @@ def test_drafts_give_way_to_the_text_itself():
     streamer = GapStreamer(tokenizer, model.spec)
     streamer.file = screen
     dkv.fill_gaps(model, [[1, dkv.Gap(2, 2), 2]], streamer=streamer)
-    streamer.finish("the text\nitself")
+    streamer.finish(["the text", "itself"])
     first, second, last = screen.getvalue().split("\x1b[J")
     assert "\u2591" in first and last == "the text\nitself\n" and second.count("\n") == 1
+
+
+def test_a_terminal_is_left_with_the_text(fill, monkeypatch):
+    monkeypatch.setattr("dkv.streaming.draws_drafts", lambda: True)
+    code, out, err = fill(f"{PROMPT}51 53[MASK]49", "--gap", 8)
+    drafts = out.split("\x1b[J")
+    assert (code, err) == (0, "") and len(drafts) > 2 and drafts[-1] == f"{PROMPT}51 53 50 51 49\n"
+    assert fill(f"{PROMPT}51 53[MASK]49", "--gap", 8, "--no-stream")[1] == f"{PROMPT}51 53 50 51 49\n"
 
 
 @pytest.mark.slow
