@@ -18,7 +18,7 @@ import dkv
 from dkv.bench.intervals import wilson
 from dkv.bench.report import columns
 from dkv.models.tasks import TASKS, held_out
-from dkv.text import ids_of, load_tokenizer
+from dkv.text import ids_of
 
 LIMIT = 8
 
@@ -47,7 +47,7 @@ def measure(name: str, problems: int, count: int = 1, limit: int = LIMIT) -> lis
         "confidence" (true length found by the confidence of the first pass; None for several gaps).
     """
     model = dkv.load(name)
-    tokenizer = load_tokenizer(name, model.spec.family)
+    tokenizer = dkv.load_tokenizer(name)
     rows = []
     for task in TASKS:
         rng = random.Random(f"gaps of {task}")

@@ -12,7 +12,7 @@ from dkv.demo import Race
 from dkv.models import Transformer
 from dkv.models.loader import FLOATS
 from dkv.models.tasks import TASKS, held_out
-from dkv.text import encode, load_tokenizer
+from dkv.text import encode
 
 # Settings of `dkv.generate` by policy; the first is what the others are compared with. Greedy goes with
 # the random order, as published, or plans by confidences; all others with the most probable slot first.
@@ -134,7 +134,7 @@ def _packed(model: Transformer) -> bool:
 
 
 def _race(model: Transformer) -> Race:
-    tokenizer, problems = load_tokenizer(TINY, model.spec.family), held_out(PROBLEMS)
+    tokenizer, problems = dkv.load_tokenizer(TINY), held_out(PROBLEMS)
     ids, mask = (x.to(model.device) for x in encode(tokenizer, [prompt for prompt, _ in problems]))
     return Race(model, tokenizer, ids, mask, [answer for _, answer in problems], TASKS["balance"].new_tokens)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import dkv
 from dkv.bench.contenders import PLAIN, Contender
 from dkv.bench.intervals import paired, wilson
-from dkv.text import answer, encode, vocab_limit
+from dkv.text import answer, encode
 
 Row = dict[str, Any]
 LOG = "runs.jsonl"
@@ -93,10 +93,7 @@ class Setting:
         """One batch by one contender."""
         stop = start + self.batch
         ids, mask = (t.to(self.model.device) for t in encode(self.tokenizer, family.prompts[start:stop], self.chat))
-        output = dkv.generate(
-            self.model, ids, mask, seed=self.seed, vocab_limit=vocab_limit(self.tokenizer, self.model.spec),
-            **contender.settings_for(family.new),
-        )  # fmt: skip
+        output = dkv.generate(self.model, ids, mask, seed=self.seed, **contender.settings_for(family.new))
         rows = output.sequences[:, ids.shape[1] :].tolist()
         texts = [answer(self.tokenizer, self.model.spec, row).strip() for row in rows]
         right = family.answers[start:stop]

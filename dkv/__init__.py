@@ -1,8 +1,11 @@
 """dkv: diffusion language models with cached keys and values.
 
 >>> import dkv
->>> model = dkv.load("tiny")
->>> output = dkv.generate(model, input_ids, max_new_tokens=64, cache=dkv.Decode(refresh=8))
+>>> model, tokenizer = dkv.load("tiny"), dkv.load_tokenizer("tiny")
+>>> prompt = "+2 -3 +1 +1 -2 +3 +1 -1 -1 +2 -3 +3 +1 +1 -2 -2 +1 +3 -1 -1 +2="
+>>> ids = tokenizer(prompt, return_tensors="pt").input_ids
+>>> output = dkv.generate(model, ids.to(model.device), max_new_tokens=64, cache=dkv.Decode(refresh=8))
+>>> tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
 """
 
 from importlib import import_module
@@ -19,7 +22,9 @@ if (_root / "kernels" / "reference.py").is_file():
 # Public name -> module. Imported at first use, so that `import dkv` is quick and takes no device.
 _PUBLIC = {
     "load": "dkv.models",
+    "load_tokenizer": "dkv.models",
     "wrap": "dkv.models",
+    "unpack": "dkv.models",
     "generate": "dkv.generation",
     "infill": "dkv.generation",
     "fill_gaps": "dkv.gaps",

@@ -41,7 +41,7 @@ class Chooser:
             "top_p": config.top_p,
             "seed": 0,
             "banned": (mask_id,),
-            "vocab_limit": config.vocab_limit,
+            "vocab_limit": model.spec.vocab_limit if config.vocab_limit is None else config.vocab_limit,
             "validate": False,
         }
 

@@ -20,7 +20,7 @@ from dkv.config import DiffusionConfig, policy_of
 from dkv.harness_settings import count, stated, switch, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
 from dkv.output import Stats
-from dkv.text import answer, encode, load_tokenizer, starts, vocab_limit
+from dkv.text import answer, encode, starts
 from dkv.version import versions
 
 # Of lm-eval: not a wish of the user.
@@ -90,9 +90,8 @@ class DkvLM(TemplateLM):
         self.pretrained = str(pretrained)
         self.model = dkv.load(self.pretrained, dtype=dtype, device=device)
         policy_of(self.stated.get("cache")).check(self.model.spec.shifted)
-        self.tokenizer = load_tokenizer(self.pretrained, self.model.spec.family)
+        self.tokenizer = dkv.load_tokenizer(self.pretrained)
         self._device = self.model.device
-        self.stated.setdefault("vocab_limit", vocab_limit(self.tokenizer, self.model.spec))
         self.generated: dict[str, tuple[int, Stats]] = {}
         self.scored, self.scores, self.truncated = 0, Stats(), 0
         self._adds_bos = bool(starts(self.tokenizer))

@@ -102,7 +102,8 @@ class Run:
 
     def _stats(self) -> Any:
         settings = {
-            **self.config.settings(), **versions(), "dtype": str(self.model.dtype), "device": str(self.model.device)
+            **self.config.settings(), **versions(), "dtype": str(self.model.dtype), "device": str(self.model.device),
+            "vocab_limit": self.sampler.choose.how["vocab_limit"],
         }  # fmt: skip
         masked = int(self.sampler.progress.masked.sum()) if self.rows else 0
         return replace(

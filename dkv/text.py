@@ -1,56 +1,10 @@
-"""Text into token ids and back: the tokenizer of a checkpoint, batches of prompts, answers."""
+"""Text into token ids and back: batches of prompts, answers."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers, which warns of every model type that it does not know, ours among them."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def load_tokenizer(path_or_id: str, family: str) -> Any:
-    """The tokenizer that comes with a checkpoint. No code of the checkpoint is run.
-
-    Args:
-        path_or_id: as for `dkv.load`.
-        family: of the model, `model.spec.family`.
-
-    Raises:
-        FileNotFoundError: there is none, or none that transformers can read.
-    """
-    from transformers import AutoTokenizer, Qwen2TokenizerFast
-
-    from dkv.models.loader import BUNDLED
-
-    folder = BUNDLED.get(path_or_id) or Path(path_or_id).expanduser()
-    advice = "put its files, such as tokenizer.json and tokenizer_config.json, beside the weights"
-    if folder.is_dir() and not any(folder.glob("*token*")):
-        raise FileNotFoundError(f"{path_or_id} has no tokenizer: {advice}")
-    # Dream ships the code of its tokenizer, which is Qwen2's under another name.
-    kinds = (AutoTokenizer, Qwen2TokenizerFast) if family == "dream" else (AutoTokenizer,)
-    reasons = []
-    for kind in kinds:
-        try:
-            with _quiet():
-                return kind.from_pretrained(str(folder), trust_remote_code=False)
-        # transformers raises several kinds of errors, and the hub's client its own.
-        except Exception as error:
-            reasons.append(str(error))
-    raise FileNotFoundError(f"transformers cannot read the tokenizer of {path_or_id}: {advice} ({reasons[0]})")
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False) -> tuple[Tensor, Tensor]:
@@ -109,12 +63,6 @@ def mask_text(tokenizer: Any, spec: Any) -> str | None:
     """How the tokenizer writes the mask, if a text with it is read as that one token."""
     text = tokenizer.decode([spec.mask_token_id])
     return text if text and tokenizer(text, add_special_tokens=False)["input_ids"] == [spec.mask_token_id] else None
-
-
-def vocab_limit(tokenizer: Any, spec: Any) -> int | None:
-    """How many ids the tokenizer can turn into text, if the model has more; else None."""
-    limit = 1 + max(tokenizer.get_vocab().values())
-    return limit if limit < spec.vocab_size else None
 
 
 def end_ids(tokenizer: Any, spec: Any) -> list[int] | None:

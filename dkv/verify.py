@@ -201,8 +201,10 @@ def _check_logits(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> float:
     for step, logits in enumerate(output.logits):
         active = t["active"][step].bool()
         here = active & real
-        best, argmax = logits.max(-1)
-        if not torch.equal(argmax[here], t["argmax"][step].long()[here]):
+        best = logits.amax(-1)
+        # Two tokens may be equally good: which one is the larger by a bit depends on the processor.
+        recorded = logits[here].gather(-1, t["argmax"][step].long()[here][:, None]).squeeze(-1)
+        if (best[here] - recorded > LOGIT_TOLERANCE).any():
             raise Mismatch(f"step {step}: another best token than recorded at an active slot")
         pairs = [(best[here], t["maxlogit"][step][here]), (logits.logsumexp(-1)[here], t["lse"][step][here])]
         if (raw := t.get(f"logits_step{step:03d}")) is not None:

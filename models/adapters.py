@@ -6,11 +6,12 @@ refused by name, so a checkpoint never loads into a network that computes someth
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from dkv.models import fields
+from dkv.models.others import EXPERTS, other_family
 from dkv.models.packing import PackedLinear
 from dkv.models.spec import ModelSpec
 from dkv.models.transformer import Transformer
@@ -22,6 +23,11 @@ LLADA_SWITCHES = {
     "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False,
 }  # fmt: skip
 DREAM_SWITCHES = {"hidden_act": "silu", "use_sliding_window": False}
+
+# Size of a published vocabulary (LLaDA's and MMaDA's; Dream's) -> ids that some of its files leave out. Of another
+# vocabulary these would be any tokens.
+LLADA_IDS = {size: {"mask": 126336, "end": 126081} for size in (126464, 134656)}
+DREAM_IDS = {152064: {"mask": 151666, "end": 151643}}
 
 # Checkpoint module -> module of `Transformer`; {} is the number of the layer.
 LLADA_NAMES = {
@@ -58,17 +64,18 @@ def llada_spec(config: Mapping) -> ModelSpec:
     """The spec of a LLaDA configuration (GSAI-ML/LLaDA-8B-*, LLaDA-1.5, the MMaDA language model).
 
     Defaults of absent fields are those of the published configuration class, but for the token
-    ids (126336 mask, 126081 end) and the table size (`vocab_size`), which there are GPT-2's.
+    ids (those of `LLADA_IDS`) and the table size (`vocab_size`), which there are GPT-2's.
 
     Raises:
         ValueError: a field is missing, malformed, or asks for something not implemented.
     """
-    bias = bool(fields.value(config, "include_bias", False))
+    bias = fields.flag(config, "include_bias", False)
     # Left out, the bias of the norms follows that of the projections.
-    fields.only(LLADA_SWITCHES, {**config, "bias_for_layer_norm": fields.value(config, "bias_for_layer_norm", bias)})
+    fields.only(LLADA_SWITCHES, {**config, "bias_for_layer_norm": fields.flag(config, "bias_for_layer_norm", bias)})
     hidden, heads = fields.count(config, "d_model"), fields.count(config, "n_heads")
     rows = fields.count(config, "embedding_size", fields.count(config, "vocab_size"))
-    eos = fields.token_id(config, "eos_token_id", 126081, rows)
+    usual = LLADA_IDS.get(fields.count(config, "vocab_size"), {})
+    eos = fields.token_id(config, "eos_token_id", usual.get("end"), rows)
     return ModelSpec(
         family="llada",
         vocab_size=rows,
@@ -81,13 +88,13 @@ def llada_spec(config: Mapping) -> ModelSpec:
         max_positions=fields.count(config, "max_sequence_length", 1024),
         rope_theta=fields.rope_theta(config, 10000.0),
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-5),
-        mask_token_id=fields.mask_id(config, 126336, rows),
+        mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
         eos_token_id=eos,
         pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
-        qkv_bias=bool(fields.value(config, "include_qkv_bias", False)),
+        qkv_bias=fields.flag(config, "include_qkv_bias", False),
         linear_bias=bias,
-        tied_head=bool(fields.value(config, "weight_tying", True)),
-        rope_float32=bool(fields.value(config, "rope_full_precision", True)),
+        tied_head=fields.flag(config, "weight_tying", True),
+        rope_float32=fields.flag(config, "rope_full_precision", True),
     )
 
 
@@ -105,7 +112,8 @@ def dream_spec(config: Mapping) -> ModelSpec:
         head_dim = fields.share(config, "hidden_size", "num_attention_heads")
     else:
         head_dim = fields.count(config, "head_dim")
-    eos = fields.token_id(config, "eos_token_id", 151643, rows)
+    usual = DREAM_IDS.get(rows, {})
+    eos = fields.token_id(config, "eos_token_id", usual.get("end"), rows)
     return ModelSpec(
         family="dream",
         vocab_size=rows,
@@ -118,11 +126,11 @@ def dream_spec(config: Mapping) -> ModelSpec:
         max_positions=fields.count(config, "max_position_embeddings", 32768),
         rope_theta=fields.rope_theta(config, 10000.0),
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-6),
-        mask_token_id=fields.mask_id(config, 151666, rows),
+        mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
         eos_token_id=eos,
         pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
         qkv_bias=True,
-        tied_head=bool(fields.value(config, "tie_word_embeddings", False)),
+        tied_head=fields.flag(config, "tie_word_embeddings", False),
         shifted=True,
         rope_float32=False,
     )
@@ -190,11 +198,15 @@ class Family:
             found[name] = f"{pattern.format(layer and layer[0])}.{leaf}"
         return found
 
+    def weight_name(self, module: str) -> str:
+        """Checkpoint name of the weight of a module of `Transformer`."""
+        return next(iter(self.checkpoint_names([f"{module}.weight"]).values()))
+
 
 FAMILIES = {
     "llada": Family(
         "llada", ("llada", "mmada"), ("LLaDAModelLM", "MMadaModelLM"), llada_spec, llada_config,
-        LLADA_NAMES,         rows_field="embedding_size", tied_field="weight_tying",
+        LLADA_NAMES, rows_field="embedding_size", tied_field="weight_tying",
     ),
     "dream": Family(
         "dream", ("dream",), ("DreamModel",), dream_spec, dream_config, DREAM_NAMES,
@@ -204,25 +216,32 @@ FAMILIES = {
 
 
 def family_of(config: Mapping) -> Family:
-    """The family that a configuration names by its `model_type`, or else by its `architectures`.
+    """The family that a configuration names by its `architectures`, or else by its `model_type`.
 
     Raises:
-        ValueError: neither is known.
+        ValueError: neither is known, or they tell of a family that is not loaded; the message names it.
     """
-    kind, classes = str(config.get("model_type")), config.get("architectures") or ()
-    for family in FAMILIES.values():
-        if kind.lower() in family.model_types:
-            return family
-    for family in FAMILIES.values():
-        if set(classes) & set(family.architectures):
-            return family
+    kind, classes = config.get("model_type"), fields.names(config, "architectures")
+    stated = f"model_type is {kind!r}, architectures {classes}"
     known = "; ".join(
         f"{f.name} (model_type {', '.join(f.model_types)}; {', '.join(f.architectures)})" for f in FAMILIES.values()
     )
-    raise ValueError(
-        f"unknown model family: model_type is {config.get('model_type')!r}, architectures {list(classes)}; "
-        f"known are {known}"
-    )
+    kind = kind.lower() if isinstance(kind, str) else ""
+    by_class = [family for family in FAMILIES.values() if set(classes) & set(family.architectures)]
+    other = None if by_class else other_family([*classes, kind])
+    if other is not None:
+        raise ValueError(f"this model is of the family {other}, which dkv does not load ({stated}); known are {known}")
+    found = by_class or [family for family in FAMILIES.values() if kind in family.model_types]
+    if not found:
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
+        hint = " (by its class it writes from left to right)" if causal else ""
+        raise ValueError(f"unknown model family: {stated}{hint}; known are {known}")
+    if experts := next((field for field in EXPERTS if fields.value(config, field) is not None), None):
+        raise ValueError(
+            f"this is a mixture of experts ({experts}={config[experts]!r}), such as LLaDA-MoE, which dkv does not load "
+            f"({stated}); known are {known}"
+        )
+    return found[0]
 
 
 def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
@@ -235,11 +254,12 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
         ValueError: the format cannot express the model, or its weights are packed.
     """
     if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError("packed weights cannot be saved: load the model with pack=False")
+        raise ValueError("packed weights cannot be saved: call dkv.unpack(model), or load the model with pack=False")
     spec, family = model.spec, FAMILIES[model.spec.family]
     names = family.checkpoint_names(n for n, _ in model.named_parameters())
     config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": False}
-    again = family.spec(config)
+    # The limit comes from a tokenizer, not from the configuration.
+    again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
     for field, value in vars(spec).items():
         if value != getattr(again, field):
             raise ValueError(
@@ -250,11 +270,12 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
 
 def _llada_kv_heads(config: Mapping, heads: int) -> int:
     """Key heads: `n_kv_heads`, or what the older switch `multi_query_attention` says."""
-    found, single = fields.value(config, "n_kv_heads"), fields.value(config, "multi_query_attention")
-    if single is None:
-        return fields.count(config, "n_kv_heads", heads)
+    found = fields.count(config, "n_kv_heads", heads)
+    if fields.value(config, "multi_query_attention") is None:
+        return found
+    single = fields.flag(config, "multi_query_attention", False)
     wanted = 1 if single else heads
-    if found not in (None, wanted):
+    if fields.value(config, "n_kv_heads") is not None and found != wanted:
         raise ValueError(
             f"the configuration has n_kv_heads={found!r}, but multi_query_attention={single!r} means {wanted}: "
             "set one of them to null"

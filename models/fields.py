@@ -1,6 +1,13 @@
 """Reading the fields of a `config.json`: every complaint names the field, what it holds and what it should."""
 
+import reprlib
 from collections.abc import Mapping
+
+import torch
+
+# The most of anything: what an index of 32 bits reaches.
+MOST = torch.iinfo(torch.int32).max
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def value(config: Mapping, field: str, default=None):
@@ -10,10 +17,10 @@ def value(config: Mapping, field: str, default=None):
 
 
 def only(supported: Mapping, config: Mapping) -> None:
-    """Every field of `supported` is as it says there, or absent."""
+    """Every field of `supported` is as it says there, of the same type, or absent."""
     for field, wanted in supported.items():
         found = value(config, field, wanted)
-        if found != wanted:
+        if type(found) is not type(wanted) or found != wanted:
             raise ValueError(f"the configuration has {field}={found!r}; only {wanted!r} is implemented")
 
 
@@ -22,17 +29,42 @@ def count(config: Mapping, field: str, default: int | None = None) -> int:
     found = value(config, field, default)
     if found is None:
         raise ValueError(f"the configuration lacks {field!r}: take config.json from the same place as the weights")
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+    if type(found) is not int or found < 1:
         raise ValueError(f"the configuration has {field}={found!r}; a whole number of at least 1 is needed")
+    if found > MOST:
+        raise ValueError(
+            f"the configuration has {field}={reprlib.repr(found)}; a whole number of at most {MOST} is needed"
+        )
     return found
 
 
 def positive(config: Mapping, field: str, default: float) -> float:
-    """A number above 0."""
+    """A number above 0 with which float32 can compute."""
     found = value(config, field, default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+    if type(found) not in (int, float) or not found > 0:
         raise ValueError(f"the configuration has {field}={found!r}; a number above 0 is needed")
+    if not SMALLEST <= found <= LARGEST:
+        raise ValueError(
+            f"the configuration has {field}={reprlib.repr(found)}; a number between {SMALLEST:.3g} and {LARGEST:.3g}, "
+            "which float32 can hold, is needed"
+        )
     return float(found)
+
+
+def flag(config: Mapping, field: str, default: bool) -> bool:
+    """True or false, and nothing that merely counts as one of them."""
+    found = value(config, field, default)
+    if type(found) is not bool:
+        raise ValueError(f"the configuration has {field}={found!r}; true or false is needed")
+    return found
+
+
+def names(config: Mapping, field: str) -> list[str]:
+    """A list of names, which may be absent."""
+    found = value(config, field, [])
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"the configuration has {field}={found!r}; a list of names or null is needed")
+    return list(found)
 
 
 def share(config: Mapping, whole_field: str, parts_field: str) -> int:
@@ -44,26 +76,23 @@ def share(config: Mapping, whole_field: str, parts_field: str) -> int:
 
 
 def token_id(config: Mapping, field: str, default: int | None, rows: int) -> int | None:
-    """A token id, or the first of a list of them; None where only a default outside the vocabulary is left."""
+    """A token id, or the first of a list of them."""
     found = config.get(field)
-    if isinstance(found, list | tuple):
-        found = found[0] if found else None
-    if found is None:
-        return default if default is not None and default < rows else None
-    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < rows:
+    listed = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
+    if not all(type(one) is int and 0 <= one < rows for one in listed):
         raise ValueError(
             f"the configuration has {field}={found!r}, but the model has {rows} tokens: correct config.json, "
             "or take it from the same place as the weights"
         )
-    return found
+    return listed[0] if listed else default
 
 
-def mask_id(config: Mapping, default: int, rows: int) -> int:
+def mask_id(config: Mapping, default: int | None, rows: int) -> int:
     """The id of the mask token, which every model must have."""
     found = token_id(config, "mask_token_id", default, rows)
     if found is None:
         raise ValueError(
-            f"the configuration has no mask_token_id, and the usual {default} is outside the vocabulary of {rows}: "
+            f"the configuration has no mask_token_id, and a vocabulary of {rows} has no usual one: "
             "add the id of the mask token to config.json"
         )
     return found
@@ -77,10 +106,10 @@ def rope_theta(config: Mapping, default: float) -> float:
         if not isinstance(part, Mapping):
             raise ValueError(f"the configuration has {field}={part!r}; an object or null is needed")
         nested.update({k: v for k, v in part.items() if v is not None})
-    kinds = {nested.pop(key) for key in ("rope_type", "type") if key in nested}
+    kinds = [nested.pop(key) for key in ("rope_type", "type") if key in nested]
     theta = nested.pop("rope_theta", None)
-    if nested or not kinds <= {"default"}:
-        asked = ", ".join([*(f"rope_type={k!r}" for k in sorted(kinds)), *(f"{k}={v!r}" for k, v in nested.items())])
+    if nested or any(kind != "default" for kind in kinds):
+        asked = ", ".join([*(f"rope_type={k!r}" for k in kinds), *(f"{k}={v!r}" for k, v in nested.items())])
         raise ValueError(
             f"the configuration changes its rotary embedding (rope_scaling or rope_parameters: {asked}); "
             "only rope_type='default' with a rope_theta is implemented"

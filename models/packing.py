@@ -1,6 +1,7 @@
 """Layers whose weights lie in the order in which the CPU multiplies them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +9,39 @@ from torch import Tensor, nn
 from dkv.kernels import torch_choice
 from dkv.models.transformer import Attend, Layer
 
+UNPACK = "call dkv.unpack(model), which gives back the plain layers (or load it with pack=False)"
 
-class PackedLinear(nn.Module):
+
+class Packed(nn.Module):
+    """What layers with packed weights share: they turn back into plain ones, and say where only those will do."""
+
+    def unpacked(self) -> nn.Module:
+        """A plain layer with the very weights that were packed."""
+        raise NotImplementedError
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Names and weights of the plain layer."""
+        return self.unpacked().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"the weights of a packed model cannot be replaced: {UNPACK}")
+
+    # torch.ao writes this attribute into every module that it is to quantise, and would find no nn.Linear here.
+    @property
+    def qconfig(self) -> Any:
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, _: Any) -> None:
+        raise RuntimeError(f"a packed model cannot be quantised: {UNPACK}")
+
+
+class PackedLinear(Packed):
     """`nn.Linear` for float32 inference on a CPU, its weight in oneDNN's blocked layout.
 
     A plain product re-orders the weight at every call, which costs most where rows are few: just
     where a cache leaves few. The weight is held once, in the new layout, and is no parameter any
-    more: it cannot be trained, saved or moved.
+    more: it cannot be trained or moved. Copies and pickles hold it in the plain layout, and pack it again.
 
     Args:
         linears: the layer to stand in for, or several of the same input, whose outputs then stand
@@ -27,13 +54,16 @@ class PackedLinear(nn.Module):
 
     def __init__(self, *linears: nn.Linear, silu: bool = False):
         super().__init__()
-        self.in_features, self.out_features = linears[0].in_features, sum(x.out_features for x in linears)
-        weight = linears[0].weight if len(linears) == 1 else torch.cat([x.weight for x in linears])
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
+        self.in_features, self.sizes = linears[0].in_features, [x.out_features for x in linears]
+        self.out_features = sum(self.sizes)
+        self._pack(linears[0].weight if len(linears) == 1 else torch.cat([x.weight for x in linears]))
         self.bias = linears[0].bias
         if len(linears) > 1 and self.bias is not None:
             self.bias = nn.Parameter(torch.cat([x.bias for x in linears]), requires_grad=False)
         self.silu = silu
+
+    def _pack(self, weight: Tensor) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
 
     @property
     def num_packed(self) -> int:
@@ -42,6 +72,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, *, add: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """x [..., in_features] float32 -> [..., out_features], plus `add` or times `times` of that shape."""
+        if x.requires_grad:
+            raise RuntimeError(f"no gradient flows through packed weights: {UNPACK}")
         other = times if add is None else add
         if x.numel() == 0:
             return x.new_zeros(*x.shape[:-1], self.out_features)
@@ -54,14 +86,44 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
+    def linears(self) -> list[nn.Linear]:
+        """The layers that were packed, one by one, each with storage of its own."""
+        weights = self.packed.to_dense().split(self.sizes)
+        biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
+        if len(self.sizes) == 1:
+            return [_linear(weights[0], biases[0])]
+        return [_linear(w.clone(), None if b is None else b.clone()) for w, b in zip(weights, biases, strict=True)]
+
+    def unpacked(self) -> nn.Module:
+        plain = self.linears()
+        return (plain[0] if len(plain) == 1 else nn.ModuleList(plain)).train(self.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The packed layout is opaque to copy and pickle.
+        return {**self.__dict__, "packed": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not can_pack():
+            raise RuntimeError("PyTorch cannot pack the weights of this model here: save it after dkv.unpack(model)")
+        self._pack(self.packed)
+
+    def check_move(self, fn: Any) -> None:
+        """Raise RuntimeError if `fn`, as `nn.Module._apply` runs it on every parameter, changes device or dtype."""
+        here = torch.empty(0)
+        there = fn(here)
+        if there.device != here.device or there.dtype != here.dtype:
+            raise RuntimeError(
+                f"this model is packed for float32 on the CPU and cannot be moved or converted to {there.dtype} on "
+                f"{there.device}: {UNPACK}, or load it with the device and dtype that it should have"
+            )
+
     def _apply(self, fn, recurse=True):
-        raise RuntimeError(
-            "this model is packed for float32 on the CPU and cannot be moved or converted; load it with pack=False, "
-            "or with the device and dtype that it should have"
-        )
+        self.check_move(fn)
+        return super()._apply(fn, recurse)
 
 
-class PackedHead(nn.Module):
+class PackedHead(Packed):
     """`PackedLinear` over a wide vocabulary, in strips of columns that fit a cache."""
 
     def __init__(self, linear: nn.Linear):
@@ -79,18 +141,27 @@ class PackedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat(list(self.strips(x)), -1)
 
+    def unpacked(self) -> nn.Linear:
+        parts = [part.unpacked() for part in self.parts]
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        return _linear(torch.cat([part.weight for part in parts]), bias).train(self.training)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen layer of this very weight and bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
 
 def _columns(linear: nn.Linear, start: int, stop: int) -> nn.Linear:
     """The layer that computes some of the outputs, with a part of the same weight."""
-    weight, bias = linear.weight[start:stop], linear.bias
-    part = nn.Linear(linear.in_features, len(weight), bias=bias is not None, device="meta")
-    part.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        part.bias = nn.Parameter(bias[start:stop], requires_grad=False)
-    return part
+    return _linear(linear.weight[start:stop], None if linear.bias is None else linear.bias[start:stop])
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(Packed):
     """`Layer` in five products, which also apply the activation, the gate and the residuals."""
 
     def __init__(self, layer: Layer):
@@ -114,12 +185,33 @@ class PackedLayer(nn.Module):
         h = self.mlp_norm(x)
         return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x)
 
+    def unpacked(self) -> Layer:
+        layer = Layer.__new__(Layer)
+        nn.Module.__init__(layer)
+        layer.index, layer.head_dim = self.index, self.head_dim
+        layer.attn_norm = self.attn_norm
+        layer.q_proj, layer.k_proj, layer.v_proj = self.qkv_proj.linears()
+        layer.o_proj = self.o_proj.unpacked()
+        layer.q_norm, layer.k_norm, layer.mlp_norm = self.q_norm, self.k_norm, self.mlp_norm
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer, name, getattr(self, name).unpacked())
+        return layer.train(self.training)
+
 
 def can_pack() -> bool:
     """Whether this build of PyTorch packs weights (it has oneDNN, on this kind of CPU)."""
     return torch.backends.mkldnn.is_available() and all(
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
     )
+
+
+def check_packable(name: str, dtype: torch.dtype, device: torch.device, trainable: bool = False) -> None:
+    """Raise ValueError if weights of this kind cannot be packed."""
+    if not can_pack():
+        raise ValueError("this build of PyTorch cannot pack weights on this CPU: leave out pack=True")
+    if device.type != "cpu" or dtype != torch.float32 or trainable:
+        found = f"{dtype} on {device}{' and trainable' if trainable else ''}"
+        raise ValueError(f"only frozen float32 weights on the CPU can be packed; {name} is {found}")
 
 
 def pack_(model: nn.Module) -> nn.Module:
@@ -133,11 +225,33 @@ def pack_(model: nn.Module) -> nn.Module:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
     for name, linear in linears.items():
-        weight = linear.weight
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.requires_grad:
-            found = f"{weight.dtype} on {weight.device}{' and trainable' if weight.requires_grad else ''}"
-            raise ValueError(f"only frozen float32 weights on the CPU can be packed; {name} is {found}")
+        check_packable(name, linear.weight.dtype, linear.weight.device, linear.weight.requires_grad)
     _replace(model, set(linears.values()))
+    return model
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Give a packed model its plain layers back, in place: the very weights that were loaded, under their names.
+
+    What `dkv.load` packs for a CPU (its argument `pack`) can be moved, cast, trained, quantised and saved
+    from then on; a model that is not packed stays as it is. Layers are replaced one by one, so that there is no
+    second copy of the model; hooks on packed layers go with them.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> model = dkv.unpack(dkv.load("tiny")).to(torch.bfloat16)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model from dkv.load, got {type(model).__name__}")
+    if isinstance(model, Packed):
+        return model.unpacked()
+    for key, child in list(model.named_children()):
+        setattr(model, key, unpack(child))
     return model
 
 

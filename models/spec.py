@@ -1,5 +1,6 @@
 """What distinguishes one diffusion language model from the next, as data."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -33,14 +34,22 @@ class ModelSpec:
     shifted: bool = False
     # Rotate in at least float32 (LLaDA), or in the dtype of the activations (Dream).
     rope_float32: bool = True
+    # Ids from here on have no text in the tokenizer that comes with the model; None: all have, or it is not known.
+    vocab_limit: int | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "intermediate_size", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id ({self.mask_token_id}) is outside the vocabulary of {self.vocab_size}")
+        if self.vocab_limit is not None and not 1 <= self.vocab_limit <= self.vocab_size:
+            raise ValueError(f"vocab_limit ({self.vocab_limit}) is outside 1..{self.vocab_size}, the vocabulary")

@@ -97,6 +97,13 @@ class Transformer(nn.Module):
         packed = sum(getattr(module, "num_packed", 0) for module in self.modules())
         return packed + sum(p.numel() for p in self.parameters())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # All or nothing: the packed layers, which cannot follow, are asked before the first parameter has gone.
+        for module in self.modules():
+            if hasattr(module, "check_move"):
+                module.check_move(fn)
+        return super()._apply(fn, recurse)
+
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [>= length, D / 2], whose dtype is the one in which q and k are rotated."""
         spec = self.spec

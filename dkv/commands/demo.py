@@ -39,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     import dkv
     from dkv.demo import ROUNDS, Race, meaning, show, table
     from dkv.models.tasks import TASKS, held_out
-    from dkv.text import encode, load_tokenizer
+    from dkv.text import encode
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = dkv.load(args.model, device="cpu")
-    tokenizer = load_tokenizer(args.model, model.spec.family)
+    tokenizer = dkv.load_tokenizer(args.model)
     problems = held_out(args.problems, task=args.task)
     prompts, answers = map(list, zip(*problems, strict=True))
     race = Race(model, tokenizer, *encode(tokenizer, prompts), answers, TASKS[args.task].new_tokens)

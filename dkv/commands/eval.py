@@ -99,14 +99,13 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     """The model, its tokenizer, the problems, and the facts of the measurement."""
     import dkv
     from dkv.bench import machine, quality
-    from dkv.text import load_tokenizer
 
     if args.data is not None:
         problems = quality.from_file(args.data, args.new_tokens, args.problems)
     else:
         problems = quality.bundled(dict.fromkeys(args.tasks or TASK_NAMES), args.problems or 96, args.seed)
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
-    tokenizer = load_tokenizer(args.model, model.spec.family)
+    tokenizer = dkv.load_tokenizer(args.model)
     facts = machine.facts(model.device, args.command_line) | {
         "model": args.model, "parameters": model.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
         "batch": args.batch, "seed": args.seed,

@@ -168,13 +168,10 @@ def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any
 def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Settings, model and tokenizer that the arguments ask for."""
     import dkv
-    from dkv.text import load_tokenizer, vocab_limit
 
     config = dkv.DiffusionConfig(**settings(args))
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
-    tokenizer = load_tokenizer(args.model, model.spec.family)
-    config.update(vocab_limit=vocab_limit(tokenizer, model.spec))
-    return config, model, tokenizer
+    return config, model, dkv.load_tokenizer(args.model)
 
 
 def draw_seeds(config: Any, rows: int) -> None:

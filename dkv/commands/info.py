@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dkv.models.loader import BUNDLED
+    from dkv.models.folders import BUNDLED
     from dkv.policies import POLICIES
     from dkv.version import versions
 

@@ -8,14 +8,13 @@ import torch
 import dkv
 from dkv.bench import drift
 from dkv.bench.quality import Problems, bundled
-from dkv.text import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def found():
     model = dkv.load("tiny", device="cpu")
     problems = [bundled(["balance"], 2, 1)[0], Problems("short", ["+1 =", "+2 +3="], ["1", "2"], 12)]
-    tokenizer = load_tokenizer("tiny", "llada")
+    tokenizer = dkv.load_tokenizer("tiny")
     return drift.measure(model, tokenizer, problems, 2) | {
         "facts": {"model": "tiny", "torch": "2", "date": "2026-01-01"}
     }

@@ -8,12 +8,11 @@ import dkv
 from dkv.bench import frontier, quality
 from dkv.bench.contenders import contenders
 from dkv.bench.intervals import enough
-from dkv.text import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return dkv.load("tiny", device="cpu"), load_tokenizer("tiny", "llada")
+    return dkv.load("tiny", device="cpu"), dkv.load_tokenizer("tiny")
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 import pytest
 
+import dkv
 from dkv.gaps import Gap
 from dkv.marked import marked
 from dkv.models.export import MASK_TOKENS
-from dkv.text import filling_text, load_tokenizer, mask_text
+from dkv.text import filling_text, mask_text
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_pieces_are_tokenised_by_themselves(name):
     from dkv.models.train_tiny import SPECS
 
     spec = SPECS[name]
-    tokenizer = load_tokenizer(name, spec.family)
+    tokenizer = dkv.load_tokenizer(name)
     own = mask_text(tokenizer, spec)
     assert own == MASK_TOKENS[spec.family]
     text = marked(f"12[MASK]3{own}", own=own)

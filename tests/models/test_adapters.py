@@ -101,7 +101,11 @@ REFUSED = [
     (LLADA_8B, {"n_layers": "32"}, "n_layers='32'; a whole number"),
     (LLADA_8B, {"rms_norm_eps": 0}, "rms_norm_eps=0; a number above 0"),
     (LLADA_8B, {"mask_token_id": 126464}, "mask_token_id=126464, but the model has 126464 tokens.*correct config.json"),
-    (LLADA_8B, {"vocab_size": 99, "embedding_size": None}, "no mask_token_id.*126336 is outside.*of 99: add the id"),
+    (
+        LLADA_8B,
+        {"vocab_size": 99, "embedding_size": None},
+        "no mask_token_id, and a vocabulary of 99 has no usual one: add the id",
+    ),
     (LLADA_8B, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear', factor=2.0.*only.*'default'"),
     (DREAM_7B, {"use_sliding_window": True}, "use_sliding_window=True; only False"),
     (DREAM_7B, {"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),

@@ -105,10 +105,28 @@ def test_trainable_weights_are_not_packed():
         pack_(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_a_packed_model_cannot_be_moved():
+MOVES = {
+    "cast": lambda model: model.to(torch.float64), "half": lambda model: model.half(),
+    "move": lambda model: model.to("meta"), "empty": lambda model: model.to_empty(device="meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_packed_model_is_not_moved_by_half(move):
     model = dkv.load(GOLDEN / "llada_gqa", device="cpu")
-    with pytest.raises(RuntimeError, match="load it with pack=False"):
-        model.to(torch.float64)
+    with pytest.raises(RuntimeError, match=r"cannot be moved or converted .*call dkv.unpack\(model\)"):
+        move(model)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
+    move(dkv.unpack(model))
+
+
+def test_a_move_to_where_it_is_does_nothing():
+    model = dkv.load(GOLDEN / "llada_gqa", device="cpu")
+    ids, before = torch.tensor([[5, 9, 3, 8]]), type(model.layers[0])
+    expected = model(ids)
+    for same in (model.to("cpu"), model.float(), model.cpu(), model.to(torch.float32)):
+        assert same is model and type(model.layers[0]) is before
+    assert torch.equal(model(ids), expected)
 
 
 def test_a_tied_head_stays_with_its_embedding(tmp_path):
@@ -127,7 +145,9 @@ def test_the_plain_weight_is_let_go():
 
 
 def test_a_packed_model_cannot_be_saved(tmp_path):
-    with pytest.raises(ValueError, match="packed weights cannot be saved: load the model with pack=False"):
+    with pytest.raises(
+        ValueError, match=r"packed weights cannot be saved: call dkv.unpack\(model\), or load the model with pack=False"
+    ):
         save_model(dkv.load(GOLDEN / "llada_gqa", device="cpu"), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import dkv
-from dkv.models.loader import BUNDLED
+from dkv.models.folders import BUNDLED
 from dkv.models.tasks import TASKS, held_out
 from dkv.models.train_tiny import ALPHABET, SPECS
-from dkv.text import answer, encode, load_tokenizer
+from dkv.text import answer, encode
 
 # Share of 500 unseen problems of each kind that plain decoding has to answer exactly.
 LEAST = 0.95
@@ -18,7 +18,7 @@ LEAST = 0.95
 @pytest.fixture(scope="module", params=BUNDLED)
 def bundled(request):
     model = dkv.load(request.param, device="cpu")
-    return request.param, model, load_tokenizer(request.param, model.spec.family)
+    return request.param, model, dkv.load_tokenizer(request.param)
 
 
 def test_both_together_are_small():

@@ -1,10 +1,12 @@
 """Sharing the parameters of a model that is in memory already."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from dkv.models import Transformer, load, wrap
 
@@ -112,3 +114,218 @@ def test_names_and_shapes_are_checked(small):
     original.value_head = nn.Linear(2, 1, bias=False)
     with pytest.raises(ValueError, match=r"has unexpected tensors: value_head.weight"):
         wrap(original)
+
+
+class Adapted(nn.Module):
+    """What peft puts in the place of a layer: the layer, and adapters by the names of its parameters."""
+
+    def __init__(self, layer: nn.Module, **adapters: nn.Module):
+        super().__init__()
+        self.base_layer = layer
+        for name, adapter in adapters.items():
+            self.add_module(name, adapter)
+
+
+def adapted(checkpoint, **adapters) -> InMemory:
+    original = InMemory(checkpoint)
+    block = original.get_submodule("model.transformer.blocks.0")
+    block.q_proj = Adapted(block.q_proj, **adapters)
+    return original
+
+
+def low_rank() -> nn.ModuleDict:
+    return nn.ModuleDict({"default": nn.Linear(16, 2, bias=False)})
+
+
+def one_weight() -> nn.ParameterDict:
+    return nn.ParameterDict({"default": nn.Parameter(torch.ones(16, 1))})
+
+
+ADAPTERS = [
+    ({"lora_A": low_rank, "lora_B": low_rank}, "a LoRA adapter"),
+    ({"lora_embedding_A": one_weight}, "a LoRA adapter"),
+    ({"lora_A": low_rank, "lora_magnitude_vector": low_rank}, "a DoRA adapter"),
+    ({"ia3_l": one_weight}, "an IA3 adapter"),
+    ({"hada_w1_a": one_weight}, "an adapter of peft"),
+    ({"oft_R": low_rank}, "an adapter of peft"),
+    ({"vera_lambda_b": one_weight}, "an adapter of peft"),
+    # One that nobody has heard of, and one that is there without weights.
+    ({"novel": one_weight}, "an adapter"),
+    ({}, "an adapter"),
+]
+
+
+@pytest.mark.parametrize(("parts", "what"), ADAPTERS, ids=[" ".join(p) or "bare" for p, _ in ADAPTERS])
+@pytest.mark.parametrize("front", [False, True])
+def test_R23_adapters_are_named(small, parts, what, front):
+    original = adapted(small(), **{name: make() for name, make in parts.items()})
+    if front:
+        whole = nn.Module()
+        whole.base_model = nn.Module()
+        whole.base_model.model, whole.config = original, original.config
+        original = whole
+    with pytest.raises(ValueError, match=rf"in memory has {what} .*q_proj.*left out.*merge_and_unload"):
+        wrap(original)
+
+
+def test_R23_a_learned_prompt_is_named(small):
+    original = InMemory(small())
+    original.prompt_encoder = nn.ModuleDict({"default": nn.Embedding(4, 16)})
+    with pytest.raises(ValueError, match=r"has a prompt \(prompt_encoder.*cannot be merged"):
+        wrap(original)
+
+
+ADAPTER_FILES = [
+    (
+        {"peft_type": "LORA", "base_model_name_or_path": "GSAI-ML/LLaDA-8B-Instruct"},
+        "LORA adapter .* of GSAI-ML/LL.*merge_and",
+    ),
+    ({"peft_type": "IA3"}, "IA3 adapter .*merge_and_unload"),
+    ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING adapter .*cannot be merged"),
+    ({}, "trained adapter .*merge_and_unload"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), ADAPTER_FILES, ids=[str(c.get("peft_type")) for c, _ in ADAPTER_FILES])
+def test_R23_a_folder_with_an_adapter_is_named(small, tmp_path, content, message):
+    beside = small().folder
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "adapter_model.safetensors").touch()
+    for folder in (alone, beside):
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"{folder} holds a {message}"):
+            load(folder)
+
+
+def test_R23_adapters_among_the_tensors_of_a_file(small, tmp_path):
+    checkpoint = small()
+    checkpoint.tensors["model.transformer.blocks.0.q_proj.lora_A.default.weight"] = torch.ones(2, 16)
+    with pytest.raises(ValueError, match=r"has a LoRA adapter \(model.transformer.blocks.0.q_proj.lora_A"):
+        load(checkpoint.write())
+    (checkpoint.folder / "model.safetensors").rename(checkpoint.folder / "adapter_model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors, the weights of an adapter.*merge"):
+        load(checkpoint.folder)
+
+
+def test_weights_that_are_computed_are_refused(small):
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    # Layers of torch in the place of those of the stand-in.
+    def with_linear(change) -> InMemory:
+        original = InMemory(small())
+        block = original.get_submodule("model.transformer.blocks.0")
+        block.q_proj = nn.Linear(16, 16, bias=False)
+        change(block.q_proj)
+        return original
+
+    changes = {
+        "parametrisation": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Halved()),
+        "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        "older weight norm": lambda layer: nn.utils.weight_norm(layer),
+        "spectral norm": lambda layer: nn.utils.spectral_norm(layer),
+        "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    }
+    for name, change in changes.items():
+        with pytest.raises(ValueError, match=r"q_proj.*which would be left out: make it permanent first"):
+            wrap(with_linear(change))
+            pytest.fail(name)
+    layer = with_linear(lambda layer: prune.remove(prune.l1_unstructured(layer, "weight", 0.5), "weight"))
+    assert (wrap(layer).layers[0].q_proj.weight == 0).any()
+
+
+@pytest.mark.parametrize(
+    "name", ["qweight", "qzeros", "g_idx", "weight_scale", "SCB", "weight.absmax", "weight_packed"]
+)
+def test_quantised_layers_of_other_libraries_are_named(small, name):
+    original, layer = InMemory(small()), nn.Module()
+    for part in name.split(".")[:-1]:
+        layer.add_module(part, inner := nn.Module())
+    (inner if "." in name else layer).register_buffer(name.rpartition(".")[2], torch.ones(2, dtype=torch.int32))
+    original.get_submodule("model.transformer.blocks.0").q_proj = layer
+    with pytest.raises(ValueError, match=rf"has quantised weights .*q_proj.{name}.*original weights"):
+        wrap(original)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_torch_quantised_are_named(small):
+    original = InMemory(small())
+    original.get_submodule("model.transformer.blocks.0").q_proj = nn.Linear(16, 16)
+    quantised = torch.ao.quantization.quantize_dynamic(original, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"has quantised weights .*q_proj._packed_params"):
+        wrap(quantised)
+
+
+class Special(nn.Parameter):
+    """As libraries do for weights that are more than numbers."""
+
+
+def test_parameters_of_another_class_are_named(small):
+    original, name = InMemory(small()), "model.transformer.ff_out.weight"
+    original.set(name, Special(torch.ones(64, 16)))
+    with pytest.raises(ValueError, match=f"{name} is a Special of torch.float32.*wrap the model first"):
+        wrap(original)
+    original.set(name, nn.parameter.UninitializedParameter())
+    with pytest.raises(ValueError, match=f"{name} is a UninitializedParameter"):
+        wrap(original)
+
+
+def test_models_behind_something_that_hands_on(small):
+    checkpoint = small()
+    expected = wrap(InMemory(checkpoint))(IDS)
+
+    def in_front(name, model):
+        front = nn.Module()
+        front.add_module(name, model)
+        return front
+
+    compiled = torch.compile(InMemory(checkpoint))
+    for model in (
+        compiled,
+        nn.DataParallel(InMemory(checkpoint)),
+        in_front("module", InMemory(checkpoint)),
+        in_front("module", compiled),
+        torch.optim.swa_utils.AveragedModel(InMemory(checkpoint)),
+    ):
+        assert torch.equal(wrap(model)(IDS), expected)
+    # One part of it compiled, and one checkpointed.
+    original = InMemory(checkpoint)
+    blocks = original.get_submodule("model.transformer.blocks")
+    blocks.add_module("0", torch.compile(blocks.get_submodule("0")))
+    blocks.add_module("1", in_front("_checkpoint_wrapped_module", blocks.get_submodule("1")))
+    assert torch.equal(wrap(original)(IDS), expected)
+
+
+def test_split_models_are_named(small):
+    front = nn.Module()
+    front._fsdp_wrapped_module = InMemory(small())
+    front._fsdp_wrapped_module.register_parameter("_flat_param", nn.Parameter(torch.ones(9)))
+    with pytest.raises(ValueError, match=r"a model that FSDP has split .*gather the whole state dict"):
+        wrap(front)
+    original, name = InMemory(small()), "model.transformer.ff_out.weight"
+    original.set(name, nn.Parameter(torch.ones(0)))
+    original.get_submodule("model.transformer.ff_out").weight.ds_id = 1
+    with pytest.raises(ValueError, match=rf"{name} is split over processes by DeepSpeed ZeRO: gather"):
+        wrap(original)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_B11_parameters_on_several_devices_are_refused(small):
+    original = InMemory(small())
+    original.get_submodule("model.transformer.blocks.1").cuda()
+    with pytest.raises(ValueError, match=r"several devices cannot be shared \(.* of cpu, .* of cuda:0\): move"):
+        wrap(original)
+
+
+def test_a_model_of_dkv_needs_no_wrapping(small):
+    with pytest.raises(ValueError, match=r"this model is dkv's already: use it as it is"):
+        wrap(load(small().folder, device="cpu"))
+
+
+def test_a_config_that_is_a_dict(small):
+    original = InMemory(small())
+    original.config = vars(original.config)
+    assert wrap(original).spec.family == "llada"

@@ -9,7 +9,7 @@ import dkv
 from dkv.cli import main
 from dkv.models import ModelSpec, Transformer
 from dkv.models.export import save_model, save_tokenizer
-from dkv.text import encode, load_tokenizer
+from dkv.text import encode
 
 ALPHABET, EOS, MASK = "0123456789+-= ", 14, 15
 
@@ -58,7 +58,7 @@ def expected(folder):
     """The text that `dkv.generate` gives: expected("1=", steps=4)."""
 
     def call(prompt: str, **settings):
-        model, tokenizer = dkv.load(folder), load_tokenizer(str(folder), "llada")
+        model, tokenizer = dkv.load(folder), dkv.load_tokenizer(str(folder))
         ids, _ = encode(tokenizer, [prompt])
         new = dkv.generate(model, ids, max_new_tokens=12, **settings).sequences[0, ids.shape[1] :].tolist()
         return tokenizer.decode(new[: new.index(EOS)] if EOS in new else new)

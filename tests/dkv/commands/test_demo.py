@@ -8,7 +8,7 @@ import pytest
 import dkv
 from dkv import demo
 from dkv.models.tasks import TASKS, held_out
-from dkv.text import encode, load_tokenizer
+from dkv.text import encode
 
 LINEUP = demo.LINEUP
 
@@ -49,7 +49,7 @@ def test_demo_json(run, folder):
 
 
 def test_demo_counts_exact_answers(folder):
-    model, tokenizer = dkv.load(folder), load_tokenizer(str(folder), "llada")
+    model, tokenizer = dkv.load(folder), dkv.load_tokenizer(str(folder))
     race = demo.Race(model, tokenizer, *encode(tokenizer, [p for p, _ in held_out(3)]), [], 16)
     race.answers = race.texts(race.decode([0, 1, 2]).sequences)
     race.answers[1] += "1"

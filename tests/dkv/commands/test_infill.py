@@ -123,10 +123,9 @@ def test_a_wrong_marker_is_found_before_a_model_is_loaded(fill, monkeypatch):
 
 def test_drafts_give_way_to_the_text_itself():
     from dkv.marked import GapStreamer
-    from dkv.text import load_tokenizer
 
     model, screen = dkv.load("tiny"), io.StringIO()
-    tokenizer = load_tokenizer("tiny", "llada")
+    tokenizer = dkv.load_tokenizer("tiny")
     streamer = GapStreamer(tokenizer, model.spec)
     streamer.file = screen
     dkv.fill_gaps(model, [[1, dkv.Gap(2, 2), 2]], streamer=streamer)

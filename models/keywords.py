@@ -1,0 +1,117 @@
+"""Keyword arguments of transformers' `from_pretrained` that `dkv.load` meets: taken, granted, or answered."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+_QUANTISE = "load with pack=False, and quantise the model that you get (torch.ao, torchao)"
+_ONE_DEVICE = "a model lies on one device: pass device='cuda:0', or another"
+_DOES_NOT = "dkv.load has nothing of the kind: leave it out"
+
+# Handed on to the hub's client.
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Asks for what happens anyway, or allows what is not needed (no code of a checkpoint is run).
+GRANTED = ("trust_remote_code", "low_cpu_mem_usage", "_fast_init", "use_cache")
+# Those with another effect in transformers -> what to do. None and False ask for nothing and are accepted.
+ANSWERS = {
+    "load_in_8bit": _QUANTISE,
+    "load_in_4bit": _QUANTISE,
+    "quantization_config": _QUANTISE,
+    "attn_implementation": "dkv computes attention with its own kernels (dkv.use_backend): leave it out",
+    "experts_implementation": _DOES_NOT,
+    "use_flash_attention_2": "dkv computes attention with its own kernels (dkv.use_backend): leave it out",
+    "use_kernels": "dkv has kernels of its own (dkv.use_backend): leave it out",
+    "max_memory": _ONE_DEVICE,
+    "offload_folder": _ONE_DEVICE,
+    "offload_state_dict": _ONE_DEVICE,
+    "offload_buffers": _ONE_DEVICE,
+    "tp_plan": _ONE_DEVICE,
+    "tp_size": _ONE_DEVICE,
+    "device_mesh": _ONE_DEVICE,
+    "variant": "the weights must be called model.safetensors, or as their index says: name the files so",
+    "config": "the folder's config.json counts: change it there, in a copy of the folder",
+    "state_dict": "for weights in memory there is dkv.wrap(hf_model)",
+    "gguf_file": "only safetensors are read: pass the folder of the original weights",
+    "use_safetensors": "only safetensors are read: convert the checkpoint with transformers",
+    "from_tf": "only safetensors are read: convert the checkpoint with transformers",
+    "from_flax": "only safetensors are read: convert the checkpoint with transformers",
+    "use_auth_token": "pass token=",
+    "ignore_mismatched_sizes": "every tensor must fit: take weights and config.json from the same place",
+    "output_loading_info": "a tensor that is missing or left over is always an error: leave it out",
+    "key_mapping": _DOES_NOT,
+    "adapter_kwargs": "merge the adapter into its base model (peft: merge_and_unload), and load that",
+    "proxies": "set HTTPS_PROXY in the environment",
+    "resume_download": "downloads are always resumed: leave it out",
+    "mirror": "set HF_ENDPOINT in the environment",
+}
+
+
+def hub_options(given: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any]:
+    """The arguments for the hub's client; refuses those that would have no effect.
+
+    Raises:
+        TypeError: an unknown name; `taken` are those that the caller knows by itself.
+        ValueError: a name of transformers that asks for something that is not done here.
+    """
+    for name, value in given.items():
+        if name in HUB or name in GRANTED or (name == "use_safetensors" and value is True):
+            continue
+        if name not in ANSWERS:
+            raise TypeError(f"unknown argument {name!r}: known are {', '.join((*taken, *HUB))}")
+        # Where None or False ask for nothing.
+        if value is not None and (value is not False or name == "use_safetensors"):
+            raise ValueError(f"{name}={value!r} is not supported: {ANSWERS[name]}")
+    return {name: value for name, value in given.items() if name in HUB and value is not None}
+
+
+def one_device(device: Any, device_map: Any) -> Any:
+    """The device that `device` or transformers' `device_map` asks for; None: the default one.
+
+    "auto" is the default device, as a model is never split; a map with one device in it is that device.
+
+    Raises:
+        ValueError: the map asks for several devices, or contradicts `device`.
+    """
+    if device_map is None:
+        return device
+    mapped = device_map
+    if isinstance(mapped, Mapping):
+        places = list(dict.fromkeys(map(str, mapped.values())))
+        if len(places) != 1:
+            raise ValueError(f"device_map names {len(places)} devices ({', '.join(places)}): {_ONE_DEVICE}")
+        mapped = next(iter(mapped.values()))
+    if mapped in ("balanced", "balanced_low_0", "sequential", "disk"):
+        raise ValueError(f"device_map={device_map!r} is not supported: {_ONE_DEVICE}")
+    if mapped == "auto":
+        return device
+    if device is not None and usable(device) != usable(mapped):
+        raise ValueError(f"device={device!r} and device_map={device_map!r} disagree: pass device alone")
+    return mapped
+
+
+def usable(device: torch.device | str | int | None) -> torch.device:
+    """The device, if a tensor can be put there; None: the current CUDA or ROCm device, or else the CPU.
+
+    Raises:
+        ValueError: it does not exist here, or has no memory ("meta").
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shown = f"device={device if isinstance(device, int) else str(device)!r}"
+    try:
+        found = torch.empty(0, device=device).device
+        asked = torch.device(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{shown} cannot be used here ({reason}): pass {_devices()}") from error
+    if found.type == "meta":
+        raise ValueError(f"{shown} holds no weights, only shapes: pass {_devices()}")
+    if found.type == "cpu" and asked.index:
+        raise ValueError(f"{shown} does not exist, there is one CPU: pass {_devices()}")
+    return found
+
+
+def _devices() -> str:
+    cards = [f"'cuda:{i}'" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return " or ".join(["'cpu'", *cards])

@@ -1,0 +1,124 @@
+"""The tokenizer that comes with a checkpoint, by the files in its folder and without code of theirs."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dkv.models.adapters import family_of
+from dkv.models.checkpoint import CONFIG
+from dkv.models.files import FETCH, is_there, read_json, read_text, some
+from dkv.models.folders import TOKENIZER_FILES, folder_of
+from dkv.models.keywords import hub_options
+
+ALL_IN_ONE, WORDS, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+JSON = (ALL_IN_ONE, WORDS, CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEXT = (MERGES, "vocab.txt", "chat_template.jinja", "chat_template.json")
+# Vocabularies in other formats, which are left to transformers.
+OTHER = ("vocab.txt", "*.model", "*.tiktoken")
+# The class that Dream's folders name and bring along, and which is Qwen2's.
+DREAMS = (None, "DreamTokenizer", "DreamTokenizerFast")
+
+
+def load_tokenizer(
+    path_or_id: str | os.PathLike,
+    *,
+    subfolder: str = "",
+    **keywords: Any,
+) -> Any:
+    """The tokenizer that comes with a LLaDA or Dream checkpoint. No code of the checkpoint is run; no weight is read.
+
+    Args:
+        path_or_id: as for `dkv.load`: "tiny", "tiny-dream", a folder, or the id of a model on the hub, of which
+            only the small files are fetched.
+        subfolder, keywords: as for `dkv.load`.
+
+    Returns:
+        A tokenizer of transformers. A `tokenizer.json` is taken as it stands, whatever class the folder names.
+        Dream's `vocab.json` and `merges.txt` are Qwen2's, under the name of a class of its own.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no complete vocabulary in it.
+        ValueError: a file is damaged, or transformers cannot read it; the message names it.
+        OSError: a file cannot be read.
+        TypeError: an unknown argument.
+
+    Example:
+        >>> tokenizer = dkv.load_tokenizer("tiny")
+        >>> tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # where it has a template
+    """
+    folder = folder_of(path_or_id, TOKENIZER_FILES, subfolder=subfolder, **hub_options(keywords, ("subfolder",)))
+    files = _checked_files(folder)
+    reasons = []
+    for kind in _classes(files):
+        try:
+            with _quiet():
+                tokenizer = kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            break
+        # transformers raises several kinds of errors, and its library in Rust panics.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reasons.append(str(error) or type(error).__name__)
+    else:
+        used = [name for name in (ALL_IN_ONE, WORDS, MERGES, "tokenizer_config.json") if name in files]
+        raise ValueError(f"transformers cannot read the tokenizer of {folder} ({some(used)}): {reasons[0]}: {FETCH}")
+    if tokenizer.vocab_size < 1:
+        raise ValueError(f"the tokenizer of {folder} has an empty vocabulary: {FETCH}")
+    return tokenizer
+
+
+def _checked_files(folder: Path) -> dict[str, Any]:
+    """What the folder has of a tokenizer, by file; refused if it is not complete."""
+    files = {name: read_json(folder / name) for name in JSON if is_there(folder / name)}
+    files |= {name: read_text(folder / name) for name in TEXT if is_there(folder / name)}
+    found = {name for name in (ALL_IN_ONE, WORDS, MERGES) if name in files}
+    advice = f"put its files, {ALL_IN_ONE} or {WORDS} and {MERGES}, beside the weights"
+    if len(found) == 1 and ALL_IN_ONE not in found:
+        lacks = next(name for name in (WORDS, MERGES) if name not in files)
+        raise FileNotFoundError(f"{folder / lacks} is missing, without which {some(found)} means nothing: {advice}")
+    others = [path.name for pattern in OTHER for path in folder.glob(pattern) if is_there(path)]
+    if not found and not others:
+        raise FileNotFoundError(f"{folder} has no tokenizer: {advice}")
+    if ALL_IN_ONE not in found and WORDS in found:
+        _check_merges(folder / MERGES, files[MERGES], files[WORDS])
+    return files
+
+
+def _check_merges(path: Path, text: str, words: dict[str, Any]) -> None:
+    """Refuse a list of merges that is empty or cut short: every token of several letters comes from one."""
+    merges = sum(bool(line) and not line.startswith("#version") for line in text.splitlines())
+    longer = sum(len(word) > 1 for word in words)
+    if 2 * merges < longer:
+        raise ValueError(f"{path} is cut short: {merges} merges do not make {longer} tokens: {FETCH}")
+
+
+def _classes(files: dict[str, Any]) -> list[Any]:
+    """The classes of transformers to try. Its named classes would rebuild a `tokenizer.json` by rules of their own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
+
+    if ALL_IN_ONE in files:
+        return [PreTrainedTokenizerFast]
+    named = files.get("tokenizer_config.json", {}).get("tokenizer_class")
+    return [AutoTokenizer, Qwen2TokenizerFast] if _is_dream(files) and named in DREAMS else [AutoTokenizer]
+
+
+def _is_dream(files: dict[str, Any]) -> bool:
+    try:
+        return family_of(files.get(CONFIG, {})).name == "dream"
+    except ValueError:
+        return False  # a tokenizer may be of use without a model that is loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers, which warns of every model type that it does not know, ours among them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
