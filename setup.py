@@ -64,7 +64,7 @@ setup(
         "dkv.models": [f"tiny*/*.{suffix}" for suffix in ("json", "jsonl", "safetensors")],
     },
     entry_points={
-        "console_scripts": ["dkv = dkv.cli:main"],
+        "console_scripts": ["dkv = dkv.__main__:main"],
         # Where later releases of lm-eval than 0.4.13 look for models of other packages.
         "lm_eval.models": ["dkv = dkv.harness:DkvLM"],
     },

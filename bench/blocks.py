@@ -1,13 +1,12 @@
 """The block policies (Fast-dLLM) and parallel decoding, against eager PyTorch and against the products alone."""
 
 import statistics
-import sys
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import dkv
+from dkv.bar import Bar
 from dkv.bench import fastdllm, floor
 from dkv.bench.options import Options
 from dkv.bench.report import columns
@@ -44,7 +43,7 @@ def measure(options: Options) -> dict[str, Any]:
     runs: dict[tuple[str, str], list[tuple[float, float | None]]] = {key: [] for key in contenders}
     first: dict[tuple[str, str], dict[str, Any]] = {}
     total = len(contenders) * (options.rounds + 1)
-    with tqdm(total=total, unit="run", leave=False, disable=None, file=sys.stderr) as bar:
+    with Bar(total, "run", pause=0) as bar:
         for number in range(options.rounds + 1):
             for policy, rule in contenders:
                 seconds, eager, facts = _both(options, policy, rule, own and policy in PUBLISHED)

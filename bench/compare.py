@@ -5,7 +5,6 @@ ratios are taken within a round. Time on an idle machine only.
 """
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import dkv
+from dkv.bar import Bar
 from dkv.bench.options import LINEUP, Options
 from dkv.bench.report import columns
 from dkv.bench.steps import synchronise
@@ -142,12 +141,12 @@ def measure(options: Options) -> dict[str, Any]:
         (policy, way): partial(run, options, policy) for policy in options.policies for way, run in ways.items()
     }
     total = len(contenders) * (2 + options.rounds) + len(options.policies) * (options.race is not None)
-    with tqdm(total=total, unit="run", leave=False, disable=None, file=sys.stderr) as bar:
+    with Bar(total, "run", pause=0) as bar:
         refused = _warm_up(contenders, options, bar)
         runs = race(contenders, options, bar)
         peaks, exact = {}, {}
         for contender, run in contenders.items():
-            bar.set_description(f"memory of {contender[0]}")
+            bar.set_description(f"memory of {_called(contender)}")
             peaks[contender] = _peak(options.model.device, partial(run, min(4, options.steps or options.new)))
             bar.update()
         for policy in options.policies if options.race is not None else ():
@@ -157,7 +156,7 @@ def measure(options: Options) -> dict[str, Any]:
     return {"rows": rows(runs, options, peaks, exact), "refused": refused}
 
 
-def _warm_up(contenders: dict[Contender, Runner], options: Options, bar: tqdm) -> dict[str, str]:
+def _warm_up(contenders: dict[Contender, Runner], options: Options, bar: Bar) -> dict[str, str]:
     """Run all once, and take out those that refuse; why they do, by policy."""
     # On a CPU nothing is compiled, and the same canvas in few steps touches all there is.
     whole = options.steps or options.new
@@ -165,7 +164,7 @@ def _warm_up(contenders: dict[Contender, Runner], options: Options, bar: tqdm) -
     refused = {}
     for contender in list(contenders):
         policy, way = contender
-        bar.set_description(f"warm-up of {policy}")
+        bar.set_description(f"warm-up of {_called(contender)}")
         try:
             contenders[contender](steps)
         except ValueError as error:
@@ -178,12 +177,17 @@ def _warm_up(contenders: dict[Contender, Runner], options: Options, bar: tqdm) -
     return refused
 
 
-def race(contenders: dict[Contender, Runner], options: Options, bar: tqdm) -> dict[Contender, list[Run]]:
+def _called(contender: Contender) -> str:
+    policy, way = contender
+    return f"{policy}, eager" if way == "eager" else policy
+
+
+def race(contenders: dict[Contender, Runner], options: Options, bar: Bar) -> dict[Contender, list[Run]]:
     """The runs of every contender, one per round."""
     runs: dict[Contender, list[Run]] = {contender: [] for contender in contenders}
     for number in range(options.rounds):
         for (policy, way), run in contenders.items():
-            bar.set_description(f"round {number + 1} of {options.rounds}: {policy}{', eager' * (way == 'eager')}")
+            bar.set_description(f"round {number + 1} of {options.rounds}: {_called((policy, way))}")
             runs[policy, way].append(run(options.steps))
             bar.update()
     return runs

@@ -4,15 +4,14 @@ It is what dKV-Cache rests on (Ma et al. 2025, section on token dynamics): a slo
 most in the step that turns its mask into a token, and then settle. Hence they are cached one step late.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import dkv
+from dkv.bar import Bar
 from dkv.bench.quality import Problems
 from dkv.bench.report import columns
 from dkv.canvas import Canvas
@@ -45,7 +44,7 @@ def measure(model: Any, tokenizer: Any, problems: Sequence[Problems], batch: int
         ValueError: a prompt and its answer are longer than the model allows.
     """
     total = sum(family.new for family in problems)
-    with tqdm(total=total, unit="step", leave=False, disable=None, file=sys.stderr) as bar:
+    with Bar(total, "step") as bar:
         found = [_family(model, tokenizer, family, batch, chat, bar) for family in problems]
 
     def mean(name: str) -> Tensor:
@@ -65,7 +64,7 @@ def measure(model: Any, tokenizer: Any, problems: Sequence[Problems], batch: int
 
 
 @torch.no_grad()
-def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool, bar: tqdm) -> dict[str, Any]:
+def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool, bar: Bar) -> dict[str, Any]:
     """Means over the slots of one family: change [offset, 2, L], stale [delay, 2, L], prompt [2, L]."""
     ids, mask = (t.to(model.device) for t in encode(tokenizer, family.prompts[:batch], chat))
     spec, config = model.spec, dkv.DiffusionConfig(max_new_tokens=family.new, schedule="blocks", seed=0)

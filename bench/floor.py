@@ -5,7 +5,6 @@ this build of PyTorch let it be; everything else that a step does is what the ra
 """
 
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import dkv
 from dkv import kernels
+from dkv.bar import Bar
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import HalfWay, synchronise, timed
@@ -144,11 +143,11 @@ def measure(options: Options) -> dict[str, Any]:
         medians in milliseconds; `parts` add up to a step that was timed part by part, `products` to the floor.
         `linear_floor_ms` is the floor by `nn.Linear`, where the model is packed and its twin is not.
     """
-    with tqdm(total=len(GOALS) * ROUNDS, unit="round", leave=False, disable=None, file=sys.stderr) as bar:
+    with Bar(len(GOALS) * ROUNDS, "round", pause=0) as bar:
         return {"rows": [_row(options, kind, bar) for kind in GOALS]}
 
 
-def _row(options: Options, kind: str, bar: tqdm) -> dict[str, Any]:
+def _row(options: Options, kind: str, bar: Bar) -> dict[str, Any]:
     model, half_way = options.model, HalfWay(options, STEPS[kind])
     device, size = model.device, half_way.sampler.canvas.size
     done = half_way.take()

@@ -5,8 +5,15 @@ parts:
   ops      every operation against eager PyTorch, SDPA and flex attention, as shares of what the card reaches
   steps    whole generations of LLaDA-8B- and Dream-7B-shaped models of random bfloat16 weights
 
-The exit code is 0 if all is well, 1 if a check or a kernel failed, 2 if there is no GPU.
+The exit code is 0 if all is well, 1 if a check or a kernel failed, 2 if there is no GPU, an argument is wrong or
+the output cannot be written, 130 when interrupted, 141 when nobody reads the output any more.
 """
+
+from dkv import process
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds.
+    process.begin("python -m dkv.bench.gpu")
 
 import argparse
 import shlex
@@ -14,6 +21,8 @@ import sys
 from dataclasses import replace
 
 import torch
+
+from dkv import files
 
 PARTS = ("checks", "ops", "steps")
 
@@ -34,7 +43,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     add("--minutes", type=float, default=9, help="bound of each part, looked at between items (default: %(default)s)")
-    add("--json", metavar="FILE", help="also write everything to FILE, after every item")
+    add("--json", metavar="FILE", help="also write everything to FILE, after every item; - for standard output")
     add("--model", choices=("llada", "dream"), help="one of the two shapes (default: both)")
     add("--layers", type=int, help="layers of the models in part steps (default: as many as they have)")
     add("--only", metavar="TEXT", default="", help="only items whose name contains TEXT")
@@ -46,6 +55,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--layers must be at least 1, got {args.layers}")
     if not args.minutes > 0:
         parser.error(f"--minutes must be a positive number, got {args.minutes:g}")
+    try:
+        files.check_outputs([("--json", args.json)])
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -70,6 +83,12 @@ def backends_on(device: torch.device) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    with files.beside(args.json):
+        return measured(args, sys.argv[1:] if argv is None else argv)
+
+
+def measured(args: argparse.Namespace, words: list[str]) -> int:
+    """Go through the parts; returns the exit code."""
     rehearsal = args.device == "cpu"
     if not rehearsal and not torch.cuda.is_available():
         print(
@@ -90,7 +109,6 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
-    words = sys.argv[1:] if argv is None else argv
     known = facts(device, shlex.join(["python", "-m", "dkv.bench.gpu", *words]))
     report = Report(args.json, {**known, "rehearsal": rehearsal, "backends": backends, "minutes": args.minutes})
     if rehearsal:
@@ -105,20 +123,19 @@ def main(argv: list[str] | None = None) -> int:
         "steps": lambda clock: gpu_steps.run(report, clock, device, backends, shrunk, rehearsal, args.only),
     }
     try:
-        for part, run in parts.items():
-            if part in (args.parts or PARTS):
-                run(Clock(args.minutes))
+        with process.keeping(report.kept):
+            for part, run in parts.items():
+                if part in (args.parts or PARTS):
+                    run(Clock(args.minutes))
     except DeviceLost as lost:
         report.row(f"STOPPED: {lost}", {"stopped": str(lost)}, failed=True)
+        report.close(finished=False)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was measured so far is complete", file=sys.stderr)
-        return 130
-    report.close()
+    report.close(finished=True)
     if rehearsal:
         print("\nThis was a REHEARSAL on the CPU: the times mean nothing.")
     return 1 if report.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

@@ -1,11 +1,11 @@
 """How long `dkv.bench.gpu` may take, and where its results go."""
 
-import json
-import os
 import time
 from typing import Any
 
 import torch
+
+from dkv import files
 
 
 class Clock:
@@ -28,7 +28,8 @@ class Report:
     """Rows of every part, printed as they come, and written to a file after each.
 
     Args:
-        path: JSON file, replaced as a whole so that a killed run leaves a readable one; None: none.
+        path: JSON file, replaced as a whole after every row; what cannot be replaced, such as a FIFO, is written once,
+            by `close`. None: none.
         known: `facts` and settings of the run.
     """
 
@@ -56,16 +57,19 @@ class Report:
             print(f"-- time is up (--minutes {clock.limit / 60:g}): {len(left_out)} left out: {shown}", flush=True)
         self.save()
 
-    def close(self) -> None:
-        self.content["finished"] = True
-        self.save()
+    def close(self, finished: bool) -> None:
+        self.content["finished"] = finished
+        if self.path is not None:
+            files.write_json(self.path, self.content, indent=1)
+
+    def kept(self) -> str:
+        """What a stopped run leaves."""
+        kept = self.path is not None and not files.is_stream(self.path)
+        return f"what was measured so far is in {self.path}" if kept else ""
 
     def save(self) -> None:
-        if self.path is not None:
-            part = f"{self.path}.part"
-            with open(part, "w") as file:
-                json.dump(self.content, file, indent=1)
-            os.replace(part, self.path)
+        if self.path is not None and not files.is_stream(self.path):
+            files.write_json(self.path, self.content, indent=1)
 
 
 def short(error: BaseException) -> str:

@@ -10,16 +10,15 @@ is the one reported, and the difference shows what the samples are worth.
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import dkv
+from dkv.bar import Bar
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import skip, start, timed
@@ -148,7 +147,7 @@ def _row(options: Options, policy: str, new: int) -> tuple[dict[str, Any], float
     return row, cost
 
 
-def _policy(options: Options, policy: str, bar: tqdm) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _policy(options: Options, policy: str, bar: Bar) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the lengths that fit the budget, and the lengths left out with the reason."""
     rows: list[dict[str, Any]] = []
     positions, begin, costs = options.model.spec.max_positions, time.perf_counter(), []
@@ -198,7 +197,7 @@ def measure(options: Options) -> dict[str, Any]:
         ValueError: the model has no room for the prompt and the shortest length.
     """
     found: dict[str, Any] = {"rows": [], "fits": [], "left_out": []}
-    with tqdm(total=len(CONTENDERS) * len(LENGTHS), unit="run", leave=False, disable=None, file=sys.stderr) as bar:
+    with Bar(len(CONTENDERS) * len(LENGTHS), "run", pause=0) as bar:
         for policy, contender in CONTENDERS.items():
             estimate(options, contender.settings, LENGTHS[0], samples=(1, 1))
             rows, left_out = _policy(options, policy, bar)

@@ -10,7 +10,6 @@ that oneDNN and BLAS take from the system by themselves.
 import gc
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,10 +21,10 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from tqdm import tqdm
 
 import dkv
 from dkv import kernels
+from dkv.bar import Bar
 from dkv.bench import published
 from dkv.bench.options import LINEUP, Options
 from dkv.bench.report import columns
@@ -236,7 +235,7 @@ def measure(options: Options) -> dict[str, Any]:
     ways = {"dkv": _ours} | ({"eager": _eager} if options.eager is not None else {})
     _ours(options, options.policies[0])  # makes the rotary tables
     total = len(options.policies) * len(ways)
-    with tqdm(total=total, unit="run", leave=False, disable=None, file=sys.stderr) as bar:
+    with Bar(total, "run", pause=0) as bar:
         for way, run in ways.items():
             model = options.model if way == "dkv" else options.eager
             for policy in options.policies:

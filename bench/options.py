@@ -10,6 +10,7 @@ import dkv
 from dkv.bench.shapes import as_loaded, random_model, shape
 from dkv.demo import Race
 from dkv.models import Transformer
+from dkv.models.keywords import usable
 from dkv.models.loader import FLOATS
 from dkv.models.tasks import TASKS, held_out
 from dkv.text import encode
@@ -90,7 +91,7 @@ def of_shape(
     Raises:
         ValueError: an unknown shape or dtype, or a device that cannot be used.
     """
-    spec, place = shape(name, layers), _device(device)
+    spec, place = shape(name, layers), usable(device)
     kind = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if kind not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {kind!r}")
@@ -137,10 +138,3 @@ def _race(model: Transformer) -> Race:
     tokenizer, problems = dkv.load_tokenizer(TINY), held_out(PROBLEMS)
     ids, mask = (x.to(model.device) for x in encode(tokenizer, [prompt for prompt, _ in problems]))
     return Race(model, tokenizer, ids, mask, [answer for _, answer in problems], TASKS["balance"].new_tokens)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): give cpu") from error

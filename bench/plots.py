@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dkv.bench import drawing
+from dkv.files import writing
 
 Row = dict[str, Any]
 # Okabe and Ito: told apart by colour-blind people, and in grey by their markers.
@@ -26,13 +27,13 @@ def check_installed(option: str) -> None:
 
 def draw(found: Row, folder: Path, prefix: str = "") -> list[Path]:
     """Write every figure that the document has data for, as `folder`/PREFIXNAME.png, 150 dpi."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure_of in FIGURES.items():
         figure = figure_of(found)
         if figure is not None:
             written.append(folder / f"{prefix}{name}.png")
-            figure.savefig(written[-1], dpi=150)
+            with writing(written[-1]) as part:
+                figure.savefig(part, dpi=150, format="png")
     return written
 
 

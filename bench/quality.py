@@ -7,7 +7,6 @@ them. What a batch gave is a line of a file, and a repeated run takes up where t
 import hashlib
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import dkv
+from dkv import files
+from dkv.bar import Bar, counted
 from dkv.bench.contenders import PLAIN, Contender
 from dkv.bench.intervals import paired, wilson
 from dkv.text import answer, encode
@@ -137,7 +136,7 @@ class Log:
         if self.path is not None and self.path.exists():
             self._read(setting)
         elif self.path is not None:
-            self.path.write_text(json.dumps({"setting": setting}) + "\n", "utf-8")
+            files.write_json(self.path, {"setting": setting})
 
     def _read(self, setting: dict[str, Any]) -> None:
         # The last line has no end if the run was stopped while it was written.
@@ -152,13 +151,18 @@ class Log:
         if odd := [key for key in setting if found.get(key) != setting[key]]:
             wrong = f"{odd[0]} {found.get(odd[0])!r}, not {setting[odd[0]]!r}"
             raise ValueError(f"{self.path} has runs with {wrong}: give another --out, or remove it")
-        self.path.write_text("\n".join([*lines, ""]), "utf-8")
+        files.write_text(self.path, "\n".join([*lines, ""]))
 
     def add(self, run: Row) -> None:
         self._keep(run)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(run) + "\n")
+            files.append_line(self.path, json.dumps(run))
+
+    def kept(self) -> str:
+        """What a stopped measurement leaves, and how to go on."""
+        if self.path is None:
+            return ""
+        return f"{counted(len(self.runs), 'finished batch')} kept in {self.path}: repeat the command to go on"
 
     def _keep(self, run: Row) -> None:
         self.runs[run["label"], run["task"], run["start"]] = run
@@ -183,9 +187,9 @@ def measure(setting: Setting, contenders: Sequence[Contender], log: Log) -> list
     if todo:
         # What is loaded and compiled at first use is not part of any contender's time.
         setting.run(*todo[0])
-    with tqdm(total=len(todo), unit="batch", leave=False, disable=None, file=sys.stderr) as bar:
+    with Bar(len(todo), "batch", pause=0) as bar:
         for contender, family, start in todo:
-            bar.set_postfix_str(f"{family.name}, {contender.label}", refresh=False)
+            bar.set_description(f"{family.name}, {contender.label}", refresh=False)
             log.add({**setting.run(contender, family, start), "session": session})
             bar.update()
     return [summary(contender, setting, log) for contender in contenders]

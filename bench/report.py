@@ -2,10 +2,11 @@
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from dkv import files
 
 # Speeds nearer to 1 than this say nothing.
 CLEAR = 0.02
@@ -59,47 +60,15 @@ def verdict(found: dict[str, Any]) -> str:
     return "\n".join(said)
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Make the folder of a file that will be written, and see that it can be.
-
-    Args:
-        option: whose value the path is, for the message.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    part = _part(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "Is a directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        raise ValueError(f"{option}: cannot write {path} ({error.strerror}): give another place") from error
-
-
 def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole at any time: a killed run leaves the old one."""
-    _replace(path, json.dumps(content, indent=1) + "\n")
+    """Write all figures of a document."""
+    files.write_json(path, content, indent=1)
 
 
 def save_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows of one kind under the names of the first; lists and dicts as JSON, and nothing for None."""
-    part = _part(path)
-    with open(part, "w", newline="") as file:
+    with files.writing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
             writer.writerow({k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in row.items()})
-    os.replace(part, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    part = _part(path)
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")

@@ -8,16 +8,16 @@
 >>> tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
 """
 
+# Nothing slow: until the first module of the command line runs, nobody can handle an interrupt.
+import os
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 from dkv.version import __version__
 
 # In a source checkout the sub-packages stand beside this folder, not inside it.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "kernels" / "reference.py").is_file():
-    __path__.append(str(_root))
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.isfile(os.path.join(_root, "kernels", "reference.py")):
+    __path__.append(_root)
 
 # Public name -> module. Imported at first use, so that `import dkv` is quick and takes no device.
 _PUBLIC = {
@@ -50,7 +50,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dkv' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -1,11 +1,12 @@
 """The command line: `dkv generate`, `infill`, `trace`, `demo`, `bench`, `eval`, `verify`, `info` and `audit`."""
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from dkv import process
 from dkv.commands import audit, bench, demo, eval, generate, infill, info, trace, verify
 from dkv.version import __version__
 
@@ -15,10 +16,14 @@ examples:
   dkv generate --file prompt.txt --stats      continue a text
   dkv bench --shape d512x8                    which policy pays on this machine
   dkv generate --help                         all options of a command, with examples
-"""
 
-# What bad input raises. Anything else is a fault of ours and keeps its traceback.
-USER_ERRORS = (ValueError, IndexError, TypeError, OSError, MemoryError)
+exit codes:
+  0    done
+  1    dkv verify or dkv audit found a fault
+  2    bad input, or output that cannot be written; a line on standard error says which
+  130  interrupted (Ctrl-C); a line on standard error says so, and what is kept
+  141  nobody reads the output any more, as in dkv info | head -1
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +31,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse passes over help that cannot be written.
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,37 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default: those of the process.
 
     Returns:
-        The exit code: 0; 1 where `dkv verify` or `dkv audit` found a fault; 2 for bad input, with one line on
-        standard error; 130 when interrupted; 141 when nobody reads the output any more.
+        The exit code: 0; 1 where `dkv verify` or `dkv audit` found a fault; 2 for bad input, or output that cannot
+        be written, with one line on standard error; 130 when interrupted, with one line; 141 when nobody reads the
+        output any more.
     """
-    try:
-        args, unknown = build_parser().parse_known_args(argv)
-        if unknown:
-            args.parser.error(f"unknown arguments: {' '.join(unknown)}")
-        # A figure is worth nothing without the command behind it.
-        args.command_line = shlex.join(["dkv", *map(str, sys.argv[1:] if argv is None else argv)])
-    except SystemExit as stop:
-        return stop.code
-    try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The interpreter flushes once more when it exits: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        # torch's OutOfMemoryError, told by name as torch is not imported here.
-        if not isinstance(error, USER_ERRORS) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(f"dkv {args.command}: error: {_line(error)}", file=sys.stderr)
-        return 2
+    words = [*map(str, sys.argv[1:] if argv is None else argv)]
+    process.called("dkv")
+    return process.ended(lambda: _run(words))
 
 
-def _line(error: Exception) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+def _run(words: list[str]) -> int:
+    if any("\0" in word for word in words):
+        raise ValueError("an argument holds a NUL character: leave it out, or give a prompt with one by --file")
+    args, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        args.parser.error(f"unknown arguments: {' '.join(unknown)}")
+    process.called(f"dkv {args.command}")
+    # A figure is worth nothing without the command behind it.
+    args.command_line = shlex.join(["dkv", *words])
+    return args.run(args)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import dkv
-from dkv.streaming import DraftStreamer, draft_pieces, draws_drafts
+from dkv.bar import Bar, counted
+from dkv.streaming import DraftStreamer, draft_pieces, drawable, draws_drafts
 from dkv.text import answer
 
 # Label, and settings of `dkv.generate`; the first is what the others are compared with. A float of steps
@@ -61,7 +61,7 @@ class Race:
     def measure(self) -> list[dict[str, Any]]:
         """A row of the table per policy."""
         total = len(LINEUP) * (1 + ROUNDS + len(self.answers))
-        with tqdm(total=total, unit="answer", leave=False, disable=None, file=sys.stderr) as bar:
+        with Bar(total, "answer") as bar:
             speeds = self._speeds(bar)
             runs = [self._run(settings, bar) for _, settings in LINEUP]
         plain, plain_slots = runs[0]
@@ -77,7 +77,7 @@ class Race:
             for (label, _), (run, slots) in zip(LINEUP, runs, strict=True)
         ]
 
-    def _speeds(self, bar: tqdm) -> dict[str, float]:
+    def _speeds(self, bar: Bar) -> dict[str, float]:
         """Tokens per second at batch 1. The policies take turns, so that a busy moment hits all of them."""
         speeds: dict[str, list[float]] = {label: [] for label, _ in LINEUP}
         for turn in range(1 + ROUNDS):
@@ -87,7 +87,7 @@ class Race:
                 bar.update()
         return {label: median(found[1:]) for label, found in speeds.items()}
 
-    def _run(self, settings: dict[str, Any], bar: tqdm) -> tuple[Tensor, int]:
+    def _run(self, settings: dict[str, Any], bar: Bar) -> tuple[Tensor, int]:
         """The sequences of all problems, and the number of slots computed for them."""
         rows, found, slots = list(range(len(self.answers))), [], 0
         for start in range(0, len(rows), BATCH):
@@ -102,7 +102,7 @@ class Race:
 def show(race: Race, prompt: str, right: str) -> None:
     """Decode the first problem before the eyes of the user: in place in a terminal, else as snapshots."""
     label, settings = LINEUP[1]
-    print(f"{prompt}\n\n{label}, {race.new} steps:\n")
+    print(f"{prompt}\n\n{label}, {counted(race.new, 'step')}:\n")
     if draws_drafts():
         output = race.decode([0], DraftStreamer(race.tokenizer, race.model.spec), **settings)
     else:
@@ -110,7 +110,7 @@ def show(race: Race, prompt: str, right: str) -> None:
         for step in sorted({round(i * (len(output.history) - 1) / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)}):
             ids = output.history[step, 0, race.ids.shape[1] :].tolist()
             pieces = draft_pieces(race.tokenizer, race.model.spec, ids, [False] * len(ids))
-            print(f"step {step + 1:2}  {''.join(text for _, text in pieces)}")
+            print(drawable(f"step {step + 1:2}  {''.join(text for _, text in pieces)}", sys.stdout))
     (found,) = race.texts(output.sequences)
     print(f"\n{'right' if found == right else f'wrong: the answer is {right}'}\n")
 

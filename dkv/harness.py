@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from tqdm import tqdm
 
 import dkv
+from dkv.bar import Bar
 from dkv.config import DiffusionConfig, policy_of
 from dkv.harness_settings import count, stated, switch, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
@@ -254,5 +253,7 @@ def _sum(total: Stats, more: Stats) -> Stats:
     return replace(total, **{name: getattr(total, name) + getattr(more, name) for name in counts})
 
 
-def _bar(total: int, what: str, disable: bool) -> tqdm:
-    return tqdm(total=total, desc=f"Running {what} requests", disable=disable or None, leave=False, file=sys.stderr)
+def _bar(total: int, what: str, disable: bool) -> Bar:
+    bar = Bar(total, "request", silent=disable)
+    bar.set_description(f"Running {what} requests")
+    return bar

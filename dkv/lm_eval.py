@@ -6,6 +6,8 @@ lm-eval finds models of other packages by an entry point of the group `lm_eval.m
 Release 0.4.13 does not look for it yet: a model must be in its registry before the command line runs.
 """
 
+from dkv import process
+
 
 def register() -> None:
     """Put `dkv` into lm-eval's registry of models, if it is not there.
@@ -35,4 +37,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.begin("python -m dkv.lm_eval")
+    # What lm-eval raises is its own: it keeps its traceback.
+    process.run(main, errors=())

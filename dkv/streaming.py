@@ -13,11 +13,12 @@ from itertools import groupby
 from typing import Any, TextIO
 
 from torch import Tensor
-from tqdm import tqdm
 
+from dkv.bar import Bar
 from dkv.text import answer, until_end
 
-MASK = "░"
+# A mask, and what is drawn in its place where the terminal's encoding lacks it.
+MASK, PLAIN_MASK = "░", "#"
 # How a terminal is told the style of a piece: faint masks, new tokens bold and green.
 STYLES = {"mask": "\x1b[2m", "new": "\x1b[1;32m", "old": ""}
 RESET = "\x1b[0m"
@@ -26,6 +27,15 @@ RESET = "\x1b[0m"
 def draws_drafts() -> bool:
     """Whether standard output is a terminal in which the cursor can be moved."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def drawable(text: str, file: TextIO) -> str:
+    """The text with masks that the encoding of the file has."""
+    try:
+        MASK.encode(getattr(file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return text.replace(MASK, PLAIN_MASK)
+    return text
 
 
 def draft_pieces(
@@ -95,19 +105,19 @@ class DraftStreamer:
     def _draw(self, lines: list[str]) -> None:
         """Write lines in the place of those drawn before; the cursor is left below them."""
         up = f"\x1b[{self._height}A\x1b[J" if self._height else ""
-        self.file.write(up + "".join(line + "\n" for line in lines))
+        self.file.write(drawable(up + "".join(line + "\n" for line in lines), self.file))
         self.file.flush()
 
 
 class ProgressStreamer:
-    """A progress bar over the steps on standard error, if that is a terminal.
+    """A progress bar over the steps on standard error; lines now and then if that is no terminal.
 
     Args:
         steps: of the generation, `len(config.plan(shifted))`.
     """
 
     def __init__(self, steps: int):
-        self._bar = tqdm(total=steps, unit="step", leave=False, disable=None, file=sys.stderr)
+        self._bar = Bar(steps, "step")
 
     def put(self, ids: Tensor) -> None:
         """The bar does not show tokens."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dkv
+from dkv.bar import counted
 
 LOGIT_TOLERANCE = 1e-4
 
@@ -131,7 +132,7 @@ def check_case(case: Case, model: Any) -> str:
         _check_active(t, output)
     worst = _check_logits(t, full)
     share = fast.stats.computed_share
-    return f"{len(fast.history)} steps, {share:.0%} of the slots computed, logits within {worst:.1e}"
+    return f"{counted(len(fast.history), 'step')}, {share:.0%} of the slots computed, logits within {worst:.1e}"
 
 
 # The policies that stand for the functions of Fast-dLLM.
@@ -161,7 +162,7 @@ def _check_blocks(case: Case, model: Any) -> str:
         needed.append(slots)
     if computed != needed:
         raise Mismatch(f"the passes computed {computed} slots, recorded {recorded}")
-    return f"{len(computed)} passes, {output.stats.computed_share:.0%} of the slots computed"
+    return f"{counted(len(computed), 'pass')}, {output.stats.computed_share:.0%} of the slots computed"
 
 
 def _check_tokens(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:

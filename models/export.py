@@ -1,15 +1,20 @@
 """Writing a checkpoint folder: weights and configuration in the format of their family, and a tokenizer."""
 
-import json
+import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dkv import files
 from dkv.models.adapters import to_checkpoint
 from dkv.models.transformer import Transformer
 
+WEIGHTS = "model.safetensors"
+# How the JSON files are laid out.
+FORM: dict[str, Any] = {"indent": 2, "sort_keys": True}
 MASK_TOKENS = {"llada": "<|mdm_mask|>", "dream": "<|mask|>"}
 
 
@@ -20,13 +25,17 @@ def save_model(model: Transformer, folder: str | os.PathLike) -> None:
 
     Raises:
         ValueError: the format cannot express the model; nothing is written then.
+        OSError: a file cannot be written.
     """
     config, tensors = to_checkpoint(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.contiguous() for name, t in tensors.items()}
-    _replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _write_json(folder / "config.json", config)
+    with files.writing(Path(folder, WEIGHTS)) as part:
+        try:
+            save_file(tensors, part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # A full disk among others, which is no error of the system's there.
+            raise OSError(errno.EIO, str(error)) from error
+    files.write_json(Path(folder, "config.json"), config, **FORM)
 
 
 def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int, family: str = "llada") -> None:
@@ -39,7 +48,7 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
     ("WordLevel error: Missing [UNK] token from the vocabulary").
 
     Args:
-        folder: an existing folder.
+        folder: made if it is missing.
         alphabet: the characters, whose ids are 0, 1, 2, ...
         eos: id of `<|endoftext|>`, which also pads.
         mask: id of the mask token, which each family writes in its own way.
@@ -57,20 +66,6 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
         "mask_token": MASK_TOKENS[family], "padding_side": "left", "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
-    _replace(Path(folder) / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-    _write_json(Path(folder) / "tokenizer_config.json", config)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    _replace(path, lambda beside: beside.write_text(text, "utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then put the result in its place, so that a half-written file is never found."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with files.writing(Path(folder, "tokenizer.json")) as part:
+        tokenizer.save(str(part))
+    files.write_json(Path(folder, "tokenizer_config.json"), config, **FORM)

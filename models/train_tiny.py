@@ -11,6 +11,12 @@ holds a checkpoint in the format of the family, a tokenizer, and the log of the 
 seed gives the same weights on the same machine with the same number of threads.
 """
 
+from dkv import process
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds.
+    process.begin("python -m dkv.models.train_tiny")
+
 import argparse
 import json
 import math
@@ -23,9 +29,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import dkv
+from dkv import files
+from dkv.bar import Bar
 from dkv.models.export import save_model, save_tokenizer
 from dkv.models.spec import ModelSpec
 from dkv.models.tasks import TASKS, held_out
@@ -45,6 +52,9 @@ SPECS = {
         _LLADA, family="dream", num_kv_heads=2, norm_eps=1e-6, qkv_bias=True, shifted=True, rope_float32=False
     ),
 }
+CHECKPOINT, LOG = "checkpoint.pt", "training.jsonl"
+# What the folder holds at the end.
+WRITTEN = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 # Every so many steps the log is written and the checkpoint saved, and of these every other one with answers.
 SAVE, ANSWERS = 250, 500
 # A batch may have so many slots more behind its answers than they need.
@@ -116,7 +126,7 @@ class Training:
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=0.08)
         self.optimizers = optimizers(self.model, rate)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved, self.seconds = 0, 0, 0.0
 
     def load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint, weights_only=True)
@@ -124,14 +134,16 @@ class Training:
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved = self.step
 
     def save(self, checkpoint: Path) -> None:
         state = {
             "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step, "seconds": self.seconds,
         }  # fmt: skip
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
+        with files.writing(checkpoint) as part:
+            torch.save(state, part)
+        self.saved = self.step
 
     def take_step(self, steps: int, batch: int) -> dict[str, tuple[float, float]]:
         """One step of `steps`; the loss and the share of right guesses by task."""
@@ -154,8 +166,9 @@ class Training:
         return found
 
     def run(self, out: Path, steps: int, batch: int) -> None:
-        """Train to `steps`; save to `out / "checkpoint.pt"` and log to training.jsonl as it goes."""
-        bar = tqdm(total=steps, initial=self.step, unit="step", smoothing=0.02)
+        """Train to `steps`; save the checkpoint and add to the log as it goes."""
+        bar = Bar(steps, "step")
+        bar.update(self.step)
         recent: list[dict[str, tuple[float, float]]] = []
         tick = time.perf_counter()
         while self.step < steps:
@@ -170,9 +183,15 @@ class Training:
             if self.step % ANSWERS == 0:
                 line["exact"] = {t: exact_answers(self.model, t, held_out(16, seed=1, task=t)) for t in TASKS}
             write_line(out, line)
-            bar.write(json.dumps(line))
-            self.save(out / "checkpoint.pt")
+            bar.print(json.dumps(line))
+            self.save(out / CHECKPOINT)
             tick = time.perf_counter()
+
+    def kept(self, out: Path) -> str:
+        """What a stopped training leaves, and how to go on."""
+        if not self.saved:
+            return ""
+        return f"step {self.saved} of {self.step} is kept in {out / CHECKPOINT}: repeat the command to go on"
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -181,8 +200,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def write_line(out: Path, line: dict) -> None:
-    with (out / "training.jsonl").open("a") as log:
-        log.write(json.dumps(line) + "\n")
+    files.append_line(out / LOG, json.dumps(line))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -199,14 +217,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    for name in (CHECKPOINT, LOG):
+        files.check_writable("--out", args.out / name, regular=True)
+    files.check_outputs(("--out", args.out / name) for name in WRITTEN)
     training = Training(args.name, args.seed, args.rate)
-    if (args.out / "checkpoint.pt").exists():
-        training.load(args.out / "checkpoint.pt")
+    if (args.out / CHECKPOINT).exists():
+        training.load(args.out / CHECKPOINT)
         print(f"resuming at step {training.step}")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     write_line(args.out, {"from_step": training.step, **settings, "threads": torch.get_num_threads(), **versions()})
-    training.run(args.out, args.steps, args.batch)
+    with process.keeping(lambda: training.kept(args.out)):
+        training.run(args.out, args.steps, args.batch)
     save_model(training.model, args.out)
     save_tokenizer(args.out, ALPHABET, EOS, MASK, training.model.spec.family)
     exact = {task: exact_answers(training.model, task, held_out(500, task=task)) for task in TASKS}
@@ -215,4 +236,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

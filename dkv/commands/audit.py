@@ -5,15 +5,19 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+from dkv import process
 
 SUMMARY = "Compile every kernel and launch-table row for every GPU architecture, without a GPU, and check the result."
 
@@ -52,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+    from dkv.bar import Bar, counted
     from dkv.kernels.backend import has_triton
     from dkv.version import versions
 
@@ -63,17 +66,13 @@ def run(args: argparse.Namespace) -> int:
     if not has_triton():
         raise ValueError("the package triton, which compiles the kernels, is not installed")
     began, rows = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="dkv-audit-") as folder:
+    with at_work(jobs) as workers:
         # A worker that has just told the cases goes on to compile.
-        workers = [Worker(Path(folder, str(i))) for i in range(jobs)]
-        try:
-            cases = find_cases(workers[0], args.op, list(dict.fromkeys(args.arch)), args.quick)
-            with contextlib.closing(compiled(cases, workers)) as found:
-                bar = tqdm(found, "compiling", len(cases), leave=False, file=sys.stderr, disable=None)
-                rows += bar
-        finally:
-            for worker in workers:
-                worker.stop()
+        cases = find_cases(workers[0], args.op, list(dict.fromkeys(args.arch)), args.quick)
+        with contextlib.closing(compiled(cases, workers)) as found, Bar(len(cases), "kernel") as bar:
+            for row in found:
+                rows.append(row)
+                bar.update()
     rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
     bad, failed = sum(bool(r.get("broken")) for r in rows), sum("error" in r for r in rows)
     seconds = round(time.monotonic() - began, 1)
@@ -81,9 +80,29 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"versions": versions(), "rows": rows, "broken": bad, "failed": failed, "seconds": seconds}))
     else:
         print(table(rows))
-        print(f"\n{len(rows)} rows: {bad} over budget, {failed} that do not compile; triton {versions()['triton']}, "
-              f"{jobs} processes, {seconds:.0f} s")  # fmt: skip
+        found = f"{counted(len(rows), 'row')}: {bad} over budget, {failed} that do not compile"
+        print(f"\n{found}; triton {versions()['triton']}, {counted(jobs, 'process')}, {seconds:.0f} s")
     return 1 if bad or failed else 0
+
+
+@contextlib.contextmanager
+def at_work(number: int) -> Iterator[list["Worker"]]:
+    """Workers, which are gone at the end, and so is everything that they wrote, however it comes."""
+    folder = tempfile.mkdtemp(prefix="dkv-audit-")
+    workers = [Worker(Path(folder, str(i))) for i in range(number)]
+
+    def end() -> None:
+        for worker in workers:
+            worker.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    with process.undoing(end):
+        try:
+            yield workers
+        finally:
+            end()
+            for worker in workers:
+                worker.close()
 
 
 class Worker:
@@ -95,11 +114,15 @@ class Worker:
 
     def __init__(self, folder: Path):
         self.folder, self.process = folder, None
+        self.ended, self.lock = False, threading.RLock()
 
     def ask(self, question: dict[str, Any]) -> Any:
         """The answer; {"error": ...} if the process dies of the question, as a compiler may."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
+        with self.lock:
+            if self.ended:
+                return {"error": "the audit has ended"}
+            if self.process is None or self.process.poll() is not None:
+                self.start()
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
@@ -119,15 +142,27 @@ class Worker:
         environment = {name: value for name, value in os.environ.items() if name != INTERPRET}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment["TRITON_CACHE_DIR"] = str(self.folder / "cache")
+        # Compilers leave their files behind when they are killed.
+        environment["TMPDIR"] = str(self.folder)
         with open(self.folder / "printed", "w") as printed:
+            # In a group of its own: the terminal's interrupt does not reach it, and its compilers end with it.
             self.process = subprocess.Popen(
                 [sys.executable, "-m", WORKER], env=environment, text=True, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=printed,
+                stdout=subprocess.PIPE, stderr=printed, start_new_session=True,
             )  # fmt: skip
 
     def stop(self) -> None:
+        """End the process, and start none any more."""
+        with self.lock:
+            self.ended = True
         if self.process is not None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def close(self) -> None:
+        """Close the pipes of a process that has ended."""
+        if self.process is not None:
             self.process.communicate()
 
 

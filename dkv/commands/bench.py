@@ -1,12 +1,14 @@
 """`dkv bench`: which cache policy pays, and where the time goes."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dkv import files, process
+from dkv.commands.bench_sizes import check_room, check_sizes
 from dkv.commands.measuring import add_machine, check_counts, ready
 
 SUMMARY = "Measure the cache policies on this machine: speed, work, memory, and where the time of a step goes."
@@ -55,18 +57,6 @@ ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 }  # fmt: skip
 # Options that go into `dkv.bench.options.Options` as they are.
 SETTINGS = ("prompt", "new", "steps", "rounds")
-# Which of the options of size and choice a measurement goes by; others it would pass over in silence.
-USES = {
-    "comparison": (*SETTINGS, "policies", "no_eager"),
-    "floor": ("prompt", "new", "no_eager"),
-    "growth": ("prompt",),
-    "memory": ("prompt", "new", "steps", "policies", "no_eager"),
-    "blocks": ("prompt", "new", "rounds", "no_eager"),
-}
-# Of --new: what it must be a multiple of, `dkv.bench.blocks.BLOCK`, and the least, in which a cached step comes up.
-MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3}
-# Slots where --new does not say, of tiny and of all others.
-NEW = (64, 128)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
 
     add = parser.add_argument_group("output").add_argument
-    add("--json", type=Path, metavar="FILE", help="also write all figures, with the machine and the command")
+    add("--json", type=Path, metavar="FILE", 
+        help="also write all figures, with the machine and the command; - for standard output")  # fmt: skip
     add("--csv", type=Path, metavar="FILE", help="also write the rows of the table")
     add("--plots", type=Path, metavar="DIR", help="also draw figures (needs matplotlib: pip install 'dkv[bench]')")
 
@@ -133,61 +124,22 @@ def check(args: argparse.Namespace) -> None:
     if args.csv is not None and len(others) > 1:
         raise ValueError("--csv holds the rows of one measurement: give one, or --json")
     if not args.all:
-        _check_sizes(args, others or ["comparison"])
+        check_sizes(args, others or ["comparison"])
     _check_outputs(args)
 
 
-def _check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
-    """Numbers that are impossible together, and options that none of the measurements goes by."""
-    used = {name for kind in kinds for name in USES[kind]}
-    for name in USES["comparison"]:
-        if getattr(args, name) and name not in used:
-            own = " and ".join(f"--{kind}" for kind in kinds)
-            raise ValueError(f"--{name.replace('_', '-')} has no effect on {own}: leave it out")
-    on_tiny = args.shape is None and args.model in (None, "tiny")
-    new = args.new or NEW[0 if on_tiny else 1]
-    for kind in kinds:
-        part, least = MULTIPLE.get(kind, 1), LEAST.get(kind, 1)
-        if new % part:
-            near = max(new // part, 1) * part
-            near = near + part if on_tiny and near < NEW[0] else near
-            raise ValueError(
-                f"--{kind} fills blocks of {part} slots: --new must be a multiple of {part}, such as {near}, got {new}"
-            )
-        if new < least:
-            raise ValueError(f"--{kind} needs a step that reuses the cache: --new must be at least {least}, got {new}")
-        if kind == "blocks" and args.batch not in (None, [1]):
-            raise ValueError(f"--blocks takes one prompt, as published: --batch must be 1, got {args.batch[0]}")
-    if args.steps is not None and args.steps > new and "new" in used:
-        raise ValueError(f"--steps must be at most --new, as every step fills a slot, got {args.steps} steps for {new}")
-
-
-def check_room(kinds: Iterable[str], options: Any) -> None:
-    """Raise ValueError where a measurement needs a longer canvas than the model has."""
-    from dkv.bench.growth import LENGTHS
-
-    most = options.model.spec.max_positions
-    for kind in kinds:
-        new = LENGTHS[0] if kind == "growth" else options.new
-        if options.prompt + new > most:
-            raise ValueError(
-                f"a prompt of {options.prompt} tokens and {new} new slots need {options.prompt + new} positions, and "
-                f"{options.name} has {most}: give a smaller --prompt{' or --new' if kind != 'growth' else ''}"
-            )
-
-
 def _check_outputs(args: argparse.Namespace) -> None:
-    from dkv.bench.plots import check_installed
-    from dkv.bench.report import check_writable
+    from dkv.bench.plots import FIGURES, check_installed
 
-    for name in ("plots", "out"):
-        folder = getattr(args, name)
-        if folder is not None:
-            check_installed(f"--{name if name == 'plots' else 'all'}")
-            check_writable(f"--{name}", folder / "speed.png")
-    for name in ("json", "csv"):
-        if getattr(args, name) is not None:
-            check_writable(f"--{name}", getattr(args, name))
+    outputs = [("--json", args.json), ("--csv", args.csv)]
+    if args.plots is not None:
+        check_installed("--plots")
+        outputs += [("--plots", args.plots / f"{figure}.png") for figure in FIGURES]
+    if args.out is not None:
+        check_installed("--all")
+        outputs += [("--out", args.out / f"{name}.json") for name in ALL]
+        outputs += [("--out", args.out / f"{name}_{figure}.png") for name in ALL for figure in FIGURES]
+    files.check_outputs(outputs)
 
 
 def build(args: argparse.Namespace, **changes: Any) -> Any:
@@ -212,16 +164,29 @@ def run_some(args: argparse.Namespace) -> int:
     options, kinds = build(args), [name for name in OTHERS if getattr(args, name)] or ["comparison"]
     check_room(kinds, options)
     found = {"facts": facts(args, options)}
-    print(report.machine_line(found["facts"]))
-    for kind in kinds:
-        found[kind] = measured(kind, options, list(dict.fromkeys(args.batch or [1])))
+
+    def save() -> None:
         if args.json is not None:
             report.save_json(args.json, found)
-    if args.csv is not None:
-        report.save_csv(args.csv, found[kind]["rows"])
-    if args.plots is not None:
-        print("", *plots.draw(found, args.plots), sep="\n")
+        if args.csv is not None:
+            report.save_csv(args.csv, found[kind]["rows"])
+
+    kept = [str(path) for path in (args.json, args.csv) if path is not None and not files.is_stream(path)]
+    with files.beside(args.json, args.csv), process.keeping(lambda: _kept(kept) if len(found) > 1 else ""):
+        print(report.machine_line(found["facts"]))
+        for kind in kinds:
+            for part in measured(kind, options, list(dict.fromkeys(args.batch or [1]))):
+                found[kind] = part
+                if kept:
+                    save()
+        save()
+        if args.plots is not None:
+            print("", *plots.draw(found, args.plots), sep="\n")
     return 0
+
+
+def _kept(paths: list[str]) -> str:
+    return f"finished measurements are kept in {' and '.join(paths)}" if paths else ""
 
 
 def run_all(args: argparse.Namespace) -> int:
@@ -235,14 +200,18 @@ def run_all(args: argparse.Namespace) -> int:
         # Before the first of them, not after half an hour.
         if "model" not in changes:
             check_room([kind], replace(first, **{key: changes[key] for key in ("prompt", "new") if key in changes}))
-    for number, (name, (kind, batches, changes)) in enumerate(ALL.items(), 1):
-        options = build(args, **changes)
-        print(f"\n== {number} of {len(ALL)}: {name}")
-        found = {"facts": facts(args, options)}
-        print(report.machine_line(found["facts"]), flush=True)
-        found[kind] = measured(kind, options, batches)
-        report.save_json(args.out / f"{name}.json", found)
-        print("", args.out / f"{name}.json", *plots.draw(found, args.out, f"{name}_"), sep="\n", flush=True)
+    done: dict[str, None] = {}
+    with process.keeping(lambda: _kept(list(done))):
+        for number, (name, (kind, batches, changes)) in enumerate(ALL.items(), 1):
+            options, path = build(args, **changes), args.out / f"{name}.json"
+            print(f"\n== {number} of {len(ALL)}: {name}")
+            found = {"facts": facts(args, options)}
+            print(report.machine_line(found["facts"]), flush=True)
+            for part in measured(kind, options, batches):
+                found[kind] = part
+                report.save_json(path, found)
+                done[str(path)] = None
+            print("", path, *plots.draw(found, args.out, f"{name}_"), sep="\n", flush=True)
     return 0
 
 
@@ -253,12 +222,15 @@ def facts(args: argparse.Namespace, options: Any) -> dict[str, Any]:
     return machine.facts(options.model.device, args.command_line) | options.facts()
 
 
-def measured(kind: str, options: Any, batches: Any) -> dict[str, Any]:
-    """The result of a measurement, which is printed; that of a comparison has the rows of all batches."""
-    return comparison(options, batches) if kind == "comparison" else _other(kind, replace(options, batch=batches[0]))
+def measured(kind: str, options: Any, batches: Any) -> Iterator[dict[str, Any]]:
+    """The result of a measurement so far, which is printed; a comparison has one for each batch, with those before."""
+    if kind == "comparison":
+        yield from comparison(options, batches)
+    else:
+        yield _other(kind, replace(options, batch=batches[0]))
 
 
-def comparison(options: Any, batches: Any) -> dict[str, Any]:
+def comparison(options: Any, batches: Any) -> Iterator[dict[str, Any]]:
     from dkv.bench import compare, report
 
     rows, refused = [], {}
@@ -269,11 +241,11 @@ def comparison(options: Any, batches: Any) -> dict[str, Any]:
         print(f"\n{size}\n")
         print(compare.table(found), report.verdict(found), sep="\n\n", flush=True)
         rows, refused = rows + found["rows"], found["refused"]
+        yield {"rows": rows, "refused": refused}
     # What was asked for is in the table; the JSON has it in full.
     reasons = {policy: why.partition(", got ")[0] for policy, why in refused.items()}
     for reason in dict.fromkeys(reasons.values()):
         print(f"No eager baseline for {', '.join(p for p in reasons if reasons[p] == reason)}: {reason}")
-    return {"rows": rows, "refused": refused}
 
 
 def _other(kind: str, options: Any) -> dict[str, Any]:

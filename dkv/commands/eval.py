@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dkv import files, process
 from dkv.commands.measuring import TASK_NAMES, add_machine, check_counts, ready
 
 SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR",
         help="keep every run here, go on with it when repeated, and draw figures (needs matplotlib)")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="also write all figures, with the machine and the command")
+    add("--json", type=Path, metavar="FILE", 
+        help="also write all figures, with the machine and the command; - for standard output")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,13 +88,17 @@ def check(args: argparse.Namespace) -> None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     from dkv.bench.plots import check_installed
-    from dkv.bench.report import check_writable
 
+    outputs = [("--json", args.json)]
     if args.out is not None:
         check_installed("--out")
-        check_writable("--out", args.out / "eval.json")
-    if args.json is not None:
-        check_writable("--json", args.json)
+        name = "drift" if args.drift else "eval"
+        outputs += [("--out", args.out / f"{name}.{kind}") for kind in ("json", "png")]
+    files.check_outputs(outputs, [("--data", args.data)])
+    if args.out is not None and not args.drift:
+        from dkv.bench.quality import LOG
+
+        files.check_writable("--out", args.out / LOG, regular=True)
 
 
 def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any]]:
@@ -130,10 +136,12 @@ def compare(args: argparse.Namespace) -> int:
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
     fixed = {name: facts[name] for name in ("model", "parameters", "dtype", "device", "batch", "seed")}
     log = quality.Log(args.out, fixed | {"problems": quality.fingerprint(problems), "weights": quality.digest(model)})
-    print(report.machine_line(facts), flush=True)
-    rows = quality.measure(setting, chosen, log)
-    print("", frontier.table(rows), "", frontier.verdict(rows), sep="\n")
-    return save(args, {"facts": facts, "rows": rows}, "eval", frontier.draw)
+    with files.beside(args.json):
+        print(report.machine_line(facts), flush=True)
+        with process.keeping(log.kept):
+            rows = quality.measure(setting, chosen, log)
+        print("", frontier.table(rows), "", frontier.verdict(rows), sep="\n")
+        return save(args, {"facts": facts, "rows": rows}, "eval", frontier.draw)
 
 
 def drift(args: argparse.Namespace) -> int:
@@ -142,10 +150,11 @@ def drift(args: argparse.Namespace) -> int:
     from dkv.bench import report
 
     model, tokenizer, problems, facts = loaded(args)
-    print(report.machine_line(facts), flush=True)
-    found = {"facts": facts, **measurement.measure(model, tokenizer, problems, args.batch, args.chat)}
-    print("", measurement.table(found), "", measurement.meaning(found), sep="\n")
-    return save(args, found, "drift", measurement.draw)
+    with files.beside(args.json):
+        print(report.machine_line(facts), flush=True)
+        found = {"facts": facts, **measurement.measure(model, tokenizer, problems, args.batch, args.chat)}
+        print("", measurement.table(found), "", measurement.meaning(found), sep="\n")
+        return save(args, found, "drift", measurement.draw)
 
 
 def save(args: argparse.Namespace, found: dict[str, Any], name: str, draw: Any) -> int:
@@ -156,6 +165,7 @@ def save(args: argparse.Namespace, found: dict[str, Any], name: str, draw: Any) 
         report.save_json(args.json, found)
     if args.out is not None:
         report.save_json(args.out / f"{name}.json", found)
-        draw(found).savefig(args.out / f"{name}.png", dpi=150)
+        with files.writing(args.out / f"{name}.png") as part:
+            draw(found).savefig(part, dpi=150, format="png")
         print("", args.out / f"{name}.json", args.out / f"{name}.png", sep="\n")
     return 0

@@ -140,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"text": text, "tokens": tokens, "stats": output.stats.to_dict()}))
     elif not stream:
         print(*texts, sep="\n")
+    # Where nobody reads the answer, there is nothing to add.
+    sys.stdout.flush()
     tell_of_empty(args, texts, rows)
     if args.stats:
         print(summary(output.stats), file=sys.stderr)
@@ -206,18 +208,23 @@ def read_source(args: argparse.Namespace, name: str, newline: str | None = None)
         ValueError: there is none, or two, or the input is not text.
         OSError: the file cannot be read.
     """
+    text, source = args.prompt, None
     if args.file is not None:
-        if args.prompt is not None:
+        if text is not None:
             raise ValueError(f"give a {name} or --file, not both")
         with args.file.open(encoding="utf-8", newline=newline) as stream:
-            return _read(stream, args.file), args.file
-    if args.prompt not in (None, "-"):
-        return args.prompt, None
-    if args.prompt is None and sys.stdin.isatty():
-        raise ValueError(f"no {name}: give one, or --file FILE, or pipe it in")
-    if newline is not None and hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(newline=newline)
-    return _read(sys.stdin, "standard input"), "standard input"
+            text, source = _read(stream, args.file), args.file
+    elif text in (None, "-"):
+        if text is None and sys.stdin.isatty():
+            raise ValueError(f"no {name}: give one, or --file FILE, or pipe it in")
+        if newline is not None and hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(newline=newline)
+        text, source = _read(sys.stdin, "standard input"), "standard input"
+    try:
+        # Bytes that are not text in the system's encoding, which may be ASCII, arrive as halves of surrogate pairs.
+        return text.encode("utf-8", "surrogateescape").decode("utf-8"), source
+    except UnicodeError as error:
+        raise ValueError(f"{source or name.upper()} is not text in UTF-8") from error
 
 
 def _read(stream: TextIO, source: object) -> str:
@@ -237,8 +244,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def summary(stats: Any) -> str:
     """What a generation cost, in one line."""
+    from dkv.bar import counted
+
+    tokens, passes = counted(stats.new_tokens, "token"), counted(stats.passes, "pass")
     return (
-        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
-        f"{stats.passes} passes ({stats.full_passes} full), {stats.computed_share:.0%} of the slots computed, "
+        f"{tokens} in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
+        f"{passes} ({stats.full_passes} full), {stats.computed_share:.0%} of the slots computed, "
         f"seed {stats.seed}, {stats.settings['dtype'].removeprefix('torch.')} on {stats.settings['device']}"
     )

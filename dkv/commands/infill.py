@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         streamer.finish(filled)
     else:
         sys.stdout.write("".join(text + end for text, (_, end) in zip(filled, lines, strict=True)))
+    # Where nobody reads the answer, there is nothing to add.
+    sys.stdout.flush()
     tell_of_empty(args, tokens, gaps)
     if args.stats:
         lengths = [len(filling) for fillings in tokens for filling in fillings]

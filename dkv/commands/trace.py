@@ -1,10 +1,10 @@
 """`dkv trace`: what the cache did in one generation, as a heat map and as a page to step through."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from dkv import files
 from dkv.commands.generate import add_generation, prepare, read_prompts
 
 SUMMARY = "Show what the cache does: a heat map of steps and slots, and a page to step through one generation."
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation(parser, argparse.SUPPRESS)
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("trace"), metavar="FOLDER", help="of both files (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="everything that was recorded, as JSON too")
+    add("--json", type=Path, metavar="FILE",
+        help="everything that was recorded, as JSON too; - for standard output")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,23 +34,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--lines makes a batch, and a trace is of one prompt: give PROMPT, or --file FILE")
     prompts = read_prompts(args)
     paths = {"png": args.out / "trace.png", "html": args.out / "trace.html"}
-    from dkv.bench.report import check_writable
     from dkv.trace import picture
 
     picture.check_installed()
-    for path in paths.values():
-        check_writable("--out", path)
-    if args.json is not None:
-        check_writable("--json", args.json)
+    files.check_outputs([*(("--out", path) for path in paths.values()), ("--json", args.json)], [("--file", args.file)])
     found = _recorded(args, prompts)
+    from dkv.bar import counted
     from dkv.trace import write_json, write_page, write_picture
 
-    written = [write_picture(found, paths["png"]), write_page(found, paths["html"])]
-    if args.json is not None:
-        written.append(write_json(found, args.json))
-    print(*written, sep="\n")
-    cost = f"{found.computed_share:.0%} of the slots computed, {found.passes} passes ({found.full.sum()} full)"
-    print(f"{found.policy}: {cost}, {found.stats.new_tokens} tokens, seed {found.stats.seed}")
+    with files.beside(*paths.values(), args.json):
+        print(write_picture(found, paths["png"]), write_page(found, paths["html"]), sep="\n")
+        if args.json is not None:
+            print(write_json(found, args.json))
+        passes = f"{counted(found.passes, 'pass')} ({found.full.sum()} full)"
+        cost = f"{found.computed_share:.0%} of the slots computed, {passes}"
+        print(f"{found.policy}: {cost}, {counted(found.stats.new_tokens, 'token')}, seed {found.stats.seed}")
     return 0
 
 
@@ -58,10 +57,8 @@ def _recorded(args: argparse.Namespace, prompts: list[str]) -> Any:
     from dkv.trace import record
 
     config, model, tokenizer, ids, _ = prepare(args, prompts)
-    # Every draft costs a copy from the device: none where nobody sees the bar.
-    streamer = ProgressStreamer(len(config.plan(model.spec.shifted))) if sys.stderr.isatty() else None
+    streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
     try:
         return record(model, tokenizer, ids, config, streamer, name=args.model)
     finally:
-        if streamer is not None:
-            streamer.end()
+        streamer.end()

@@ -1,7 +1,6 @@
 """`dkv verify`: replay recorded runs of the published code."""
 
 import argparse
-import sys
 from pathlib import Path
 
 SUMMARY = "Replay recorded runs of the published dKV-Cache code and compare tokens, active slots and logits."
@@ -22,18 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+    from dkv.bar import Bar
     from dkv.verify import find_cases, verify
 
     total = sum(len(find_cases(folder)) for folder in args.folders)
     counts = {"PASS": 0, "FAIL": 0, "SKIP": 0}
-    with tqdm(verify(args.folders), total=total, unit="run", leave=False, disable=None, file=sys.stderr) as bar:
-        for case, verdict, found in bar:
+    with Bar(total, "run") as bar:
+        for case, verdict, found in verify(args.folders):
             counts[verdict] += 1
             if verdict == "FAIL" or not args.quiet:
-                # Written by the bar, so that it stays below the lines.
-                bar.write(f"{verdict} {case.folder.resolve().name}/{case.name}  {found}")
+                bar.print(f"{verdict} {case.folder.resolve().name}/{case.name}  {found}")
+            bar.update()
     skipped = f", {counts['SKIP']} skipped" if counts["SKIP"] else ""
     print(f"{counts['PASS']} passed, {counts['FAIL']} failed{skipped}")
     return 1 if counts["FAIL"] else 0

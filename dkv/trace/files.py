@@ -1,18 +1,17 @@
-"""A trace as files: page, picture, and JSON. Each is written beside its place and then moved there."""
+"""A trace as files: page, picture, and JSON."""
 
 import base64
 import gzip
 import html
 import json
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dkv import files
 from dkv.trace import picture
 from dkv.trace.record import Trace
 
@@ -26,25 +25,21 @@ def write_picture(trace: Trace, path: str | Path) -> Path:
         ValueError: there is no matplotlib.
     """
     figure = picture.figure(trace)
-    return _placed(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    with files.writing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
+    return Path(path)
 
 
 def write_page(trace: Trace, path: str | Path) -> Path:
     """Write a page that shows every step, in one HTML file that needs nothing else."""
-    return _placed(path, lambda part: part.write_text(page(trace), "utf-8"))
+    files.write_text(path, page(trace))
+    return Path(path)
 
 
 def write_json(trace: Trace, path: str | Path) -> Path:
     """Write everything as JSON, see `Trace.to_dict`."""
-    return _placed(path, lambda part: part.write_text(json.dumps(trace.to_dict()) + "\n", "utf-8"))
-
-
-def _placed(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
-    return path
+    files.write_json(path, trace.to_dict())
+    return Path(path)
 
 
 def page(trace: Trace) -> str:

@@ -173,7 +173,7 @@ def test_shapes_and_checkpoints_become_options():
     assert (found.name, found.rounds, found.new) == ("d128x4, 1 layer", 2, 128)
     assert found.facts()["dtype"] == "float32" and found.facts()["parameters"] == found.eager.num_parameters
     assert options.of_shape("d128x4", 1, "cpu", eager=False).eager is None
-    with pytest.raises(ValueError, match="device 'nowhere' cannot be used here"):
+    with pytest.raises(ValueError, match="device='nowhere' cannot be used here"):
         options.of_shape("d128x4", 1, "nowhere")
     with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'int8'"):
         options.of_shape("d128x4", 1, "cpu", "int8")

@@ -95,17 +95,3 @@ def test_csv_has_a_line_per_row(tmp_path):
     assert [r["policy"] for r in rows] == ["plain, all", "b"]
     assert json.loads(rows[0]["seconds"]) == [1.5, 2.0] and rows[0]["exact"] == rows[1]["exact"] == ""
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_check_writable_makes_the_folder_and_no_file(tmp_path):
-    path = tmp_path / "new" / "deep" / "a.json"
-    report.check_writable("--json", path)
-    assert path.parent.is_dir() and not list(path.parent.iterdir())
-
-
-def test_check_writable_names_option_and_path(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "a.json"):
-        with pytest.raises(ValueError, match=r"--json: cannot write .*: give another place") as error:
-            report.check_writable("--json", path)
-        assert str(path) in str(error.value)

@@ -62,7 +62,8 @@ def test_version_and_no_command(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "dkv info: interrupted\n"),
+        (KeyboardInterrupt("x is kept"), 130, "dkv info: interrupted; x is kept\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "dkv info: error: CUDA out of memory. Tried\n"),
         (PermissionError(13, "Permission denied", "x"), 2, "dkv info: error: x: Permission denied\n"),
         (ValueError(), 2, "dkv info: error: ValueError\n"),

@@ -11,7 +11,7 @@ from dkv.bench import blocks, compare, plots
 from dkv.bench.options import LINEUP, Options
 from dkv.bench.shapes import SHAPES
 from dkv.cli import build_parser
-from dkv.commands import bench
+from dkv.commands import bench, bench_sizes
 from dkv.models.tasks import TASKS
 
 SIZES = ("--shape", "d128x4", "--layers", 1, "--prompt", 8, "--new", 8, "--threads", 1)
@@ -26,8 +26,8 @@ def idle(monkeypatch):
 
 def test_names_are_those_of_the_benchmark():
     assert tuple(LINEUP) == bench.POLICIES and tuple(SHAPES) == bench.SHAPES
-    assert bench.MULTIPLE["blocks"] == blocks.BLOCK and set(bench.USES) == {"comparison", *bench.OTHERS}
-    assert (TASKS["balance"].new_tokens, Options.new) == bench.NEW
+    assert bench_sizes.MULTIPLE["blocks"] == blocks.BLOCK and set(bench_sizes.USES) == {"comparison", *bench.OTHERS}
+    assert (TASKS["balance"].new_tokens, Options.new) == bench_sizes.NEW
     for kind, batches, changes in bench.ALL.values():
         assert kind in ("comparison", *bench.OTHERS) and min(batches) >= 1
         assert set(changes.get("policies", ())) <= set(LINEUP)
@@ -44,7 +44,12 @@ def test_the_examples_parse():
 def test_run(run, tmp_path):
     files = tmp_path / "new" / "a.json", tmp_path / "a.csv", tmp_path / "plots"
     code, out, err = run("bench", *SMALL, *TWO, "--json", files[0], "--csv", files[1], "--plots", files[2])
-    assert (code, err) == (0, "")
+    assert code == 0
+    # A line per measurement, as there is no terminal: two policies in two ways, warmed up, timed, and their memory.
+    said = [line.partition(", 0 s")[0] for line in err.splitlines() if "warning" not in line]
+    assert [line.partition(" (")[0] for line in said] == [f"dkv bench: {i} of 12 runs" for i in range(1, 13)]
+    assert said[0].startswith("dkv bench: 1 of 12 runs (warm-up of plain)")
+    assert "(round 1 of 1: decode 8, eager)" in said[7] and "(memory of decode 8)" in said[10]
     lines = out.splitlines()
     assert lines[0].startswith("d128x4, 1 layer (0.5 M parameters, float32) on ")
     assert lines[2] == "8 + 8 slots, steps: 8, batch: 1, rounds: 1"
@@ -187,7 +192,7 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
         (["--shape", "d128x4", "--growth", "--batch", "1", "2"], "--growth takes one --batch, got 2"),
         (["--floor", "--growth", "--csv", "x"], "--csv holds the rows of one measurement"),
         (["--model", "no/such/folder"], "there is no folder no/such/folder"),
-        (["--shape", "d128x4", "--device", "nowhere"], "device 'nowhere' cannot be used here"),
+        (["--shape", "d128x4", "--device", "nowhere"], "device='nowhere' cannot be used here"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(run, monkeypatch, tmp_path, words, message):

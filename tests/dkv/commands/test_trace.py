@@ -59,7 +59,7 @@ def fixed_seed(monkeypatch):
     [
         (("1=", "--lines"), "a trace is of one prompt: give PROMPT, or --file FILE"),
         (("1=", "--max-new-tokens", 0), "max_new_tokens is 0"),
-        (("1=", "--out", "file"), "--out: cannot write file/trace.png (File exists): give another place"),
+        (("1=", "--out", "file"), "--out: cannot write file/trace.png (Not a directory): give another place"),
         (("1=", "--json", "folder"), "--json: cannot write folder (Is a directory): give another place"),
         (("1=", "--cache", "lru"), "unknown policy 'lru'"),
         (("one=", "--max-new-tokens", 2), "no token for"),

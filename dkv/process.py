@@ -1,0 +1,220 @@
+"""How a process of dkv begins and ends: interrupts, closed pipes, missing streams, exit codes.
+
+Only what the interpreter has at hand is imported, so that an interrupt finds its handler in place almost at once.
+Before that, while Python itself starts, nobody can handle one.
+
+In a process that is ours (`begin`) an interrupt raises nothing: an exception could be swallowed by whatever code it
+hits, a module that is being imported or a finalizer. The handler undoes what is half done (`undoing`), says what is
+kept (`keeping`), and leaves. Where dkv is a guest, as in a notebook, `ended` turns a KeyboardInterrupt into the same.
+"""
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+INTERRUPTED, UNREAD = 130, 141
+# What bad input raises. Anything else is a fault of ours and keeps its traceback.
+USER_ERRORS = (ValueError, IndexError, TypeError, OSError, MemoryError)
+# Signals that end a process by default.
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class _State:
+    """Of this process: its name in messages, whether `begin` made it ours, its exit code, and open work."""
+
+    name, ours, code = "dkv", False, 1
+
+    def __init__(self) -> None:
+        self.undo: list[Callable[[], object]] = []
+        self.notes: list[Callable[[], str]] = []
+
+
+_state = _State()
+
+
+def name() -> str:
+    """What the process is called in messages."""
+    return _state.name
+
+
+def called(name: str) -> None:
+    """Call the process so in messages."""
+    _state.name = name
+
+
+def say(line: str) -> None:
+    """A line on standard error; where that is gone, there is nobody to tell."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
+
+
+def begin(name: str) -> None:
+    """Make this process ours, before anything slow is imported; to be called once, with its name in messages.
+
+    Raises:
+        SystemExit: standard output is closed, so that no result could be told.
+    """
+    called(name)
+    _state.ours = True
+    # Where the caller ignores interrupts, as a shell does for its background jobs, they stay ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    # The first registered is called last, when all others are done.
+    atexit.register(_leave)
+    told = sys.stdout is not None
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:
+            _fill(number, stream)
+    if not told:
+        say(f"{name}: error: standard output is closed: give it a file, a pipe or {os.devnull}")
+        _state.code = 2
+        sys.exit(2)
+    # A text is shown with escapes rather than lost where the terminal lacks a character.
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _fill(number: int, stream: str) -> None:
+    """Open the null device in place of a closed stream: the next file to be opened would take its number."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+    # Stays open as long as the process.
+    opened = open(number, "w" if number else "r", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    setattr(sys, stream, opened)
+
+
+def run(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = USER_ERRORS) -> None:
+    """End this process with the exit code of `ended`."""
+    _state.code = ended(call, errors)
+    sys.exit(_state.code)
+
+
+def _leave() -> None:
+    """End at once when all that counts is done: while the interpreter takes itself apart, an interrupt kills it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(_state.code)
+
+
+def ended(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = USER_ERRORS) -> int:
+    """The exit code of a command: that of `call()`, with everything written; or that of its end, with one line said.
+
+    Args:
+        call: returns an exit code, None for 0, or raises SystemExit.
+        errors: what bad input raises.
+
+    Returns:
+        2 for bad input, or output that cannot be written; 130 when interrupted; 141 when nobody reads the output.
+    """
+    try:
+        try:
+            code = call()
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        say(_interruption(stop.args))
+        return INTERRUPTED
+    except BrokenPipeError:
+        _abandon_output()
+        return UNREAD
+    except Exception as error:
+        # torch's OutOfMemoryError, told by name as torch is not imported here.
+        if not isinstance(error, errors) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        where = "standard output: " if _abandon_output() else ""
+        say(f"{_state.name}: error: {where}{in_one_line(error)}")
+        return 2
+    if isinstance(code, str):
+        say(code)
+        return 1
+    return code or 0
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _abandon_output() -> bool:
+    """Whether standard output takes nothing more; the interpreter flushes at its end: let that go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+@contextmanager
+def undoing(undo: Callable[[], object]) -> Iterator[None]:
+    """Inside, a signal that ends the process calls `undo` first; any other end is left to the caller."""
+    before = {}
+    if _state.ours and not _state.undo:
+        # A handler runs when Python does, hence later than the default: there is one only where it is needed.
+        with suppress(ValueError):  # not the main thread
+            before = {s: signal.signal(s, _end) for s in ENDS if signal.getsignal(s) is signal.SIG_DFL}
+    _state.undo.append(undo)
+    try:
+        yield
+    finally:
+        _state.undo.remove(undo)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def keeping(note: Callable[[], str]) -> Iterator[None]:
+    """Inside, an interrupt says `note()`: what is kept of the work, and how to go on; nothing where it is empty."""
+    _state.notes.append(note)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = (*stop.args, note())
+        raise
+    finally:
+        _state.notes.remove(note)
+
+
+def _interruption(notes: tuple[str, ...]) -> str:
+    return "; ".join([f"{_state.name}: interrupted", *filter(None, notes)])
+
+
+def _undo() -> None:
+    for undo in reversed(_state.undo):
+        with suppress(Exception):
+            undo()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A second one must not stop what the first began to undo, but it ends a wait for whoever reads the output.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _undo()
+    notes = []
+    for note in reversed(_state.notes):
+        with suppress(Exception):
+            notes.append(note())
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    with suppress(Exception):
+        # Below what a progress bar or the terminal's ^C left in the line. Unbuffered, as a stream may be in use.
+        fresh = "\n" if os.isatty(2) else ""
+        os.write(2, f"{fresh}{_interruption(tuple(notes))}\n".encode(errors="backslashreplace"))
+    with suppress(Exception):
+        sys.stdout.flush()
+    os._exit(INTERRUPTED)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Undo, and die of the signal as by default."""
+    _undo()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
