@@ -35,9 +35,9 @@ def measure(options: Options) -> dict[str, Any]:
         ValueError: more than one row, or slots that do not make whole blocks.
     """
     if options.batch != 1:
-        raise ValueError(f"the published block policies take one prompt at a time: give --batch 1, got {options.batch}")
+        raise ValueError(f"batch must be 1, as the published block policies take one prompt, got {options.batch}")
     if options.new % BLOCK:
-        raise ValueError(f"--blocks measures blocks of {BLOCK} slots: give a --new of which that is a part")
+        raise ValueError(f"new must be a multiple of {BLOCK}, the slots of a block, got {options.new}")
     own = options.eager is not None and not options.model.spec.shifted
     contenders = [(policy, rule) for rule in RULES for policy in POLICIES]
     runs: dict[tuple[str, str], list[tuple[float, float | None]]] = {key: [] for key in contenders}

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import dkv
 from dkv.config import DEFAULTS, policy_of
-from dkv.policies import POLICIES
-from dkv.published_names import own_name
+from dkv.naming import instead
+from dkv.policies import POLICY_OPTIONS
+from dkv.published_names import ALIASES, own_name
 
 # Steps by name, as a share of the slots to fill.
 SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}
@@ -37,6 +38,7 @@ SETTINGS = (
     "block_length", "schedule", "eps", "confidence", "confidence_dtype", "temperature", "top_p", "top_k",
     "selection_temperature", "threshold", "factor", "cfg_scale",
 )  # fmt: skip
+NAMES = ("cache", "steps", *SETTINGS)
 # How a setting is written in a label; others as name=value.
 LABELS = {
     "refresh": "{}", "window": "w{}", "window_centre": "{}", "shift_rule": "{}", "confidence": "{}",
@@ -60,6 +62,10 @@ class Contender:
     policy: str
     steps: int | float | None = None
 
+    def same_as(self, other: "Contender") -> bool:
+        """Whether both do the same, whatever they are called."""
+        return (self.settings, self.steps) == (other.settings, other.steps)
+
     def settings_for(self, new: int) -> dict[str, Any]:
         """Settings of `dkv.generate` for so many new slots."""
         steps = max(1, round(self.steps * new)) if isinstance(self.steps, float) else self.steps
@@ -70,21 +76,26 @@ def contenders(runs: Sequence[str]) -> list[Contender]:
     """The contenders that texts of the form `cache=decode refresh=2,4,8 steps=all,half` describe.
 
     A name is one of a policy's arguments or a setting of `dkv.DiffusionConfig`; `steps` also takes a share
-    of the slots, such as half or 0.25. The first is always plain decoding; what is named twice is run once.
+    of the slots, such as half or 0.25. The first is always plain decoding. What is named twice, in whatever
+    words, is run once, under the first of its labels.
 
     Raises:
         ValueError: no such setting, or a value that it cannot have; the message holds the text.
     """
-    found = {PLAIN: Contender(PLAIN, {}, "none")}
+    found = [Contender(PLAIN, {"cache": dkv.NoCache()}, "none")]
     for text in runs:
         try:
             axes = [_axis(word) for word in text.split()]
+            names = [name for name, _ in axes]
+            if again := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{again[0]} is named twice: give its values as {again[0]}=value,value")
             for values in itertools.product(*(values for _, values in axes)):
-                contender = _contender(dict(zip((name for name, _ in axes), values, strict=True)))
-                found.setdefault(contender.label, contender)
+                contender = _contender(dict(zip(names, values, strict=True)))
+                if not any(contender.same_as(other) for other in found):
+                    found.append(contender)
         except ValueError as error:
             raise ValueError(f"--run {text!r}: {error}") from error
-    return list(found.values())
+    return found
 
 
 def _axis(word: str) -> tuple[str, list[Any]]:
@@ -113,12 +124,13 @@ def _contender(asked: dict[str, Any]) -> Contender:
     if isinstance(steps, str) or (isinstance(steps, float) and not 0 < steps <= 1):
         raise ValueError(f"steps must be a whole number, a share up to 1, or {', '.join(SHARES)}, got {steps!r}")
     name = given.pop("cache", "none")
-    own = {f.name for f in fields(POLICIES[name])} if name in POLICIES else set()
-    arguments = {key: given.pop(key) for key in list(given) if key in own}
+    arguments = {key: given.pop(key) for key in list(given) if key in POLICY_OPTIONS}
     policy = policy_of({"name": name, **arguments})
     names = {own_name(key) for key in given}
     if fixed := sorted(names & set(DEFAULTS) - set(SETTINGS)):
         raise ValueError(f"{fixed[0]} cannot differ between runs; what can: steps, {', '.join(SETTINGS)}")
+    if odd := [key for key in given if key not in (*DEFAULTS, *ALIASES)]:
+        raise ValueError(f"unknown setting {odd[0]!r}; {instead(odd[0], NAMES, (*ALIASES, *POLICY_OPTIONS))}")
     # Names of either family's functions become ours here, so that one setting has one label.
     config = dkv.DiffusionConfig(**given, steps=None if isinstance(steps, float) else steps)
     settings = {key: value for key, value in config.to_diff_dict().items() if key in SETTINGS}

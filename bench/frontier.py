@@ -5,6 +5,7 @@ from typing import Any
 
 from dkv.bench import drawing
 from dkv.bench.contenders import PLAIN
+from dkv.bench.intervals import enough
 from dkv.bench.plots import COLOURS, MARKERS
 from dkv.bench.report import columns
 
@@ -45,27 +46,56 @@ def frontier(rows: Sequence[Row], by: str = "tokens_per_second") -> list[Row]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What is lost, what is won, and whether a cache is better than fewer steps."""
+    """What is lost, what is won, and whether a cache is better than fewer steps, as far as the intervals tell."""
     own = {row["label"]: row for row in rows}
+    plain, half = own[PLAIN], own.get(HALF)
     cached = [row for row in rows if row["policy"] != "none"]
-    said = []
-    for points in LOSSES:
-        words = f"at most {points:g} points lost"
-        good = [row for row in cached if row["change"] >= -points]
-        if good:
-            best = max(good, key=lambda row: row["speed"])
-            said.append(f"Fastest cache with {words}: {_said(best)}.")
-        else:
-            said.append(f"No cache with {words}.")
-    half = own.get(HALF)
+    if plain["right"] == 0:
+        return f"Plain decoding answers none of the {plain['problems']} problems: nothing can be lost on them."
+    said = [_within(points, cached) for points in LOSSES] if cached else ["No cache was measured."]
     if half is not None:
         said.append(f"Half the steps, no cache: {_said(half)}.")
-        better = [row for row in cached if row["speed"] >= half["speed"] and row["exact"] >= half["exact"]]
-        if better:
-            said.append(f"A cache is better: {_said(max(better, key=lambda row: row['speed']))}.")
-        else:
-            said.append("No cache is at least as fast and at least as exact.")
+    if half is not None and cached:
+        said.append(_against_half(half, cached))
     return "\n".join(said)
+
+
+def _within(points: float, cached: Sequence[Row]) -> str:
+    """The fastest of the caches that do not lose more, as far as so small a loss can be told from none."""
+    words = f"at most {points:g} points lost"
+    if good := [row for row in cached if row["change"] >= -points and _width(row) <= points]:
+        return f"Fastest cache with {words}: {_said(_fastest(good))}."
+    open_ = [row for row in cached if row["change_high"] >= -points]
+    if not open_:
+        return f"No cache with {words}."
+    return f"{_too_few(min(open_, key=_width), points)} whether a cache has {words}."
+
+
+def _against_half(half: Row, cached: Sequence[Row]) -> str:
+    """Whether a cache is at least as fast and as exact as half the steps."""
+    better = [row for row in cached if row["speed"] >= half["speed"] and row["exact"] >= half["exact"]]
+    widest = max((half, *better), key=_width)
+    if _width(widest) > max(LOSSES):
+        return f"{_too_few(widest, max(LOSSES))} whether a cache is better."
+    if better:
+        return f"A cache is better: {_said(_fastest(better))}."
+    return "No cache is at least as fast and at least as exact."
+
+
+def _too_few(row: Row, points: float) -> str:
+    needed = enough(_width(row), row["problems"], points)
+    # Two digits of it mean something.
+    needed = round(needed, 2 - len(str(needed)))
+    return f"Too few problems ({row['problems']}, +-{_width(row):.1f} points; about {needed} would do) to tell"
+
+
+def _width(row: Row) -> float:
+    """Half of the interval, in points."""
+    return (row["change_high"] - row["change_low"]) / 2
+
+
+def _fastest(rows: Sequence[Row]) -> Row:
+    return max(rows, key=lambda row: row["speed"])
 
 
 def _said(row: Row) -> str:

@@ -226,8 +226,7 @@ def table(found: dict[str, Any]) -> str:
         ]
     for fit_ in found["fits"]:
         if fit_["limit"] is not None:
-            held = "keeps" if fit_["exponent"] <= fit_["limit"] else "MISSES"
-            lines.append(f"{fit_['policy']} {held} its limit of {fit_['limit']}.")
+            lines.append(f"{fit_['policy']} {_held(fit_)} its limit of {fit_['limit']}.")
     errors = [row["estimate"] / row["seconds"] - 1 for row in rows if row["whole"]]
     if errors:
         typical, worst = statistics.median(errors), max(errors, key=abs)
@@ -236,6 +235,15 @@ def table(found: dict[str, Any]) -> str:
         )
     lines += [f"Left out: {row['policy']} at {row['new']} new slots ({row['why']})." for row in found["left_out"]]
     return "\n".join(lines)
+
+
+def _held(fit_: dict[str, Any]) -> str:
+    """Whether an exponent keeps its limit, as far as its interval tells."""
+    if fit_["low"] is None:
+        return "was run at too few lengths to tell whether it keeps"
+    if fit_["high"] <= fit_["limit"]:
+        return "keeps"
+    return "MISSES" if fit_["low"] > fit_["limit"] else "varies too much to tell whether it keeps"
 
 
 def _fits(found: dict[str, Any]) -> str:

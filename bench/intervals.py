@@ -28,3 +28,15 @@ def paired(found: Sequence[bool], wanted: Sequence[bool]) -> tuple[float, float,
     won, lost, count = won + 0.5, lost + 0.5, count + 2
     half = Z * math.sqrt((won + lost) - (won - lost) ** 2 / count) / count
     return 100 * (won - lost) / (count - 2), 100 * (middle - half), 100 * (middle + half)
+
+
+def enough(half: float, count: int, wanted: float) -> int:
+    """How many problems would bring the interval of `paired` from +-`half` points, of `count` problems, to +-`wanted`.
+
+    The two are taken to differ on the same share of the problems as now.
+    """
+    differing = max((half / 100 / Z * (count + 2)) ** 2 - 1, 0.0) / count
+    more = count
+    while 100 * Z * math.sqrt(differing * more + 1) / (more + 2) > wanted:
+        more = math.ceil(1.05 * more)
+    return more

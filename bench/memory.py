@@ -281,15 +281,17 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     fresh = sum(row["copies"] - row["scratch_mb"] / row["logits_mb"] > 0.5 for row in ours.values())
     if fresh:
         said.append(f"In {fresh} of {len(ours)} steps it is allocated anew, not taken from the workspace.")
-    ratios = {}
+    ratios = []
     for row in rows:
         if row["way"] == "eager":
             own = ours[row["policy"], row["kind"]]
             held = [x["buffer_mb"] + x["peak_mb"] for x in (row, own)]
-            ratios[held[0] / held[1]] = f"{row['policy']}, {row['kind']} step: {held[0]:,.1f} and {held[1]:,.1f} MB"
+            words = f"{row['policy']}, {row['kind']} step: {held[0]:,.1f} and {held[1]:,.1f} MB"
+            ratios.append((held[0] / held[1], words))
     if ratios:
-        said.append(
-            f"Beyond its weights the baseline holds {min(ratios):.1f} ({ratios[min(ratios)]}) to {max(ratios):.1f} "
-            f"times ({ratios[max(ratios)]}) as much as dkv."
-        )
+        # A list: steps may have the same ratio.
+        ratios.sort(key=lambda pair: pair[0])
+        (low, least), (high, most) = ratios[0], ratios[-1]
+        span = f"{low:.1f} ({least})" if len(ratios) == 1 else f"{low:.1f} ({least}) to {high:.1f} ({most})"
+        said.append(f"Beyond its weights the baseline holds {span} times as much as dkv.")
     return said

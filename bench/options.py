@@ -119,7 +119,10 @@ def of_checkpoint(
         settings = {"new": race.new, **settings, "race": race, "prompt": race.ids.shape[1]}
         longest = max(map(len, race.answers))
         if settings["new"] < longest:
-            raise ValueError(f"new must be at least {longest} with {TINY}, the length of its answers; or give a shape")
+            raise ValueError(
+                f"--new must be at least {longest} with {TINY}, the length of its answers, got {settings['new']}; or "
+                "give a --shape"
+            )
     plain = None
     if eager:
         again = _packed(model)

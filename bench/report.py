@@ -42,11 +42,18 @@ def verdict(found: dict[str, Any]) -> str:
         unclear = [row["policy"] for row in cached if row["policy"] not in pays + loses]
         kinds = (("pays for", pays), ("does not pay for", loses), ("makes no clear difference for", unclear))
         parts = [f"{kind} {', '.join(names)}" for kind, names in kinds if names]
-        said.append(f"The cache {'; it '.join(parts)}.")
-    if cached and plain["exact"] is not None:
+        if len(plain["seconds"]) == 1:
+            # How much the runs vary is not known.
+            said.append("One round cannot tell whether the cache pays: give --rounds 3.")
+        else:
+            said.append(f"The cache {'; it '.join(parts)}.")
+    if cached and plain["exact"] == 0:
+        said.append("Plain answers none of the problems exactly: what a cache loses cannot be told from them.")
+    elif cached and plain["exact"] is not None:
         good = [row for row in cached if row["exact"] >= plain["exact"]]
         name = max(good, key=lambda row: row["speed"])["policy"] if good else "none"
-        said.append(f"Plain answers {plain['exact']:.0%} exactly; the fastest that answers as many: {name}.")
+        said.append(f"Plain answers {plain['exact']:.0%} exactly; the fastest that answers as many: {name}. "
+                    "Small losses take more problems to see: dkv eval.")  # fmt: skip
     over = [f"{name} {row['over_eager']:.2f}x" for name, row in own.items() if row["over_eager"] is not None]
     if over:
         said.append(f"Against the eager baseline of the same policy: {', '.join(over)}.")

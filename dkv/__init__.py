@@ -27,6 +27,8 @@ _PUBLIC = {
     "unpack": "dkv.models",
     "generate": "dkv.generation",
     "infill": "dkv.generation",
+    "fill_gaps": "dkv.gaps",
+    "Gap": "dkv.gaps",
     "stream": "dkv.generation",
     "DiffusionConfig": "dkv.config",
     "Savings": "dkv.config",

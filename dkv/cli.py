@@ -1,4 +1,4 @@
-"""The command line: `dkv generate`, `dkv trace`, `dkv demo`, `dkv bench`, `dkv verify`, `dkv info` and `dkv audit`."""
+"""The command line: `dkv generate`, `infill`, `trace`, `demo`, `bench`, `eval`, `verify`, `info` and `audit`."""
 
 import argparse
 import shlex
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dkv import process
-from dkv.commands import audit, bench, demo, eval, generate, info, trace, verify
+from dkv.commands import audit, bench, demo, eval, generate, infill, info, trace, verify
 from dkv.version import __version__
 
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"dkv {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for command in (generate, trace, demo, bench, eval, verify, info, audit):
+    for command in (generate, infill, trace, demo, bench, eval, verify, info, audit):
         name = command.__name__.rpartition(".")[2]
         options = commands.add_parser(
             name, help=command.SUMMARY, description=command.SUMMARY, epilog=command.EXAMPLES,

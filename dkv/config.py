@@ -192,13 +192,12 @@ class DiffusionConfig(GenerationConfig):
         if self.confidence not in CONFIDENCE_RULES:
             raise ValueError(f"confidence must be one of {', '.join(CONFIDENCE_RULES)}, got {self.confidence!r}")
         if self.confidence_dtype not in CONFIDENCE_DTYPES:
-            known = ", ".join(CONFIDENCE_DTYPES)
-            raise ValueError(f"confidence_dtype must be one of {known}, got {self.confidence_dtype!r}")
+            raise ValueError(
+                f"confidence_dtype must be one of {', '.join(CONFIDENCE_DTYPES)}, got {self.confidence_dtype!r}"
+            )
         self._validate_dynamic()
         if self.confidence_eos_eot_inf and self.confidence == "random":
-            raise ValueError(
-                "confidence_eos_eot_inf needs a confidence to go by, which confidence='random' does not give"
-            )
+            raise ValueError("confidence_eos_eot_inf needs a confidence to go by, and confidence='random' has none")
         if self.schedule not in (None, "blocks", "time"):
             raise ValueError(f'schedule must be "blocks" or "time", got {self.schedule!r}')
         if self.schedule == "time" and self.block_length is not None:

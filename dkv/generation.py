@@ -135,10 +135,7 @@ def infill(
     Example:
         >>> dkv.infill(model, torch.tensor([[5, mask, 7, mask]])).sequences
     """
-    lengths = ("max_new_tokens", "max_length")
-    if given := [name for name, value in overrides.items() if own_name(name) in lengths and value is not None]:
-        raise ValueError(f"{own_name(given[0])} does not go with infill, which fills every mask of input_ids")
-    config = _config(generation_config, {**overrides, "max_new_tokens": 0})
+    config = infill_config(generation_config, overrides)
     _check_helpers(config, generator, streamer)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
     mask_id = _mask_id(model, config)
@@ -207,6 +204,14 @@ def _check_helpers(config: DiffusionConfig, generator: Any, streamer: Any = None
         raise ValueError(f"generator and seed={config.seed!r} are both sources of random numbers: give one of them")
     if streamer is not None and (isinstance(streamer, type) or not callable(getattr(streamer, "put", None))):
         raise TypeError(f"streamer must have put(ids), as in transformers, got {streamer!r}")
+
+
+def infill_config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> DiffusionConfig:
+    """The settings of `infill`, which fills what is masked, whatever their budget."""
+    lengths = ("max_new_tokens", "max_length")
+    if named := [name for name, value in overrides.items() if own_name(name) in lengths and value is not None]:
+        raise ValueError(f"{own_name(named[0])} does not go with infill, which fills every mask of input_ids")
+    return _config(given, {**overrides, "max_new_tokens": 0})
 
 
 def _mask_id(model: Any, config: DiffusionConfig) -> int:

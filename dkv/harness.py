@@ -16,11 +16,14 @@ from lm_eval.api.model import TemplateLM
 import dkv
 from dkv.bar import Bar
 from dkv.config import DiffusionConfig, policy_of
-from dkv.harness_settings import count, stated, task_config
+from dkv.harness_settings import count, stated, switch, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
 from dkv.output import Stats
-from dkv.text import answer, encode, turn_end_ids
+from dkv.text import answer, encode, starts, turn_end_ids
 from dkv.version import versions
+
+# Of lm-eval: not a wish of the user.
+DEFAULT_DEVICES = ("cuda", "cuda:0")
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +78,15 @@ class DkvLM(TemplateLM):
         if max_batch_size is not None:
             raise ValueError("max_batch_size goes with batch_size auto, which dkv has not: give batch_size")
         self.batch_size, self.mc_num = count("batch_size", batch_size), count("mc_num", mc_num)
+        self.add_bos_token = switch("add_bos_token", add_bos_token)
+        self.is_check_greedy = switch("is_check_greedy", is_check_greedy)
         self.stated = stated({"seed": torch.initial_seed() % 2**62, **settings})
-        if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
+        if str(device) in DEFAULT_DEVICES and not torch.cuda.is_available():
             log.warning("no device %s here: using the CPU", device)
             device = "cpu"
         if trust_remote_code:
             log.warning("trust_remote_code has no effect on the model: dkv never runs code of a checkpoint")
-        self.pretrained, self.add_bos_token, self.is_check_greedy = str(pretrained), add_bos_token, is_check_greedy
+        self.pretrained = str(pretrained)
         self.model = dkv.load(self.pretrained, dtype=dtype, device=device)
         policy_of(self.stated.get("cache")).check(self.model.spec.shifted)
         self.tokenizer = dkv.load_tokenizer(self.pretrained)
@@ -89,8 +94,7 @@ class DkvLM(TemplateLM):
         self.stated.setdefault("eot_token_id", turn_end_ids(self.tokenizer))
         self.generated: dict[str, tuple[int, Stats]] = {}
         self.scored, self.scores, self.truncated = 0, Stats(), 0
-        bos = self.tokenizer.bos_token_id
-        self._adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+        self._adds_bos = bool(starts(self.tokenizer))
         added = self.tokenizer.added_tokens_decoder.items()
         self._special = {token.content: i for i, token in added if token.special}
 

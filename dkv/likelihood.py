@@ -66,7 +66,7 @@ def log_likelihoods(
     yield from ((i, 0.0) for i, copies in enumerate(left) if copies == 0)
     copies = _copies(questions, samples, seed, model.spec.mask_token_id)
     while batch := list(islice(copies, batch_size)):
-        found = iter(_log_probabilities(model, batch, stats).tolist())
+        found = iter(log_probabilities(model, batch, stats).tolist())
         for copy in batch:
             for _, _, owner in copy.reads:
                 values[owner] += copy.weight * next(found)
@@ -96,11 +96,11 @@ def are_greedy(model: Any, questions: Sequence[Question], *, batch_size: int = 3
 
 
 @dataclass(frozen=True)
-class _Copy:
-    """A sequence in which tokens of the answer are masked.
+class Copy:
+    """A sequence in which some tokens are masked.
 
     Attributes:
-        tokens: of prompt and answer.
+        tokens: all of it, the mask id where a token is masked.
         reads: (slot, token, owner): the probability of which token is wanted where, for which question.
         owners: the questions; several only if the masks leave no difference between them.
         weight: what the log-probabilities are multiplied with.
@@ -112,7 +112,7 @@ class _Copy:
     weight: float
 
 
-def _copies(questions: Sequence[Question], samples: int, seed: int, mask_id: int) -> Iterator[_Copy]:
+def _copies(questions: Sequence[Question], samples: int, seed: int, mask_id: int) -> Iterator[Copy]:
     """All copies of all questions, those of one question together."""
     groups: dict[object, list[int]] = defaultdict(list)
     for i, (prompt, answer) in enumerate(questions):
@@ -123,13 +123,13 @@ def _copies(questions: Sequence[Question], samples: int, seed: int, mask_id: int
         prompt, answer = questions[owners[0]]
         start = len(prompt)
         rng = random.Random(f"{seed} {len(answer)} {list(prompt)}")
-        for places, weight in _masks(len(answer), samples, rng):
+        for places, weight in masked_places(len(answer), samples, rng):
             tokens = [*prompt, *(mask_id if i in places else token for i, token in enumerate(answer))]
             reads = [(start + i, questions[owner][1][i], owner) for owner in owners for i in places]
-            yield _Copy(tokens, reads, owners, weight)
+            yield Copy(tokens, reads, owners, weight)
 
 
-def _masks(length: int, samples: int, rng: random.Random) -> list[tuple[set[int], float]]:
+def masked_places(length: int, samples: int, rng: random.Random) -> list[tuple[set[int], float]]:
     """Which of `length` tokens a copy masks, and its weight; the weighted sums add up to the estimate."""
     if 2**length - 1 <= samples:
         return [
@@ -144,7 +144,7 @@ def _masks(length: int, samples: int, rng: random.Random) -> list[tuple[set[int]
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, copies: list[_Copy], stats: Stats) -> Tensor:
+def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     """Float [n]: the log-probability of every read of the copies, one copy after the other."""
     spec, device, lengths = model.spec, model.device, [len(copy.tokens) for copy in copies]
     size, most = max(lengths), max(len(copy.reads) for copy in copies)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dkv.block_policies import DualCache, PrefixCache
 from dkv.canvas import mask_of, slots_of
+from dkv.naming import instead, nearest
 from dkv.policy import Active, Policy, View, runs_of, sources
 from dkv.schedule import Step
 from dkv.validation import flag, whole
@@ -229,6 +230,9 @@ POLICIES: dict[str, type[Policy]] = {
     p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode, PrefixCache, DualCache)
 }
 
+# The options of all policies, each once.
+POLICY_OPTIONS = tuple(dict.fromkeys(field.name for policy in POLICIES.values() for field in fields(policy)))
+
 
 def policy_of(value: Any) -> Policy:
     """A policy from itself, its name, a dict {"name": ..., **arguments}, or None for `NoCache`.
@@ -246,9 +250,11 @@ def policy_of(value: Any) -> Policy:
         raise ValueError(f"cache must be a policy, its name or a dict, got {value!r}")
     name, arguments = value.get("name"), {k: v for k, v in value.items() if k != "name"}
     if not isinstance(name, str) or name not in POLICIES:
-        raise ValueError(f"cache: unknown policy {name!r}; known are {', '.join(POLICIES)}")
+        raise ValueError(f"cache: unknown policy {name!r}; {instead(name, POLICIES)}")
     known = {f.name for f in fields(POLICIES[name])}
     if unknown := sorted(map(str, set(arguments) - known)):
         takes = ", ".join(sorted(known)) or "no arguments"
-        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}; it takes {takes}")
+        near = None if unknown[0] in POLICY_OPTIONS else nearest(unknown[0], known)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}{hint}; it takes {takes}")
     return POLICIES[name](**arguments)

@@ -8,10 +8,11 @@ A name that is not one of `dkv.DiffusionConfig` is one of these, or it is refuse
     NO_EFFECT    says nothing about how to generate
 """
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dkv.naming import instead, nearest
+from dkv.policies import POLICY_OPTIONS
 from dkv.published_caches import CACHE_NAMES
 from dkv.validation import flag, plain
 
@@ -149,9 +150,7 @@ def canonical(settings: Mapping[str, Any], own: Collection[str]) -> dict[str, An
         target = ALIASES.get(name, name)
         if target not in own and name not in ACTING:
             if value is not None and not check_other(name, value):
-                near = difflib.get_close_matches(name, (*own, *ALIASES, *ACTING), 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(own)}"
-                raise ValueError(f"unknown setting {name!r}{hint}")
+                raise ValueError(f"unknown setting {name!r}; {_meant(name, own)}")
             continue
         value = plain(value)
         if target == "confidence" and isinstance(value, str):
@@ -161,6 +160,15 @@ def canonical(settings: Mapping[str, Any], own: Collection[str]) -> dict[str, An
             raise ValueError(f"{name}={value!r} contradicts {target}={before!r}: give one of them")
         given[target] = value if before is None else before
     return given
+
+
+def _meant(name: str, own: Collection[str]) -> str:
+    """What an unknown setting may have been meant to be; the options of policies have a place of their own."""
+    near = name if name in POLICY_OPTIONS else nearest(name, (*own, *ALIASES, *ACTING, *POLICY_OPTIONS))
+    if near not in POLICY_OPTIONS:
+        return instead(name, own, (*ALIASES, *ACTING))
+    hint = "" if near == name else f"did you mean {near!r}? "
+    return f'{hint}That is an option of the policy: cache={{"name": ..., "{near}": ...}}'
 
 
 def check_other(name: str, value: Any) -> bool:

@@ -29,14 +29,19 @@ def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False) -> tuple[
         talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
         prompts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in talks]
     # A template writes the special tokens itself.
-    rows = [_ids(tokenizer, prompt, add_special_tokens=not chat) for prompt in prompts]
+    rows = [ids_of(tokenizer, prompt, add_special_tokens=not chat) for prompt in prompts]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
     return ids, mask
 
 
-def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+def ids_of(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    """The token ids of a text.
+
+    Raises:
+        ValueError: there is no token for a character.
+    """
     try:
         return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     except Exception as error:
@@ -49,6 +54,18 @@ def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
         unknown = ", ".join(repr(c) for c in dict.fromkeys(text) if c not in vocabulary)
         known = "".join(sorted(token for token in vocabulary if len(token) == 1))
         raise ValueError(f"the model has no token for {unknown}; it knows the characters {known!r}") from None
+
+
+def starts(tokenizer: Any) -> list[int]:
+    """The id with which the tokenizer begins every text, if there is one."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def mask_text(tokenizer: Any, spec: Any) -> str | None:
+    """How the tokenizer writes the mask, if a text with it is read as that one token."""
+    text = tokenizer.decode([spec.mask_token_id])
+    return text if text and tokenizer(text, add_special_tokens=False)["input_ids"] == [spec.mask_token_id] else None
 
 
 def end_ids(tokenizer: Any, spec: Any) -> list[int] | None:
@@ -71,3 +88,8 @@ def until_end(tokenizer: Any, spec: Any, ids: Sequence[int]) -> list[int]:
 def answer(tokenizer: Any, spec: Any, ids: Sequence[int], raw: bool = False) -> str:
     """New tokens as text: up to the end and without special tokens, or `raw`, all of them."""
     return tokenizer.decode(ids if raw else until_end(tokenizer, spec, ids), skip_special_tokens=not raw)
+
+
+def filling_text(tokenizer: Any, ids: Sequence[int], raw: bool = False) -> str:
+    """The tokens of a gap as text: all of them, without special tokens, or `raw` with these, and no space tidied."""
+    return tokenizer.decode(ids, skip_special_tokens=not raw, clean_up_tokenization_spaces=False)

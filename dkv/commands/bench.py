@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dkv import files, process
+from dkv.commands.bench_sizes import check_room, check_sizes
 from dkv.commands.measuring import add_machine, check_counts, ready
 
 SUMMARY = "Measure the cache policies on this machine: speed, work, memory, and where the time of a step goes."
@@ -122,6 +123,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--{others[0]} takes one --batch, got {len(args.batch)}")
     if args.csv is not None and len(others) > 1:
         raise ValueError("--csv holds the rows of one measurement: give one, or --json")
+    if not args.all:
+        check_sizes(args, others or ["comparison"])
     _check_outputs(args)
 
 
@@ -158,7 +161,8 @@ def run_some(args: argparse.Namespace) -> int:
     """The measurements that the arguments name, on one model."""
     from dkv.bench import plots, report
 
-    options = build(args)
+    options, kinds = build(args), [name for name in OTHERS if getattr(args, name)] or ["comparison"]
+    check_room(kinds, options)
     found = {"facts": facts(args, options)}
 
     def save() -> None:
@@ -170,8 +174,8 @@ def run_some(args: argparse.Namespace) -> int:
     kept = [str(path) for path in (args.json, args.csv) if path is not None and not files.is_stream(path)]
     with files.beside(args.json, args.csv), process.keeping(lambda: _kept(kept) if len(found) > 1 else ""):
         print(report.machine_line(found["facts"]))
-        for kind in [name for name in OTHERS if getattr(args, name)] or ["comparison"]:
-            for part in measured(kind, options, args.batch or [1]):
+        for kind in kinds:
+            for part in measured(kind, options, list(dict.fromkeys(args.batch or [1]))):
                 found[kind] = part
                 if kept:
                     save()
@@ -191,6 +195,11 @@ def run_all(args: argparse.Namespace) -> int:
 
     if args.model is None and args.shape is None:
         args.shape = "d512x8"
+    first = build(args)
+    for kind, _, changes in ALL.values():
+        # Before the first of them, not after half an hour.
+        if "model" not in changes:
+            check_room([kind], replace(first, **{key: changes[key] for key in ("prompt", "new") if key in changes}))
     done: dict[str, None] = {}
     with process.keeping(lambda: _kept(list(done))):
         for number, (name, (kind, batches, changes)) in enumerate(ALL.items(), 1):

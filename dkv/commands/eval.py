@@ -109,7 +109,7 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     if args.data is not None:
         problems = quality.from_file(args.data, args.new_tokens, args.problems)
     else:
-        problems = quality.bundled(args.tasks or TASK_NAMES, args.problems or 96, args.seed)
+        problems = quality.bundled(dict.fromkeys(args.tasks or TASK_NAMES), args.problems or 96, args.seed)
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
     tokenizer = dkv.load_tokenizer(args.model)
     facts = machine.facts(model.device, args.command_line) | {

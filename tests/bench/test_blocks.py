@@ -59,7 +59,7 @@ def test_a_row_for_every_policy_and_rule(options, monkeypatch):
 
 
 def test_other_sizes_are_refused(options):
-    with pytest.raises(ValueError, match="blocks of 32 slots: give a --new"):
+    with pytest.raises(ValueError, match="new must be a multiple of 32, the slots of a block, got 40"):
         blocks.measure(replace(options, new=40))
-    with pytest.raises(ValueError, match="one prompt at a time: give --batch 1, got 2"):
+    with pytest.raises(ValueError, match="batch must be 1, as the published block policies take one prompt, got 2"):
         blocks.measure(replace(options, batch=2))

@@ -18,6 +18,15 @@ def test_a_run_named_twice_is_one():
     assert [c.label for c in found] == ["plain", "plain half"]
 
 
+def test_a_run_in_other_words_is_the_same_run():
+    """One contender by label and one by what it does: an order, a default or a number written otherwise."""
+    found = contenders(["cache=greedy refresh=4 window=8", "cache=greedy window=8 refresh=4"])
+    assert [c.label for c in found] == ["plain", "greedy 4 w8"]
+    default = dkv.Decode().refresh
+    assert len(contenders(["cache=decode", f"cache=decode refresh={default}"])) == 2
+    assert len(contenders(["temperature=1", "temperature=1.0", "cache=none temperature=1"])) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "label", "settings"),
     [
@@ -41,7 +50,13 @@ def test_settings_of_the_policy_and_of_the_generation(text, label, settings):
     ("text", "message"),
     [
         ("cache=foo", "unknown policy 'foo'"),
-        ("cache=decode window=3", "unknown setting 'window'"),
+        ("cache=decode window=3", "policy 'decode' has no window; it takes"),
+        ("cache=decode refesh=3", r"unknown setting 'refesh'; did you mean 'refresh'\?$"),
+        ("cahce=decode", "did you mean 'cache'"),
+        ("stepz=half", "did you mean 'steps'"),
+        ("zzz=1", "unknown setting 'zzz'; known are cache, steps, block_length"),
+        ("cache=decod", "unknown policy 'decod'; did you mean 'decode'"),
+        ("cache=decode refresh=2 refresh=4", "refresh is named twice: give its values as refresh=value,value"),
         ("temprature=1", "did you mean 'temperature'"),
         ("confidence=best", "confidence must be one of"),
         ("steps=1.5", "steps must be a whole number, a share"),

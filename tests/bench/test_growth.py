@@ -124,6 +124,17 @@ def test_table_says_whether_greedy_keeps_its_limit(exponent, said):
     assert f"greedy, no refresh {said}." in growth.table(found)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.1, 0.25, "keeps"), (0.4, 0.5, "MISSES"), (-0.5, 0.9, "varies too much to tell whether it keeps"),
+        (None, None, "was run at too few lengths to tell whether it keeps"),
+    ],
+)  # fmt: skip
+def test_a_limit_is_judged_by_the_whole_interval(low, high, said):
+    assert growth._held({"exponent": 0.2, "low": low, "high": high, "limit": 0.3}) == said
+
+
 def test_lengths_left_out_are_named(options, monkeypatch):
     monkeypatch.setattr(growth, "LENGTHS", (8, 16, 32))
     monkeypatch.setattr(growth, "BUDGET", 0)

@@ -132,6 +132,16 @@ def test_baseline_is_compared_where_there_is_one(options):
     assert {row["way"] for row in alone["rows"]} == {"dkv"} and alone["refused"] == {}
 
 
+def test_equal_ratios_are_both_told():
+    def row(policy, way, size):
+        own = {"copies": 1.0, "scratch_mb": 1.0, "logits_mb": 1.0} if way == "dkv" else {}
+        return {"policy": policy, "way": way, "kind": "full", "buffer_mb": size, "peak_mb": size, **own}
+
+    rows = [row(policy, way, size) for policy in ("a", "b") for way, size in (("dkv", 1.0), ("eager", 2.0))]
+    said = memory.verdict(rows)[-1]
+    assert "2.0 (a, full step: 4.0 and 2.0 MB)" in said and "b, full step" in said, said
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_copy_of_the_logits_is_noticed(options, monkeypatch, packed):
     choose = torch_choice._choose_in_strips

@@ -7,6 +7,7 @@ import pytest
 import dkv
 from dkv.bench import frontier, quality
 from dkv.bench.contenders import contenders
+from dkv.bench.intervals import enough
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +169,13 @@ def test_paired_differences():
     assert quality.paired(same, worse)[0] == 4.0
 
 
-def row(label, exact, rate, share, change, policy="decode"):
+def row(label, exact, rate, share, change, policy="decode", half=0.4, problems=500):
     return {
         "label": label, "policy": policy, "settings": {"steps": 0.5 if "half" in label else None}, "exact": exact,
-        "low": exact - 0.01, "high": min(exact + 0.01, 1), "change": change, "change_low": change - 0.4,
-        "change_high": change + 0.4, "tokens_per_second": rate, "speed": rate / 100, "computed_share": share,
-        "problems": 500, "right": round(500 * exact), "tasks": {"balance": exact, "cells": exact}, "passes": 64,
+        "low": exact - 0.01, "high": min(exact + 0.01, 1), "change": change, "change_low": change - half,
+        "change_high": change + half, "tokens_per_second": rate, "speed": rate / 100, "computed_share": share,
+        "problems": problems, "right": round(problems * exact), "tasks": {"balance": exact, "cells": exact},
+        "passes": 64,
     }  # fmt: skip
 
 
@@ -201,6 +203,36 @@ def test_the_verdict_says_what_is_lost_and_won():
     assert said[3].startswith("A cache is better: greedy 8, 4.00x")
     alone = frontier.verdict([*ROWS[:2], ROWS[4]])
     assert "No cache with at most 0.5 points lost." in alone and "No cache is at least as fast" in alone
+
+
+def test_few_problems_are_told_and_not_judged():
+    few = {"half": 14.0, "problems": 12}
+    rows = [
+        row("plain", 1.0, 100, 1.0, 0, "none", **few), row("plain half", 1.0, 190, 0.5, 0, "none", **few),
+        row("decode 8", 1.0, 220, 0.36, 0, **few),
+    ]  # fmt: skip
+    said = frontier.verdict(rows).splitlines()
+    assert said[0].startswith("Too few problems (12, +-14.0 points; about ") and "Fastest" not in "".join(said)
+    assert said[0].endswith(" would do) to tell whether a cache has at most 0.5 points lost.")
+    assert said[1].endswith("at most 3 points lost.") and said[3].endswith("to tell whether a cache is better.")
+    # A loss that is large is seen all the same.
+    rows[2] = row("decode 8", 0.3, 220, 0.36, -60, **few)
+    assert frontier.verdict(rows).splitlines()[0] == "No cache with at most 0.5 points lost."
+    # Nor can a single problem, or none that plain decoding answers, say anything.
+    none = [row(name, 0.0, 100, 1.0, 0, policy) for name, policy in (("plain", "none"), ("decode 8", "decode"))]
+    assert frontier.verdict(none) == "Plain decoding answers none of the 500 problems: nothing can be lost on them."
+
+
+@pytest.mark.parametrize(("lost", "count", "wanted"), [(0, 4, 3.0), (2, 50, 0.5), (0, 1, 0.5), (0, 768, 3.0)])
+def test_enough_problems_are_as_many_as_the_interval_needs(lost, count, wanted):
+    def half(lost, count):
+        _, low, high = quality.paired([False] * lost + [True] * (count - lost), [True] * count)
+        return (high - low) / 2
+
+    needed = enough(half(lost, count), count, wanted)
+    found = half(round(lost * needed / count), needed)
+    assert found <= 1.1 * wanted
+    assert needed == count or half(round(0.8 * lost * needed / count), round(0.8 * needed)) > wanted
 
 
 def test_the_table_has_a_line_per_contender_and_a_column_per_task():

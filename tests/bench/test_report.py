@@ -8,8 +8,9 @@ import pytest
 from dkv.bench import report
 
 
-def row(policy, speed, *, way="dkv", spread=0.0, exact=None, over_eager=None):
+def row(policy, speed, *, way="dkv", spread=0.0, exact=None, over_eager=None, rounds=3):
     return {
+        "seconds": [1.0] * rounds,
         "policy": policy, "way": way, "batch": 2, "prompt": 8, "new": 4, "speed": speed, "slowest": speed - spread,
         "fastest": speed + spread, "exact": exact, "over_eager": over_eager,
     }  # fmt: skip
@@ -36,6 +37,16 @@ def test_verdict_sorts_the_policies():
 
 def test_verdict_does_not_call_a_tie_a_gain():
     assert "makes no clear difference for a" in report.verdict({"rows": [row("plain", 1.0), row("a", 1.01)]})
+
+
+def test_verdict_of_one_round_does_not_say_what_pays():
+    said = report.verdict({"rows": [row("plain", 1.0, rounds=1), row("a", 2.0, rounds=1)]})
+    assert "One round cannot tell whether the cache pays: give --rounds 3." in said and "pays for a" not in said
+
+
+def test_verdict_without_a_right_answer_names_no_policy_as_exact():
+    said = report.verdict({"rows": [row("plain", 1.0, exact=0.0), row("a", 2.0, exact=0.0)]})
+    assert "Plain answers none of the problems exactly" in said and "as many" not in said
 
 
 def test_verdict_ignores_the_baseline_and_names_the_fastest_that_is_as_exact():

@@ -19,7 +19,7 @@ from dkv.policies import POLICIES
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["generate", "trace", "verify", "info", "demo", "bench", "eval", "audit"])
+@pytest.mark.parametrize("name", ["generate", "infill", "trace", "verify", "info", "demo", "bench", "eval", "audit"])
 def test_every_command_explains_itself_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
     out, err = capsys.readouterr()

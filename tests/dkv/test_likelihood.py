@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dkv import likelihood
-from dkv.likelihood import _masks, are_greedy, log_likelihoods
+from dkv.likelihood import are_greedy, log_likelihoods, masked_places
 from dkv.output import Stats
 
 MASK = 63
@@ -80,14 +80,14 @@ def test_more_masks_come_closer(model):
 
 @pytest.mark.parametrize(("length", "samples"), [(1, 1), (4, 15), (4, 14), (10, 20), (100, 32), (3, 2)])
 def test_every_token_has_the_same_weight_in_all_masks_together(length, samples):
-    masks = _masks(length, samples, random.Random(3))
+    masks = masked_places(length, samples, random.Random(3))
     assert len(masks) == min(samples, 2**length - 1)
     assert all(places <= set(range(length)) and places for places, _ in masks)
     assert sum(weight * len(places) for places, weight in masks) == pytest.approx(length)
 
 
 def test_drawn_masks_have_every_count_equally_often():
-    counts = sorted(len(places) for places, _ in _masks(10, 20, random.Random(0)))
+    counts = sorted(len(places) for places, _ in masked_places(10, 20, random.Random(0)))
     assert counts == sorted(2 * list(range(1, 11)))
 
 
