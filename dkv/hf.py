@@ -124,16 +124,17 @@ def make_mask(
         return masking_utils.eager_mask(allow_is_bidirectional_skip=allow_is_bidirectional_skip, **asked)
     plain = (local_size is None or kv_length < local_size) and kv_offset == 0
     if plain and (attention_mask is None or attention_mask.shape == (batch_size, kv_length)):
+        # A module whose flag says causal hears from its configuration alone that it is not this time.
         encoder = getattr(config, "is_causal", None) is False
         if allow_is_bidirectional_skip:
-            # A module that is always causal has to hear that it is not this time.
-            if _hides_nothing(attention_mask) and (encoder or not flags):
-                return None
-            if attention_mask is not None:
-                return attention_mask[:, None, None]
-        elif allow_is_causal_skip and _at_the_end(queries, q_offset, kv_length) and _hides_nothing(attention_mask):
-            if queries == 1 or (flags and not encoder):
-                return None
+            unlimited, left_out = True, encoder or not flags
+        else:
+            unlimited = allow_is_causal_skip and _at_the_end(queries, q_offset, kv_length)
+            left_out = queries == 1 or (flags and not encoder)
+        if unlimited and left_out and _hides_nothing(attention_mask):
+            return None
+        if allow_is_bidirectional_skip and attention_mask is not None:
+            return attention_mask[:, None, None]
     return masking_utils.sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **asked)
 
 

@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -77,18 +78,24 @@ def refuse(model: type[PreTrainedModel], part: bool = False) -> None:
 
 
 @cache
-def _reason(model: type[PreTrainedModel], part: bool) -> str | None:
+def _reason(model: type[PreTrainedModel], part_of_another: bool) -> str | None:
     """Why a class of models cannot be served. Its parts that are models answer for themselves when they are built."""
     built = _built(model)
-    for name, thing in built.items():
+    whole, todo = dict(built), list(built.values())
+    while todo:  # what the parts are made of, where the class of a part is known
+        part = todo.pop()
+        if _is_class(part) and issubclass(part, PreTrainedModel):
+            more = {name: x for name, x in _built(part).items() if name not in whole}
+            whole |= more
+            todo += more.values()
+    served = any(_is_chosen(x) or _asks_the_interface(x) for x in (model, *whole.values()))
+    for name, thing in (built if served else whole).items():
         if isinstance(thing, dict) and "eager" in thing and NAME not in thing:
             return f"picks its attention from a table of its own, {name}, of {', '.join(sorted(thing))}"
-    if any(_is_model(x) or _asks_the_interface(x) for x in built.values()) or _asks_the_interface(model):
-        return None
     # A part that is a convolutional backbone, or works with any name as transformers says, is no obstacle to the rest.
-    if part and (model._supports_sdpa or "BackboneMixin" in [x.__name__ for x in model.__mro__]):
+    if served or (part_of_another and (model._supports_sdpa or "BackboneMixin" in [x.__name__ for x in model.__mro__])):
         return None
-    own = sorted(name for name in built if "Attention" in name)
+    own = sorted(name for name in whole if "Attention" in name)
     return f"does not go through transformers' AttentionInterface (it has {', '.join(own) or 'no attention'})"
 
 
@@ -101,26 +108,32 @@ def _built(model: type[nn.Module]) -> dict[str, Any]:
             for name in _names(function.__code__) - found.keys():
                 thing = function.__globals__.get(name)
                 kinds = _kinds(thing)
-                if _is_model(thing) or kinds:
-                    found[name] = thing
-                    todo += [x for x in kinds if not _is_model(x)]
+                if kinds or _is_chosen(thing):
+                    todo += [x for x in kinds if not issubclass(x, PreTrainedModel) and x.__name__ not in found]
+                    found |= {x.__name__: x for x in kinds} | {name: thing}
     return found
 
 
 def _kinds(thing: Any) -> list[type[nn.Module]]:
     """The classes of modules in a global: itself, or the entries of a table."""
     entries = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else [thing]
-    return [x for x in entries if isinstance(x, type) and issubclass(x, nn.Module)]
+    return [x for x in entries if _is_class(x) and issubclass(x, nn.Module)]
 
 
-def _is_model(thing: Any) -> bool:
-    models = (PreTrainedModel, _BaseAutoModelClass)
-    return getattr(thing, "__name__", None) == "load_backbone" or (isinstance(thing, type) and issubclass(thing, models))
+def _is_class(thing: Any) -> bool:
+    return isinstance(thing, type)
+
+
+def _is_chosen(thing: Any) -> bool:
+    """One of the ways to make a model whose class its configuration names."""
+    return getattr(thing, "__name__", "") == "load_backbone" or (
+        _is_class(thing) and issubclass(thing, _BaseAutoModelClass)
+    )
 
 
 def _asks_the_interface(thing: Any) -> bool:
     """The class looks up its attention by name where transformers keeps the registered ones."""
-    return isinstance(thing, type) and any(INTERFACE in _names(x.__code__) for x in _methods(thing))
+    return _is_class(thing) and any(INTERFACE in _names(x.__code__) for x in _methods(thing))
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:
@@ -176,7 +189,7 @@ def _kind_of_masks(config: type[PretrainedConfig]) -> tuple[bool, bool]:
     homes = [name for name, found in classes.items() if attentions.intersection(found)] or list(classes)
     models = [x for name in homes for x in classes[name] if issubclass(x, PreTrainedModel) and x.__module__ == name]
     own = [x for x in models if getattr(x, "config_class", None) in config.__mro__]
-    if own and all(_reason(x, part=True) for x in own):
+    if own and all(_reason(x, True) for x in own):
         refuse(own[-1], part=True)
     takes_bool = bool(models) and all(x._supports_sdpa for x in models)
     attentions = [x for x in attentions if _takes(x, names)]
@@ -185,7 +198,10 @@ def _kind_of_masks(config: type[PretrainedConfig]) -> tuple[bool, bool]:
 
 def _models(config: type[PretrainedConfig]) -> list[type[PreTrainedModel]]:
     """The models that transformers itself makes of a configuration."""
-    found = (mapping.get(config, None) for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
+    found = []
+    for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        with suppress(ValueError):  # an entry that names no model
+            found.append(mapping.get(config, None))
     return [x for x in found if isinstance(x, type) and issubclass(x, PreTrainedModel)]
 
 
