@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, masking_utils
 
-from dkv.hf_support import ELSEWHERE, NAME, kind_of_masks, watch_models
+from dkv.hf_support import ELSEWHERE, NAME, kind_of_masks, made_an_encoder, watch_models
 from dkv.kernels import cached_attention
 
 # Arguments that change neither what is attended to nor how: models hand on all that they were given.
@@ -124,8 +124,7 @@ def make_mask(
         return masking_utils.eager_mask(allow_is_bidirectional_skip=allow_is_bidirectional_skip, **asked)
     plain = (local_size is None or kv_length < local_size) and kv_offset == 0
     if plain and (attention_mask is None or attention_mask.shape == (batch_size, kv_length)):
-        # A module whose flag says causal hears from its configuration alone that it is not this time.
-        encoder = getattr(config, "is_causal", None) is False
+        encoder = made_an_encoder(config)
         if allow_is_bidirectional_skip:
             unlimited, left_out = True, encoder or not flags
         else:
@@ -223,9 +222,7 @@ def _is_causal(module: nn.Module | None, asked: bool | None) -> bool:
     config, flag = getattr(module, "config", None), getattr(module, "is_causal", None)
     if not isinstance(config, PretrainedConfig):
         return bool(flag if asked is None else asked)
-    if asked is False or getattr(config, "is_causal", None) is False:
-        return False
-    if not kind_of_masks(type(config))[1]:
+    if asked is False or made_an_encoder(config) or not kind_of_masks(type(config))[1]:
         return False
     if flag is None:
         raise ValueError(

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 NAME = "dkv"
 ELSEWHERE = 'load the model with attn_implementation="eager"'
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+KNOWS_ENCODERS = "is_causal" in inspect.unwrap(masking_utils.create_causal_mask).__code__.co_consts
 
 
 def watch_models() -> None:
@@ -159,6 +160,11 @@ def _constructors(kind: type) -> list[FunctionType]:
 def _names(code: CodeType) -> set[str]:
     """The global names and attributes in a function and in those inside it."""
     return set(code.co_names).union(*(_names(x) for x in code.co_consts if isinstance(x, CodeType)))
+
+
+def made_an_encoder(config: PretrainedConfig) -> bool:
+    """Its masks are asked for without causality, whatever the flags say: transformers 5 goes by the configuration."""
+    return KNOWS_ENCODERS and getattr(config, "is_causal", None) is False
 
 
 @torch.compiler.assume_constant_result

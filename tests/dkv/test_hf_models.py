@@ -21,6 +21,9 @@ from transformers.utils import ModelOutput
 import dkv
 from dkv import hf
 
+if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("few models go through AttentionInterface before transformers 5", allow_module_level=True)
+
 RECORD = Path(__file__).with_name("hf_models.txt")
 VOCABULARY, LENGTH, LIMIT, CLOSE = 64, 12, 4_000_000, 1e-4
 
@@ -189,6 +192,11 @@ def outcome(cls: type[PreTrainedModel], kind: str, calls: list) -> str | None:
         return why(error)
     for side in given:
         part = off(found[side], expected[side])
+        if part >= CLOSE and side is None and looks_ahead(eager, given[side]):
+            # A decoder that makes no mask at all: only its flag keeps later tokens from it, and eager has no flag.
+            part = off(found[side], run(build(cls, kind, "sdpa"), given[side]))
+            assert part < CLOSE, f"{cls.__name__} without a mask is off sdpa by {part:.2g}"
+            return "as sdpa"
         assert part < CLOSE, f"{cls.__name__} with padding {side} is off by {part:.2g}"
     if not calls:
         return "never called" if any("Attention" in type(x).__name__ for x in model.modules()) else "no attention"
@@ -255,5 +263,5 @@ def test_equals_eager_or_is_refused(letter, calls):
 def test_the_comparison_finds_a_module_that_is_believed(kind, calls, monkeypatch):
     """Attention that takes every missing flag and mask for what it is not."""
     monkeypatch.setattr(hf, "_is_causal", lambda module, asked: kind == "bert")
-    with pytest.raises(AssertionError, match="is off by"):
+    with pytest.raises(AssertionError, match="is off"):
         outcome(classes(kind)[0], kind, calls)

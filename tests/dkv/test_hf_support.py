@@ -161,10 +161,8 @@ def test_a_head_on_a_model_that_never_calls_is_refused():
         AutoModelForMaskedLM.from_config(config, attn_implementation="dkv")
 
 
-@pytest.mark.parametrize("name", ["Falcon", "Data2VecVision", "SamVision", "GitVision", "GPTNeo"])
+@pytest.mark.parametrize("name", ["Falcon", "Data2VecVision", "SamVision", "Git", "GPTNeo"])
 def test_a_table_of_attentions_is_refused_with_words(name):
-    if name == "GitVision" and V5:
-        pytest.skip("goes through AttentionInterface")
     config = getattr(transformers, f"{name}Config")()
     with pytest.raises(ValueError, match=r"table of its own.*eager"):
         AutoModel.from_config(config, attn_implementation="dkv")
