@@ -3,22 +3,19 @@
 Importing this module registers the name, and so does `dkv.register()`.
 
 What a mask means here:
-    None      every key is visible; but a causal module sees no later key.
+    None      every key is visible, as in eager attention; but a causal module sees no later key.
     [B, S]    False (or 0) hides a key from its row; and a causal module sees no later key.
     4-D       the whole truth, of shape [B or 1, 1, N or 1, S]: causality is already in it.
-Causal is what the argument `is_causal` says, else the attribute of the attention module. The masks that
-are made here are None or 4-D, as some models pass `is_causal=False` with any mask.
+The flag `is_causal` of an attention module is believed only in models whose attention always sets it (see
+`kind_of_masks`): for these alone a causal mask is left out, and every other model is given it whole.
 """
-
-import sys
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, masking_utils
 
+from dkv.hf_support import ELSEWHERE, NAME, kind_of_masks, made_an_encoder, watch_models
 from dkv.kernels import cached_attention
-
-NAME = "dkv"
 
 # Arguments that change neither what is attended to nor how: models hand on all that they were given.
 HARMLESS = frozenset(
@@ -31,17 +28,16 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 # Arguments that change the result in a way that the kernels do not know, and what to do instead.
-_ELSEWHERE = 'load the model with attn_implementation="eager"'
 REFUSED = {
-    "softcap": _ELSEWHERE,
-    "s_aux": _ELSEWHERE,
-    "sinks": _ELSEWHERE,
-    "head_mask": _ELSEWHERE,
-    "layer_head_mask": _ELSEWHERE,
-    "output_attentions": f"attention weights are never stored; to see them, {_ELSEWHERE}",
+    "softcap": ELSEWHERE,
+    "s_aux": ELSEWHERE,
+    "sinks": ELSEWHERE,
+    "head_mask": ELSEWHERE,
+    "layer_head_mask": ELSEWHERE,
+    "output_attentions": f"attention weights are never stored; to see them, {ELSEWHERE}",
     "position_bias": 'load the model with attn_implementation="sdpa"',
-    "indices": _ELSEWHERE,
-    "block_indices": _ELSEWHERE,
+    "indices": ELSEWHERE,
+    "block_indices": ELSEWHERE,
     "block_table": 'continuous batching needs attn_implementation="paged|eager"',
 }
 
@@ -59,6 +55,8 @@ def register() -> None:
     decoders, with padding on either side, grouped key heads, sliding windows and a cache of keys. Queries that see
     nothing, which are padding, give 0. Gradients are right, computed by PyTorch. A model asks for more than that with
     a soft cap, attention sinks, dropout, a position bias, a mask per head or attention weights: these raise ValueError.
+    Models whose attention does not go through the interface raise it when they are built, as transformers' own names
+    do; for that, two methods of `PreTrainedModel` are wrapped.
 
     Example:
         >>> dkv.register()
@@ -74,6 +72,7 @@ def register() -> None:
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, make_mask)
+    watch_models()
 
 
 def make_mask(
@@ -99,52 +98,43 @@ def make_mask(
         q_length, q_offset: number of queries, and the position of the first; older versions of transformers
             give `cache_position` [N] instead.
         local_size: width of the window of a sliding or chunked pattern.
-        allow_is_causal_skip, allow_is_bidirectional_skip: whether the pattern, but for its window, is causal, which
-            the attention module knows, or without any limit.
+        allow_is_causal_skip, allow_is_bidirectional_skip: whether the pattern, but for its window, is causal or
+            without any limit.
         how: other arguments of transformers' mask functions.
 
     Returns:
-        None, bool [B, 1, 1, S] or bool [B, 1, N, S]; see the top of this file.
+        None, bool [B, 1, 1, S] or bool [B, 1, N, S]; see the top of this file. For models that transformers never
+        runs with bool masks, what it makes for eager attention: additive, of the dtype of the model.
 
     Raises:
         ValueError: the attention of the model does not go through `AttentionInterface`.
     """
-    kind = type(how.get("config"))
-    if not _goes_through_the_interface(kind.__module__):
-        raise ValueError(
-            f"attn_implementation 'dkv' cannot serve the model of {kind.__name__}, which does not go through "
-            f"transformers' AttentionInterface: {_ELSEWHERE}"
-        )
+    config = how.get("config")
+    takes_bool, flags = kind_of_masks(type(config))
     queries = cache_position.shape[0] if q_length is None else q_length
-    plain = (local_size is None or kv_length < local_size) and kv_offset == 0
-    if plain and (attention_mask is None or attention_mask.shape == (batch_size, kv_length)):
-        if allow_is_bidirectional_skip:
-            return None if _hides_nothing(attention_mask) else attention_mask[:, None, None]
-        if allow_is_causal_skip and _at_the_end(queries, q_offset, kv_length) and _hides_nothing(attention_mask):
-            return None
     if q_length is None:
         place = {"cache_position": cache_position}
     else:
         place = {"q_length": q_length, "q_offset": 0 if q_offset is None else q_offset}
-    return masking_utils.sdpa_mask(
-        batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, attention_mask=attention_mask,
-        local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **place, **how,
-    )  # fmt: skip
-
-
-@torch.compiler.assume_constant_result
-def _goes_through_the_interface(module_of_config: str) -> bool:
-    """Whether a model with this configuration calls `attention`, as far as its loaded modules show.
-
-    Some models ask for the mask of an implementation by name, and then add it to their scores themselves.
-    """
-    package = module_of_config.rpartition(".")[0]
-    for name, module in tuple(sys.modules.items()):
-        if name.startswith(f"{package}.modeling_") and not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
-            own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == name]
-            if any("Attention" in x.__name__ and issubclass(x, nn.Module) for x in own):
-                return False
-    return True
+    asked = {
+        "batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "attention_mask": attention_mask,
+        "local_size": local_size, **place, **how,
+    }  # fmt: skip
+    if not takes_bool:
+        return masking_utils.eager_mask(allow_is_bidirectional_skip=allow_is_bidirectional_skip, **asked)
+    plain = (local_size is None or kv_length < local_size) and kv_offset == 0
+    if plain and (attention_mask is None or attention_mask.shape == (batch_size, kv_length)):
+        encoder = made_an_encoder(config)
+        if allow_is_bidirectional_skip:
+            unlimited, left_out = True, encoder or not flags
+        else:
+            unlimited = allow_is_causal_skip and _at_the_end(queries, q_offset, kv_length)
+            left_out = queries == 1 or (flags and not encoder)
+        if unlimited and left_out and _hides_nothing(attention_mask):
+            return None
+        if allow_is_bidirectional_skip and attention_mask is not None:
+            return attention_mask[:, None, None]
+    return masking_utils.sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **asked)
 
 
 def _at_the_end(queries: int, offset: int | Tensor | None, keys: int) -> bool:
@@ -183,12 +173,13 @@ def attention(
     are not known raise, so that nothing a model asks for is left out in silence.
 
     Args:
-        module: asked for `is_causal` when the argument is None; without one it is causal.
+        module: asked for `is_causal`, and for its `config`, where no 4-D mask says what is visible.
         query: [B, Hq, N, D]; query i stands at key i + S - N where no 4-D mask says otherwise.
         key, value: [B, Hkv, S, D]; Hq is a multiple of Hkv.
         attention_mask: None, [B, S] bool or integers, or [B or 1, 1, N or 1, S] bool or additive: 0, or -10000
             and less. An additive mask is read back to be checked: bool is quicker.
         scaling: factor of the scores; default D ** -0.5.
+        is_causal: stands for the attribute of the module; only for modules that are causal else.
         sliding_window: must be in the mask already.
 
     Returns:
@@ -216,11 +207,29 @@ def attention(
                 f"sliding_window={sliding_window} is not in attention_mask, which is not 4-D: make the mask with "
                 "transformers.masking_utils.create_sliding_window_causal_mask, or give a 4-D bool mask"
             )
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # One query stands at the last key and sees them all.
-        if causal and query.shape[1] > 1:
+        if query.shape[1] > 1 and _is_causal(module, is_causal):
             rules["block_ids"] = _causal(query, key)
     return cached_attention(query, key, value, scale=scaling, **rules), None
+
+
+def _is_causal(module: nn.Module | None, asked: bool | None) -> bool:
+    """Whether a module without a 4-D mask sees no later key.
+
+    `make_mask` leaves a causal mask out for models with known flags only: anywhere else no mask is no limit, as for
+    eager attention, whatever the flag says.
+    """
+    config, flag = getattr(module, "config", None), getattr(module, "is_causal", None)
+    if not isinstance(config, PretrainedConfig):
+        return bool(flag if asked is None else asked)
+    if asked is False or made_an_encoder(config) or not kind_of_masks(type(config))[1]:
+        return False
+    if flag is None:
+        raise ValueError(
+            f"attn_implementation 'dkv' cannot tell whether {type(module).__name__} is causal: set its attribute "
+            "is_causal to True or False, or give a 4-D bool attention_mask"
+        )
+    return flag
 
 
 def _refuse(kwargs: dict, dropout: float, whole: bool) -> None:
@@ -237,7 +246,7 @@ def _refuse(kwargs: dict, dropout: float, whole: bool) -> None:
         if name in PACKED:
             remedy = "give a 4-D bool mask that keeps the packed sequences apart, or one sequence a row with padding"
         if remedy is None:
-            remedy = f"leave the argument out if it does not matter, else {_ELSEWHERE}"
+            remedy = f"leave the argument out if it does not matter, else {ELSEWHERE}"
         raise ValueError(f"attn_implementation 'dkv' does not support {name}: {remedy}")
 
 
@@ -260,7 +269,7 @@ def _rules(mask: Tensor | None, queries: tuple[int, int], keys: int) -> dict[str
     if not fits:
         raise ValueError(
             f"attention_mask must be [{batch}, {keys}] bool or integers, or [{batch} or 1, 1, {n} or 1, {keys}] bool "
-            f"or additive, got {list(mask.shape)} {mask.dtype}; a mask per head is not supported: {_ELSEWHERE}"
+            f"or additive, got {list(mask.shape)} {mask.dtype}; a mask per head is not supported: {ELSEWHERE}"
         )
     visible = _boolean(mask)[:, 0].expand(batch, -1, -1)
     return {"key_mask": visible[:, 0]} if mask.shape[2] == 1 else {"mask": visible}
@@ -276,7 +285,7 @@ def _boolean(mask: Tensor) -> Tensor:
     if mask.requires_grad or not _hides_nothing(visible | (mask <= HIDDEN)):
         raise ValueError(
             "an additive attention_mask must be 0 or at most -10000 everywhere (a bias on the scores is not supported: "
-            f"{_ELSEWHERE}), need no gradient, and under torch.compile be bool: give attention_mask == 0"
+            f"{ELSEWHERE}), need no gradient, and under torch.compile be bool: give attention_mask == 0"
         )
     return visible
 

@@ -376,9 +376,16 @@ def test_without_a_mask_a_causal_module_sees_no_later_key(n, asked):
     assert_as_good(out, plain, truth)
 
 
-def test_a_module_that_does_not_say_is_causal():
+def test_a_module_that_does_not_say_sees_every_key():
     q, k, v = qkv()
-    assert torch.equal(hf.attention(module(), q, k, v, None)[0], hf.attention(None, q, k, v, None, is_causal=True)[0])
+    assert torch.equal(hf.attention(module(), q, k, v, None)[0], hf.attention(None, q, k, v, None, is_causal=False)[0])
+
+
+def test_a_module_that_does_not_say_among_causal_ones_is_refused():
+    """A causal mask is left out for models of this configuration, so None could mean either."""
+    config = transformers.LlamaConfig(**GQA)
+    with pytest.raises(ValueError, match=r"is_causal.*4-D"):
+        hf.attention(SimpleNamespace(config=config), *qkv(), None)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(B, S), torch.ones(B, S, dtype=torch.long).tril(5)], ids=["float", "long"])
@@ -462,16 +469,6 @@ def test_models_that_ask_for_more_are_refused():
     model = make("llama", "dkv")
     model.config._output_attentions = True  # a config of before the name was chosen
     with pytest.raises(ValueError, match=r"output_attentions.*eager"):
-        model(ids, mask)
-
-
-@pytest.mark.skipif(not V5, reason="earlier versions do not build these models")
-@pytest.mark.parametrize("kind", ["MPNetConfig", "RoFormerConfig"])
-def test_models_that_do_not_ask_are_refused(kind):
-    """They would add the bool mask to their scores."""
-    ids, mask, _ = batch("left")
-    model = AutoModel.from_config(getattr(transformers, kind)(**SIZES), attn_implementation="dkv")
-    with pytest.raises(ValueError, match=r"AttentionInterface.*eager"):
         model(ids, mask)
 
 
