@@ -150,8 +150,8 @@ def attention_kernel(
 
     # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing.
     total = tl.where(asked, total, 0.0)
-    acc = tl.where(total[:, None] == 0.0, 0.0, acc / tl.where(total == 0.0, 1.0, total)[:, None])
-    log_total = tl.where(total == 0.0, float("-inf"), (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2)
+    acc = tl.where(total[:, None] != 0.0, acc / tl.where(total != 0.0, total, 1.0)[:, None], 0.0)
+    log_total = tl.where(total != 0.0, (top + tl.log2(tl.where(total != 0.0, total, 1.0))) * LN2, float("-inf"))
     at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
     inside = token < tokens
     if REPAIR:
@@ -159,7 +159,7 @@ def attention_kernel(
     out_at = out + at[:, None] * D + d[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
     if lse is not None and not REPAIR:
-        tl.store(lse + at, tl.where(top == float("inf"), top, log_total), mask=inside)
+        tl.store(lse + at, log_total, mask=inside)
 
 
 @triton.jit
