@@ -10,6 +10,8 @@ import torch
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 SIDE = {"cpu": 2048, "cuda": 8192}
 SECONDS, FEWEST = 0.4, 5
+# Seconds that one product may take: a CPU without instructions for half precision is a hundred times as slow in it.
+PATIENCE = 1.0
 
 
 def median_seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -58,6 +60,12 @@ def copy_rate(device: torch.device) -> float:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two large square matrices."""
-    side = SIDE[device.type]
+    side = SIDE[device.type] // 4
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / median_seconds(lambda: a @ b, device)
+    seconds = median_seconds(lambda: a @ b, device)
+    # Four times the side is 64 times the work.
+    if 64 * seconds <= PATIENCE or device.type == "cuda":
+        side *= 4
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = median_seconds(lambda: a @ b, device)
+    return 2 * side**3 / seconds

@@ -237,11 +237,20 @@ def test_floor_is_the_larger_of_memory_and_arithmetic():
 def test_rates_count_what_is_read_and_written(monkeypatch):
     monkeypatch.setattr(rates, "COPY_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(rates, "SIDE", {"cpu": 64})
-    calls = []
-    monkeypatch.setattr(rates, "median_seconds", lambda call, device: calls.append(call()) or 0.5)
-    expected = {"copy_bytes_per_s": 2 * (1 << 20) / 0.5, "matrix_flops_per_s": 2 * 64**3 / 0.5}
+    calls, slow = [], set()
+
+    def median(call, device):
+        result = call()
+        calls.append(result)
+        return 0.5 if result.dtype in slow else 0.01
+
+    monkeypatch.setattr(rates, "median_seconds", median)
+    expected = {"copy_bytes_per_s": 2 * (1 << 20) / 0.01, "matrix_flops_per_s": 2 * 64**3 / 0.01}
     assert rates.rates(CPU, torch.float32) == expected
-    assert calls[0].nbytes == 1 << 20 and calls[1].shape == (64, 64)
-    assert gpu_timing.Timer(CPU, 0.1).rates() == expected and calls[3].dtype == torch.bfloat16
+    assert calls[0].nbytes == 1 << 20 and [x.shape[0] for x in calls[1:]] == [16, 64]
+    assert gpu_timing.Timer(CPU, 0.1).rates() == expected and calls[-1].dtype == torch.bfloat16
+    # Where a product takes long, the small one has to do.
+    slow.add(torch.bfloat16)
+    assert rates.matrix_rate(CPU, torch.bfloat16) == 2 * 16**3 / 0.5 and calls[-1].shape[0] == 16
     with pytest.raises(ValueError, match=r"dtype must be a float dtype, got torch\.int8"):
         rates.rates(CPU, torch.int8)
