@@ -23,7 +23,7 @@ class Bar(tqdm):
     Args:
         total: how many there are.
         unit: the word for one.
-        pause: least seconds between two lines; 0: a line for each.
+        pause: least seconds between two lines, `PAUSE` by default; 0: a line for each.
         silent: show nothing.
 
     Example:
@@ -34,11 +34,11 @@ class Bar(tqdm):
         ...         bar.update()
     """
 
-    def __init__(self, total: int, unit: str, pause: float = PAUSE, silent: bool = False):
+    def __init__(self, total: int, unit: str, pause: float | None = None, silent: bool = False):
         # None: where there is a terminal.
         super().__init__(total=total, unit=unit, leave=False, disable=silent or None, file=sys.stderr)
         # tqdm keeps no unit where it shows nothing.
-        self.unit, self.pause, self.silent = unit, pause, silent
+        self.unit, self.pause, self.silent = unit, PAUSE if pause is None else pause, silent
         self.began = self.said = time.monotonic()
 
     def update(self, n: int = 1) -> None:

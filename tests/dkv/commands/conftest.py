@@ -36,6 +36,12 @@ def folder(tmp_path_factory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(autouse=True)
+def no_lines_by_the_clock(monkeypatch):
+    """What a slow machine says while it works is not what these tests are about."""
+    monkeypatch.setattr("dkv.bar.PAUSE", float("inf"))
+
+
 @pytest.fixture
 def write_model():
     return write_random_model
