@@ -31,7 +31,7 @@ _PUBLIC = {
     "Gap": "dkv.gaps",
     "stream": "dkv.generation",
     "DiffusionConfig": "dkv.config",
-    "Savings": "dkv.config",
+    "Savings": "dkv.savings",
     "DiffusionOutput": "dkv.output",
     "Stats": "dkv.output",
     "DraftStreamer": "dkv.streaming",

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 from transformers import GenerationConfig
@@ -10,29 +10,12 @@ from transformers import GenerationConfig
 from dkv.kernels.choose import CONFIDENCE_DTYPES
 from dkv.policies import policy_of
 from dkv.published_caches import CACHE_NAMES, choose_policy
-from dkv.published_names import ACTING, ALIASES, BOOKKEEPING, canonical, check_other, choose_temperature
+from dkv.published_names import BOOKKEEPING, canonical, check_other, choose_temperature, own_name
+from dkv.savings import Savings, savings_of
 from dkv.schedule import Step, block_schedule, check_steps, time_schedule
 from dkv.validation import check_types
 
 CONFIDENCE_RULES = ("probability", "margin", "entropy", "random")
-
-
-@dataclass(frozen=True)
-class Savings:
-    """Work that dkv leaves out without changing a token; each can be put back to measure it.
-
-    Args:
-        needed_rows: logits, final norm and the last layer's queries and MLP only at the slots that
-            may be decoded now, not at every slot of the pass.
-        rotated_keys: keys are stored with their rotary embedding, not rotated again in every pass.
-        tail_confidence: confidences in float32 from the tail, not from a float64 softmax of a copy.
-        host_counts: the schedule gives the number of active slots; nothing is read back per step.
-    """
-
-    needed_rows: bool = True
-    rotated_keys: bool = True
-    tail_confidence: bool = True
-    host_counts: bool = True
 
 
 DEFAULTS: dict[str, Any] = {
@@ -134,15 +117,17 @@ class DiffusionConfig(GenerationConfig):
         self.validate()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A published name acts on the setting that it stands for."""
-        if value is not None and (name in ALIASES or name in ACTING) and hasattr(self, "savings"):
-            self.update(**{name: value})
+        """A setting takes what `update` takes, by any name; whether it goes with the others is seen when it is used."""
+        if own_name(name) in DEFAULTS and hasattr(self, "savings"):
+            self._take({name: value})
         else:
             super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, whose `use_cache` in a file is about its own decoding and does not choose a policy."""
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"a configuration must be a dict of settings, got {config_dict!r}")
         says_which = {"cache", *CACHE_NAMES} - {"use_cache"}
         if config_dict.get("use_cache") is True and not says_which & {*config_dict, *kwargs}:
             warnings.warn("use_cache=True of the file does not say which cache: none is used", stacklevel=2)
@@ -170,15 +155,15 @@ class DiffusionConfig(GenerationConfig):
             if given.get("max_length") is not None:
                 warnings.warn("max_new_tokens and max_length are both given: max_new_tokens is used", stacklevel=4)
             given["max_length"] = None
+        unset = {"eos_token_id": [], "eot_token_id": []}
         # None puts the default back.
-        vars(self).update({n: DEFAULTS.get(n) if value is None else value for n, value in given.items()})
-        self.cache = policy_of(self.cache)
-        self.savings = _savings_of(self.savings)
-        for name in ("eos_token_id", "eot_token_id"):
-            if getattr(self, name) == []:
-                setattr(self, name, None)
-        if "confidence_threshold" in (settings.get("alg"), settings.get("remasking")) and self.threshold is None:
+        taken = {n: DEFAULTS.get(n) if value in (None, unset.get(n)) else value for n, value in given.items()}
+        taken["cache"] = policy_of(taken.get("cache", self.cache))
+        taken["savings"] = savings_of(taken.get("savings", self.savings))
+        by_threshold = "confidence_threshold" in map(str, (settings.get("alg"), settings.get("remasking")))
+        if by_threshold and taken.get("threshold", self.threshold) is None:
             raise ValueError("alg='confidence_threshold' goes by threshold=, which is 0.9 in the published code")
+        vars(self).update(taken)
 
     def validate(self, **_: Any) -> None:
         """Raise ValueError where a value is impossible, naming the setting and what it may be."""
@@ -198,6 +183,8 @@ class DiffusionConfig(GenerationConfig):
         self._validate_dynamic()
         if self.confidence_eos_eot_inf and self.confidence == "random":
             raise ValueError("confidence_eos_eot_inf needs a confidence to go by, and confidence='random' has none")
+        if self.selection_temperature > 0 and self.confidence == "random":
+            raise ValueError("selection_temperature needs a confidence to go by, and confidence='random' has none")
         if self.schedule not in (None, "blocks", "time"):
             raise ValueError(f'schedule must be "blocks" or "time", got {self.schedule!r}')
         if self.schedule == "time" and self.block_length is not None:
@@ -262,15 +249,22 @@ class DiffusionConfig(GenerationConfig):
 
     def _block_length(self, shifted: bool, new: int) -> int | None:
         """Slots of a block; None for the time schedule."""
+        return None if self.in_time(shifted) else self.block_length or max(new, 1)
+
+    def in_time(self, shifted: bool) -> bool:
+        """Whether the schedule is that in time, for a model of Dream's kind (`shifted`) or of LLaDA's."""
         # Dream's own schedule has no blocks: asking for them asks for LLaDA's.
         default = "time" if shifted and self.block_length is None else "blocks"
-        return self.block_length or max(new, 1) if (self.schedule or default) == "blocks" else None
+        return (self.schedule or default) == "time"
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, for JSON."""
         plain = super().to_dict()
         plain["cache"] = {"name": self.cache.name, **asdict(self.cache)}
         plain["savings"] = asdict(self.savings)
+        if self.max_length is not None:
+            # That is what counts; beside it, a number would count when this is read.
+            plain["max_new_tokens"] = None
         return plain
 
     def settings(self) -> dict[str, Any]:
@@ -284,14 +278,6 @@ class DiffusionConfig(GenerationConfig):
         plain_defaults = {**DEFAULTS, "cache": {"name": "none"}, "savings": asdict(Savings())}
         names = (*DEFAULTS, *BOOKKEEPING)
         return {n: plain[n] for n in names if plain.get(n) is not None and plain[n] != plain_defaults.get(n)}
-
-
-def _savings_of(value: Any) -> Savings:
-    if isinstance(value, dict) and value.keys() <= {f.name for f in fields(Savings)}:
-        value = Savings(**value)
-    if not isinstance(value, Savings) or not all(isinstance(one, bool) for one in asdict(value).values()):
-        raise ValueError(f"savings must be a dkv.Savings, or a dict of its switches, got {value!r}")
-    return value
 
 
 @functools.cache

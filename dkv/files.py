@@ -46,7 +46,10 @@ def write_json(path: str | os.PathLike, content: Any, **form: Any) -> None:
 def append_line(path: str | os.PathLike, line: str) -> None:
     """Add a line to a file, in one go: it is there as a whole, or not at all unless the disk is full."""
     with open(path, "ab", buffering=0) as file:
-        file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+        try:
+            file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

@@ -21,12 +21,16 @@ from itertools import accumulate, chain, groupby
 from typing import Any
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from dkv.config import BY_ROW, DiffusionConfig
 from dkv.generation import infill, infill_config
+from dkv.inputs import check_settings
 from dkv.likelihood import Copy, log_probabilities, masked_places
 from dkv.output import Stats
+from dkv.records import RECORDS
+from dkv.validation import plain
 
 # Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.
 REACH, SAMPLES, COPIES = 16, 8, 32
@@ -89,22 +93,23 @@ def fill_gaps(
         model: from `dkv.load` or `dkv.wrap`.
         texts: of each the token ids from left to right, with a `Gap` in each place where tokens are missing.
             Neighbouring gaps are one, of as many tokens as both may have.
-        generation_config, overrides: as for `dkv.infill`. Guidance and processors of logits have no part in the choice
-            of lengths.
+        generation_config, overrides: as for `dkv.infill`. Guidance has no part in the choice of lengths.
         streamer: as for `dkv.infill`; gets the texts [B, L] with masks when their lengths are chosen.
 
     Returns:
         `FilledGaps`. All but the gaps is as it was given.
 
     Raises:
+        TypeError: the model, the texts or the configuration are of the wrong kind.
         ValueError, IndexError: the texts or settings are impossible, or a gap of unknown length has no text beside it;
             before anything is computed. The logits hold NaN.
 
     Example:
         >>> dkv.fill_gaps(model, [[5, 9, dkv.Gap(0, 8), 3, dkv.Gap(2, 2)]]).fillings
     """
-    layouts = [_Layout.of(text) for text in texts]
     config = infill_config(generation_config, overrides)
+    check_settings(model, config)
+    layouts = [_Layout.of(text) for text in _listed(texts)]
     _check(model, layouts, config)
     search, begin = Stats(), time.perf_counter()
     scores: list[list[dict[int, float]]] = [[{} for _ in layout.gaps] for layout in layouts]
@@ -203,6 +208,17 @@ def _scores(model: Any, layout: _Layout, number: int, stats: Stats) -> dict[int,
     return scores
 
 
+def _listed(texts: Any) -> list[list[Any]]:
+    """The texts as lists; ids that are numbers of numpy or torch as those of Python."""
+    kinds = Sequence | Tensor | ndarray
+    if isinstance(texts, str) or not isinstance(texts, kinds):
+        raise TypeError(f"texts must be a list of texts, such as [[5, 9, dkv.Gap(0, 8), 3]], got {texts!r}")
+    for text in texts:
+        if isinstance(text, str) or not isinstance(text, kinds):
+            raise TypeError(f"a text must be a list of token ids and gaps, such as [5, dkv.Gap(0, 8), 3], got {text!r}")
+    return [[part if isinstance(part, Gap) else plain(part) for part in text] for text in texts]
+
+
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, int64 [B, L], padded on the right."""
     width = max(map(len, rows), default=0)
@@ -215,6 +231,8 @@ def _check(model: Any, layouts: Sequence[_Layout], config: DiffusionConfig) -> N
     spec = model.spec
     if not layouts:
         raise ValueError("texts holds no text")
+    if records := [name for name in RECORDS if getattr(config, f"output_{name}")]:
+        raise ValueError(f"output_{records[0]} has no effect on fill_gaps: fill the rows that it finds by dkv.infill")
     for name in BY_ROW:
         if isinstance(value := getattr(config, name), list) and len(value) != len(layouts):
             raise ValueError(f"{name} is a list of {len(value)}, but there are {len(layouts)} texts")

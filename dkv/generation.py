@@ -94,7 +94,7 @@ def generate(
         >>> output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.Decode(refresh=8))
         >>> output.sequences[:, ids.shape[1]:], output.stats.computed_share
     """
-    config = _config(generation_config, overrides)
+    config = config_of(generation_config, overrides)
     _check_helpers(config, generator, streamer)
     ids, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
     run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
@@ -170,7 +170,7 @@ def stream(
         >>> for draft in dkv.stream(model, ids, max_new_tokens=64):
         ...     print(tokenizer.decode(draft.sequences[0]))
     """
-    config = _config(generation_config, overrides)
+    config = config_of(generation_config, overrides)
     _check_helpers(config, generator)
     _, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
     run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
@@ -186,7 +186,8 @@ def _drafts(run: Run) -> Iterator[DiffusionOutput]:
     yield run.output()
 
 
-def _config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> DiffusionConfig:
+def config_of(given: DiffusionConfig | None, overrides: dict[str, Any]) -> DiffusionConfig:
+    """The settings of one call, which may be changed."""
     if given is not None and not isinstance(given, DiffusionConfig):
         kind = type(given).__name__
         raise TypeError(
@@ -211,7 +212,7 @@ def infill_config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> D
     lengths = ("max_new_tokens", "max_length")
     if named := [name for name, value in overrides.items() if own_name(name) in lengths and value is not None]:
         raise ValueError(f"{own_name(named[0])} does not go with infill, which fills every mask of input_ids")
-    return _config(given, {**overrides, "max_new_tokens": 0})
+    return config_of(given, {**overrides, "max_new_tokens": 0})
 
 
 def _mask_id(model: Any, config: DiffusionConfig) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.config import BY_ROW, DiffusionConfig
+from dkv.config import BY_ROW, DEFAULTS, DiffusionConfig
 from dkv.ending import unwanted_ends
 from dkv.kernels import checks
 from dkv.published_names import NO_EFFECT
@@ -25,8 +25,7 @@ def checked_inputs(
         ValueError: shapes, dtypes, devices or settings do not fit each other or the model.
         IndexError: an id is outside the vocabulary.
     """
-    if not hasattr(model, "spec") or not hasattr(model, "step"):
-        raise TypeError(f"model must come from dkv.load(path) or dkv.wrap(hf_model), got {type(model).__name__}")
+    check_settings(model, config)
     input_ids, attention_mask = _taken_apart(input_ids, attention_mask)
     ids = _checked_ids(model, input_ids)
     mask = _checked_mask(input_ids, attention_mask)
@@ -36,15 +35,23 @@ def checked_inputs(
             raise ValueError(f"{name} is a list of {len(value)}, but input_ids has {len(ids)} rows")
     _resolve_max_length(config, ids.shape[1])
     _check_lengths(model.spec, mask, config)
-    vocabulary = model.spec.vocab_size
+    return ids, mask
+
+
+def check_settings(model: Any, config: DiffusionConfig) -> None:
+    """Raise TypeError if the model is not one of ours, ValueError if a setting does not go with it."""
+    if isinstance(model, type) or not hasattr(model, "spec") or not hasattr(model, "step"):
+        raise TypeError(f"model must come from dkv.load(path) or dkv.wrap(hf_model), got {type(model).__name__}")
+    spec, vocabulary = model.spec, model.spec.vocab_size
     for name in IDS:
         value, top = getattr(config, name), vocabulary - (name != "vocab_limit")
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number > top:
                 raise ValueError(f"{name} must be at most {top} with a vocabulary of {vocabulary}, got {number}")
-    unwanted_ends(config, model.spec)
-    config.cache.check(model.spec.shifted)
-    return ids, mask
+    if config.eps != DEFAULTS["eps"] and not config.in_time(spec.shifted):
+        raise ValueError(f'eps={config.eps!r} is of the time schedule, and this one has blocks: give schedule="time"')
+    unwanted_ends(config, spec)
+    config.cache.check(spec.shifted)
 
 
 def _taken_apart(input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:

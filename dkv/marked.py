@@ -13,6 +13,7 @@ from dkv.text import ids_of, starts
 
 MARKER = "[MASK]"
 # A marker in brackets holds the number of its tokens in them: [MASK:5].
+NUMBER = re.compile(r"0{0,9}[1-9][0-9]{0,17}")
 BRACKETS = {"]": "[", ">": "<", "}": "{", ")": "("}
 
 
@@ -62,7 +63,7 @@ def marked(text: str, marker: str = MARKER, own: str | None = None, most: int | 
     pieces, gaps, end = [], [], 0
     for found in _pattern(marker, own).finditer(text):
         number = found["number"]
-        if number is not None and not (number.isascii() and number.isdecimal() and int(number) > 0):
+        if number is not None and not NUMBER.fullmatch(number):
             raise ValueError(
                 f"{found[0]!r} is no gap: write {marker} for one token or {_sized(marker, 5)} for five; or let another "
                 "--marker mark the gaps"

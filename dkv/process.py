@@ -9,6 +9,7 @@ kept (`keeping`), and leaves. Where dkv is a guest, as in a notebook, `ended` tu
 """
 
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -129,7 +130,7 @@ def ended(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = 
         # torch's OutOfMemoryError, told by name as torch is not imported here.
         if not isinstance(error, errors) and type(error).__name__ != "OutOfMemoryError":
             raise
-        where = "standard output: " if _abandon_output() else ""
+        where = "standard output: " if _abandon_output() or _unnamed(error) else ""
         say(f"{_state.name}: error: {where}{in_one_line(error)}")
         return 2
     if isinstance(code, str):
@@ -153,6 +154,12 @@ def _abandon_output() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def _unnamed(error: Exception) -> bool:
+    """Whether a write to a stream failed: files are named in their errors, and an unbuffered stream keeps nothing."""
+    full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+    return isinstance(error, OSError) and error.errno in full and error.filename is None
 
 
 @contextmanager

@@ -59,6 +59,11 @@ def published_policy(given: Mapping[str, Any], current: str) -> dict[str, Any] |
         raise ValueError("enable_cache and use_cache contradict each other: give one of them")
     if switches == {False} or given == {"dual_cache": False}:
         return {"name": "none"}
+    if given.get("window_size") == 0:
+        raise ValueError(
+            "window_size=0 does not say which cache, as published scripts hand it to both: leave it out for that of "
+            "dkv.Decode, or give cache=dkv.Greedy(window=0)"
+        )
     kinds = _kinds(given)
     if not switches and not given.get("dual_cache"):
         raise ValueError(f"{next(iter(given))} goes with enable_cache=True or use_cache=True; or give cache=")

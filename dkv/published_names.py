@@ -43,7 +43,7 @@ _CRITERIA = "give stopping_criteria=, which takes those of transformers"
 _ASSISTANT = "no second model drafts here: several slots a step are filled with steps=, threshold= or factor="
 _CACHE = "the cache is a policy: give cache=, such as dkv.Decode(refresh=8)"
 _HOOK = "give a streamer with put_draft(ids), or iterate over dkv.stream, to see every step"
-_GENERATE = "it goes with dkv.generate, as a keyword"
+_GENERATE = "it is an argument of dkv.generate"
 _LENGTH = "every slot is filled: logits_eos_inf=True emits no end token, confidence_eos_eot_inf=True fills them last"
 
 # name -> (values that change nothing, what to do instead). None, which is how transformers says unset, is one, too.
@@ -125,6 +125,11 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenizer": ((), "encode the prompt first: dkv.generate(model, **tokenizer(text, return_tensors='pt'))"),
     "streamer": ((), _GENERATE),
     "stopping_criteria": ((), _GENERATE),
+    "logits_processor": ((), _GENERATE),
+    "generator": ((), _GENERATE),
+    "numbers": ((), _GENERATE),
+    "attention_mask": ((), _GENERATE),
+    "generation_config": ((), _GENERATE),
     "buffer": ((), _GENERATE),
 }
 

@@ -27,9 +27,14 @@ def folder_of(
         hub: arguments of the hub's client.
 
     Raises:
+        TypeError: an argument is no path.
         FileNotFoundError: there is no such folder, or the hub does not deliver it.
         ValueError: the path is a file; or a `revision` of what is not on the hub.
     """
+    if not isinstance(path_or_id, str | os.PathLike):
+        raise TypeError(f"path_or_id must be a folder, a hub id or {' or '.join(BUNDLED)}, got {path_or_id!r}")
+    if not isinstance(subfolder, str | os.PathLike):
+        raise TypeError(f"subfolder must be the name of a folder, got {subfolder!r}")
     local = _local(path_or_id)
     if local is not None and hub.get("revision") is not None:
         raise ValueError(

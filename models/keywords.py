@@ -103,7 +103,7 @@ def usable(device: torch.device | str | int | None) -> torch.device:
         found = torch.empty(0, device=device).device
         asked = torch.device(device)
     # Among others of a kind of device that this torch was not built for, or whose module is missing.
-    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+    except (RuntimeError, AssertionError, ImportError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{shown} cannot be used here ({reason}): pass {_devices()}") from error
     if found.type == "meta":

@@ -82,7 +82,7 @@ def load(
         TypeError: an unknown argument.
     """
     hub = hub_options(keywords, ("dtype", "device", "device_map", "torch_dtype", "pack", "subfolder"))
-    if pack not in (None, True, False):
+    if not (pack is None or isinstance(pack, bool)):
         raise ValueError(f"pack must be True, False or None, got {pack!r}")
     wanted, device = _one_dtype(dtype, torch_dtype), usable(one_device(device, device_map))
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)

@@ -34,9 +34,12 @@ def wrap(hf_model: nn.Module) -> Transformer:
         tokenizer: give `dkv.generate` a `vocab_limit` if the tables are wider than that.
 
     Raises:
+        TypeError: it is no module.
         ValueError: an unknown family; adapters or other additions; parameters without storage, quantised, of several
             dtypes or on several devices; or names and shapes that do not fit the configuration.
     """
+    if not isinstance(hf_model, nn.Module):
+        raise TypeError(f"hf_model must be a model in memory, got {type(hf_model).__name__}: dkv.load takes a path")
     original = _behind_fronts(hf_model)
     kind = type(original).__name__
     if isinstance(original, Transformer):

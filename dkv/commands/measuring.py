@@ -6,6 +6,9 @@ from typing import Any
 
 # The names of `dkv.models.tasks.TASKS`, which help is to tell without importing torch.
 TASK_NAMES = ("balance", "addition", "cells")
+# What is asked for beyond is a slip: it would take for ever, or all memory, before it fails.
+MOST = {"problems": 1 << 16, "batch": 1 << 12, "layers": 1 << 10, "threads": 1 << 10, "rounds": 1 << 16}
+MOST_SLOTS = 1 << 20
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -20,12 +23,13 @@ def add_machine(parser: argparse.ArgumentParser) -> Any:
 
 
 def check_counts(args: argparse.Namespace, names: Iterable[str]) -> None:
-    """Raise ValueError if one of the numbers that are given is below 1."""
+    """Raise ValueError if one of the numbers that are given is below 1, or beyond what anything here can do."""
     for name in names:
-        value = getattr(args, name)
+        value, most = getattr(args, name), MOST.get(name, MOST_SLOTS)
         for number in value if isinstance(value, list) else [] if value is None else [value]:
-            if number < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
+            if not 1 <= number <= most:
+                bound = "least 1" if number < 1 else f"most {most}"
+                raise ValueError(f"--{name.replace('_', '-')} must be at {bound}, got {number}")
 
 
 def ready(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """The record of a generation: which step computed and decoded which slot, and how sure the model was."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -10,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from dkv.config import DiffusionConfig
-from dkv.generation import generate
+from dkv.generation import config_of, generate
+from dkv.inputs import checked_inputs
 from dkv.output import Stats
 from dkv.policies import Policy
 
@@ -100,7 +100,7 @@ class Trace:
 def record(
     model: Any,
     tokenizer: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping,
     generation_config: DiffusionConfig | None = None,
     streamer: Any = None,
     name: str | None = None,
@@ -111,21 +111,25 @@ def record(
     Args:
         model: from `dkv.load` or `dkv.wrap`.
         tokenizer: of the model, which gives the tokens as text.
-        input_ids: integers [1, P], one prompt without padding.
+        input_ids: integers [1, P], one prompt without padding; or the encoding of a tokenizer that holds them.
         generation_config, streamer, overrides: as for `dkv.generate`.
         name: of the model, for titles; default: its family.
 
     Raises:
+        TypeError: an argument is of the wrong kind.
         ValueError: more than one prompt, nothing to generate, or what `dkv.generate` refuses.
     """
-    if input_ids.dim() != 2 or len(input_ids) != 1:
-        raise ValueError(f"input_ids must be [1, P], as a trace is of one prompt; got {list(input_ids.shape)}")
-    config = DiffusionConfig() if generation_config is None else copy.copy(generation_config)
-    config.update(**{**overrides, **KEPT})
-    if config.max_new_tokens == 0:
+    if not callable(getattr(tokenizer, "decode", None)) or isinstance(tokenizer, type | bytes):
+        raise TypeError(f"tokenizer must be that of the model, dkv.load_tokenizer(path), got {tokenizer!r}")
+    config = config_of(generation_config, {**overrides, **KEPT})
+    ids, real = checked_inputs(model, input_ids, None, config)
+    if len(ids) != 1 or not real.all():
+        found = list(ids.shape) if len(ids) != 1 else "padding"
+        raise ValueError(f"input_ids must be [1, P], as a trace is of one prompt; got {found}")
+    if config.of_row("max_new_tokens", 0) == 0:
         raise ValueError("max_new_tokens is 0: a trace needs at least one slot to fill")
-    output = generate(model, input_ids, generation_config=config, streamer=streamer)
-    prompt, ids = input_ids.shape[1], output.sequences[0].tolist()
+    output = generate(model, ids, generation_config=config, streamer=streamer)
+    prompt, ids = ids.shape[1], output.sequences[0].tolist()
     new = len(ids) - prompt
     mask = model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
     # A token stays, so a slot was decoded by the step that follows those that left it a mask.

@@ -19,8 +19,9 @@ def test_names_of_both_families_are_accepted():
     assert (llada.max_new_tokens, llada.confidence, llada.mask_token_id) == (32, "probability", 5)
     names = {"origin": "random", "maskgit_plus": "probability", "topk_margin": "margin", "entropy": "entropy"}
     for alg, rule in names.items():
-        dream = DiffusionConfig(max_new_tokens=8, alg=alg, alg_temp=0.5, eps=1e-3, return_dict_in_generate=True)
-        assert (dream.confidence, dream.selection_temperature) == (rule, 0.5)
+        heat = 0.0 if alg == "origin" else 0.5
+        dream = DiffusionConfig(max_new_tokens=8, alg=alg, alg_temp=heat, eps=1e-3, return_dict_in_generate=True)
+        assert (dream.confidence, dream.selection_temperature) == (rule, heat)
 
 
 @pytest.mark.parametrize(

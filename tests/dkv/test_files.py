@@ -261,3 +261,8 @@ process.run(call)
     said = (130, "dkv test: interrupted\n") if ends == "INT" else (-{"TERM": 15, "HUP": 1}[ends], "")
     assert (done.returncode, done.stderr) == said
     assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]
+
+
+def test_a_line_that_cannot_be_added_names_its_file():
+    with pytest.raises(OSError, match="/dev/full"):
+        files.append_line("/dev/full", "line")

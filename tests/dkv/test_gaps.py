@@ -1,5 +1,6 @@
 """Gaps of unknown length: what is tried, what is chosen, and what stays as it is."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,3 +89,38 @@ def test_impossible_calls_are_refused_before_anything_is_computed(llada, monkeyp
 def test_a_gap_needs_room(numbers):
     with pytest.raises(ValueError, match="a gap must be of 0 <= least <= most tokens"):
         dkv.Gap(*numbers)
+
+
+def test_what_is_no_text_or_model_is_refused(model):
+    for wrong in (None, 5, "abc", {1: [5]}, (n for n in [[5]])):
+        with pytest.raises(TypeError, match=r"texts must be a list of texts, such as"):
+            dkv.fill_gaps(model, wrong)
+    for wrong in (None, 5, "abc", {5: 1}):
+        with pytest.raises(TypeError, match=r"a text must be a list of token ids and gaps"):
+            dkv.fill_gaps(model, [wrong])
+    for wrong in (None, "tiny", torch.nn.Linear(2, 2), type(model)):
+        with pytest.raises(TypeError, match=r"model must come from dkv.load"):
+            dkv.fill_gaps(wrong, [[5, dkv.Gap(0, 2)]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output_history": True}, "output_history has no effect on fill_gaps"),
+        ({"output_logits": True}, "output_logits has no effect on fill_gaps"),
+        ({"logits_processor": []}, "logits_processor is not a setting here"),
+        ({"generator": torch.Generator()}, "generator is not a setting here"),
+        ({"eos_token_id": 99}, "eos_token_id must be at most 63"),
+        ({"shift_type": "right", "use_cache": True, "cache_type": "decoded"}, "shift_rule"),
+    ],
+)
+def test_settings_are_checked_before_any_length_is_tried(dream, settings, message, monkeypatch):
+    monkeypatch.setattr(gaps, "_scores", None)
+    with pytest.raises(ValueError, match=message):
+        dkv.fill_gaps(dream, [[5, 9, dkv.Gap(0, 2), 7]], **settings)
+
+
+def test_ids_of_torch_and_numpy_are_ids(model):
+    plain = dkv.fill_gaps(model, [[5, 9, dkv.Gap(1, 1), 3]]).rows
+    assert dkv.fill_gaps(model, [[*torch.tensor([5, 9]), dkv.Gap(1, 1), np.int64(3)]]).rows == plain
+    assert dkv.fill_gaps(model, torch.tensor([[5, 9]])).rows == [[5, 9]]

@@ -58,3 +58,9 @@ def test_pieces_are_tokenised_by_themselves(name):
         marked("1x[MASK]").tokens(tokenizer)
     assert filling_text(tokenizer, [1, spec.eos_token_id, 13, 2]) == "1 2"
     assert filling_text(tokenizer, [1, spec.eos_token_id], raw=True) == "1<|endoftext|>"
+
+
+def test_a_number_of_thousands_of_digits_is_no_gap():
+    for digits in ("9" * 5000, "0" * 5000 + "1"):
+        with pytest.raises(ValueError, match="is no gap: write"):
+            marked(f"1[MASK:{digits}]2")

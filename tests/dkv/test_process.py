@@ -254,11 +254,12 @@ def test_nobody_reads_the_output(tmp_path, command, unbuffered):
 
 
 @pytest.mark.parametrize("command", ["help", "generate", *SLOW])
-def test_standard_output_is_closed_or_full(tmp_path, command):
-    done = shell(tmp_path, f"dkv {SHORT[command]} >&-")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_is_closed_or_full(tmp_path, command, unbuffered):
+    done = shell(tmp_path, f"dkv {SHORT[command]} >&-", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2
     assert done.stderr == "dkv: error: standard output is closed: give it a file, a pipe or /dev/null\n"
-    done = shell(tmp_path, f"dkv {SHORT[command]} > /dev/full")
+    done = shell(tmp_path, f"dkv {SHORT[command]} > /dev/full", PYTHONUNBUFFERED=unbuffered)
     name = "dkv" if command == "help" else f"dkv {command}"
     *others, last = done.stderr.splitlines()
     assert done.returncode == 2 and last == f"{name}: error: standard output: No space left on device"

@@ -1,6 +1,7 @@
 """Settings of transformers and of the published generate functions: they act, change nothing, or are refused."""
 
 import copy
+import json
 import pickle
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_an_override_draws_or_does_not(llada):
         ({"enable_cache": True, "cache_reloading_step": 8}, dkv.Decode(8)),
         ({"enable_cache": True}, dkv.Decode(1)),
         ({"enable_cache": True, "cache_reloading_step": 2, "window_size": 4}, dkv.Greedy(2, 4)),
-        ({"enable_cache": True, "window_size": 0}, dkv.Greedy(1, 0)),
+        ({"enable_cache": True, "window_size": 1}, dkv.Greedy(1, 1)),
         ({"enable_cache": False, "cache_reloading_step": 2, "window_size": 4}, dkv.NoCache()),
         ({"use_cache": True, "cache_type": "decoded", "cache_steps": 4, "shift_type": "un"}, dkv.Decode(4)),
         ({"use_cache": True, "cache_type": "decoded", "cache_steps": 0}, dkv.Decode(0)),
@@ -118,6 +119,7 @@ def test_published_caches(settings, policy):
         ({"cache_steps": 4}, "cache_steps goes with enable_cache=True or use_cache=True"),
         ({"cache_type": "decoded"}, "cache_type goes with"),
         ({"window_size": 4}, "window_size goes with"),
+        ({"enable_cache": True, "cache_reloading_step": 2, "window_size": 0}, "window_size=0 does not say which cache"),
         ({"use_cache": True, "enable_cache": False}, "contradict each other"),
         ({"use_cache": True, "cache_type": "decode"}, "cache_type must be one of decoded, prefill, pd"),
         ({"use_cache": True, "cache_type": ["pd"]}, "cache_type must be one of"),
@@ -188,6 +190,55 @@ def test_attributes_act_or_are_refused(llada):
         setattr(config, name, value)
         with pytest.raises(ValueError, match=name):
             dkv.generate(llada, IDS, generation_config=config)
+
+
+def test_an_attribute_takes_what_an_argument_takes():
+    config = DiffusionConfig(max_length=50)
+    config.confidence, config.temperature, config.steps = "maskgit_plus", None, np.int64(3)
+    assert (config.confidence, config.temperature, config.steps) == ("probability", 0.0, 3)
+    config.max_new_tokens = 7
+    assert (config.max_new_tokens, config.max_length) == (7, None)
+    config.cache = "decode"
+    assert config.cache == dkv.Decode()
+    # What does not go together yet is seen when it is used.
+    config.threshold, config.alg = 0.5, "confidence_threshold"
+    config.block_length, config.max_new_tokens = 4, 64
+    config.steps = 16
+    config.validate()
+    before = config.settings()
+    with pytest.raises(ValueError, match="unknown policy 'decodes'"):
+        config.cache = "decodes"
+    assert config.settings() == before
+
+
+@pytest.mark.parametrize("settings", [{"max_length": 50}, {"max_length": 50, "cache": "pd", "seed": 3}])
+def test_max_length_counts_after_any_way_of_keeping(settings, tmp_path):
+    config = DiffusionConfig(max_new_tokens=7)
+    config.update(**settings)
+    config.save_pretrained(tmp_path)
+    kept = [DiffusionConfig(**plain) for plain in (config.to_dict(), config.settings())]
+    for again in (*kept, DiffusionConfig.from_pretrained(tmp_path)):
+        assert again.max_length == 50 and again.cache == config.cache
+
+
+@pytest.mark.parametrize("content", [[1, 2], "x", None])
+def test_a_file_without_settings_is_refused(content, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="a configuration must be a dict of settings, got"):
+        DiffusionConfig.from_pretrained(tmp_path)
+
+
+def test_what_would_have_no_effect_is_refused(llada, dream):
+    with pytest.raises(ValueError, match="selection_temperature needs a confidence to go by"):
+        DiffusionConfig(alg="origin", alg_temp=0.5)
+    for call in (dkv.generate, dkv.stream):
+        with pytest.raises(ValueError, match=r"eps=0.01 is of the time schedule, and this one has blocks"):
+            call(llada, IDS, max_new_tokens=4, eps=0.01)
+        with pytest.raises(ValueError, match=r"eps=0.01 is of the time schedule"):
+            call(dream, IDS, max_new_tokens=4, eps=0.01, block_length=2)
+    assert dkv.generate(dream, IDS, max_new_tokens=4, eps=0.01).sequences.shape == (2, 7)
+    with pytest.raises(ValueError, match="must be one of probability"):
+        DiffusionConfig(alg=np.array([1, 2]))
 
 
 def test_files_of_transformers(tmp_path):

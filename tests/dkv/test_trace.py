@@ -103,6 +103,25 @@ def test_only_one_prompt_and_something_to_generate(llada):
         trace.record(llada, Tokens(), IDS, max_new_tokens=0)
 
 
+def test_the_arguments_of_a_record_are_those_of_generate(llada):
+    expected = trace.record(llada, Tokens(), IDS, max_new_tokens=3).ids.tolist()
+    ones = torch.ones_like(IDS)
+    encoding = {"input_ids": IDS, "attention_mask": ones}
+    assert trace.record(llada, Tokens(), encoding, max_length=7).ids.tolist() == expected
+    with pytest.raises(ValueError, match="a trace is of one prompt; got padding"):
+        trace.record(llada, Tokens(), {"input_ids": IDS, "attention_mask": ones * 0}, max_new_tokens=3)
+    for wrong in (None, 5, "abc", [[1, 2]]):
+        with pytest.raises(ValueError, match="input_ids must be a tensor"):
+            trace.record(llada, Tokens(), wrong)
+    for wrong in (5, "abc", {}):
+        with pytest.raises(TypeError, match=r"generation_config must be a dkv.DiffusionConfig"):
+            trace.record(llada, Tokens(), IDS, wrong)
+        with pytest.raises(TypeError, match="tokenizer must be that of the model"):
+            trace.record(llada, wrong, IDS)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        trace.record(llada, Tokens(), IDS, max_new_tokens=[0])
+
+
 def test_the_settings_of_the_caller_are_left_alone(llada):
     config = dkv.DiffusionConfig(max_new_tokens=2)
     assert trace.record(llada, Tokens(), IDS, config, cache="prefill").policy == "Prefill()"

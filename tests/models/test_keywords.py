@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from dkv.models import load, load_tokenizer
+from dkv.models import load, load_tokenizer, wrap
 from dkv.models.keywords import ANSWERS, GRANTED, HUB
 
 
@@ -120,3 +120,20 @@ def test_large_checkpoints_show_a_bar_on_a_terminal(small, monkeypatch, capsys):
     monkeypatch.setattr(loader, "LARGE", size + 1)
     load(folder, device="cpu")
     assert capsys.readouterr().err == ""
+
+
+def test_arguments_of_another_kind_are_named():
+    for wrong in (5, None, ["tiny"], b"tiny", torch.tensor([1, 2])):
+        for call in (load, load_tokenizer):
+            with pytest.raises(TypeError, match="path_or_id must be a folder, a hub id or tiny or tiny-dream, got"):
+                call(wrong)
+            with pytest.raises(TypeError, match="subfolder must be the name of a folder, got"):
+                call("tiny", subfolder=wrong)
+        with pytest.raises(TypeError, match="hf_model must be a model in memory, got"):
+            wrap(wrong)
+    with pytest.raises(TypeError, match=r"hf_model must be a model in memory, got str: dkv.load takes a path"):
+        wrap("tiny")
+    with pytest.raises(ValueError, match="device=1000000000000000000000 cannot be used here"):
+        load("tiny", device=10**21)
+    with pytest.raises(ValueError, match="pack must be True, False or None, got tensor"):
+        load("tiny", pack=torch.tensor([1, 2]))

@@ -158,6 +158,8 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
         (["--policies", "decode 9"], "argument --policies: invalid choice: 'decode 9'"),
         (["--shape", "no"], "argument --shape: invalid choice: 'no'"),
         (["--batch", "1", "0"], "--batch must be at least 1, got 0"),
+        (["--batch", "1", "1000000000"], "--batch must be at most 4096, got 1000000000"),
+        (["--layers", "1000000000"], "--layers must be at most 1024, got 1000000000"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "-1"], "--threads must be at least 1, got -1"),
         (["--model", "x", "--shape", "d128x4"], "give --model or --shape, not both"),

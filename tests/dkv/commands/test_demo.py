@@ -65,6 +65,8 @@ def test_demo_draws_in_a_terminal(run, monkeypatch):
 @pytest.mark.parametrize("name", ["problems", "threads"])
 def test_demo_refuses_nothing(run, name):
     assert run("demo", f"--{name}", 0) == (2, "", f"dkv demo: error: --{name} must be at least 1, got 0\n")
+    code, told, error = run("demo", f"--{name}", 10**11)
+    assert (code, told) == (2, "") and f"--{name} must be at most" in error
 
 
 def test_demo_of_another_task(run, monkeypatch):

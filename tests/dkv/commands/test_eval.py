@@ -74,6 +74,8 @@ def test_drift_of_a_file_of_problems(run, folder, data, tmp_path):
     ("words", "message"),
     [
         (("--problems", 0), "--problems must be at least 1"),
+        (("--problems", 10**12), "--problems must be at most 65536, got 1000000000000"),
+        (("--threads", 10**8), "--threads must be at most 1024, got 100000000"),
         (("--batch", 0), "--batch must be at least 1"),
         (("--new-tokens", 4), "--new-tokens goes with --data"),
         (("--chat",), "--chat goes with --data"),
