@@ -163,7 +163,7 @@ def _choice(
     if sum(token < limit for token in banned) == limit:
         raise ValueError("banned leaves no id to choose")
     return {
-        "rule": rule, "temperature": temperature, "confidence_temperature": confidence_temperature,
+        "rule": rule, "temperature": float(temperature), "confidence_temperature": float(confidence_temperature),
         "confidence_dtype": confidence_dtype, "top_k": top_k, "top_p": top_p, "seed": seed, "banned": banned,
         "vocab_limit": vocab_limit,
     }  # fmt: skip

@@ -62,7 +62,7 @@ def weighted_sum(weights: Tensor, value: Tensor, visible: Tensor | None) -> Tens
     """
     if visible is None:
         return torch.einsum("bhns,bshd->bnhd", weights, value)
-    strange = ~value.isfinite()
+    visible, strange = visible.expand(-1, -1, value.shape[1]), ~value.isfinite()
     out = torch.einsum("bhns,bshd->bnhd", weights, value.masked_fill(strange, 0))
     for slot in strange.any((0, 2, 3)).nonzero().flatten():
         term = weights[..., slot].transpose(1, 2).unsqueeze(-1) * value[:, None, slot]

@@ -11,6 +11,8 @@ from torch import Tensor
 from dkv.kernels import reference
 from dkv.kernels.workspace import Workspace
 
+# Scores that SDPA on a CPU compares one by one, which leaves NaN out, rather than as a vector.
+LANES = 16
 # Scores of all heads held at once by attention in plain products.
 MOST_SCORES = 1 << 22
 
@@ -76,7 +78,19 @@ def _attend(q, key, value, bias, scale, return_lse, workspace):
         out = F.scaled_dot_product_attention(
             query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias, scale=scale
         )
-    return out.transpose(1, 2) if group == 1 else out.unflatten(2, (n, group)).transpose(1, 2).reshape(q.shape)
+    out = out.transpose(1, 2) if group == 1 else out.unflatten(2, (n, group)).transpose(1, 2).reshape(q.shape)
+    if q.device.type == "cpu" and (q.element_size() < 4 or key.shape[1] < LANES):
+        out = out + _unseen_by_sdpa(q, key)
+    return out
+
+
+def _unseen_by_sdpa(q: Tensor, key: Tensor) -> Tensor:
+    """NaN for the queries [B, N, Hq, 1] whose scores are not finite, else 0.
+
+    SDPA on a CPU gives 0 where all of a few scores are NaN, and in half precision where one is infinite.
+    """
+    of_queries, of_keys = (q.detach() * 0).sum(-1, keepdim=True), (key.detach() * 0).sum((1, 3))  # [B, Hkv]
+    return of_queries + of_keys.repeat_interleave(q.shape[2] // key.shape[2], 1)[:, None, :, None]
 
 
 def _with_lse(q, key, value, bias, scale) -> tuple[Tensor, Tensor]:

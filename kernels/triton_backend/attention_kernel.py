@@ -35,7 +35,7 @@ def _absorb(
 ):  # fmt: skip
     """Add the slots `first` to `first + BLOCK_N - 1` to the running softmax of a tile of queries.
 
-    FINITE: values that are not finite count as 0, and `met` [M] tells who sees one.
+    FINITE: values that are not finite count as 0, and `met` [M, D] counts those that a query sees.
     """
     # Scalars carry the 64-bit part of an offset; within a tile 32 bits do, unless a stride is enormous.
     n, d, first = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.cast(first, tl.int64)
@@ -64,8 +64,8 @@ def _absorb(
     value = _load(v_at, seen[:, None], (d < D)[None, :], EDGE, D != BLOCK_D)  # [N, D]
     if FINITE:
         finite = tl.abs(value) < float("inf")
-        strange = tl.max(tl.where(finite, 0, 1), 1)  # [N]
-        met = tl.maximum(met, tl.max(tl.where(scores != float("-inf"), strange[None, :], 0), 1))
+        sees, strange = tl.where(scores != float("-inf"), 1.0, 0.0), tl.where(finite, 0.0, 1.0)
+        met = tl.dot(sees.to(value.dtype), strange.to(value.dtype), met, input_precision=PRECISION)
         value = tl.where(finite, value, 0.0)
     acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None], input_precision=PRECISION)
     return acc, highest, total * keep + tl.sum(weight, 1), met
@@ -84,7 +84,7 @@ def attention_kernel(
     """One tile of packed queries over one part of the slots; grid (tiles of queries x SPLITS, Hkv, B).
 
     A value that is hidden from some queries of a tile alone has the weight 0 there, and 0 times NaN is NaN. REPAIR:
-    where a tile of `out` is not finite, compute it again without such values, but for the queries that see one.
+    where a tile of `out` is not finite, compute it again without such values, but for numbers of which one is seen.
     """
     query_tile, split = tl.program_id(0) // SPLITS, (tl.program_id(0) % SPLITS).to(tl.int64)
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -123,7 +123,7 @@ def attention_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total, met = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.int32)
+    total, met = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D if REPAIR else 1), tl.float32)
     # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends. Where
     # every tile is tested there is one loop, as one takes fewer registers than two.
     before, whole, after = start // BLOCK_N, tl.cdiv(start, BLOCK_N), stop // BLOCK_N
@@ -154,10 +154,10 @@ def attention_kernel(
     log_total = tl.where(total != 0.0, (top + tl.log2(tl.where(total != 0.0, total, 1.0))) * LN2, float("-inf"))
     at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
     inside = token < tokens
+    stored = inside[:, None] & (d < D)[None, :]
     if REPAIR:
-        inside = asked & (strange > 0) & (met == 0)
-    out_at = out + at[:, None] * D + d[None, :]
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+        stored = stored & (asked[:, None] & (strange > 0) & (met == 0.0))
+    tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
     if lse is not None and not REPAIR:
         tl.store(lse + at, log_total, mask=inside)
 

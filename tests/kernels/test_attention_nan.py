@@ -164,6 +164,60 @@ def test_few_queries_in_plain_products():
     assert found[1, :, 0].isnan().all() and torch.equal(found[1, :, 1], clean[1, :, 1])
 
 
+@pytest.mark.parametrize("name", ["mask", "block_ids"])
+def test_one_visible_number_lets_no_hidden_one_through(name, backend):
+    """Query 2 alone sees slot 6, of which one number is not finite; slot 8 is NaN and hidden from all."""
+    q, k, v = inputs()
+    options = rules(name)
+    if name == "mask":
+        options["mask"][0, 2, 6] = True
+    else:
+        options["block_ids"][0][0, 2] = 1
+        options["block_ids"][1][0, 7:] = 2
+    clean = both(q, k, v, **options)
+    v[0, 6, 0, 3], v[0, 8] = -INF, NAN
+    hit = torch.zeros(B, N, HQ, D, dtype=torch.bool)
+    hit[0, 2, :2, 3] = True
+    for found, expected in zip(both(q, k, v, **options)[:2], clean[:2], strict=True):
+        assert torch.equal(~found.isfinite(), hit)
+        torch.testing.assert_close(found[~hit], expected[~hit])
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_few_scores_of_any_dtype_show_it(bad, dtype, slots, backend):
+    for where in ("query", "key", "all keys"):
+        q, k, v = torch.ones(2, 3, 4, D).to(dtype), torch.ones(2, slots, 2, D).to(dtype), torch.randn(2, slots, 2, D)
+        args, lengths = (q, k, v.to(dtype)), torch.tensor([2, 3])
+        clean = both(*args)
+        if where == "query":
+            q[1, 2, 3] = bad
+        else:
+            k[1, slice(0, slots if "all" in where else 1), 1] = bad
+        hit = torch.zeros(2, 3, 4, dtype=torch.bool)
+        hit[1, 2 if where == "query" else slice(None), 3 if where == "query" else slice(2, None)] = True
+        for options in ({}, {"query_lengths": lengths}, {"key_mask": torch.ones(2, slots, dtype=torch.bool)}):
+            out, again, lse = both(*args, **options)
+            assert out[hit].isnan().all() and again[hit].isnan().all() and not lse[hit].isfinite().any()
+            sound = ~hit
+            if "query_lengths" in options:
+                sound[0, 2] = False
+            torch.testing.assert_close(out[sound], clean[0][sound])
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_a_slot_beyond_the_first_shows_where_lengths_alone_hide(where, backend):
+    args = dict(zip(("query", "key", "value"), inputs(), strict=True))
+    lengths = torch.tensor([2, N])
+    clean = both(*args.values(), query_lengths=lengths)
+    args[where][1, 3] = NAN
+    for i, (found, expected) in enumerate(zip(both(*args.values(), query_lengths=lengths), clean, strict=True)):
+        assert torch.equal(found[0], expected[0])
+        hit = found[1, 3] if where == "query" else found[1]
+        assert hit.isnan().all() or (i == 2 and where == "value")
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_gradients_do_not_see_what_is_hidden(name, return_lse):

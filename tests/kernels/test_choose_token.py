@@ -318,3 +318,12 @@ def test_low_temperatures_across_strips_and_parts(name):
             token, confidence = choose_token(logits, **how)
             assert token.tolist() == [20_000, 3]
             assert confidence.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_temperatures_may_be_whole_numbers(rule, backend):
+    logits = torch.randn(3, 20)
+    found, expected = (
+        choose_token(logits, rule=rule, temperature=kind(2), confidence_temperature=kind(2)) for kind in (int, float)
+    )
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
