@@ -15,7 +15,7 @@ MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 def folder_of(
     path_or_id: str | os.PathLike,
     files: Sequence[str] = MODEL_FILES,
-    subfolder: str = "",
+    subfolder: str | None = "",
     **hub: Any,
 ) -> Path:
     """The local folder of a bundled name, a path or a hub id.
@@ -23,18 +23,21 @@ def folder_of(
     Args:
         path_or_id: as for `dkv.load`.
         files: patterns of the files that are wanted from the hub.
-        subfolder: the folder inside that holds the files.
+        subfolder: the folder inside that holds the files; "" or None: the folder itself.
         hub: arguments of the hub's client.
 
     Raises:
-        TypeError: an argument is no path.
         FileNotFoundError: there is no such folder, or the hub does not deliver it.
-        ValueError: the path is a file; or a `revision` of what is not on the hub.
+        ValueError: the path is empty or a file; or a `revision` of what is not on the hub.
+        TypeError: the path or the subfolder is no path.
     """
-    if not isinstance(path_or_id, str | os.PathLike):
+    if not isinstance(path_or_id, str | os.PathLike) or isinstance(os.fspath(path_or_id), bytes):
         raise TypeError(f"path_or_id must be a folder, a hub id or {' or '.join(BUNDLED)}, got {path_or_id!r}")
-    if not isinstance(subfolder, str | os.PathLike):
+    if not isinstance(subfolder, str | os.PathLike | None):
         raise TypeError(f"subfolder must be the name of a folder, got {subfolder!r}")
+    if not os.fspath(path_or_id):
+        raise ValueError("path_or_id is empty: pass a checkpoint folder ('.' for this one) or the id of a model")
+    subfolder = subfolder or ""
     local = _local(path_or_id)
     if local is not None and hub.get("revision") is not None:
         raise ValueError(

@@ -11,8 +11,8 @@ _DOES_NOT = "dkv.load has nothing of the kind: leave it out"
 
 # Handed on to the hub's client.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# Asks for what happens anyway, or allows what is not needed (no code of a checkpoint is run).
-GRANTED = ("trust_remote_code", "low_cpu_mem_usage", "_fast_init", "use_cache")
+# Asks for what happens anyway, or allows what is not needed (no code of a checkpoint is run, and no pickle is read).
+GRANTED = ("trust_remote_code", "code_revision", "low_cpu_mem_usage", "_fast_init", "use_cache", "weights_only")
 # Those with another effect in transformers -> what to do. None and False ask for nothing and are accepted.
 ANSWERS = {
     "load_in_8bit": _QUANTISE,
@@ -31,6 +31,7 @@ ANSWERS = {
     "device_mesh": _ONE_DEVICE,
     "variant": "the weights must be called model.safetensors, or as their index says: name the files so",
     "config": "the folder's config.json counts: change it there, in a copy of the folder",
+    "generation_config": "give its settings to dkv.generate, or a dkv.DiffusionConfig",
     "state_dict": "for weights in memory there is dkv.wrap(hf_model)",
     "gguf_file": "only safetensors are read: pass the folder of the original weights",
     "use_safetensors": "only safetensors are read: convert the checkpoint with transformers",

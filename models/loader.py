@@ -41,7 +41,7 @@ def load(
     pack: bool | None = None,
     *,
     device_map: Any = None,
-    subfolder: str = "",
+    subfolder: str | None = "",
     **keywords: Any,
 ) -> Transformer:
     """Load a LLaDA or Dream checkpoint for inference, without running code that comes with it.
@@ -79,7 +79,7 @@ def load(
         ValueError: an unknown family, a field that is not implemented, an adapter, or a checkpoint that is
             damaged or does not fit its configuration; the message names the tensor and the file.
         OSError: a file cannot be read.
-        TypeError: an unknown argument.
+        TypeError: an unknown argument, or a path that is none.
     """
     hub = hub_options(keywords, ("dtype", "device", "device_map", "torch_dtype", "pack", "subfolder"))
     if not (pack is None or isinstance(pack, bool)):

@@ -24,7 +24,7 @@ DREAMS = (None, "DreamTokenizer", "DreamTokenizerFast")
 def load_tokenizer(
     path_or_id: str | os.PathLike,
     *,
-    subfolder: str = "",
+    subfolder: str | None = "",
     **keywords: Any,
 ) -> Any:
     """The tokenizer that comes with a LLaDA or Dream checkpoint. No code of the checkpoint is run; no weight is read.
@@ -42,7 +42,7 @@ def load_tokenizer(
         FileNotFoundError: there is no such folder, or no complete vocabulary in it.
         ValueError: a file is damaged, or transformers cannot read it; the message names it.
         OSError: a file cannot be read.
-        TypeError: an unknown argument.
+        TypeError: an unknown argument, or a path that is none.
 
     Example:
         >>> tokenizer = dkv.load_tokenizer("tiny")
@@ -55,6 +55,7 @@ def load_tokenizer(
         try:
             with _quiet():
                 tokenizer = kind.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+                tokenizer(" ")  # some settings of the wrong kind show when they are used
             break
         # transformers raises several kinds of errors, and its library in Rust panics.
         except BaseException as error:

@@ -1,5 +1,7 @@
 """Arguments of transformers' `from_pretrained`, and devices."""
 
+import re
+
 import huggingface_hub
 import pytest
 import torch
@@ -91,6 +93,24 @@ def test_a_folder_inside(small, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda i, **k: asked.update(k) or str(tmp_path))
     assert load("some-org/some-model", device="cpu", subfolder=inner.name).spec.family == "llada"
     assert "llada/*.safetensors" in asked["allow_patterns"]
+
+
+def test_no_subfolder_is_the_folder_itself(small):
+    assert load(small().folder, device="cpu", subfolder=None).spec.family == "llada"
+
+
+@pytest.mark.parametrize("reader", [load, load_tokenizer])
+def test_paths_that_are_none(reader, small, monkeypatch):
+    monkeypatch.chdir(small().folder)
+    with pytest.raises(ValueError, match="path_or_id is empty"):
+        reader("")
+    for found in (None, 5, b"tiny", ["tiny"]):
+        with pytest.raises(
+            TypeError, match=re.escape(f"path_or_id must be a folder or the id of a model, got {found}"[:40])
+        ):
+            reader(found)
+    with pytest.raises(TypeError, match="subfolder must be the name of a folder, got 5"):
+        reader("tiny", subfolder=5)
 
 
 def test_packing_is_refused_before_a_tensor_is_read(small, monkeypatch):

@@ -127,6 +127,7 @@ DAMAGED = [
     ("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}', "tokenizer"),
     ("tokenizer_config.json", '{"added_tokens_decoder": 5}', r"\(vocab.json, merges.txt, tokenizer_config.json"),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "tokenizer_config.json"),
+    ("tokenizer_config.json", '{"model_max_length": "x"}', "tokenizer_config.json"),
     ("merges.txt", "#version: 0.2\n", "merges.txt is cut short: 0 merges do not make 2 tokens"),
     ("merges.txt", "", "merges.txt is cut short"),
     ("merges.txt", "version https://git-lfs.github.com/spec/v1\nsize 1\n", "vocab.json, merges.txt"),
