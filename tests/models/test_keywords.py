@@ -104,13 +104,6 @@ def test_paths_that_are_none(reader, small, monkeypatch):
     monkeypatch.chdir(small().folder)
     with pytest.raises(ValueError, match="path_or_id is empty"):
         reader("")
-    for found in (None, 5, b"tiny", ["tiny"]):
-        with pytest.raises(
-            TypeError, match=re.escape(f"path_or_id must be a folder or the id of a model, got {found}"[:40])
-        ):
-            reader(found)
-    with pytest.raises(TypeError, match="subfolder must be the name of a folder, got 5"):
-        reader("tiny", subfolder=5)
 
 
 def test_packing_is_refused_before_a_tensor_is_read(small, monkeypatch):
@@ -147,8 +140,9 @@ def test_arguments_of_another_kind_are_named():
         for call in (load, load_tokenizer):
             with pytest.raises(TypeError, match="path_or_id must be a folder, a hub id or tiny or tiny-dream, got"):
                 call(wrong)
-            with pytest.raises(TypeError, match="subfolder must be the name of a folder, got"):
-                call("tiny", subfolder=wrong)
+            if wrong is not None:  # as in transformers: none
+                with pytest.raises(TypeError, match="subfolder must be the name of a folder, got"):
+                    call("tiny", subfolder=wrong)
         with pytest.raises(TypeError, match="hf_model must be a model in memory, got"):
             wrap(wrong)
     with pytest.raises(TypeError, match=r"hf_model must be a model in memory, got str: dkv.load takes a path"):
