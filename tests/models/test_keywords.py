@@ -1,7 +1,5 @@
 """Arguments of transformers' `from_pretrained`, and devices."""
 
-import re
-
 import huggingface_hub
 import pytest
 import torch
