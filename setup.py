@@ -17,9 +17,12 @@ LINT = ["ruff"]
 BENCH = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]
 # The packaging tests build without isolation, so they need the build backend too.
-TEST = ["pytest>=8", "pytest-benchmark", "hypothesis", "setuptools>=77", *BENCH, *EVAL]
+TEST = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77", *BENCH, *EVAL]
 PACKAGES = [
     "dkv",
+    "dkv.core",
+    "dkv.policies",
+    "dkv.engine",
     "dkv.commands",
     "dkv.trace",
     "dkv.kernels",

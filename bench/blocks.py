@@ -85,9 +85,9 @@ def _both(options: Options, policy: str, rule: str, baseline: bool) -> tuple[flo
 def _over_floor(options: Options, policy: str) -> float:
     """A cached step half-way (of plain decoding, a full one) against its products, medians of ratios within a round."""
     model, half_way = options.model, HalfWay(options, {"cache": POLICIES[policy], "block_length": BLOCK}, cached=True)
-    done = half_way.take()
+    forward = half_way.take().forward
     half_way.back()
-    sizes = (1, half_way.sampler.canvas.size, done.positions.shape[1], done.hidden.shape[1])
+    sizes = (1, half_way.engine.rows.size, forward.positions.shape[1], forward.hidden.shape[1])
     alone = floor.products(model, *sizes)
     ratios = []
     for _ in range(FLOOR_ROUNDS):

@@ -6,7 +6,6 @@ ratios are taken within a round. Time on an idle machine only.
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -15,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dkv
 from dkv.bar import Bar
 from dkv.bench.options import LINEUP, Options
 from dkv.bench.report import columns
 from dkv.bench.steps import synchronise
 from dkv.demo import BATCH
-from dkv.sampler import Sampler
+from dkv.engine.engine import Engine, StepResult
+from dkv.engine.replay import replay
 
 
 @dataclass(frozen=True)
@@ -67,37 +66,32 @@ def settings_of(policy: str, steps: int | None) -> dict[str, Any]:
     return {**chosen, "numbers": numbers} if chosen.get("confidence") == "random" else chosen
 
 
-@contextmanager
-def step_times() -> Iterator[list[StepTime]]:
-    """A list that fills with the steps of every generation inside."""
-    found: list[StepTime] = []
-    original = Sampler.run
+class StepClock:
+    """A hook of the engine that times steps: from the end of one to the end of the next.
 
-    def timed(self):
-        device = self.canvas.tokens.device
-        synchronise(device)
-        start = perf_counter()
-        done = original(self)
-        synchronise(device)
-        if done is not None:
-            found.append(StepTime(done.full, done.computed, perf_counter() - start))
-        return done
+    Attributes:
+        steps: those with a pass, in their order.
+    """
 
-    Sampler.run = timed
-    try:
-        yield found
-    finally:
-        Sampler.run = original
+    def __init__(self):
+        self.steps: list[StepTime] = []
+        self._last = perf_counter()
+
+    def __call__(self, engine: Engine, result: StepResult) -> None:
+        synchronise(engine.model.device)
+        now = perf_counter()
+        if (forward := result.forward) is not None:
+            self.steps.append(StepTime(forward.full, sum(forward.counts), now - self._last))
+        self._last = now
 
 
 def run_dkv(options: Options, policy: str, steps: int | None) -> Run:
     """A generation by dkv."""
     ids, settings = options.prompts(), settings_of(policy, steps)
-    with step_times() as found:
-        start = perf_counter()
-        output = dkv.generate(options.model, ids, max_new_tokens=options.new, seed=0, **settings)
-        seconds = perf_counter() - start
-    return Run(seconds, output.sequences[:, options.prompt :], tuple(found), output.stats.computed_share)
+    start, clock = perf_counter(), StepClock()
+    output = replay(options.model, ids, on_step=clock, max_new_tokens=options.new, seed=0, **settings)
+    seconds = perf_counter() - start
+    return Run(seconds, output.sequences[:, options.prompt :], tuple(clock.steps), output.stats.computed_share)
 
 
 def run_eager(options: Options, policy: str, steps: int | None) -> Run:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import dkv
-from dkv.config import DEFAULTS, policy_of
-from dkv.naming import instead
+from dkv.core.naming import instead
+from dkv.engine.config import DEFAULTS, policy_of
+from dkv.engine.published_names import ALIASES, own_name
 from dkv.policies import POLICY_OPTIONS
-from dkv.published_names import ALIASES, own_name
 
 # Steps by name, as a share of the slots to fill.
 SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}

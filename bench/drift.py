@@ -14,10 +14,10 @@ import dkv
 from dkv.bar import Bar
 from dkv.bench.quality import Problems
 from dkv.bench.report import columns
-from dkv.canvas import Canvas
-from dkv.inputs import checked_inputs
-from dkv.randomness import Randomness
-from dkv.sampler import Sampler
+from dkv.core.sequences import Sequences
+from dkv.engine.engine import Engine
+from dkv.engine.inputs import checked_inputs
+from dkv.engine.noise import Noise
 from dkv.text import encode
 
 # Changes are told for so many steps before and after the one that turns a mask into a token.
@@ -69,17 +69,17 @@ def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool
     ids, mask = (t.to(model.device) for t in encode(tokenizer, family.prompts[:batch], chat))
     spec, config = model.spec, dkv.DiffusionConfig(max_new_tokens=family.new, schedule="blocks", seed=0)
     ids, mask = checked_inputs(model, ids, mask, config)
-    canvas = Canvas.after_prompts(ids, mask, [family.new] * len(ids), spec.mask_token_id)
-    sampler = Sampler(model, canvas, config, Randomness([0] * len(ids), canvas), spec.mask_token_id)
-    prompt = ~canvas.masked & canvas.everywhere
-    decoded = torch.full(canvas.masked.shape, -1, device=ids.device)
+    rows = Sequences.after_prompts(ids, mask, [family.new] * len(ids), spec.mask_token_id)
+    prompt = ~rows.masked & rows.everywhere
+    decoded = torch.full(rows.masked.shape, -1, device=ids.device)
+    engine = Engine(model, rows, config, Noise([0] * len(ids), rows), spec.mask_token_id)
     passes, cached, before, first = [], {}, None, None
     for time in range(family.new):
-        sampler.run()
-        now = _keys_and_values(sampler)
+        engine.step()
+        now = _keys_and_values(engine)
         passes.append(torch.full(now.shape[:-1], torch.nan) if before is None else _distance(now, before, before))
         first = now if first is None else first
-        decoded[canvas.fresh] = time
+        decoded[rows.fresh] = time
         for delay in DELAYS.values():
             at = (decoded == time - delay) & (decoded >= 0)
             cached[delay] = torch.where(at[None, None, ..., None], now, cached.get(delay, now))
@@ -96,10 +96,10 @@ def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool
     }
 
 
-def _keys_and_values(sampler: Sampler) -> Tensor:
+def _keys_and_values(engine: Engine) -> Tensor:
     """A copy [2, L, B, S, heads x D] of what the last pass computed."""
-    layers = [sampler.buffer.layer(layer.index, None) for layer in sampler.model.layers]
-    length = sampler.canvas.size
+    layers = [engine.cache.layer(layer.index, None) for layer in engine.model.layers]
+    length = engine.rows.size
     return torch.stack([torch.stack([pair[i][:, :length].flatten(2) for pair in layers]) for i in range(2)])
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import dkv
 from dkv.bench.eager import forward
-from dkv.config import DiffusionConfig
+from dkv.engine.config import DiffusionConfig
 from dkv.models import Transformer
-from dkv.policy import Policy
+from dkv.policies import Policy
 
 
 @torch.no_grad()

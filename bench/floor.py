@@ -22,7 +22,7 @@ from dkv.bar import Bar
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import HalfWay, synchronise, timed
-from dkv.canvas import Canvas
+from dkv.core.sequences import Sequences
 from dkv.models.packing import PackedHead, PackedLayer, PackedLinear
 
 ROUNDS = 25
@@ -130,7 +130,7 @@ def recorded(model: Any) -> Iterator[Counter]:
             stack.enter_context(patch.object(module, "forward", watched(module.forward, part)))
         for name, part in OPERATIONS.items():
             stack.enter_context(patch.object(kernels, name, watched(getattr(kernels, name), part)))
-        stack.enter_context(patch.object(Canvas, "commit", watched(Canvas.commit, "commit")))
+        stack.enter_context(patch.object(Sequences, "commit", watched(Sequences.commit, "commit")))
         yield seconds
 
 
@@ -149,10 +149,10 @@ def measure(options: Options) -> dict[str, Any]:
 
 def _row(options: Options, kind: str, bar: Bar) -> dict[str, Any]:
     model, half_way = options.model, HalfWay(options, STEPS[kind])
-    device, size = model.device, half_way.sampler.canvas.size
-    done = half_way.take()
+    device, size = model.device, half_way.engine.rows.size
+    forward = half_way.take().forward
     half_way.back()
-    active, rows = done.positions.shape[1], done.hidden.shape[1]
+    active, rows = forward.positions.shape[1], forward.hidden.shape[1]
     floor = products(model, options.batch, size, active, rows)
     linear = products(options.eager, options.batch, size, active, rows) if options.eager not in (None, model) else {}
     for call in (*floor.values(), *linear.values()):

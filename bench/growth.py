@@ -21,9 +21,9 @@ import dkv
 from dkv.bar import Bar
 from dkv.bench.options import Options
 from dkv.bench.report import columns
-from dkv.bench.steps import skip, start, timed
+from dkv.bench.steps import full_steps, skip, start, timed
+from dkv.engine.engine import StepResult
 from dkv.models import ModelSpec
-from dkv.schedule import Step
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 # Full and cached steps timed per length: the former take longer, the latter change more as slots are filled.
@@ -71,7 +71,7 @@ def operations(spec: ModelSpec, active: int, rows: int, slots: int) -> int:
     return 2 * (spec.num_layers * active * 2 * d * kv + through * rest + rows * d * spec.vocab_size)
 
 
-def spread(steps: list[Step], count: int) -> list[Step]:
+def spread(steps: list[int], count: int) -> list[int]:
     """At most `count` of the steps, each in the middle of an equal share of them."""
     count = min(count, len(steps))
     return [steps[(2 * i + 1) * len(steps) // (2 * count)] for i in range(count)]
@@ -85,23 +85,25 @@ def estimate(
     Returns:
         "seconds", "computed" (slots sent through the network) and "operations", over all steps and rows.
     """
-    sampler, plan = start(options, settings, new)
-    full = [sampler.policy.full(step, bool(sampler.shifted)) for step in plan]
-    kinds = [[step for step in plan[1:] if full[step.index] == kind] for kind in (True, False)]
-    chosen = [[plan[0]], *map(spread, kinds, samples)]
+    results: list[StepResult] = []
+    engine = start(options, settings, new, [lambda engine, result: results.append(result)])
+    full, size = full_steps(engine), engine.rows.size
+    kinds = [[step for step in range(1, len(full)) if full[step] == kind] for kind in (True, False)]
+    chosen = [[0], *map(spread, kinds, samples)]
     found: dict[int, tuple[float, int, int]] = {}
     at = 0
-    for step in sorted((step for kind in chosen for step in kind), key=lambda step: step.index):
-        if step.index > at:
-            skip(sampler, step.index - at)
-        at = step.index + 1
-        seconds, done = timed(sampler.run, options.model.device)
-        active, rows = done.computed, done.place.numel()
-        found[step.index] = (seconds, active, operations(options.model.spec, active, rows, sampler.canvas.size))
+    for step in sorted(step for kind in chosen for step in kind):
+        if step > at:
+            skip(engine, step - at)
+        at = step + 1
+        seconds, _ = timed(engine.step, options.model.device)
+        forward = results.pop().forward
+        active, rows = sum(forward.counts), forward.slots.numel()
+        found[step] = (seconds, active, operations(options.model.spec, active, rows, size))
     total = [0.0] * 3
-    for kind, steps in zip(([plan[0]], *kinds), chosen, strict=True):
+    for kind, steps in zip(([0], *kinds), chosen, strict=True):
         for i in range(3 if steps else 0):
-            total[i] += len(kind) * statistics.fmean(found[step.index][i] for step in steps)
+            total[i] += len(kind) * statistics.fmean(found[step][i] for step in steps)
     return dict(zip(("seconds", "computed", "operations"), total, strict=True))
 
 

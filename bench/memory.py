@@ -28,7 +28,8 @@ from dkv.bar import Bar
 from dkv.bench import published
 from dkv.bench.options import LINEUP, Options
 from dkv.bench.report import columns
-from dkv.bench.steps import start
+from dkv.bench.steps import full_steps, start
+from dkv.engine.engine import StepResult
 from dkv.models import Transformer
 
 MB = 1e6
@@ -142,25 +143,27 @@ def _ours(options: Options, policy: str) -> list[dict[str, Any]]:
     model, found = options.model, []
 
     def call() -> None:
-        sampler, plan = start(options, {**LINEUP[policy], "steps": options.steps}, options.new)
+        results: list[StepResult] = []
+        hooks = [lambda engine, result: results.append(result)]
+        engine = start(options, {**LINEUP[policy], "steps": options.steps}, options.new, hooks)
         spec = model.spec
         like = model.embed.weight.new_empty(options.batch, 1, spec.num_kv_heads, spec.head_dim)
         with record_function(BUFFER):
             for layer in range(spec.num_layers):
-                sampler.buffer.layer(layer, like=like)
-        sampler.model = _Marked(model)
-        full = [sampler.policy.full(step, bool(sampler.shifted)) for step in plan]
+                engine.cache.layer(layer, like=like)
+        engine.model = _Marked(model)
+        full = full_steps(engine)
         wanted = {full.index(kind): kind for kind in (True, False) if kind in full}
-        for step in plan[: max(wanted) + 1]:
+        for step in range(max(wanted) + 1):
             # Without what earlier steps left: a step's scratch is then counted with it.
-            sampler.workspace = sampler.choose.workspace = kernels.Workspace()
-            if step.index not in wanted:
-                sampler.run()
+            engine.workspace = engine.sampler.workspace = kernels.Workspace()
+            if step not in wanted:
+                engine.step()
                 continue
             with record_function(STEP):
-                done = sampler.run()
-            logits = done.place.numel() * spec.vocab_size * 4
-            found.append({"kind": KINDS[wanted[step.index]], "logits": logits, "scratch": sampler.workspace.nbytes})
+                engine.step()
+            logits = results[-1].forward.slots.numel() * spec.vocab_size * 4
+            found.append({"kind": KINDS[wanted[step]], "logits": logits, "scratch": engine.workspace.nbytes})
 
     _, trace = record(call, model.device.type)
     for row, (begin, end) in zip(found, trace.marks[STEP], strict=True):

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 import dkv
 from dkv.bench.eager import forward
 from dkv.bench.steps import synchronise
-from dkv.canvas import Canvas
-from dkv.config import CONFIDENCE_RULES, DiffusionConfig
-from dkv.inputs import checked_inputs
+from dkv.core.schedule import Step
+from dkv.core.sequences import Sequences
+from dkv.engine.config import CONFIDENCE_RULES, DiffusionConfig
+from dkv.engine.inputs import checked_inputs
+from dkv.engine.noise import Noise
+from dkv.engine.replay import Numbers, RecordedNoise
 from dkv.models import Transformer
 from dkv.models.transformer import Layer
 from dkv.policies import Policy
-from dkv.randomness import Numbers, Randomness
-from dkv.schedule import Step
 
 
 @torch.no_grad()
@@ -64,10 +65,11 @@ def generate(
     config, input_ids = _checked(model, input_ids, new, steps, block_length, cache, confidence)
     mask_id, plan = model.spec.mask_token_id, config.plan(shifted=False)
     x = torch.cat((input_ids, input_ids.new_full((len(input_ids), new), mask_id)), 1)
-    rows = len(input_ids)
-    canvas = Canvas.after_prompts(input_ids, torch.ones_like(input_ids, dtype=torch.bool), [new] * rows, mask_id)
-    randomness = Randomness([0] * rows, canvas, numbers)
-    way = WAYS[type(config.cache)](config, input_ids.shape[1], mask_id, randomness, Counter(s.block for s in plan))
+    rows = Sequences.after_prompts(
+        input_ids, torch.ones_like(input_ids, dtype=torch.bool), [new] * len(input_ids), mask_id
+    )
+    noise = Noise([0] * len(input_ids), rows) if numbers is None else RecordedNoise(numbers, rows)
+    way = WAYS[type(config.cache)](config, input_ids.shape[1], mask_id, noise, Counter(s.block for s in plan))
     rope = tuple(torch.cat((table, table), -1)[: x.shape[1]] for table in model.rope_tables(x.shape[1]))
     for step in plan:
         start = time.perf_counter()
@@ -102,9 +104,9 @@ class Plain:
         kept: by layer, keys before their rotation and values, [B, n, d_kv].
     """
 
-    def __init__(self, config: DiffusionConfig, prompt: int, mask_id: int, randomness: Randomness, steps: Counter[int]):
+    def __init__(self, config: DiffusionConfig, prompt: int, mask_id: int, noise: Noise, steps: Counter[int]):
         self.policy = config.cache
-        self.prompt, self.mask_id, self.randomness, self.steps = prompt, mask_id, randomness, steps
+        self.prompt, self.mask_id, self.noise, self.steps = prompt, mask_id, noise, steps
         self.active: Tensor | None = None
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -120,9 +122,13 @@ class Plain:
         """Keys and values of all slots, the active ones first; and what the layer keeps of them."""
         return key, value
 
+    def _order(self, step: Step, x: Tensor) -> Tensor:
+        """Uniform numbers [B, L] of a step."""
+        return self.noise.order(torch.full((len(x), 1), step.index, device=x.device))
+
     def choose(self, step: Step, x: Tensor, certainty: Tensor | None) -> Tensor:
         """bool [B, L]: the slots that take their token now."""
-        certainty = self.randomness.order([step.index] * len(x)) if certainty is None else certainty
+        certainty = self._order(step, x) if certainty is None else certainty
         open_ = x == self.mask_id
         open_[:, self.prompt + step.stop :] = False
         certainty = torch.where(open_, certainty, -torch.inf)
@@ -166,7 +172,7 @@ class Greedy(Plain):
     def begin(self, step: Step, x: Tensor) -> None:
         super().begin(step, x)
         if step.in_block == 0:
-            numbers = self.randomness.order([step.index] * len(x)).clone()
+            numbers = self._order(step, x).clone()
             numbers[:, : self.prompt + step.start] = -torch.inf
             numbers[:, self.prompt + step.stop :] = -torch.inf
             self.order, self.filled = numbers.sort(dim=1, descending=True, stable=True).indices, 0

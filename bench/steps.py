@@ -1,20 +1,16 @@
 """Single steps of a generation: before its first one, or anywhere in it."""
 
-import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 import dkv
 from dkv.bench.options import Options
-from dkv.canvas import Canvas, slots_of
-from dkv.passes import Pass
-from dkv.randomness import Randomness
-from dkv.sampler import Sampler
-from dkv.schedule import Step
+from dkv.core.sequences import Sequences, slots_of
+from dkv.engine.engine import Engine, OnStep, StepResult
+from dkv.engine.noise import Noise
 
 
 def synchronise(device: torch.device) -> None:
@@ -32,8 +28,8 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def start(options: Options, settings: dict[str, Any], new: int) -> tuple[Sampler, list[Step]]:
-    """A generation before its first step, as `dkv.generate` begins it, and its schedule.
+def start(options: Options, settings: dict[str, Any], new: int, hooks: Sequence[OnStep] = ()) -> Engine:
+    """A generation before its first step, as `dkv.generate` begins it.
 
     Raises:
         ValueError: the canvas is longer than the model allows, or a setting is impossible.
@@ -47,24 +43,27 @@ def start(options: Options, settings: dict[str, Any], new: int) -> tuple[Sampler
     # Dream's own schedule decodes nothing in its first step.
     config = dkv.DiffusionConfig(max_new_tokens=new, schedule="blocks", seed=0, **settings)
     config.cache.check(spec.shifted)
-    real, rows = torch.ones_like(ids, dtype=torch.bool), len(ids)
-    canvas = Canvas.after_prompts(ids, real, [new] * rows, spec.mask_token_id)
-    sampler = Sampler(options.model, canvas, config, Randomness([0] * rows, canvas), spec.mask_token_id)
-    return sampler, config.plan(spec.shifted)
+    real, batch = torch.ones_like(ids, dtype=torch.bool), len(ids)
+    rows = Sequences.after_prompts(ids, real, [new] * batch, spec.mask_token_id)
+    return Engine(options.model, rows, config, Noise([0] * batch, rows), spec.mask_token_id, hooks=hooks)
 
 
-def skip(sampler: Sampler, steps: int) -> None:
-    """Bring the canvas to where it is after so many steps, from left to right and without computing tokens."""
-    canvas, progress = sampler.canvas, sampler.progress
-    for part in (steps - 1, 1):
-        # Only what the last step decoded is fresh.
-        count = 0
-        for _ in range(part):
-            step = progress.begin()[0]
-            progress.advance(np.full_like(progress.masked, step.count))
-            count += step.count
-        slots = slots_of(canvas.masked, count, canvas.size)
-        canvas.commit(slots, torch.ones_like(slots, dtype=torch.bool))
+def full_steps(engine: Engine) -> list[bool]:
+    """By step, whether it computes every slot."""
+    return engine.config.cache.full(engine.rows.timetable.steps(0), engine.shifted).flatten().tolist()
+
+
+def skip(engine: Engine, steps: int) -> None:
+    """Bring the rows to where they are after so many steps, filled from left to right and without computing tokens."""
+    rows = engine.rows
+    for _ in range(steps):
+        now = rows.timetable.now()
+        open_ = rows.open(now)
+        # All rows are in the same step.
+        count = int(open_[0].sum() - now.left[0])
+        slots = slots_of(open_, rows.size, rows.size)[:, :count]
+        rows.commit(now, open_, slots, torch.ones_like(slots, dtype=torch.bool))
+    engine.prepare()
 
 
 class HalfWay:
@@ -77,21 +76,25 @@ class HalfWay:
     """
 
     def __init__(self, options: Options, settings: dict[str, Any], cached: bool = False):
-        self.sampler, plan = start(options, settings, options.new)
-        self.sampler.run()
-        sampler, canvas = self.sampler, self.sampler.canvas
-        half = max(len(plan) // 2, 1)
-        later = (at for at in range(half, len(plan)) if not sampler.policy.full(plan[at], bool(sampler.shifted)))
-        skip(sampler, (next(later, half) if cached else half) - 1)
-        self.state = (canvas.tokens.clone(), canvas.masked, canvas.fresh, copy.deepcopy(sampler.progress))
+        self._last: StepResult | None = None
+        self.engine = start(options, settings, options.new, [self._keep])
+        full, rows = full_steps(self.engine), self.engine.rows
+        self.engine.step()
+        half = max(len(full) // 2, 1)
+        skip(self.engine, (full.index(False, half) if cached and False in full[half:] else half) - 1)
+        self._state = [x.clone() for x in (rows.tokens, rows.masked, rows.fresh, rows.timetable.at)]
 
-    def take(self) -> Pass | None:
+    def _keep(self, engine: Engine, result: StepResult) -> None:
+        self._last = result
+
+    def take(self) -> StepResult:
         """Take the step."""
-        return self.sampler.run()
+        self.engine.step()
+        return self._last
 
     def back(self) -> None:
         """Go back to before the step."""
-        sampler, canvas = self.sampler, self.sampler.canvas
-        tokens, canvas.masked, canvas.fresh, progress = self.state
-        canvas.tokens.copy_(tokens)
-        sampler.progress = copy.deepcopy(progress)
+        rows = self.engine.rows
+        for x, was in zip((rows.tokens, rows.masked, rows.fresh, rows.timetable.at), self._state, strict=True):
+            x.copy_(was)
+        self.engine.prepare()

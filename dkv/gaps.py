@@ -24,13 +24,13 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from dkv.config import BY_ROW, DiffusionConfig
-from dkv.generation import infill, infill_config
-from dkv.inputs import check_settings
+from dkv.core.validation import plain
+from dkv.engine.config import BY_ROW, DiffusionConfig
+from dkv.engine.generate import infill, infill_config
+from dkv.engine.inputs import check_settings
+from dkv.engine.output import Stats
+from dkv.engine.records import NAMES
 from dkv.likelihood import Copy, log_probabilities, masked_places
-from dkv.output import Stats
-from dkv.records import RECORDS
-from dkv.validation import plain
 
 # Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.
 REACH, SAMPLES, COPIES = 16, 8, 32
@@ -231,7 +231,7 @@ def _check(model: Any, layouts: Sequence[_Layout], config: DiffusionConfig) -> N
     spec = model.spec
     if not layouts:
         raise ValueError("texts holds no text")
-    if records := [name for name in RECORDS if getattr(config, f"output_{name}")]:
+    if records := [name for name in NAMES if getattr(config, f"output_{name}")]:
         raise ValueError(f"output_{records[0]} has no effect on fill_gaps: fill the rows that it finds by dkv.infill")
     for name in BY_ROW:
         if isinstance(value := getattr(config, name), list) and len(value) != len(layouts):

@@ -15,10 +15,10 @@ from lm_eval.api.model import TemplateLM
 
 import dkv
 from dkv.bar import Bar
-from dkv.config import DiffusionConfig, policy_of
+from dkv.engine.config import DiffusionConfig, policy_of
+from dkv.engine.output import Stats
 from dkv.harness_settings import count, stated, switch, task_config
 from dkv.likelihood import are_greedy, log_likelihoods
-from dkv.output import Stats
 from dkv.text import answer, encode, starts, turn_end_ids
 from dkv.version import versions
 

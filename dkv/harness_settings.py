@@ -5,10 +5,10 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from dkv.config import DEFAULTS, DiffusionConfig
-from dkv.naming import instead
+from dkv.core.naming import instead
+from dkv.engine.config import DEFAULTS, DiffusionConfig
+from dkv.engine.published_names import ACTING, ALIASES, NO_EFFECT, OTHERS, own_name
 from dkv.policies import POLICY_OPTIONS
-from dkv.published_names import ACTING, ALIASES, NO_EFFECT, OTHERS, own_name
 
 # Slots of an answer where neither task nor model_args say: what lm-eval's other models have.
 NEW_TOKENS = 256

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.buffer import KVBuffer
-from dkv.choosing import LOGITS_AT_A_TIME
-from dkv.generation import generate
-from dkv.output import Stats
+from dkv.core.kv_cache import KVCache
+from dkv.engine.generate import generate
+from dkv.engine.output import Stats
+from dkv.engine.sampler import LOGITS_AT_A_TIME
 
 # Token ids of a prompt, and of an answer to it.
 Question = tuple[Sequence[int], Sequence[int]]
@@ -156,7 +156,7 @@ def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     targets = torch.tensor([token for copy in copies for _, token, _ in copy.reads], device=device)
     ranges = None if min(lengths) == size else torch.tensor([[0, length] for length in lengths], device=device)
     positions = torch.arange(size, device=device).expand(len(copies), size)
-    hidden = model.step(tokens, positions, KVBuffer(len(copies), size), key_ranges=ranges, rows=rows)[real]
+    hidden = model.step(tokens, positions, KVCache(len(copies), size), key_ranges=ranges, rows=rows)[real]
     at_a_time = max(1, LOGITS_AT_A_TIME // spec.vocab_size)
     found = []
     for part, wanted in zip(hidden.split(at_a_time), targets.split(at_a_time), strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import dkv
 from dkv.bar import counted
+from dkv.engine.replay import Numbers, replay
 
 LOGIT_TOLERANCE = 1e-4
 
@@ -93,7 +94,7 @@ def dream_settings(case: Case) -> dict[str, Any]:
     return {"cache": cache, "schedule": "time", "mask_token_id": s["mask_id"], **{name: s[name] for name in names}}
 
 
-def recorded_numbers(tensors: dict[str, Tensor]):
+def recorded_numbers(tensors: dict[str, Tensor]) -> Numbers | None:
     """The random numbers of a run, by step; None if it used none."""
     if "denoise_rand" in tensors:
         block = tensors["step_block"].tolist()
@@ -118,15 +119,10 @@ def check_case(case: Case, model: Any) -> str:
         return _check_forward(case.tensors, model)
     t = case.tensors
     settings = {"llada": llada_settings, "dream": dream_settings}[case.facts["family"]](case)
-    call = {
-        "input_ids": t["prompt"].long(),
-        "attention_mask": t.get("attention_mask"),
-        "numbers": recorded_numbers(t),
-        **settings,
-    }
+    call = (model, t["prompt"].long(), t.get("attention_mask"), recorded_numbers(t))
+    settings |= {"output_history": True, "output_active": True}
     # Once as users run it, and once more with every logit, which takes other paths through the model.
-    fast = dkv.generate(model, **call, output_history=True, output_active=True)
-    full = dkv.generate(model, **call, output_history=True, output_active=True, output_logits=True)
+    fast, full = replay(*call, **settings), replay(*call, **settings, output_logits=True)
     for output in (fast, full):
         _check_tokens(t, output)
         _check_active(t, output)

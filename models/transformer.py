@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkv import kernels
-from dkv.buffer import KVBuffer
+from dkv.core.kv_cache import KVCache
+from dkv.core.varlen import Varlen
 from dkv.models.spec import ModelSpec
-from dkv.ragged import Ragged
 
 # (layer, query [..., R, Hq, D], key and value [..., N, Hkv, D]) -> [..., R, Hq, D]
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
@@ -155,12 +155,12 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        buffer: KVBuffer,
+        buffer: KVCache,
         *,
         key_ranges: Tensor | None = None,
         rows: Tensor | None = None,
-        ragged: Ragged | None = None,
-        ragged_rows: Ragged | None = None,
+        varlen: Varlen | None = None,
+        varlen_rows: Varlen | None = None,
         workspace: kernels.Workspace | None = None,
     ) -> Tensor:
         """Recompute the active slots over the buffer: their K and V are written, then attended to.
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
             buffer: keys and values of all slots; every visible slot must have been written.
             key_ranges: [B, 2] first visible slot and the one after the last; None: all slots.
             rows: [B, R] which of the N active slots need an output; None: all.
-            ragged, ragged_rows: how many of the N and of the R count in each row; None: all. The others are not
+            varlen, varlen_rows: how many of the N and of the R count in each row; None: all. The others are not
                 computed.
             workspace: scratch to use again between calls.
 
@@ -181,10 +181,10 @@ class Transformer(nn.Module):
         """
         cos, sin = self.rope_tables(buffer.slots)
         last = len(self.layers) - 1
-        entries = Ragged([positions.shape[1]] * len(positions), positions.device) if ragged is None else ragged
+        entries = Varlen.equal(positions) if varlen is None else varlen
         outputs = entries
         if rows is not None:
-            outputs = Ragged([rows.shape[1]] * len(rows), rows.device) if ragged_rows is None else ragged_rows
+            outputs = Varlen.equal(rows) if varlen_rows is None else varlen_rows
 
         def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             k_buf, v_buf = buffer.layer(layer.index, like=key)
@@ -192,25 +192,17 @@ class Transformer(nn.Module):
             here, layout = (positions.gather(1, rows), outputs) if some else (None, entries)
             query, key, value = layout.padded(query), entries.padded(key), entries.padded(value)
             norms = {"q_norm": _head_norm(layer.q_norm), "k_norm": _head_norm(layer.k_norm)}
+            query = kernels.rope_scatter_(
+                query, key, value, cos, sin, positions, k_buf, v_buf, query_positions=here, validate=False, **norms
+            )
             keys, values = k_buf[:, : buffer.length], v_buf[:, : buffer.length]
-            if buffer.rotated:
-                query = kernels.rope_scatter_(
-                    query, key, value, cos, sin, positions, k_buf, v_buf, query_positions=here, validate=False, **norms
-                )
-            else:
-                here = positions if here is None else here
-                query = kernels.rotate(kernels.head_norm(query, norms["q_norm"]), cos[here], sin[here])
-                key = kernels.head_norm(key, norms["k_norm"])
-                kernels.scatter_rows_(k_buf, positions, key, validate=False)
-                kernels.scatter_rows_(v_buf, positions, value, validate=False)
-                keys = kernels.rotate(keys, cos[: buffer.length], sin[: buffer.length])
             out = kernels.cached_attention(
                 query, keys, values, query_lengths=layout.lengths, key_ranges=key_ranges, workspace=workspace
             )
-            return layout.flat(out)
+            return layout.packed(out)
 
-        x = self.embed(entries.flat(tokens))
-        places = None if rows is None else outputs.flat(entries.places(rows))
+        x = self.embed(entries.packed(tokens))
+        places = None if rows is None else outputs.packed(entries.places(rows))
         for layer in self.layers:
             x = layer(x, attend, places if layer.index == last else None)
         return outputs.padded(self.norm(x))

@@ -163,7 +163,7 @@ def tell_of_empty(args: argparse.Namespace, texts: list[str], rows: list[list[in
 
 def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     """What the arguments of `add_generation` ask for: settings, model, tokenizer, and ids [B, P] with their mask."""
-    from dkv.inputs import checked_inputs
+    from dkv.engine.inputs import checked_inputs
     from dkv.text import encode
 
     config, model, tokenizer = load(args)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dkv.config import DiffusionConfig
-from dkv.generation import config_of, generate
-from dkv.inputs import checked_inputs
-from dkv.output import Stats
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.generate import config_of, generate
+from dkv.engine.inputs import checked_inputs
+from dkv.engine.output import Stats
 from dkv.policies import Policy
 
 # What `dkv.generate` has to keep of every step.
@@ -33,8 +33,7 @@ class Trace:
             stands at the first of them, the others are empty.
         special: bool [S], where a special token stands in the end.
         decoded: int64 [S], the step that decoded a slot; -1 in the prompt, and beyond an early end.
-        computed: bool [steps, S], the slots that the policy named in a step; `stats` counts a few more where
-            only a bound of their number is known before the pass.
+        computed: bool [steps, S], the slots that the policy named in a step.
         confidences: float32 [steps, S], as in `DiffusionOutput`.
         stats: of the generation.
     """

@@ -7,7 +7,7 @@ import dkv
 from dkv.bench import compare, options, published
 from dkv.bench.compare import Run, StepTime
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
-from dkv.sampler import Sampler
+from dkv.engine.replay import replay
 
 CPU = torch.device("cpu")
 
@@ -92,21 +92,11 @@ def test_every_contender_runs_once_per_round_in_turn():
 
 
 def test_step_times_are_those_of_the_passes(clock):
-    asked = small(new=4)
-    original = Sampler.run
-    with compare.step_times() as found:
-        dkv.generate(asked.model, asked.prompts(), max_new_tokens=4, seed=0, cache=dkv.Decode(0))
-    assert Sampler.run is original
-    assert [(step.full, step.slots, step.seconds) for step in found] == [
+    asked, steps = small(new=4), compare.StepClock()
+    replay(asked.model, asked.prompts(), max_new_tokens=4, seed=0, cache=dkv.Decode(0), on_step=steps)
+    assert [(step.full, step.slots, step.seconds) for step in steps.steps] == [
         (True, 20, 1.0), (True, 20, 1.0), (False, 6, 1.0), (False, 4, 1.0),
     ]  # fmt: skip
-
-
-def test_the_sampler_is_put_back_after_an_error():
-    original = Sampler.run
-    with pytest.raises(KeyError), compare.step_times():
-        raise KeyError
-    assert Sampler.run is original
 
 
 def test_comparison_of_a_small_model():

@@ -23,20 +23,21 @@ def options(model, **settings) -> Options:
 @pytest.mark.parametrize("kind", GOALS)
 def test_a_step_can_be_taken_again(plain, kind):
     half_way = HalfWay(options(plain), STEPS[kind])
-    before = half_way.sampler.canvas.tokens.clone()
+    before = half_way.engine.rows.tokens.clone()
     first = half_way.take()
-    assert half_way.sampler.canvas.masked.sum(1).tolist() == [3, 3]  # of 8 new ones, 4 and then 1 have been decoded
+    assert half_way.engine.rows.masked.sum(1).tolist() == [3, 3]  # of 8 new ones, 4 and then 1 have been decoded
     half_way.back()
-    assert torch.equal(half_way.sampler.canvas.tokens, before)
-    assert half_way.sampler.canvas.masked.sum(1).tolist() == [4, 4]
+    assert torch.equal(half_way.engine.rows.tokens, before)
+    assert half_way.engine.rows.masked.sum(1).tolist() == [4, 4]
     second = half_way.take()
-    assert torch.equal(first.positions, second.positions) and torch.equal(first.hidden, second.hidden)
+    assert torch.equal(first.forward.positions, second.forward.positions)
+    assert torch.equal(first.forward.hidden, second.forward.hidden)
 
 
 @pytest.mark.parametrize("kind", GOALS)
 def test_products_are_those_of_the_step(plain, kind):
     half_way = HalfWay(options(plain), STEPS[kind])
-    done = half_way.take()
+    done = half_way.take().forward
     half_way.back()
     active, rows = done.positions.shape[1], done.hidden.shape[1]
     assert rows == 4

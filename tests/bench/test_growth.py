@@ -73,16 +73,17 @@ def test_estimate_counts_the_work_of_the_generation(options, policy, family):
     assert few["seconds"] > 0
 
 
-def test_skipped_steps_leave_the_canvas_as_if_they_had_been_run(options):
-    sampler, plan = steps.start(options, {"cache": dkv.Decode(8)}, 32)
+def test_skipped_steps_leave_the_rows_as_if_they_had_been_run(options):
+    results = []
     with torch.no_grad():
-        sampler.run()
-        steps.skip(sampler, 19)
-        progress = sampler.progress
-        assert progress.steps == [plan[20]]
-        assert int(sampler.canvas.masked.sum()) == progress.masked[0] == progress.open[0] == 12
-        assert int(sampler.canvas.fresh.sum()) == progress.fresh[0] == 1
-        assert sampler.run().computed == 13
+        engine = steps.start(options, {"cache": dkv.Decode(8)}, 32, [lambda engine, result: results.append(result)])
+        engine.step()
+        steps.skip(engine, 19)
+        assert engine.rows.timetable.at.tolist() == [20]
+        assert int(engine.rows.masked.sum()) == engine.status.masked[0] == 12
+        assert int(engine.rows.fresh.sum()) == 1
+        engine.step()
+    assert results[-1].forward.counts == [13]
 
 
 @pytest.mark.parametrize("active", [5, 40])
@@ -91,9 +92,7 @@ def test_operations_are_those_of_the_products(plain_model, active):
     ids = torch.zeros(1, active, dtype=torch.int64)
     # As plain products, which the counter knows.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        hidden = plain_model.step(
-            ids, torch.arange(active)[None], dkv.KVBuffer(1, slots), rows=torch.arange(rows)[None]
-        )
+        hidden = plain_model.step(ids, torch.arange(active)[None], dkv.KVCache(1, slots), rows=torch.arange(rows)[None])
         plain_model.head(hidden)
     assert counter.get_total_flops() == growth.operations(spec, active, rows, slots)
 

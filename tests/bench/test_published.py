@@ -9,6 +9,7 @@ import torch
 import dkv
 from dkv.bench.published import generate
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.engine.replay import replay
 from dkv.models.packing import can_pack
 from dkv.verify import find_cases, llada_settings, recorded_numbers
 
@@ -96,7 +97,7 @@ def test_numbers_are_those_given(model):
         return torch.rand(size, generator=torch.Generator().manual_seed(step))
 
     settings = {"cache": dkv.Greedy(4, 2), "block_length": 12, "numbers": numbers, **RANDOM}
-    expected = dkv.generate(model, prompts(2), max_new_tokens=24, **settings).sequences
+    expected = replay(model, prompts(2), max_new_tokens=24, **settings).sequences
     assert torch.equal(generate(model, prompts(2), new=24, **settings), expected)
     assert not torch.equal(generate(model, prompts(2), new=24, **{**settings, "numbers": None}), expected)
 

@@ -13,7 +13,7 @@ import torch
 import dkv
 from dkv.cli import build_parser, main
 from dkv.commands import audit, demo, generate, info, verify
-from dkv.config import DEFAULTS
+from dkv.engine.config import DEFAULTS
 from dkv.policies import POLICIES
 
 ROOT = Path(__file__).parents[2]

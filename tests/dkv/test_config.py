@@ -8,8 +8,8 @@ import torch
 
 import dkv
 from dkv import DiffusionConfig
-from dkv.config import policy_of
-from dkv.validation import FLAGS, NUMBERS, WHOLE
+from dkv.core.validation import FLAGS, NUMBERS, WHOLE
+from dkv.engine.config import policy_of
 
 
 def test_names_of_both_families_are_accepted():
@@ -82,8 +82,8 @@ def test_a_refused_update_leaves_all_as_it_was():
         with pytest.raises(ValueError, match=r"must be|unknown"):
             config.update(**bad)
         assert (config.threshold, config.steps, config.max_new_tokens, config.block_length) == (0.5, None, 128, None)
-    config.update(savings={"needed_rows": False}, seed=np.int64(3), alg_temp=None)
-    assert (config.savings.needed_rows, config.seed, config.selection_temperature) == (False, 3, 0.0)
+    config.update(seed=np.int64(3), alg_temp=None)
+    assert (config.seed, config.selection_temperature) == (3, 0.0)
 
 
 def test_update_refuses_what_the_constructor_refuses():
@@ -102,12 +102,12 @@ def test_policies_by_name(name):
 def test_saved_and_loaded_again(tmp_path):
     config = DiffusionConfig(
         max_new_tokens=64, block_length=32, temperature=0.5, cache=dkv.Decode(4, shift_rule="un_right"), seed=7,
-        savings=dkv.Savings(needed_rows=False), eos_token_id=3,
+        eos_token_id=3,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     again = DiffusionConfig.from_pretrained(tmp_path)
     assert again.to_dict()["cache"] == config.to_dict()["cache"] and again.cache == config.cache
-    for name in ("max_new_tokens", "block_length", "temperature", "seed", "savings", "eos_token_id", "steps"):
+    for name in ("max_new_tokens", "block_length", "temperature", "seed", "eos_token_id", "steps"):
         assert getattr(again, name) == getattr(config, name)
 
 
@@ -175,9 +175,10 @@ def test_switches_are_true_or_false(name):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"cache": {"name": []}}, {"cache": dkv.Decode}, {"savings": 5}, {"savings": {"x": 1}},
-                 {"savings": {"needed_rows": 1}}, {"schedule": ["time"]}, {"remasking": ["random"]}], ids=str
-)  # fmt: skip
+    "settings",
+    [{"cache": {"name": []}}, {"cache": dkv.Decode}, {"schedule": ["time"]}, {"remasking": ["random"]}],
+    ids=str,
+)
 def test_odd_kinds_are_refused(settings):
     with pytest.raises(ValueError, match=r"must be|unknown policy"):
         DiffusionConfig(**settings)

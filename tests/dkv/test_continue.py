@@ -96,11 +96,10 @@ def test_an_end_is_not_reused_as_padding(llada):
         ({"cache": dkv.NoCache()}, "buffer goes with a cache policy"),
         ({"cfg_scale": 1.0}, "buffer does not go with cfg_scale"),
         ({"rows": 1}, "buffer has 2 rows"),
-        ({"buffer": dkv.KVBuffer(2, 8)}, "buffer must be the buffer of an output"),
+        ({"buffer": dkv.KVCache(2, 8)}, "buffer must be the buffer of an output"),
         ({"buffer": "yes"}, "buffer must be the buffer of an output"),
-        ({"savings": dkv.Savings(rotated_keys=False)}, "rotated_keys=True, the call has 2 with rotated_keys=False"),
     ],
-    ids=["no cache", "guidance", "rows", "unused", "no buffer", "unrotated"],
+    ids=["no cache", "guidance", "rows", "unused", "no buffer"],
 )
 def test_impossible_buffers_are_named(llada, change, message):
     first, prompts = turns(llada, dkv.Decode(4))

@@ -127,7 +127,6 @@ def test_criteria_are_not_asked_about_the_prompt(llada):
     [
         ({"stopping_criteria": 5}, TypeError, "stopping_criteria must be callable"),
         ({"logits_processor": [5]}, TypeError, "logits_processor must be callable"),
-        ({"numbers": 5}, TypeError, "numbers must be callable"),
         ({"logits_processor": lambda ids, scores: None}, ValueError, r"must return scores \[4, 64\], got NoneType"),
         ({"logits_processor": lambda ids, scores: scores[:, :9]}, ValueError, r"scores \[4, 64\], got \[4, 9\]"),
         (
@@ -136,7 +135,7 @@ def test_criteria_are_not_asked_about_the_prompt(llada):
             "generation_config must be a dkv.DiffusionConfig, got Gen",
         ),
     ],
-    ids=["criterion", "processor", "numbers", "nothing", "fewer", "configuration"],
+    ids=["criterion", "processor", "nothing", "fewer", "configuration"],
 )
 def test_what_cannot_be_called_or_used_is_named(llada, given, error, message):
     with pytest.raises(error, match=message):

@@ -1,5 +1,7 @@
 """Impossible inputs: named, before any work."""
 
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,38 +80,43 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "cache",
-    [dkv.Decode(0), dkv.Decode(0, shift_rule="un_right"), dkv.Prefill(), dkv.PrefillDecode(3), dkv.Greedy(0, 2),
-     dkv.Greedy(0, 3, window_rule="neighbours", window_centre="last")],
+    "settings",
+    [
+        {},
+        {"threshold": 0.3},
+        {"factor": 0.9},
+        {"eos_token_id": 61},
+        {"confidence": "random"},
+        {"temperature": 0.8, "top_k": 9},
+        {"max_new_tokens": [6, 3]},
+    ],
     ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("rule", ["probability", "margin", "entropy", "random"])
-def test_cached_steps_read_nothing_back(model, padded, cache, rule):
-    """In every cached step of a fixed schedule, ragged rows included, greedy and sampled."""
-    if rule == "random" and model.spec.shifted:
-        return  # Dream's own random order leaves even the counts to chance
-    from dkv.sampler import Sampler
+)
+@pytest.mark.parametrize("cache", [dkv.NoCache(), dkv.Decode(3), dkv.Prefill(), dkv.DualCache(delayed=True)], ids=str)
+def test_a_step_reads_one_status_and_nothing_else(model, padded, cache, settings):
+    """In every setting that needs no Python of the caller, rows of different lengths included."""
+    from dkv.engine.engine import Engine
 
-    run, seen, cached = Sampler.run, [], 0
+    step, tolist, reads, steps = Engine.step, torch.Tensor.tolist, [], []
 
     def watched(self):
-        nonlocal cached
-        if self.policy.full(self.progress.steps[0], bool(self.shifted)):
-            return run(self)
-        cached += 1
+        reads.clear()
         with Watch() as watch:
-            done = run(self)
-        seen.extend(watch.seen)
-        return done
+            step(self)
+        steps.append((len(reads), watch.seen))
+
+    def noted(x):
+        # The operations of a CPU walk through rows of different lengths one by one; the kernels do not.
+        if sys._getframe(1).f_globals["__name__"].startswith("dkv.engine"):
+            reads.append(x.shape)
+        return tolist(x)
 
     ids, mask = padded([[5, 9], [7, 3, 20, 41, 2]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "run", watched)
-        for temperature in (0.0, 0.8):
-            dkv.generate(
-                model, ids, mask, max_new_tokens=6, cache=cache, confidence=rule, temperature=temperature, top_k=9
-            )
-    assert cached >= 8 and seen == []
+        patch.setattr(Engine, "step", watched)
+        patch.setattr(torch.Tensor, "tolist", noted)
+        dkv.generate(model, ids, mask, cache=cache, seed=1, **{"max_new_tokens": 6, **settings})
+    assert len(steps) >= 2 and set(map(str, steps)) == {"(1, [])"}
 
 
 def test_the_watch_sees_what_it_looks_for():

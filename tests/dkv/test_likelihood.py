@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dkv import likelihood
+from dkv.engine.output import Stats
 from dkv.likelihood import are_greedy, log_likelihoods, masked_places
-from dkv.output import Stats
 
 MASK = 63
 PROMPT = [5, 17, 3, 44, 21]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dkv
-from dkv.config import DiffusionConfig
-from dkv.selection import confident_counts
+from dkv.engine.commit import confident_counts
+from dkv.engine.config import DiffusionConfig
 
 IDS = torch.tensor([[5, 9, 11], [7, 3, 20]])
 POLICIES = [

@@ -1,16 +1,15 @@
-"""Policies are index logic: their slots, their counts and their cadence."""
+"""Policies are index logic: their slots and their cadence."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dkv
-from dkv.canvas import Canvas, mask_of, slots_of
-from dkv.policies import neighbours, with_masked_window
-from dkv.policy import View, sources
-from dkv.schedule import Step, block_schedule
+from dkv.core.schedule import Step, Timetable, block_schedule
+from dkv.core.sequences import Sequences, mask_of, slots_of
+from dkv.policies.base import View, sources
+from dkv.policies.dkv_cache import neighbours, with_masked_window
 
 S = 10
 
@@ -27,16 +26,17 @@ def slots(x):
 
 def view(*, masked, fresh=(), planned=None, step=3, prompt=2, size=S, shifted=False, in_block=None, block=None):
     prompts = torch.zeros(1, prompt, dtype=torch.long)
-    canvas = Canvas.after_prompts(prompts, torch.ones_like(prompts, dtype=torch.bool), [size - prompt], 63)
-    canvas.masked, canvas.fresh = mask(*masked, size=size), mask(*fresh, size=size)
-    step = Step(step, 0, step if in_block is None else in_block, *block or (0, size - prompt), 1, 0)
-    masked_in_block = [slot for slot in masked if step.start <= slot - prompt < step.stop]
-    counts = (np.array([len(slots)]) for slots in (masked, masked_in_block, fresh, planned or ()))
-    return View(canvas, [step], None if planned is None else torch.tensor([planned]), *counts, shifted)
+    rows = Sequences.after_prompts(prompts, torch.ones_like(prompts, dtype=torch.bool), [size - prompt], 63)
+    rows.masked.copy_(mask(*masked, size=size))
+    rows.fresh.copy_(mask(*fresh, size=size))
+    one = Step(step, 0, step if in_block is None else in_block, *block or (0, size - prompt), 1, 0)
+    now = Timetable([[one]], prompts.device).now()
+    return View(rows, now, None if planned is None else torch.tensor([planned]), shifted)
 
 
 def full_passes(policy, plan, shifted=False):
-    return [step.index for step in plan if policy.full(step, shifted)]
+    steps = Timetable([plan], torch.device("cpu")).steps(0)
+    return policy.full(steps, shifted).flatten().nonzero().flatten().tolist()
 
 
 def test_S08_cadence_of_decode():
@@ -63,17 +63,16 @@ def test_S06_refresh_1_is_plain_decoding():
 
 
 def test_decode_computes_masked_slots_and_those_decoded_last():
-    active = dkv.Decode().active(view(masked=(4, 7, 8), fresh=(5,)))
-    assert slots(active.mask) == [4, 5, 7, 8] and active.counts.tolist() == [4]
+    assert slots(dkv.Decode().active(view(masked=(4, 7, 8), fresh=(5,)))) == [4, 5, 7, 8]
 
 
 def test_S05_shift_rules():
     """[1, 2, M, 7, M]: under "un" slot 1 waits for slot 2, slot 3 for slot 4; slot 2 is stale until a refresh."""
     seen = view(masked=(2, 4), prompt=2, size=5, shifted=True)
-    assert slots(dkv.Decode(shift_rule="un").active(seen).mask) == [1, 3]
-    assert slots(dkv.Decode(shift_rule="un_right").active(seen).mask) == [1, 2, 3, 4]
+    assert slots(dkv.Decode(shift_rule="un").active(seen)) == [1, 3]
+    assert slots(dkv.Decode(shift_rule="un_right").active(seen)) == [1, 2, 3, 4]
     first = view(masked=(2, 3), prompt=2, size=5, shifted=True, step=1, fresh=(4,))
-    assert 4 in slots(dkv.Decode(shift_rule="un").active(first).mask)
+    assert 4 in slots(dkv.Decode(shift_rule="un").active(first))
     with pytest.raises(ValueError, match='"right" caches a slot while its output is still needed'):
         dkv.Decode(4, shift_rule="right").check(shifted=True)
     dkv.Decode(1, shift_rule="right").check(shifted=True)
@@ -81,14 +80,14 @@ def test_S05_shift_rules():
 
 
 def test_prefill_keeps_the_slot_that_predicts_the_first_new_one():
-    assert slots(dkv.Prefill().active(view(masked=(5,), shifted=False)).mask) == list(range(2, S))
-    assert slots(dkv.Prefill().active(view(masked=(5,), shifted=True)).mask) == list(range(1, S))
+    assert slots(dkv.Prefill().active(view(masked=(5,), shifted=False))) == list(range(2, S))
+    assert slots(dkv.Prefill().active(view(masked=(5,), shifted=True))) == list(range(1, S))
 
 
 def test_prefill_decode_refreshes_all_but_the_prompt():
     policy = dkv.PrefillDecode(4)
-    assert slots(policy.active(view(masked=(5, 6), fresh=(4,), step=8)).mask) == list(range(2, S))
-    assert slots(policy.active(view(masked=(5, 6), fresh=(4,), step=9)).mask) == [4, 5, 6]
+    assert slots(policy.active(view(masked=(5, 6), fresh=(4,), step=8))) == list(range(2, S))
+    assert slots(policy.active(view(masked=(5, 6), fresh=(4,), step=9))) == [4, 5, 6]
 
 
 def test_S09_greedy_windows():
@@ -109,12 +108,12 @@ def test_S09_greedy_windows():
 
 def test_S09_greedy_sets():
     seen = view(masked=(3, 5, 6, 8), fresh=(4,), planned=[5])
-    assert slots(dkv.Greedy(window=0).active(seen).mask) == [4, 5]
-    assert slots(dkv.Greedy(window=2).active(seen).mask) == [3, 4, 5, 6]
-    assert slots(dkv.Greedy(window=2, window_centre="last").active(seen).mask) == [3, 4, 5, 6]
-    assert slots(dkv.Greedy(window=2, window_rule="neighbours").active(seen).mask) == [4, 5, 6]
+    assert slots(dkv.Greedy(window=0).active(seen)) == [4, 5]
+    assert slots(dkv.Greedy(window=2).active(seen)) == [3, 4, 5, 6]
+    assert slots(dkv.Greedy(window=2, window_centre="last").active(seen)) == [3, 4, 5, 6]
+    assert slots(dkv.Greedy(window=2, window_rule="neighbours").active(seen)) == [4, 5, 6]
     shifted = view(masked=(3, 5, 6, 8), fresh=(3,), planned=[8], shifted=True)
-    assert slots(dkv.Greedy(window=0).active(shifted).mask) == [3, 7, 8]
+    assert slots(dkv.Greedy(window=0).active(shifted)) == [3, 7, 8]
 
 
 def test_B07_windows_of_rows_with_different_sets():
@@ -133,8 +132,8 @@ POLICIES = [
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from(POLICIES), st.booleans())
-def test_counts_bound_the_slots_and_needed_slots_are_active(data, policy, shifted):
-    """No row has more active slots than the host counts, and every slot that may be decoded is predicted."""
+def test_needed_slots_are_active(data, policy, shifted):
+    """Every slot that may be filled is predicted, and what was filled last is computed once more."""
     prompt, new = data.draw(st.integers(0, 4)), data.draw(st.integers(2, 12))
     size = prompt + new
     state = data.draw(st.lists(st.sampled_from("mfk"), min_size=new, max_size=new))
@@ -144,13 +143,13 @@ def test_counts_bound_the_slots_and_needed_slots_are_active(data, policy, shifte
     step = data.draw(st.integers(1, 7))
     seen = view(masked=masked, fresh=fresh, planned=planned, step=step, prompt=prompt, size=size, shifted=shifted)
     active = policy.active(seen)
-    assert int(active.mask.sum()) <= active.counts[0]
-    wanted = mask_of(seen.planned, seen.canvas.masked) if policy.plans else seen.canvas.masked
+    assert not (active & ~seen.rows.everywhere).any()
+    wanted = mask_of(seen.planned, seen.rows.masked) if policy.plans else seen.rows.masked
     needed = sources(wanted) if shifted else wanted
-    assert not (needed & ~active.mask).any()
+    assert not (needed & ~active).any()
     if shifted and getattr(policy, "shift_rule", "") == "un":
         return  # this rule may cache a slot that was decoded last: its documented staleness
-    assert not (seen.canvas.fresh & ~active.mask).any()
+    assert not (seen.rows.fresh & ~active).any()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dkv
-from dkv.canvas import Canvas
+from dkv.core.sequences import Sequences
+from dkv.engine.noise import _SELECTION, Noise
 from dkv.kernels import noise
-from dkv.randomness import _SELECTION, Randomness
 
 MASK = 63
 POLICIES = [
@@ -138,10 +138,11 @@ def test_impossible_rows_are_named(llada, settings, message):
 
 def test_uses_of_noise_do_not_share_numbers(llada):
     """Tokens are keyed by their slot where the random order and the selection of slots have keys of their own."""
-    canvas = Canvas.after_prompts(torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool), [8], MASK)
-    randomness = Randomness([1], canvas)
-    tokens = noise.uniform(0, randomness.token_keys(torch.arange(9)[None], [3])[0], 9)
-    for other in (randomness.order([3]), noise.uniform(0, randomness._step_keys(_SELECTION, [3]), 9)):
+    canvas = Sequences.after_prompts(torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool), [8], MASK)
+    randomness = Noise([1], canvas)
+    step = torch.tensor([[3]])
+    tokens = noise.uniform(0, randomness.token_keys(torch.arange(9)[None], step)[0], 9)
+    for other in (randomness.order(step), noise.uniform(0, randomness._step_keys(_SELECTION, step), 9)):
         assert not (tokens == other).all(1).any()
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dkv import DiffusionConfig
-from dkv.schedule import block_schedule, time_schedule
+from dkv.core.schedule import block_schedule, time_schedule
 
 
 def counts(plan):

@@ -15,7 +15,7 @@ import torch
 
 import dkv
 from dkv import trace
-from dkv.output import Stats
+from dkv.engine.output import Stats
 from dkv.trace import files, picture
 from dkv.trace.record import label, texts_of
 

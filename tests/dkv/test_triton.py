@@ -74,12 +74,6 @@ def test_filters_of_the_sampling(dream, padded):
     same_tokens(dream, ids, mask, max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=9, seed=2, cache="decode")
 
 
-def test_savings_off(llada, padded):
-    ids, mask = rows(padded)
-    off = dkv.Savings(needed_rows=False, rotated_keys=False, host_counts=False)
-    same_tokens(llada, ids, mask, max_new_tokens=4, cache=dkv.Decode(refresh=2), savings=off)
-
-
 def test_normed_heads_and_bfloat16(build, padded):
     """q and k norms, grouped heads; bfloat16 is computed in float32 here, so close calls may differ from torch."""
     model = build(qk_norm=True, num_kv_heads=1)

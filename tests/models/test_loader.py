@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from dkv.buffer import KVBuffer
+from dkv.core.kv_cache import KVCache
 from dkv.models import Transformer, folders, load, loader
 from dkv.models.adapters import FAMILIES
 
@@ -31,7 +31,7 @@ def test_B12_weights_equal_the_file_without_remote_code(small, family):
 
 
 def test_B11_buffers_live_where_their_keys_do():
-    buffer = KVBuffer(1, 8)
+    buffer = KVCache(1, 8)
     here = torch.zeros(1, 2, 2, 4, dtype=torch.float64)
     for index, like in enumerate((here, here.to("meta").half())):
         for x in buffer.layer(index, like=like):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dkv.buffer import KVBuffer
+from dkv.core.kv_cache import KVCache
 from dkv.models import ModelSpec, Transformer
 
 
@@ -36,17 +36,16 @@ def test_a_step_over_all_slots_is_the_forward_pass(model):
     rows = torch.tensor([[2, 8], [0, 5]])
     expected = model(ids)
     with torch.no_grad():
-        for rotated in (True, False):
-            hidden = model.step(ids, positions, KVBuffer(2, 9, rotated=rotated))
-            torch.testing.assert_close(model.head(hidden), expected, atol=1e-5, rtol=1e-5)
-            some = model.step(ids, positions, KVBuffer(2, 9, rotated=rotated), rows=rows)
-            torch.testing.assert_close(some, hidden.gather(1, rows.unsqueeze(-1).expand(2, 2, 64)))
+        hidden = model.step(ids, positions, KVCache(2, 9))
+        torch.testing.assert_close(model.head(hidden), expected, atol=1e-5, rtol=1e-5)
+        some = model.step(ids, positions, KVCache(2, 9), rows=rows)
+        torch.testing.assert_close(some, hidden.gather(1, rows.unsqueeze(-1).expand(2, 2, 64)))
 
 
 def test_a_partial_step_reads_the_rest_from_the_buffer(model):
     """With unchanged tokens, recomputing some slots over the buffer gives what the full pass gave."""
     ids = torch.randint(0, 63, (1, 9))
-    buffer = KVBuffer(1, 9)
+    buffer = KVCache(1, 9)
     with torch.no_grad():
         full = model.step(ids, torch.arange(9).expand(1, 9), buffer)
         active = torch.tensor([[1, 4, 8]])
@@ -75,4 +74,4 @@ def test_impossible_specs_are_named(changes, message):
 
 def test_buffers_need_rows_and_slots():
     with pytest.raises(ValueError, match="at least one row and one slot"):
-        KVBuffer(0, 4)
+        KVCache(0, 4)

@@ -22,7 +22,7 @@ def short(monkeypatch):
 
 
 def test_every_policy_of_the_table_exists():
-    assert [dkv.config.policy_of(settings.get("cache")).name for _, settings in LINEUP] == [
+    assert [dkv.engine.config.policy_of(settings.get("cache")).name for _, settings in LINEUP] == [
         "none", "decode", "decode", "prefill", "pd", "greedy", "greedy", "none",
     ]  # fmt: skip
 

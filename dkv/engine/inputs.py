@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.config import BY_ROW, DEFAULTS, DiffusionConfig
-from dkv.ending import unwanted_ends
+from dkv.engine.config import BY_ROW, DEFAULTS, DiffusionConfig
+from dkv.engine.ending import unwanted_ends
+from dkv.engine.published_names import NO_EFFECT
 from dkv.kernels import checks
-from dkv.published_names import NO_EFFECT
 
 # Ids that must be in the vocabulary, or with it.
 IDS = ("mask_token_id", "vocab_limit", "eos_token_id", "eot_token_id", "pad_token_id")

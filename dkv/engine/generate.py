@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.buffer import KVBuffer
-from dkv.canvas import Canvas
-from dkv.choosing import LogitsProcessor
-from dkv.config import DiffusionConfig
-from dkv.ending import StoppingCriteria
-from dkv.inputs import checked_inputs
-from dkv.output import DiffusionOutput
-from dkv.published_names import own_name
-from dkv.randomness import Numbers
-from dkv.run import Run, pad_id
+from dkv.core.kv_cache import KVCache
+from dkv.core.sequences import Sequences
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.ending import StoppingCriteria
+from dkv.engine.inputs import checked_inputs
+from dkv.engine.output import DiffusionOutput
+from dkv.engine.published_names import own_name
+from dkv.engine.run import Run, mask_id_of
+from dkv.engine.sampler import LogitsProcessor
 
 
 def _by_name(function: Callable) -> Callable:
@@ -45,10 +44,9 @@ def generate(
     generation_config: DiffusionConfig | None = None,
     streamer: Any = None,
     generator: torch.Generator | None = None,
-    numbers: Numbers | None = None,
     logits_processor: LogitsProcessor | None = None,
     stopping_criteria: StoppingCriteria | None = None,
-    buffer: KVBuffer | None = None,
+    buffer: KVCache | None = None,
     **overrides: Any,
 ) -> DiffusionOutput:
     """Continue prompts with a diffusion language model.
@@ -67,14 +65,12 @@ def generate(
         streamer: has `put(ids)` and, if it wants, `end()` as in transformers; gets the prompts [B, P] first and
             the new tokens [B, new] last, and with a `put_draft(ids)` those on the canvas after every step.
         generator: source of the seeds if the settings have none; default: torch's own.
-        numbers: callable (step, (B, P + new)) -> uniform numbers, used for random orders instead of
-            our own: once per step for the "random" rule, once per block for `Greedy`.
         logits_processor: as in transformers, one or a `LogitsProcessorList`: (ids [n, length], scores [n, V]) ->
             scores. Called once a row and step, with the slots that may be filled as n, filled up to a multiple of
             4; the ids of each are all the row on its canvas, without padding, the mask id where there is no token.
             Processors that go by the length of a text, such as `MinLengthLogitsProcessor`, find it always full.
-        stopping_criteria: as in transformers, one or a `StoppingCriteriaList`; `dkv.ending.Ending` says what they see.
-            What a row has beyond its end becomes padding.
+        stopping_criteria: as in transformers, one or a `StoppingCriteriaList`; `dkv.engine.ending.Ending` says what
+            they see. What a row has beyond its end becomes padding.
         buffer: `output.buffer` of an earlier call with this model, on as many rows. Keys and values of the prefix
             that a prompt shares with the earlier text are taken over instead of computed, where they are of tokens
             (the last ones decoded were not seen as such). They are as old as they are: the policy's first refresh
@@ -96,8 +92,10 @@ def generate(
     """
     config = config_of(generation_config, overrides)
     _check_helpers(config, generator, streamer)
-    ids, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
-    run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
+    ids, run = Run.after_prompts(
+        model, input_ids, attention_mask, config, generator=generator, processor=logits_processor,
+        criteria=stopping_criteria, past=buffer,
+    )  # fmt: skip
     return run.to_the_end(streamer, ids, new=ids.shape[1])
 
 
@@ -111,7 +109,6 @@ def infill(
     generation_config: DiffusionConfig | None = None,
     streamer: Any = None,
     generator: torch.Generator | None = None,
-    numbers: Numbers | None = None,
     logits_processor: LogitsProcessor | None = None,
     **overrides: Any,
 ) -> DiffusionOutput:
@@ -124,7 +121,7 @@ def infill(
         generation_config, overrides: as for `dkv.generate`, but for `max_new_tokens` and `max_length`: the slots to
             fill are the masks. Blocks are counted over the masks from left to right. End ids end nothing.
         streamer: gets `put(ids)` with the texts and then with the result, `put_draft(ids)` after every step.
-        model, generator, numbers, logits_processor: as for `dkv.generate`.
+        model, generator, logits_processor: as for `dkv.generate`.
 
     Returns:
         `DiffusionOutput`; its `sequences` [B, L] differ from `input_ids` at the masks alone.
@@ -138,9 +135,9 @@ def infill(
     config = infill_config(generation_config, overrides)
     _check_helpers(config, generator, streamer)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
-    mask_id = _mask_id(model, config)
-    canvas = Canvas(ids, mask, mask & (ids == mask_id), mask_id)
-    run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, ends=False)
+    mask_id = mask_id_of(model, config)
+    rows = Sequences(ids, mask, mask & (ids == mask_id), mask_id)
+    run = Run(model, rows, config, mask_id, generator, logits_processor, ends=False)
     return run.to_the_end(streamer, ids, new=0)
 
 
@@ -152,10 +149,9 @@ def stream(
     *,
     generation_config: DiffusionConfig | None = None,
     generator: torch.Generator | None = None,
-    numbers: Numbers | None = None,
     logits_processor: LogitsProcessor | None = None,
     stopping_criteria: StoppingCriteria | None = None,
-    buffer: KVBuffer | None = None,
+    buffer: KVCache | None = None,
     **overrides: Any,
 ) -> Iterator[DiffusionOutput]:
     """As `generate`, but yields the canvas after every step; steps are made as they are asked for.
@@ -172,18 +168,16 @@ def stream(
     """
     config = config_of(generation_config, overrides)
     _check_helpers(config, generator)
-    _, canvas, mask_id = _prompts(model, input_ids, attention_mask, config)
-    run = Run(model, canvas, config, mask_id, generator, numbers, logits_processor, stopping_criteria, buffer)
+    _, run = Run.after_prompts(
+        model, input_ids, attention_mask, config, generator=generator, processor=logits_processor,
+        criteria=stopping_criteria, past=buffer,
+    )  # fmt: skip
     return _drafts(run)
 
 
 @torch.no_grad()
 def _drafts(run: Run) -> Iterator[DiffusionOutput]:
-    while run.rows:
-        run.step()
-        if run.rows:
-            yield run.draft()
-    yield run.output()
+    yield from run.drafts()
 
 
 def config_of(given: DiffusionConfig | None, overrides: dict[str, Any]) -> DiffusionConfig:
@@ -213,17 +207,3 @@ def infill_config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> D
     if named := [name for name, value in overrides.items() if own_name(name) in lengths and value is not None]:
         raise ValueError(f"{own_name(named[0])} does not go with infill, which fills every mask of input_ids")
     return config_of(given, {**overrides, "max_new_tokens": 0})
-
-
-def _mask_id(model: Any, config: DiffusionConfig) -> int:
-    return model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
-
-
-def _prompts(
-    model: Any, input_ids: Tensor | Mapping, attention_mask: Tensor | None, config: DiffusionConfig
-) -> tuple[Tensor, Canvas, int]:
-    """The checked prompts, the canvas that continues them, and the mask id."""
-    ids, mask = checked_inputs(model, input_ids, attention_mask, config)
-    budgets = [config.of_row("max_new_tokens", row) for row in range(len(ids))]
-    mask_id = _mask_id(model, config)
-    return ids, Canvas.after_prompts(ids, mask, budgets, mask_id, pad=pad_id(model, config)), mask_id

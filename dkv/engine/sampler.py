@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dkv import kernels
-from dkv.config import DiffusionConfig
-from dkv.ending import unwanted_ends
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.ending import unwanted_ends
 
 LOGITS_AT_A_TIME = 1 << 24
 # As in transformers: (ids [n, length], scores [n, V]) -> scores
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
-class Chooser:
+class Sampler:
     """Chooses a token for every hidden state, by the rules of a configuration.
 
     Args:
@@ -32,7 +32,6 @@ class Chooser:
     ):  # fmt: skip
         self.model, self.workspace, self.processor = model, workspace, processor
         self.rounded = config.confidence_dtype == "model"
-        self.float64 = not (config.savings.tail_confidence or self.rounded)
         self.never, self.late = unwanted_ends(config, model.spec)
         drawn = config.temperature > 0
         self.how = {
@@ -63,9 +62,6 @@ class Chooser:
         head = self.model.head
         if self.processor is not None:
             return self._processed(hidden, keys, counts, texts())
-        if self.float64:
-            with kernels.use_backend("reference"):
-                return self._of_logits(head(hidden).double(), keys)
         if type(head) is nn.Linear or hasattr(head, "strips"):
             how = {**self.how, "row_keys": keys, "workspace": self.workspace}
             return self._with_late_ends(lambda gone: kernels.choose_token_fused(hidden, **_without(head, gone), **how))

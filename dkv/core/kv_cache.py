@@ -9,17 +9,15 @@ from torch import Tensor
 SLOT_MULTIPLE = 128
 
 
-class KVBuffer:
+class KVCache:
     """One K and one V tensor per layer, [B, slots, Hkv, D], allocated once and written in place.
 
-    Slots 0 .. length - 1 belong to the canvas. Slot `length` is a spare: ragged rows are filled up
-    with it, and no query ever sees it.
+    Keys are stored with their rotary embedding. Slots 0 .. length - 1 belong to the canvas. Slot `length` is a
+    spare: rows of different lengths are filled up with it, and no query ever sees it.
 
     Args:
         batch: rows.
         length: slots of the canvas, at least 1.
-        rotated: keys are stored with their rotary embedding (False: without, as published, so that
-            all of them are rotated again in every pass).
 
     Attributes:
         in_use: how many rows are still decoded; they come first.
@@ -27,10 +25,10 @@ class KVBuffer:
             values were computed while that id stood in the slot, bool. None before.
     """
 
-    def __init__(self, batch: int, length: int, *, rotated: bool = True):
+    def __init__(self, batch: int, length: int):
         if batch < 1 or length < 1:
-            raise ValueError(f"a buffer needs at least one row and one slot, got batch {batch}, length {length}")
-        self.batch, self.length, self.rotated = batch, length, rotated
+            raise ValueError(f"a KVCache needs at least one row and one slot, got batch {batch}, length {length}")
+        self.batch, self.length = batch, length
         self.slots = -(-(length + 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE
         self.in_use, self._order = batch, list(range(batch))
         self.tokens: Tensor | None = None
@@ -39,11 +37,10 @@ class KVBuffer:
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of a layer, rows in use; allocated at first use where `like` [..., Hkv, D] lives, in its dtype."""
-        found = self._layers.get(index)
-        if found is None:
+        if index not in self._layers:
             shape = (self.batch, self.slots, *like.shape[-2:])
-            found = self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
-        key, value = found
+            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+        key, value = self._layers[index]
         return (key, value) if self.in_use == self.batch else (key[: self.in_use], value[: self.in_use])
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -62,14 +59,14 @@ class KVBuffer:
 
     @property
     def kind(self) -> tuple[int, int, int, torch.dtype] | None:
-        """Number of layers, heads of keys, their size and dtype; None before the first pass."""
+        """Number of layers, key heads, their size and dtype; None before the first pass."""
         if not self._layers:
             return None
         like = self._layers[0][0]
         return len(self._layers), *like.shape[2:], like.dtype
 
-    def copy_from(self, other: "KVBuffer", slots: int) -> None:
-        """Take over the first `slots` keys and values of every row of a buffer with as many rows."""
+    def copy_from(self, other: "KVCache", slots: int) -> None:
+        """Take over the first `slots` keys and values of every row of a cache with as many rows."""
         places = [other._order.index(row) for row in range(self.batch)]
         for index, pair in other._layers.items():
             for mine, theirs in zip(self.layer(index, pair[0]), pair, strict=True):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import MaxTimeCriteria, StoppingCriteriaList
 
-from dkv.canvas import Canvas
-from dkv.config import DiffusionConfig
+from dkv.core.sequences import Sequences
+from dkv.engine.config import DiffusionConfig
 
 # As in transformers: (ids [n, length], scores) -> bool [n]
 StoppingCriteria = Callable[[Tensor, Any], Any]
@@ -51,29 +51,31 @@ class Ending:
         rows: of the batch.
     """
 
-    def __init__(self, eos: Sequence[int], criteria: StoppingCriteriaList | None, rows: int):
-        self.eos, self.criteria = list(eos), criteria
+    def __init__(self, eos: Sequence[int], criteria: StoppingCriteriaList | None, rows: int, device: torch.device):
+        self.criteria = criteria
+        self._eos = torch.tensor(list(eos), dtype=torch.int64, device=device) if eos else None
         self._clocks = StoppingCriteriaList(c for c in criteria or () if isinstance(c, MaxTimeCriteria))
         self._asked = [-1] * rows
 
-    def ends(self, canvas: Canvas, rows: Sequence[int]) -> list[int] | None:
-        """By row of the canvas, its length if it ends now, else more than it has; None: nothing ends.
+    def ends(self, rows: Sequences, numbers: Sequence[int]) -> Tensor:
+        """int64 [B, 1]: the length of a row if it ends now, else more than it has; `numbers` are those in the batch.
 
-        `rows` are the numbers of these rows in the batch.
+        End ids ask nothing of the device; criteria, which are Python, do.
         """
-        never = canvas.size + 1
-        found = [never] * len(rows)
-        known = canvas.masked.cumsum(1) == 0
-        if self.eos:
-            end = torch.isin(canvas.tokens[:, :-1], torch.tensor(self.eos, device=known.device))
-            end &= known & (canvas.rank >= 0)
-            place = torch.where(end, torch.arange(1, never, device=known.device), never)
-            found = torch.nn.functional.pad(place, (0, 1), value=never).amin(1).tolist()
+        never = rows.size + 1
+        found = torch.full_like(rows.lengths, never)
+        known = rows.masked.cumsum(1) == 0
+        if self._eos is not None:
+            end = torch.isin(rows.tokens[:, :-1], self._eos) & known & (rows.rank >= 0)
+            length = torch.arange(1, never, device=known.device)
+            found = torch.where(end, length, never).amin(1, keepdim=True)
         if self.criteria is not None:
-            lengths = (known & canvas.everywhere).sum(1).tolist()
-            for i, (row, text, length) in enumerate(zip(rows, canvas.texts(), lengths, strict=True)):
-                found[i] = min(found[i], self._asked_for(row, text, int(canvas.to_fill[i][0]), length, never))
-        return None if min(found, default=never) == never else found
+            lengths = (known & rows.everywhere).sum(1).tolist()
+            # Of the slots before the first one to fill.
+            prompts = ((rows.rank < 0).cumprod(1)).sum(1).tolist()
+            asked = [self._asked_for(*of, never) for of in zip(numbers, rows.texts(), prompts, lengths, strict=True)]
+            found = torch.minimum(found, torch.tensor(asked, device=found.device)[:, None])
+        return found
 
     def _asked_for(self, row: int, text: Tensor, prompt: int, length: int, never: int) -> int:
         """The first length, of those not asked for yet, that the criteria stop at."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from dkv.buffer import KVBuffer
+from dkv.core.kv_cache import KVCache
 
 
 @dataclass
@@ -84,4 +84,4 @@ class DiffusionOutput(ModelOutput):
     confidences: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
     stats: Stats | None = None
-    buffer: KVBuffer | None = None
+    buffer: KVCache | None = None

@@ -7,13 +7,12 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from dkv.core.schedule import Step, block_schedule, check_steps, time_schedule
+from dkv.core.validation import check_types
+from dkv.engine.published_caches import CACHE_NAMES, choose_policy
+from dkv.engine.published_names import BOOKKEEPING, canonical, check_other, choose_temperature, own_name
 from dkv.kernels.choose import CONFIDENCE_DTYPES
 from dkv.policies import policy_of
-from dkv.published_caches import CACHE_NAMES, choose_policy
-from dkv.published_names import BOOKKEEPING, canonical, check_other, choose_temperature, own_name
-from dkv.savings import Savings, savings_of
-from dkv.schedule import Step, block_schedule, check_steps, time_schedule
-from dkv.validation import check_types
 
 CONFIDENCE_RULES = ("probability", "margin", "entropy", "random")
 
@@ -47,7 +46,6 @@ DEFAULTS: dict[str, Any] = {
     "output_active": False,
     "output_confidences": False,
     "output_logits": False,
-    "savings": Savings(),
 }
 
 # Settings that may be given row by row, as a list.
@@ -57,7 +55,7 @@ BY_ROW = ("max_new_tokens", "steps", "seed")
 class DiffusionConfig(GenerationConfig):
     """How to fill a canvas: schedule, choice of tokens, cache policy, and what to record.
 
-    Settings of transformers and of the published generate functions act or are refused (`dkv.published_names`);
+    Settings of transformers and of the published generate functions act or are refused (`dkv.engine.published_names`);
     None stands for the default.
 
     Args:
@@ -93,14 +91,13 @@ class DiffusionConfig(GenerationConfig):
         confidence_eos_eot_inf: fill slots whose token is `eos_token_id` or `eot_token_id`, or those of the model, last,
             with that token; how sure the others are is told without these ids (LLaDA). Computes the head twice.
         cache: a policy, its name ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual"), or a dict
-            {"name": ..., "refresh": ...}; None: no cache. Or by the names in `dkv.published_caches`.
+            {"name": ..., "refresh": ...}; None: no cache. Or by the names in `dkv.engine.published_caches`.
         seed: of every random number; None: one a row, drawn from the generator. A list: by row.
         mask_token_id: id of a slot without a token; None: that of the model. It is never emitted.
         vocab_limit: ids from here on are never emitted (embeddings wider than the tokenizer).
         output_history, output_active, output_confidences, output_logits: record the canvas after
             every step, the slots that each pass computed, how sure it was of those it ranked, and the
             logits of those it computed.
-        savings: `Savings`, which work is left out.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), or an impossible value.
@@ -118,7 +115,7 @@ class DiffusionConfig(GenerationConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A setting takes what `update` takes, by any name; whether it goes with the others is seen when it is used."""
-        if own_name(name) in DEFAULTS and hasattr(self, "savings"):
+        if own_name(name) in DEFAULTS and hasattr(self, "vocab_limit"):
             self._take({name: value})
         else:
             super().__setattr__(name, value)
@@ -159,7 +156,6 @@ class DiffusionConfig(GenerationConfig):
         # None puts the default back.
         taken = {n: DEFAULTS.get(n) if value in (None, unset.get(n)) else value for n, value in given.items()}
         taken["cache"] = policy_of(taken.get("cache", self.cache))
-        taken["savings"] = savings_of(taken.get("savings", self.savings))
         by_threshold = "confidence_threshold" in map(str, (settings.get("alg"), settings.get("remasking")))
         if by_threshold and taken.get("threshold", self.threshold) is None:
             raise ValueError("alg='confidence_threshold' goes by threshold=, which is 0.9 in the published code")
@@ -167,7 +163,7 @@ class DiffusionConfig(GenerationConfig):
 
     def validate(self, **_: Any) -> None:
         """Raise ValueError where a value is impossible, naming the setting and what it may be."""
-        if not hasattr(self, "savings"):  # transformers validates before our settings are there
+        if not hasattr(self, "vocab_limit"):  # transformers validates before our settings are there
             return
         for name, value in vars(self).items():
             known = name in DEFAULTS or name in BOOKKEEPING or value is None or value is _of_transformers().get(name)
@@ -261,7 +257,6 @@ class DiffusionConfig(GenerationConfig):
         """All settings as plain values, for JSON."""
         plain = super().to_dict()
         plain["cache"] = {"name": self.cache.name, **asdict(self.cache)}
-        plain["savings"] = asdict(self.savings)
         if self.max_length is not None:
             # That is what counts; beside it, a number would count when this is read.
             plain["max_new_tokens"] = None
@@ -275,7 +270,7 @@ class DiffusionConfig(GenerationConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Our settings that differ from their defaults, and what transformers keeps for itself."""
         plain = self.to_dict()
-        plain_defaults = {**DEFAULTS, "cache": {"name": "none"}, "savings": asdict(Savings())}
+        plain_defaults = {**DEFAULTS, "cache": {"name": "none"}}
         names = (*DEFAULTS, *BOOKKEEPING)
         return {n: plain[n] for n in names if plain.get(n) is not None and plain[n] != plain_defaults.get(n)}
 

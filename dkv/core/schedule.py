@@ -1,8 +1,10 @@
-"""How many slots each step decodes: known on the host before the first pass."""
+"""How many slots each step fills: built once, on the host, and kept as a table on the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,72 @@ def time_schedule(new_tokens: int, steps: int, eps: float, by_chance: bool) -> l
         left = left - count
         plan.append(Step(i, 0, i, 0, new_tokens, None if by_chance else count, int(left), share.item()))
     return plan
+
+
+class Now:
+    """The step that every row is about to take, as columns [B, 1] of int64: the fields of `Step`, and
+
+    Attributes:
+        next_block: number of the step that begins the next block; of the last block, the number of steps.
+        chance: float32, `Step.probability`; None where counts are fixed.
+    """
+
+    FIELDS = ("index", "in_block", "start", "stop", "left", "next_block")
+
+    def __init__(self, numbers: Tensor, chance: Tensor | None):
+        self._numbers, self.chance = numbers, chance
+        self.index, self.in_block, self.start, self.stop, self.left, self.next_block = numbers.split(1, 1)
+
+    def __getitem__(self, rows: Tensor) -> "Now":
+        """The steps of these rows, in this order."""
+        return Now(self._numbers[rows], None if self.chance is None else self.chance[rows])
+
+
+class Timetable:
+    """The schedules of all rows as one tensor on the device, and the step at which every row is.
+
+    Args:
+        plans: by row, its steps.
+        device: of the tensors.
+
+    Attributes:
+        at: int64 [B], changed in place.
+    """
+
+    def __init__(self, plans: Sequence[Sequence[Step]], device: torch.device):
+        longest = max(map(len, plans), default=0) or 1
+        table = torch.zeros(len(plans), longest, len(Now.FIELDS), dtype=torch.int64)
+        chance = torch.zeros(len(plans), longest)
+        for row, plan in enumerate(plans):
+            if not plan:
+                continue
+            following, after = len(plan), []
+            for step in reversed(plan):
+                after.append(following)
+                following = step.index if step.in_block == 0 else following
+            fields = [(s.index, s.in_block, s.start, s.stop, s.left) for s in plan]
+            table[row, : len(plan)] = torch.cat((torch.tensor(fields), torch.tensor(after[::-1])[:, None]), 1)
+            chance[row, : len(plan)] = torch.tensor([step.probability for step in plan])
+        self.by_chance = any(step.count is None for plan in plans for step in plan)
+        self.at = torch.zeros(len(plans), dtype=torch.int64, device=device)
+        self._table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
+
+    def now(self) -> Now:
+        """The steps that come next."""
+        at = self.at[:, None]
+        numbers = self._table.gather(1, at[..., None].expand(-1, -1, len(Now.FIELDS))).squeeze(1)
+        return Now(numbers, None if self._chance is None else self._chance.gather(1, at))
+
+    def steps(self, row: int) -> Now:
+        """All steps of a row, as columns [T, 1]."""
+        return Now(self._table[row], None if self._chance is None else self._chance[row][:, None])
+
+    def advance(self, now: Now, open_left: Tensor) -> None:
+        """Go to the next step, or where nothing of the block is left open (bool [B, 1]) to the next block."""
+        following = torch.where(open_left, now.index + 1, now.next_block).squeeze(1)
+        torch.clamp(following, max=self._table.shape[1] - 1, out=self.at)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order."""
+        self.at, self._table = self.at[rows], self._table[rows]
+        self._chance = None if self._chance is None else self._chance[rows]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-class Ragged:
-    """The layout of B rows with `counts` entries each: [B, N, ...] filled up to the longest, or [T, ...] without.
+class Varlen:
+    """The layout of B rows with `counts` entries each: [B, N, ...] filled up to the longest, or [T, ...] packed.
 
     Products, norms and the choice of tokens see [T, ...], so that a short row costs what it costs alone.
     Where all rows are of one length, both forms are views of one another.
@@ -32,12 +32,17 @@ class Ragged:
         lengths, column = np.array(self.counts), np.arange(self.width)
         real, starts = column < lengths[:, None], lengths.cumsum() - lengths
         parts = (np.flatnonzero(real), np.where(real, starts[:, None] + column, 0), starts, lengths)
-        self._flat, self._padded, self._starts, self.lengths = (torch.from_numpy(part).to(device) for part in parts)
+        self._packed, self._padded, self._starts, self.lengths = (torch.from_numpy(part).to(device) for part in parts)
 
-    def flat(self, x: Tensor) -> Tensor:
+    @classmethod
+    def equal(cls, index: Tensor) -> "Varlen":
+        """The layout of rows [B, N] of one length."""
+        return cls([index.shape[1]] * len(index), index.device)
+
+    def packed(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [T, ...]."""
         x = x.flatten(0, 1)
-        return x if self.lengths is None else x.index_select(0, self._flat)
+        return x if self.lengths is None else x.index_select(0, self._packed)
 
     def padded(self, x: Tensor) -> Tensor:
         """[T, ...] -> [B, N, ...]; what fills a row up means nothing."""
@@ -46,7 +51,7 @@ class Ragged:
         return x[self._padded]
 
     def places(self, index: Tensor) -> Tensor:
-        """Entries [B, R] of the rows, in 0..N-1, as entries of the flat form."""
+        """Entries [B, R] of the rows, in 0..N-1, as entries of the packed form."""
         if self.lengths is None:
             starts = torch.arange(len(self.counts), device=index.device) * self.width
         else:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dkv.core.validation import flag
 from dkv.policies import policy_of
-from dkv.validation import flag
 
 # What the codes of dKV-Cache (LLaDA; Dream) and of Fast-dLLM call their caches, and their arguments.
 _SWITCHES = ("enable_cache", "use_cache")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dkv.canvas import Canvas
+from dkv.core.sequences import Sequences
 
 
 def twice(x: Tensor | None) -> Tensor | None:
@@ -11,9 +11,9 @@ def twice(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.repeat_interleave(2, 0)
 
 
-def with_and_without_text(tokens: Tensor, positions: Tensor, canvas: Canvas, mask_id: int) -> Tensor:
+def with_and_without_text(tokens: Tensor, positions: Tensor, rows: Sequences, mask_id: int) -> Tensor:
     """Ids [B, N] at `positions` -> [2 B, N]: as they are, and with the mask at all that was given."""
-    given = canvas.rank.gather(1, positions.clamp(max=canvas.size - 1)) < 0
+    given = rows.rank.gather(1, positions.clamp(max=rows.size - 1)) < 0
     return torch.stack((tokens, tokens.masked_fill(given, mask_id)), 1).flatten(0, 1)
 
 

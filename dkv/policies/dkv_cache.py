@@ -1,18 +1,15 @@
 """The policies of dKV-Cache (Ma et al. 2025): rules for the slots that a pass recomputes."""
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dkv.block_policies import DualCache, PrefixCache
-from dkv.canvas import mask_of, slots_of
-from dkv.naming import instead, nearest
-from dkv.policy import Active, Policy, View, runs_of, sources
-from dkv.schedule import Step
-from dkv.validation import flag, whole
+from dkv.core.schedule import Now
+from dkv.core.sequences import mask_of, slots_of
+from dkv.core.validation import flag, whole
+from dkv.policies.base import Policy, View, sources
 
 
 def _take_whole(policy: Policy, name: str, low: int, optional: bool = True) -> None:
@@ -28,11 +25,11 @@ class NoCache(Policy):
 
     name: ClassVar[str] = "none"
 
-    def full(self, step: Step, shifted: bool) -> bool:
-        return True
+    def full(self, now: Now, shifted: bool) -> Tensor:
+        return now.index >= 0
 
-    def active(self, view: View) -> Active:
-        return Active(view.canvas.everywhere, view.canvas.row_lengths)
+    def active(self, view: View) -> Tensor:
+        return view.rows.everywhere
 
 
 @dataclass(frozen=True)
@@ -73,41 +70,35 @@ class Decode(Policy):
                 'has no logits; it is exact with refresh=1 only. Use "un" or "un_right"'
             )
 
-    def _time(self, step: Step) -> int:
-        return step.index if self.keep_across_blocks else step.in_block
-
     def first_passes(self, shifted: bool) -> int:
         return self.warmup if self.warmup is not None else 1 if shifted else 2
 
-    def _refreshes(self, step: Step, shifted: bool) -> bool:
-        time = self._time(step)
-        return time < self.first_passes(shifted) or (bool(self.refresh) and time % self.refresh == 0)
+    def _time(self, now: Now) -> Tensor:
+        return now.index if self.keep_across_blocks else now.in_block
 
-    def full(self, step: Step, shifted: bool) -> bool:
-        return self._refreshes(step, shifted)
+    def _refreshes(self, now: Now, shifted: bool) -> Tensor:
+        time = self._time(now)
+        first = time < self.first_passes(shifted)
+        return first | (time % self.refresh == 0) if self.refresh else first
 
-    def active(self, view: View) -> Active:
-        canvas = view.canvas
-        unsettled, counts = canvas.masked | canvas.fresh, view.masked_counts + view.fresh_counts
+    def full(self, now: Now, shifted: bool) -> Tensor:
+        return self._refreshes(now, shifted)
+
+    def active(self, view: View) -> Tensor:
+        unsettled = view.unsettled
         if not view.shifted:
-            return Active(unsettled, counts)
-        last = view.slot == canvas.lengths - 1
+            return unsettled
+        last = torch.arange(view.rows.size, device=unsettled.device) == view.rows.lengths - 1
         if self.shift_rule == "un":
             # The published rule takes the last slot as cached from the second pass on.
-            second = [self._time(step) == 1 for step in view.steps]
-            active = Active(sources(unsettled), counts)
-            return active.where(second, Active(active.mask | last, counts + 1))
-        # Every run of unsettled slots adds the slot before it, and a settled slot splits one run at
-        # most; the last slot shares the verdict of the one before it.
-        settled = np.array([len(slots) for slots in canvas.to_fill]) - counts
-        runs = np.minimum(counts, settled + [runs_of(slots) for slots in canvas.to_fill])
-        tail = last & unsettled.roll(1, 1)
-        return Active(unsettled | sources(unsettled) | tail, counts + runs + 1)
+            return sources(unsettled) | (last & (self._time(view.now) == 1))
+        # Nothing is predicted by the last slot: it is settled when the one before it is.
+        return unsettled | sources(unsettled) | (last & unsettled.roll(1, 1))
 
 
-def _beyond_prompt(view: View) -> Active:
+def _beyond_prompt(view: View) -> Tensor:
     """All slots from the first one to fill; in a shifted model also the one whose output predicts it."""
-    return view.from_on(view.first_slots([0] * len(view.steps)))
+    return view.with_sources(view.from_on(0))
 
 
 @dataclass(frozen=True)
@@ -116,10 +107,10 @@ class Prefill(Policy):
 
     name: ClassVar[str] = "prefill"
 
-    def full(self, step: Step, shifted: bool) -> bool:
-        return step.index == 0
+    def full(self, now: Now, shifted: bool) -> Tensor:
+        return now.index == 0
 
-    def active(self, view: View) -> Active:
+    def active(self, view: View) -> Tensor:
         return _beyond_prompt(view)
 
 
@@ -132,12 +123,11 @@ class PrefillDecode(Decode):
 
     name: ClassVar[str] = "pd"
 
-    def full(self, step: Step, shifted: bool) -> bool:
-        return step.index == 0
+    def full(self, now: Now, shifted: bool) -> Tensor:
+        return now.index == 0
 
-    def active(self, view: View) -> Active:
-        refreshed = [self._refreshes(step, view.shifted) for step in view.steps]
-        return super().active(view).where(refreshed, _beyond_prompt(view))
+    def active(self, view: View) -> Tensor:
+        return torch.where(self._refreshes(view.now, view.shifted), _beyond_prompt(view), super().active(view))
 
 
 @dataclass(frozen=True)
@@ -173,26 +163,22 @@ class Greedy(Policy):
         if self.window_centre not in ("next", "last"):
             raise ValueError(f'window_centre must be "next" or "last", got {self.window_centre!r}')
 
-    def full(self, step: Step, shifted: bool) -> bool:
-        return step.in_block == 0 or (bool(self.refresh) and step.in_block % self.refresh == 0)
+    def full(self, now: Now, shifted: bool) -> Tensor:
+        first = now.in_block == 0
+        return first | (now.in_block % self.refresh == 0) if self.refresh else first
 
-    def active(self, view: View) -> Active:
-        canvas = view.canvas
-        planned = mask_of(view.planned, canvas.masked)
-        chosen, counts = canvas.fresh | planned, view.fresh_counts + view.planned_counts
-        if view.shifted:
-            chosen, counts = chosen | sources(planned), counts + view.planned_counts
-        centres, wanted = view.planned, view.planned_counts * self.window
+    def active(self, view: View) -> Tensor:
+        rows = view.rows
+        planned = mask_of(view.planned, rows.masked)
+        chosen = rows.fresh | view.with_sources(planned)
+        if self.window == 0:
+            return chosen
+        centers = view.planned
         if self.window_centre == "last":
-            centres = slots_of(canvas.fresh, int(view.fresh_counts.max()), canvas.size)
-            wanted = view.fresh_counts * self.window
-        if not wanted.any():
-            return Active(chosen, counts)
+            centers = slots_of(rows.fresh, view.planned.shape[1], rows.size)
         if self.window_rule == "neighbours":
-            near = neighbours(mask_of(centres, canvas.masked), self.window) & canvas.everywhere
-            return Active(chosen | near, counts + wanted)
-        chosen = with_masked_window(chosen, canvas.masked, centres, self.window)
-        return Active(chosen, counts + np.minimum(wanted, np.maximum(view.masked_counts - view.planned_counts, 0)))
+            return chosen | (neighbours(mask_of(centers, rows.masked), self.window) & rows.everywhere)
+        return with_masked_window(chosen, rows.masked, centers, self.window)
 
 
 def neighbours(centre: Tensor, window: int) -> Tensor:
@@ -224,37 +210,3 @@ def with_masked_window(chosen: Tensor, masked: Tensor, centres: Tensor, window: 
         nearest = torch.where(open_, distance, far).topk(min(window, slots), largest=False)
         chosen.scatter_(1, nearest.indices, chosen.gather(1, nearest.indices) | (nearest.values < far))
     return chosen
-
-
-POLICIES: dict[str, type[Policy]] = {
-    p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode, PrefixCache, DualCache)
-}
-
-# The options of all policies, each once.
-POLICY_OPTIONS = tuple(dict.fromkeys(field.name for policy in POLICIES.values() for field in fields(policy)))
-
-
-def policy_of(value: Any) -> Policy:
-    """A policy from itself, its name, a dict {"name": ..., **arguments}, or None for `NoCache`.
-
-    Raises:
-        ValueError: no such policy, or no such argument.
-    """
-    if value is None:
-        return NoCache()
-    if isinstance(value, Policy):
-        return value
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, dict):
-        raise ValueError(f"cache must be a policy, its name or a dict, got {value!r}")
-    name, arguments = value.get("name"), {k: v for k, v in value.items() if k != "name"}
-    if not isinstance(name, str) or name not in POLICIES:
-        raise ValueError(f"cache: unknown policy {name!r}; {instead(name, POLICIES)}")
-    known = {f.name for f in fields(POLICIES[name])}
-    if unknown := sorted(map(str, set(arguments) - known)):
-        takes = ", ".join(sorted(known)) or "no arguments"
-        near = None if unknown[0] in POLICY_OPTIONS else nearest(unknown[0], known)
-        hint = f" (did you mean {near!r}?)" if near else ""
-        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}{hint}; it takes {takes}")
-    return POLICIES[name](**arguments)

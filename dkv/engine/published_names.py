@@ -11,10 +11,10 @@ A name that is not one of `dkv.DiffusionConfig` is one of these, or it is refuse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dkv.naming import instead, nearest
+from dkv.core.naming import instead, nearest
+from dkv.core.validation import flag, plain
+from dkv.engine.published_caches import CACHE_NAMES
 from dkv.policies import POLICY_OPTIONS
-from dkv.published_caches import CACHE_NAMES
-from dkv.validation import flag, plain
 
 ALIASES = {
     "gen_length": "max_new_tokens",

@@ -1,17 +1,17 @@
 """The shapes of passes: few of them, and nothing in a result that depends on how they are filled up."""
 
-import numpy as np
 import pytest
 import torch
 
 import dkv
-from dkv import sampler
+from dkv.engine import engine
 
 POLICIES = [dkv.NoCache(), dkv.Decode(4), dkv.Prefill(), dkv.PrefillDecode(4), dkv.Greedy(4, 3)]
 
 
 def test_filled_up():
-    assert sampler.filled_up(np.array([0, 1, 4, 5, 9])) == [0, 4, 4, 8, 12]
+    assert engine._filled_up([0, 1, 4, 5, 9], torch.device("cpu")) == [0, 4, 4, 8, 12]
+    assert engine._filled_up([0, 1, 4, 5, 9], torch.device("cuda")) == [0, 1, 4, 5, 9]
 
 
 def test_passes_come_in_few_shapes(stub):
@@ -28,7 +28,7 @@ def test_what_fills_a_pass_changes_nothing(model, policy, settings, monkeypatch)
     ids, mask = torch.tensor([[5, 9, 3, 8], [7, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     call = {"attention_mask": mask, "max_new_tokens": 13, "cache": policy, "seed": 3, **settings}
     found = dkv.generate(model, ids, **call)
-    monkeypatch.setattr(sampler, "MULTIPLE", 1)
+    monkeypatch.setattr(engine, "FILL_UP", {})
     bare = dkv.generate(model, ids, **call)
     assert torch.equal(found.sequences, bare.sequences)
     assert found.stats.computed_slots == bare.stats.computed_slots

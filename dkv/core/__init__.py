@@ -1,0 +1,1 @@
+"""What the model, the policies and the engine share: rows and their state, schedules, keys and values."""

@@ -1,0 +1,1 @@
+"""From checked inputs to an output: plan, forward, choose, commit, step by step."""

@@ -1,0 +1,299 @@
+"""One generation, step by step: plan -> forward -> choose -> commit, and then the next plan."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkv import kernels
+from dkv.core.kv_cache import KVCache
+from dkv.core.sequences import Sequences, slots_of
+from dkv.core.varlen import Varlen
+from dkv.engine.commit import confident_counts
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.ending import Ending
+from dkv.engine.guidance import guided, twice, with_and_without_text
+from dkv.engine.noise import Noise
+from dkv.engine.output import Stats
+from dkv.engine.plan import Planner, StepPlan
+from dkv.engine.reuse import take_over
+from dkv.engine.sampler import Sampler
+
+# By the kind of device, what the entries of a row in a pass are filled up to a multiple of. oneDNN compiles a product
+# anew for a shape that it has not met, and every step would have another one.
+FILL_UP = {"cpu": 4}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the host knows of the rows between two steps: one tensor, read once a step.
+
+    Attributes:
+        active, scored: slots of the next pass, by row.
+        masked, cut: slots without a token, and those that became padding beyond an early end, by row.
+        invalid: whether any logits so far were not numbers.
+    """
+
+    active: list[int]
+    scored: list[int]
+    masked: list[int]
+    cut: list[int]
+    invalid: bool
+
+    def keep(self, rows: Sequence[int]) -> "Status":
+        """The status of these rows, in this order."""
+        names = ("active", "scored", "masked", "cut")
+        return replace(self, **{name: [getattr(self, name)[row] for row in rows] for name in names})
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What went through the model in a step.
+
+    Attributes:
+        positions: int64 [B, N], the slots computed, ascending, filled up with S; `counts` of a row count.
+        full: these are all.
+        slots: int64 [B, R], the slots that are scored, filled up with S, in the layout `scored`.
+        hidden: [B, R, d], of what predicts these slots; or [B, N, d] if `every`, and `place` [B, R] says where.
+    """
+
+    positions: Tensor
+    counts: list[int]
+    full: bool
+    slots: Tensor
+    scored: Varlen
+    hidden: Tensor
+    place: Tensor
+    every: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Token (int64) and log-confidence of the scored slots, all [B, R]; slots filled up with S."""
+
+    slots: Tensor
+    token: Tensor
+    confidence: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step that was taken, before rows that it finished leave. `forward` and `choice` are None where there was
+    nothing to compute, or nothing to choose.
+    """
+
+    plan: StepPlan
+    forward: Forward | None
+    choice: Choice | None
+
+
+# Called after every step.
+OnStep = Callable[["Engine", StepResult], None]
+
+
+class Engine:
+    """The state of one generation. Nothing is kept on the model, so several may run at once.
+
+    Args:
+        model: from `dkv.load` or `dkv.wrap`.
+        rows: the sequences, which leave one by one as they are finished.
+        config: settings, checked.
+        noise: the random numbers.
+        mask_id: id of a slot without a token.
+        pad_id: what a row is filled up with beyond its end.
+        processor: changes logits, as `LogitsProcessor` of transformers.
+        ending: where rows end early; None: nowhere.
+        past: keys and values of an earlier generation, whose common prefixes are taken over.
+        hooks: called with the engine and every `StepResult`: the seam for records, traces and measurements.
+
+    Attributes:
+        numbers: of the rows that are not finished, in the order in which they stand, their place in the batch.
+        sequences: int64 [B, L] in the caller's layout; of unfinished rows as of `update()`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequences,
+        config: DiffusionConfig,
+        noise: Noise,
+        mask_id: int,
+        pad_id: int = 0,
+        processor: Any = None,
+        ending: Ending | None = None,
+        past: KVCache | None = None,
+        hooks: Sequence["OnStep"] = (),
+    ):
+        self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
+        self.shifted, self.ending, self.hooks = model.spec.shifted, ending, hooks
+        self.branches, batch = 2 if config.cfg_scale else 1, len(rows.tokens)
+        plans = [config.plan(self.shifted, row, count) for row, count in enumerate(rows.to_fill)]
+        rows.begin(plans)
+        self.planner = Planner(config, rows, plans, noise, self.shifted)
+        self.noise, self.cache = noise, KVCache(batch * self.branches, max(rows.size, 1))
+        self.workspace = kernels.Workspace()
+        self.sampler = Sampler(model, config, mask_id, self.workspace, processor)
+        device = rows.tokens.device
+        self.numbers, self.sequences = list(range(batch)) if rows.size else [], rows.in_layout()
+        # Slots whose keys and values were computed when their token was known.
+        self.seen = torch.zeros_like(rows.masked)
+        self._final = (rows.tokens[:, :-1].clone(), torch.zeros_like(rows.masked))
+        self._invalid = torch.zeros((), dtype=torch.bool, device=device)
+        self._cut = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.stats, self._start = Stats(), time.perf_counter()
+        self._wanted, self._given_up = sum(rows.to_fill), 0
+        if past is not None:
+            self.stats.reused_slots = take_over(self, past)
+        if self.numbers:
+            self.prepare()
+
+    def step(self) -> None:
+        """Take a step with every row that is not finished."""
+        plan, status = self.next_plan, self.status
+        forward = self._forward(plan, status) if any(status.active) else None
+        choice = self._choose(plan, forward) if forward is not None and forward.scored.total else None
+        self._commit(plan, choice)
+        for hook in self.hooks:
+            hook(self, StepResult(plan, forward, choice))
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Plan the next step, read what the host has to know of it, and let finished rows go."""
+        plan, rows = self.planner.plan(), self.rows
+        columns = (plan.active.sum(1), plan.scored.sum(1), rows.masked.sum(1), self._cut,
+                   self._invalid.expand(len(rows.tokens)))  # fmt: skip
+        *counts, invalid = torch.stack(columns).tolist()
+        if any(invalid):
+            raise ValueError(self._suspects())
+        self.next_plan, self.status = plan, Status(*counts, False)
+        if 0 in self.status.masked:
+            self._leave()
+
+    def _suspects(self) -> str:
+        """What to say of logits that are no numbers."""
+        config = self.config
+        suspects = ["the weights, and the dtype (float16 overflows where bfloat16 and float32 do not)"]
+        if self.sampler.processor is not None:
+            suspects.insert(0, "the logits_processor, which changes them")
+        if config.cfg_scale:
+            suspects.insert(0, f"cfg_scale={config.cfg_scale}, which multiplies them")
+        return f"the model's logits hold NaN or infinity, or no id that may be chosen: check {', then '.join(suspects)}"
+
+    def _forward(self, plan: StepPlan, status: Status) -> Forward:
+        """Send the active slots through the model, for the hidden states that predict the scored ones."""
+        rows, size, config, device = self.rows, self.rows.size, self.config, self.rows.tokens.device
+        counts, scored = _filled_up(status.active, device), Varlen(_filled_up(status.scored, device), device)
+        positions, slots = slots_of(plan.active, max(counts), size), slots_of(plan.scored, scored.width, size)
+        source = torch.minimum((slots - int(self.shifted)).clamp(min=0), rows.lengths - 1)
+        place = (plan.active.cumsum(1) - 1).gather(1, source).clamp_(min=0)
+        every, scored_counts = config.output_logits, scored.counts
+        inputs = (rows.tokens.gather(1, positions), positions, rows.key_ranges, None if every else place)
+        layouts = (counts, scored_counts)
+        if self.branches == 2:
+            tokens = with_and_without_text(inputs[0], positions, rows, self.mask_id)
+            inputs = (tokens, *map(twice, inputs[1:]))
+            layouts = tuple([count for count in x for _ in range(2)] for x in layouts)
+        tokens, passed, key_ranges, places = inputs
+        hidden = self.model.step(
+            tokens, passed, self.cache, key_ranges=key_ranges, rows=places, varlen=Varlen(layouts[0], device),
+            varlen_rows=None if every else Varlen(layouts[1], device), workspace=self.workspace,
+        )  # fmt: skip
+        if self.branches == 2:
+            hidden = guided(hidden, config.cfg_scale)
+        self.seen |= plan.active & ~rows.masked
+        full = self._count(status.active)
+        return Forward(positions, status.active, full, slots, scored, hidden, place, every)
+
+    def _count(self, active: Sequence[int]) -> bool:
+        """Count a pass that computes so many slots of every row; returns whether these are all."""
+        stats, computed, total = self.stats, sum(active), sum(self.rows.row_lengths)
+        stats.passes += 1
+        stats.full_passes += computed == total
+        stats.computed_slots += self.branches * computed
+        stats.total_slots += self.branches * total
+        return computed == total
+
+    def _choose(self, plan: StepPlan, forward: Forward) -> Choice:
+        """A token for each of the scored slots."""
+        hidden, slots, layout = forward.hidden, forward.slots, forward.scored
+        if forward.every:
+            hidden = hidden.gather(1, forward.place[..., None].expand(-1, -1, hidden.shape[-1]))
+        keys = None
+        if self.config.temperature > 0:
+            keys = layout.packed(self.noise.token_keys(slots, plan.now.index))
+        found = self.sampler(layout.packed(hidden), keys, layout.counts, self.rows.texts)
+        token, confidence = (layout.padded(x) for x in found)
+        self._invalid |= confidence.isnan().any()
+        return Choice(slots, token, confidence)
+
+    def _commit(self, plan: StepPlan, choice: Choice | None) -> None:
+        """Write the tokens of the most confident eligible slots, go on in the schedule, and cut rows at their ends."""
+        rows = self.rows
+        if choice is None:
+            nowhere = torch.full_like(rows.lengths, rows.size)
+            rows.commit(plan.now, plan.open, nowhere, torch.zeros_like(nowhere, dtype=torch.bool))
+        else:
+            slots, confidence = choice.slots, choice.confidence
+            allowed, count = slots < rows.size, plan.count.squeeze(1)
+            if plan.eligible is not plan.scored:
+                allowed &= plan.eligible.gather(1, slots.clamp(max=rows.size - 1))
+            if self.config.is_dynamic:
+                count = confident_counts(confidence, allowed, count, self.config)
+            committed = kernels.commit_(
+                rows.tokens, choice.token, self.planner.score(confidence, plan.now, slots), allowed, count,
+                positions=slots, validate=False,
+            )  # fmt: skip
+            rows.commit(plan.now, plan.open, slots, committed)
+            self.planner.remember(slots, confidence)
+        if self.ending is not None:
+            beyond = rows.cut(self.ending.ends(rows, self.numbers), self.pad_id)
+            self.seen &= ~beyond
+            self._cut += beyond.sum(1)
+
+    def update(self) -> Tensor:
+        """Bring `sequences` up to date and return them."""
+        self.sequences[self.numbers] = self.rows.in_layout()
+        return self.sequences
+
+    def _leave(self) -> None:
+        """Take finished rows off the state and out of the cache."""
+        masked = self.status.masked
+        finished = [row for row, left in enumerate(masked) if left == 0]
+        others = [row for row, left in enumerate(masked) if left]
+        self.update()
+        numbers = [self.numbers[row] for row in finished]
+        tokens, seen = self._final
+        tokens[numbers], seen[numbers] = self.rows.tokens[finished, :-1], self.seen[finished]
+        self._given_up += sum(self.status.cut[row] for row in finished)
+        if not others:
+            self.numbers = []
+            return
+        # Rows that need not change places stay, as their keys and values would have to be moved.
+        later = [row for row in others if row >= len(others)]
+        order = [row if row in others else later.pop() for row in range(len(others))]
+        self.cache.keep([row * self.branches + i for row in order for i in range(self.branches)])
+        self.rows.keep(order)
+        self.planner.keep(order)
+        self.seen, self._cut = self.seen[order], self._cut[order]
+        self.next_plan, self.status = self.next_plan.keep(order), self.status.keep(order)
+        self.numbers = [self.numbers[row] for row in order]
+
+    def finish(self) -> KVCache:
+        """The keys and values, with the text that they belong to; after the last step."""
+        self.cache.tokens, self.cache.seen = self._final
+        return self.cache
+
+    def snapshot(self, **facts: Any) -> Stats:
+        """What the generation has cost so far; `facts` are further fields."""
+        unfilled = sum(self.status.masked) + sum(self.status.cut) if self.numbers else 0
+        filled = self._wanted - self._given_up - unfilled
+        return replace(self.stats, new_tokens=filled, seconds=time.perf_counter() - self._start, **facts)
+
+
+def _filled_up(counts: Sequence[int], device: torch.device) -> list[int]:
+    """Each of `counts` raised to a multiple of `FILL_UP`."""
+    multiple = FILL_UP.get(device.type, 1)
+    return [-(-count // multiple) * multiple for count in counts]

@@ -1,0 +1,56 @@
+"""Random numbers of a generation, keyed by seed, text, slot and step."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dkv.core.sequences import Sequences
+from dkv.kernels import noise
+
+# Where the keys of tokens have their slot: different uses of noise at one step must not share numbers.
+_ORDER, _SELECTION = -1, -2
+
+
+class Noise:
+    """The noise of one generation.
+
+    A number is a function of (seed and text of the row, slot, step of the row) and not of the place in the
+    batch, so a row gets the same tokens alone and in company. Rows of one text and one seed are drawn alike.
+
+    Args:
+        seeds: by row, a 64-bit integer.
+        rows: whose texts are read once, before the first pass.
+    """
+
+    def __init__(self, seeds: Sequence[int], rows: Sequences):
+        self._size = rows.size
+        tokens, masked = rows.tokens[:, :-1].cpu(), rows.masked.cpu()
+        keys = []
+        for row, length in enumerate(rows.row_lengths):
+            text = tokens[row, :length][~masked[row, :length]]
+            digest = hashlib.blake2b(text.numpy().tobytes(), digest_size=7).digest()
+            # The low 64 bits of the seed, as the signed number that a tensor holds.
+            keys.append((int.from_bytes(digest, "little"), (seeds[row] + 2**63) % 2**64 - 2**63))
+        self._keys = torch.tensor(keys, device=rows.tokens.device)
+
+    def order(self, step: Tensor) -> Tensor:
+        """Uniform numbers [B, S] by which slots are ordered; `step` int64 [B, 1] is the number of every row's step."""
+        return noise.uniform(0, self._step_keys(_ORDER, step), self._size)
+
+    def selection(self, step: Tensor) -> Tensor:
+        """Gumbel noise [B, S] for drawing slots by their confidence."""
+        return noise.gumbel(0, self._step_keys(_SELECTION, step), self._size)
+
+    def token_keys(self, slots: Tensor, step: Tensor) -> Tensor:
+        """Keys [B, R, 4] for drawing the tokens of `slots` [B, R]."""
+        rows = self._keys.unsqueeze(1).expand(*slots.shape, 2)
+        return torch.cat((rows, torch.stack((slots, step.expand_as(slots)), -1)), -1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
+        self._keys = self._keys[rows]
+
+    def _step_keys(self, use: int, step: Tensor) -> Tensor:
+        return torch.cat((self._keys, torch.full_like(step, use), step), 1)

@@ -1,0 +1,70 @@
+"""What can be kept of every step of a generation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkv.engine.engine import Engine, StepResult
+
+
+def _active(engine: Engine, result: StepResult) -> Tensor:
+    """bool [B, L]: the slots that a pass computed."""
+    return engine.rows.to_caller(result.plan.active)
+
+
+def _confidences(engine: Engine, result: StepResult) -> Tensor:
+    """float32 [B, L]: the confidence of the slots that a pass ranked, NaN at the others."""
+    rows, choice = engine.rows, result.choice
+    batch, size = rows.masked.shape
+    wide = torch.full((batch, size + 1), torch.nan, device=rows.tokens.device)
+    if choice is not None:
+        wide.scatter_(1, choice.slots, choice.confidence.float())
+    padding = ~rows.to_caller(torch.ones_like(rows.masked))
+    return rows.to_caller(wide[:, :-1]).masked_fill(padding, torch.nan)
+
+
+def _logits(engine: Engine, result: StepResult) -> Tensor:
+    """[B, L, V]: the logits of the slots that a pass computed, 0 at the others."""
+    model, forward = engine.model, result.forward
+    batch, size = engine.rows.masked.shape
+    wide = torch.zeros(batch, size + 1, model.spec.vocab_size, dtype=model.dtype, device=model.device)
+    if forward is not None:
+        index = forward.positions[..., None].expand(-1, -1, wide.shape[-1])
+        wide.scatter_(1, index, model.head(forward.hidden))
+    return engine.rows.to_caller(wide[:, :-1])
+
+
+# By its name in `DiffusionOutput`, whose setting is `output_` and the name: how it is made of the rows that are there,
+# and what stands for a row that has left. The canvas is kept for all rows, finished ones included.
+RECORDS = {"active": (_active, False), "confidences": (_confidences, torch.nan), "logits": (_logits, 0)}
+NAMES = ("history", *RECORDS)
+
+
+class Recorder:
+    """Keeps what a configuration asks for, step by step; it is a hook of the engine."""
+
+    def __init__(self, config: Any):
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in NAMES if getattr(config, f"output_{name}")}
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
+
+    def __call__(self, engine: Engine, result: StepResult) -> None:
+        for name, records in self.kept.items():
+            records.append(engine.update().clone() if name == "history" else self._of_all(name, engine, result))
+
+    def _of_all(self, name: str, engine: Engine, result: StepResult) -> Tensor:
+        """A record of this step with all rows of the batch."""
+        make, gone = RECORDS[name]
+        found, batch = make(engine, result), len(engine.sequences)
+        if engine.numbers == list(range(batch)):
+            return found
+        wide = found.new_full((batch, *found.shape[1:]), gone)
+        wide[engine.numbers] = found
+        return wide
+
+    def fields(self) -> dict[str, Any]:
+        """The records as fields of `DiffusionOutput`."""
+        # The logits of all steps together would be twice as large while they are stacked.
+        return {name: tuple(of) if name == "logits" else torch.stack(of) for name, of in self.kept.items() if of}

@@ -1,0 +1,142 @@
+"""A generation from its canvas to its output: what callers of an engine share."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from dkv.core.kv_cache import KVCache
+from dkv.core.sequences import Sequences
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.ending import Ending, id_list
+from dkv.engine.engine import Engine, OnStep
+from dkv.engine.inputs import checked_inputs
+from dkv.engine.noise import Noise
+from dkv.engine.output import DiffusionOutput, Stats
+from dkv.engine.records import Recorder
+from dkv.version import versions
+
+
+class Run:
+    """An engine with what is asked for around it: seeds, records, drafts, the output.
+
+    Args:
+        model, rows, config, mask_id: as for `Engine`.
+        generator: source of the seeds if the settings have none.
+        processor, criteria: of transformers, one or a list.
+        past: as for `Engine`.
+        ends: whether a row ends at an end id.
+        noise: makes the noise of the rows, in place of one from the seeds.
+        on_step: as for `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequences,
+        config: DiffusionConfig,
+        mask_id: int,
+        generator: torch.Generator | None = None,
+        processor: Any = None,
+        criteria: Any = None,
+        past: KVCache | None = None,
+        ends: bool = True,
+        noise: Callable[[Sequences], Noise] | None = None,
+        on_step: OnStep | None = None,
+    ):
+        batch = len(rows.tokens)
+        self.model, self.config, self.recorder = model, config, Recorder(config)
+        self.seed = _seed(config.seed, batch, generator)
+        seeds = self.seed if isinstance(self.seed, list) else [self.seed] * batch
+        processor = _listed("logits_processor", processor, LogitsProcessorList)
+        criteria = _listed("stopping_criteria", criteria, StoppingCriteriaList)
+        eos = id_list(config.eos_token_id) if ends else []
+        ending = Ending(eos, criteria, batch, rows.tokens.device) if eos or criteria else None
+        self.engine = Engine(
+            model, rows, config, noise(rows) if noise else Noise(seeds, rows), mask_id, pad_id(model, config),
+            processor, ending, past, hooks=[hook for hook in (self.recorder, on_step) if hook],
+        )  # fmt: skip
+
+    @classmethod
+    def after_prompts(
+        cls, model: Any, input_ids: Tensor, attention_mask: Tensor | None, config: DiffusionConfig, **how: Any
+    ) -> "tuple[Tensor, Run]":
+        """The checked prompts [B, P], and the run that continues them; `how` are further arguments of `Run`."""
+        ids, mask = checked_inputs(model, input_ids, attention_mask, config)
+        budgets = [config.of_row("max_new_tokens", row) for row in range(len(ids))]
+        mask_id = mask_id_of(model, config)
+        rows = Sequences.after_prompts(ids, mask, budgets, mask_id, pad=pad_id(model, config))
+        return ids, cls(model, rows, config, mask_id, **how)
+
+    def drafts(self) -> Iterator[DiffusionOutput]:
+        """Take all steps, one for every draft asked for; the last one is the output."""
+        while self.engine.numbers:
+            self.engine.step()
+            if self.engine.numbers:
+                yield DiffusionOutput(sequences=self.engine.update().clone(), stats=self._stats())
+        yield self.output()
+
+    def to_the_end(self, streamer: Any, prompts: Tensor, new: int) -> DiffusionOutput:
+        """Take all steps; the streamer gets what was given, then the columns from `new` on, every step and at last."""
+        if streamer is not None:
+            streamer.put(prompts.cpu())
+        draft, end = (getattr(streamer, name, None) for name in ("put_draft", "end"))
+        while self.engine.numbers:
+            self.engine.step()
+            if draft is not None:
+                draft(self.engine.update()[:, new:].clone().cpu())
+        output = self.output()
+        if streamer is not None:
+            streamer.put(output.sequences[:, new:].cpu())
+            if end is not None:
+                end()
+        return output
+
+    def output(self) -> DiffusionOutput:
+        """The result, after the last step."""
+        engine = self.engine
+        return DiffusionOutput(
+            sequences=engine.sequences, stats=self._stats(), buffer=engine.finish(), **self.recorder.fields()
+        )
+
+    def _stats(self) -> Stats:
+        facts = {
+            **versions(),
+            "dtype": str(self.model.dtype),
+            "device": str(self.model.device),
+            "vocab_limit": self.engine.sampler.how["vocab_limit"],
+        }
+        return self.engine.snapshot(seed=self.seed, settings={**self.config.settings(), **facts})
+
+
+def mask_id_of(model: Any, config: DiffusionConfig) -> int:
+    """The id of a slot without a token."""
+    return model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
+
+
+def pad_id(model: Any, config: DiffusionConfig) -> int:
+    """What a row is filled up with beyond its end."""
+    eos = id_list(config.eos_token_id)[:1]
+    known = (config.pad_token_id, model.spec.pad_token_id, *eos, model.spec.eos_token_id, 0)
+    return next(number for number in known if number is not None)
+
+
+def _seed(given: int | list[int] | None, rows: int, generator: torch.Generator | None) -> int | list[int]:
+    if given is not None:
+        return given
+    device = generator.device if generator else "cpu"
+    drawn = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+    return drawn[0] if rows == 1 else drawn
+
+
+def _listed(name: str, given: Any, kind: type) -> Any:
+    """One processor or criterion, a list of them, or none, as transformers' list of that kind, or None."""
+    if given is None:
+        return None
+    listed = given if isinstance(given, list | tuple) else [given]
+    for one in listed:
+        if not callable(one):
+            raise TypeError(f"{name} must be callable, as in transformers, or a list of such, got {one!r}")
+    return (given if isinstance(given, kind) else kind(listed)) or None

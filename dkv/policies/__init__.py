@@ -1,0 +1,45 @@
+"""Cache policies: rules for the slots that a step computes."""
+
+from dataclasses import fields
+from typing import Any
+
+from dkv.core.naming import instead, nearest
+from dkv.policies.base import Policy, View
+from dkv.policies.dkv_cache import Decode, Greedy, NoCache, Prefill, PrefillDecode
+from dkv.policies.fast_dllm import DualCache, PrefixCache
+
+POLICIES: dict[str, type[Policy]] = {
+    p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode, PrefixCache, DualCache)
+}
+
+# The options of all policies, each once.
+POLICY_OPTIONS = tuple(dict.fromkeys(field.name for policy in POLICIES.values() for field in fields(policy)))
+
+
+def policy_of(value: Any) -> Policy:
+    """A policy from itself, its name, a dict {"name": ..., **arguments}, or None for `NoCache`.
+
+    Raises:
+        ValueError: no such policy, or no such argument.
+    """
+    if value is None:
+        return NoCache()
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"cache must be a policy, its name or a dict, got {value!r}")
+    name, arguments = value.get("name"), {k: v for k, v in value.items() if k != "name"}
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ValueError(f"cache: unknown policy {name!r}; {instead(name, POLICIES)}")
+    known = {f.name for f in fields(POLICIES[name])}
+    if unknown := sorted(map(str, set(arguments) - known)):
+        takes = ", ".join(sorted(known)) or "no arguments"
+        near = None if unknown[0] in POLICY_OPTIONS else nearest(unknown[0], known)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise ValueError(f"cache: policy {name!r} has no {', '.join(unknown)}{hint}; it takes {takes}")
+    return POLICIES[name](**arguments)
+
+
+__all__ = ["POLICIES", "POLICY_OPTIONS", "Policy", "View", "policy_of", *(p.__name__ for p in POLICIES.values())]
