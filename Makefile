@@ -13,8 +13,8 @@ help:  ## list the targets
 demo: $(STAMP)  ## decode with the bundled model
 	$(BIN)/dkv demo $(ARGS)
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(STAMP)  ## measure everything into bench/results: 18 minutes, on an idle machine
 	$(BIN)/dkv bench --all --out bench/results $(ARGS)
