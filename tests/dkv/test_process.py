@@ -248,7 +248,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SHORT if name not
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_nobody_reads_the_output(tmp_path, command, unbuffered):
     """The reader has gone before the first line: the command ends, and says nothing."""
-    line = f"exec 3> >(:); sleep 0.5; dkv {SHORT[command]} >&3 2> err; echo $?; grep -v ' of ' err"
+    line = (
+        f"exec 3> >(:); sleep 0.5; dkv {SHORT[command]} >&3 2> err; echo $?; grep -v -e ' of ' -e 'machine is busy' err"
+    )
     done = shell(tmp_path, line, PYTHONUNBUFFERED=unbuffered)
     assert (done.stdout, done.stderr) == ("141\n", "")
 
@@ -263,7 +265,7 @@ def test_standard_output_is_closed_or_full(tmp_path, command, unbuffered):
     name = "dkv" if command == "help" else f"dkv {command}"
     *others, last = done.stderr.splitlines()
     assert done.returncode == 2 and last == f"{name}: error: standard output: No space left on device"
-    assert all(" of " in line for line in others)
+    assert all(" of " in line or "machine is busy" in line for line in others)
 
 
 @pytest.mark.parametrize("command", ["generate", *SLOW])
