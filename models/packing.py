@@ -1,5 +1,6 @@
 """Layers whose weights lie in the order in which the CPU multiplies them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +13,12 @@ from dkv.models.transformer import Attend, Layer
 UNPACK = "call dkv.unpack(model), which gives back the plain layers (or load it with pack=False)"
 
 
-class Packed(nn.Module):
+class Packed(nn.Module, ABC):
     """What layers with packed weights share: they turn back into plain ones, and say where only those will do."""
 
+    @abstractmethod
     def unpacked(self) -> nn.Module:
         """A plain layer with the very weights that were packed."""
-        raise NotImplementedError
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Names and weights of the plain layer."""
