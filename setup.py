@@ -20,14 +20,20 @@ EVAL = ["lm_eval>=0.4.13,<0.5"]
 TEST = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77", *BENCH, *EVAL]
 PACKAGES = [
     "dkv",
+    "dkv.common",
     "dkv.core",
     "dkv.policies",
     "dkv.engine",
-    "dkv.commands",
-    "dkv.trace",
+    "dkv.tools",
+    "dkv.tools.trace",
+    "dkv.integrations",
+    "dkv.integrations.lm_eval",
+    "dkv.cli",
     "dkv.kernels",
     "dkv.kernels.triton_backend",
     "dkv.models",
+    "dkv.models.families",
+    "dkv.models.bundled",
     "dkv.bench",
     "dkv.bench.ops",
 ]
@@ -63,13 +69,13 @@ setup(
     package_dir={"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"},
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
     package_data={
-        "dkv.trace": ["*.html", "*.css", "*.js"],
+        "dkv.tools.trace": ["*.html", "*.css", "*.js"],
         "dkv.models": [f"tiny*/*.{suffix}" for suffix in ("json", "jsonl", "safetensors")],
     },
     entry_points={
         "console_scripts": ["dkv = dkv.__main__:main"],
         # Where later releases of lm-eval than 0.4.13 look for models of other packages.
-        "lm_eval.models": ["dkv = dkv.harness:DkvLM"],
+        "lm_eval.models": ["dkv = dkv.integrations.lm_eval.harness:DkvLM"],
     },
     zip_safe=False,
 )

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 import dkv
-from dkv.bar import Bar
 from dkv.bench import fastdllm, floor
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import HalfWay, timed
+from dkv.common.bar import Bar
 
 BLOCK = 32
 POLICIES = {

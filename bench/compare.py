@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.bar import Bar
 from dkv.bench.options import LINEUP, Options
 from dkv.bench.report import columns
 from dkv.bench.steps import synchronise
-from dkv.demo import BATCH
+from dkv.common.bar import Bar
 from dkv.engine.engine import Engine, StepResult
 from dkv.engine.replay import replay
+from dkv.tools.demo import BATCH
 
 
 @dataclass(frozen=True)

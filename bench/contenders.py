@@ -19,14 +19,14 @@ QUICK = (
     "cache=prefill",
     "cache=decode refresh=4,8,16",
     "cache=pd refresh=8",
-    "cache=greedy refresh=4,8,16 window=4 window_centre=last",
+    "cache=greedy refresh=4,8,16 window=4 window_center=last",
 )
 # The axes of the paper: every policy, refresh interval, window and rule, at one and at two slots a step.
 FULL = (
     "cache=none,prefill steps=all,half",
     "cache=decode,pd refresh=2,4,8,16 steps=all,half",
-    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 window_centre=next,last",
-    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 steps=half window_centre=last",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 window_center=next,last",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 steps=half window_center=last",
     "cache=none,greedy confidence=random steps=all,half",
     "cache=greedy refresh=2,4,8,16 window=0,2,4,8 confidence=random",
     "cache=none confidence=margin,entropy",
@@ -41,7 +41,7 @@ SETTINGS = (
 NAMES = ("cache", "steps", *SETTINGS)
 # How a setting is written in a label; others as name=value.
 LABELS = {
-    "refresh": "{}", "window": "w{}", "window_centre": "{}", "shift_rule": "{}", "confidence": "{}",
+    "refresh": "{}", "window": "w{}", "window_center": "{}", "shift_rule": "{}", "confidence": "{}",
     "temperature": "t{}", "block_length": "b{}",
 }  # fmt: skip
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import dkv
-from dkv.bar import Bar
 from dkv.bench.quality import Problems
 from dkv.bench.report import columns
+from dkv.common.bar import Bar
 from dkv.core.sequences import Sequences
 from dkv.engine.engine import Engine
 from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
-from dkv.text import encode
+from dkv.tools.text import encode
 
 # Changes are told for so many steps before and after the one that turns a mask into a token.
 REACH = 8

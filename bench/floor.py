@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import dkv
 from dkv import kernels
-from dkv.bar import Bar
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import HalfWay, synchronise, timed
+from dkv.common.bar import Bar
 from dkv.core.sequences import Sequences
 from dkv.models.packing import PackedHead, PackedLayer, PackedLinear
 
@@ -47,7 +47,7 @@ OPERATIONS = {
 }  # fmt: skip
 GOALS = {"full": 1.15, "cached": 1.10}
 # Settings of `dkv.generate` whose step half-way is of the kind.
-STEPS = {"full": {}, "cached": {"cache": dkv.Decode(refresh=None, warmup=1)}}
+STEPS = {"full": {}, "cached": {"cache": dkv.DecodeCache(refresh=None, warmup=1)}}
 
 
 def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict[str, Callable[[], None]]:

@@ -17,8 +17,8 @@ import torch
 import dkv
 from dkv.bench.intervals import wilson
 from dkv.bench.report import columns
-from dkv.models.tasks import TASKS, held_out
-from dkv.text import ids_of
+from dkv.models.bundled.tasks import TASKS, held_out
+from dkv.tools.text import ids_of
 
 LIMIT = 8
 

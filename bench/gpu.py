@@ -9,7 +9,7 @@ The exit code is 0 if all is well, 1 if a check or a kernel failed, 2 if there i
 the output cannot be written, 130 when interrupted, 141 when nobody reads the output any more.
 """
 
-from dkv import process
+from dkv.common import process
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds.
@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from dkv import files
+from dkv.common import files
 
 PARTS = ("checks", "ops", "steps")
 

@@ -136,7 +136,7 @@ def second_device(device) -> None:
         same(a, b, f"result {i}")
 
 
-POLICIES = (dkv.NoCache(), dkv.Decode(3), dkv.Greedy(3, 2), dkv.Prefill(), dkv.PrefillDecode(3))
+POLICIES = (dkv.NoCache(), dkv.DecodeCache(3), dkv.GreedyCache(3, 2), dkv.PrefillCache(), dkv.PrefillDecodeCache(3))
 
 
 @check_each("generation", [f"{family}_{p.name}" for family in ("llada", "dream") for p in POLICIES])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dkv import files
+from dkv.common import files
 
 
 class Clock:

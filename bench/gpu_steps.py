@@ -17,9 +17,9 @@ from dkv.models import ModelSpec, Transformer
 # Greedy goes with the random order, as published; all others with the most probable slot first.
 LINEUP: dict[str, dict[str, Any]] = {
     "plain": {},
-    "decode 8": {"cache": dkv.Decode(8)},
-    "greedy 4": {"cache": dkv.Greedy(4, 4), "confidence": "random"},
-    "prefill": {"cache": dkv.Prefill()},
+    "decode 8": {"cache": dkv.DecodeCache(8)},
+    "greedy 4": {"cache": dkv.GreedyCache(4, 4), "confidence": "random"},
+    "prefill": {"cache": dkv.PrefillCache()},
 }
 ROUNDS = 2
 

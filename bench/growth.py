@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import dkv
-from dkv.bar import Bar
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import full_steps, skip, start, timed
+from dkv.common.bar import Bar
 from dkv.engine.engine import StepResult
 from dkv.models import ModelSpec
 
@@ -45,14 +45,14 @@ class Contender:
 
 CONTENDERS = {
     "plain": Contender({}, "all slots in every step: 1 by the products, towards 2 by attention"),
-    "decode 8": Contender({"cache": dkv.Decode(8)}, "as plain, of fewer slots: half of the new ones on average"),
+    "decode 8": Contender({"cache": dkv.DecodeCache(8)}, "as plain, of fewer slots: half of the new ones on average"),
     "greedy, no refresh": Contender(
-        {"cache": dkv.Greedy(None, 4), "confidence": "random"},
+        {"cache": dkv.GreedyCache(None, 4), "confidence": "random"},
         f"at most {CONSTANT}: only attention over the buffer grows",
         CONSTANT,
     ),
     "greedy 16": Contender(
-        {"cache": dkv.Greedy(16, 4), "confidence": "random"}, "between the two: every 16th step is full"
+        {"cache": dkv.GreedyCache(16, 4), "confidence": "random"}, "between the two: every 16th step is full"
     ),
 }
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.

@@ -24,11 +24,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import dkv
 from dkv import kernels
-from dkv.bar import Bar
 from dkv.bench import published
 from dkv.bench.options import LINEUP, Options
 from dkv.bench.report import columns
 from dkv.bench.steps import full_steps, start
+from dkv.common.bar import Bar
 from dkv.engine.engine import StepResult
 from dkv.models import Transformer
 

@@ -8,24 +8,24 @@ from torch import Tensor
 
 import dkv
 from dkv.bench.shapes import as_loaded, random_model, shape
-from dkv.demo import Race
 from dkv.models import Transformer
+from dkv.models.bundled.tasks import TASKS, held_out
 from dkv.models.keywords import usable
 from dkv.models.loader import FLOATS
-from dkv.models.tasks import TASKS, held_out
-from dkv.text import encode
+from dkv.tools.demo import Race
+from dkv.tools.text import encode
 
 # Settings of `dkv.generate` by policy; the first is what the others are compared with. Greedy goes with
 # the random order, as published, or plans by confidences; all others with the most probable slot first.
 LINEUP: dict[str, dict[str, Any]] = {
     "plain": {},
-    "decode 8": {"cache": dkv.Decode(8)},
-    "decode 32": {"cache": dkv.Decode(32)},
-    "prefill": {"cache": dkv.Prefill()},
-    "pd 8": {"cache": dkv.PrefillDecode(8)},
-    "greedy 4": {"cache": dkv.Greedy(4, 4), "confidence": "random"},
-    "greedy 16": {"cache": dkv.Greedy(16, 4), "confidence": "random"},
-    "greedy 4 planned": {"cache": dkv.Greedy(4, 4)},
+    "decode 8": {"cache": dkv.DecodeCache(8)},
+    "decode 32": {"cache": dkv.DecodeCache(32)},
+    "prefill": {"cache": dkv.PrefillCache()},
+    "pd 8": {"cache": dkv.PrefillDecodeCache(8)},
+    "greedy 4": {"cache": dkv.GreedyCache(4, 4), "confidence": "random"},
+    "greedy 16": {"cache": dkv.GreedyCache(16, 4), "confidence": "random"},
+    "greedy 4 planned": {"cache": dkv.GreedyCache(4, 4)},
 }
 # The model that has problems with one right answer.
 TINY, PROBLEMS = "tiny", 24

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dkv.bench import drawing
-from dkv.files import writing
+from dkv.common.files import writing
 
 Row = dict[str, Any]
 # Okabe and Ito: told apart by colour-blind people, and in grey by their markers.

@@ -51,8 +51,8 @@ def generate(
         new: slots to fill per row.
         steps: passes in all; None: one per slot.
         block_length: slots of a block; None: one block.
-        cache: `NoCache()`, `Decode(refresh)` or `Greedy(refresh, window)`; None: no cache.
-        confidence: "probability" of the best token, or "random"; `Greedy` takes "random" alone.
+        cache: `NoCache()`, `DecodeCache(refresh)` or `GreedyCache(refresh, window)`; None: no cache.
+        confidence: "probability" of the best token, or "random"; `GreedyCache` takes "random" alone.
         numbers: as in `dkv.generate`; None: those that it draws with `seed=0`.
         on_step: called after each step with whether it was full and its seconds, the device waited for.
 
@@ -220,7 +220,7 @@ def _add_window(active: Tensor, masked: Tensor, centre: int, window: int) -> Non
             return
 
 
-WAYS: dict[type[Policy], type[Plain]] = {dkv.NoCache: Plain, dkv.Decode: Decode, dkv.Greedy: Greedy}
+WAYS: dict[type[Policy], type[Plain]] = {dkv.NoCache: Plain, dkv.DecodeCache: Decode, dkv.GreedyCache: Greedy}
 
 
 def _slots(mask: Tensor) -> Tensor:
@@ -262,9 +262,9 @@ def _checked(
     policy = config.cache
     arguments = [getattr(policy, name) for name in ("refresh", "window") if hasattr(policy, name)]
     if type(policy) not in WAYS or policy != type(policy)(*arguments):
-        raise ValueError(f"cache must be NoCache(), Decode(refresh) or Greedy(refresh, window), got {policy}")
-    if isinstance(policy, dkv.Greedy) and confidence != "random":
-        raise ValueError(f'cache=Greedy(...) needs confidence="random", as published, got {confidence!r}')
+        raise ValueError(f"cache must be NoCache(), DecodeCache(refresh) or GreedyCache(refresh, window), got {policy}")
+    if isinstance(policy, dkv.GreedyCache) and confidence != "random":
+        raise ValueError(f'cache=GreedyCache(...) needs confidence="random", as published, got {confidence!r}')
     input_ids, _ = checked_inputs(model, input_ids, None, config)
     if bool((input_ids == model.spec.mask_token_id).any()):
         raise ValueError(f"input_ids must not hold the mask ({model.spec.mask_token_id}): remove it from the prompts")

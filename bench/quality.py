@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import dkv
-from dkv import files
-from dkv.bar import Bar, counted
 from dkv.bench.contenders import PLAIN, Contender
 from dkv.bench.intervals import paired, wilson
-from dkv.text import answer, encode
+from dkv.common import files
+from dkv.common.bar import Bar, counted
+from dkv.tools.text import answer, encode
 
 Row = dict[str, Any]
 LOG = "runs.jsonl"
@@ -37,7 +37,7 @@ class Problems:
 
 def bundled(names: Iterable[str], count: int, seed: int) -> list[Problems]:
     """`count` unseen problems of each of the bundled models' tasks."""
-    from dkv.models.tasks import TASKS, held_out
+    from dkv.models.bundled.tasks import TASKS, held_out
 
     found = []
     for name in names:

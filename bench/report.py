@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dkv import files
+from dkv.common import files
 
 # Speeds nearer to 1 than this say nothing.
 CLEAR = 0.02

@@ -4,7 +4,7 @@
 >>> model, tokenizer = dkv.load("tiny"), dkv.load_tokenizer("tiny")
 >>> prompt = "+2 -3 +1 +1 -2 +3 +1 -1 -1 +2 -3 +3 +1 +1 -2 -2 +1 +3 -1 -1 +2="
 >>> ids = tokenizer(prompt, return_tensors="pt").input_ids
->>> output = dkv.generate(model, ids.to(model.device), max_new_tokens=64, cache=dkv.Decode(refresh=8))
+>>> output = dkv.generate(model, ids.to(model.device), max_new_tokens=64, cache=dkv.DecodeCache(refresh=8))
 >>> tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
 """
 
@@ -16,7 +16,7 @@ from dkv.version import __version__
 
 # In a source checkout the sub-packages stand beside this folder, not inside it.
 _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-if os.path.isfile(os.path.join(_root, "kernels", "reference.py")):
+if os.path.isfile(os.path.join(_root, "kernels", "__init__.py")):
     __path__.append(_root)
 
 # Public name -> module. Imported at first use, so that `import dkv` is quick and takes no device.
@@ -27,23 +27,23 @@ _PUBLIC = {
     "unpack": "dkv.models",
     "generate": "dkv.engine.generate",
     "infill": "dkv.engine.generate",
-    "fill_gaps": "dkv.gaps",
-    "Gap": "dkv.gaps",
+    "fill_gaps": "dkv.tools.gaps",
+    "Gap": "dkv.tools.gaps",
     "stream": "dkv.engine.generate",
     "DiffusionConfig": "dkv.engine.config",
     "DiffusionOutput": "dkv.engine.output",
     "Stats": "dkv.engine.output",
-    "DraftStreamer": "dkv.streaming",
+    "DraftStreamer": "dkv.tools.streaming",
     "KVCache": "dkv.core.kv_cache",
     "NoCache": "dkv.policies",
-    "Decode": "dkv.policies",
-    "Greedy": "dkv.policies",
-    "Prefill": "dkv.policies",
-    "PrefillDecode": "dkv.policies",
+    "DecodeCache": "dkv.policies",
+    "GreedyCache": "dkv.policies",
+    "PrefillCache": "dkv.policies",
+    "PrefillDecodeCache": "dkv.policies",
     "PrefixCache": "dkv.policies",
     "DualCache": "dkv.policies",
     "use_backend": "dkv.kernels",
-    "register": "dkv.hf",
+    "register": "dkv.integrations.hf_attention",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -1,6 +1,6 @@
 """The command line as a process: `python -m dkv`, and the script `dkv`."""
 
-from dkv import process
+from dkv.common import process
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ lm-eval finds models of other packages by an entry point of the group `lm_eval.m
 Release 0.4.13 does not look for it yet: a model must be in its registry before the command line runs.
 """
 
-from dkv import process
+from dkv.common import process
 
 
 def register() -> None:
@@ -25,7 +25,7 @@ def register() -> None:
     from lm_eval.api.registry import model_registry
 
     if "dkv" not in model_registry:
-        model_registry.register("dkv", target="dkv.harness:DkvLM")
+        model_registry.register("dkv", target="dkv.integrations.lm_eval.harness:DkvLM")
 
 
 def main() -> None:

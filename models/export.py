@@ -8,8 +8,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dkv import files
-from dkv.models.adapters import to_checkpoint
+from dkv.common import files
+from dkv.models.families import to_checkpoint
 from dkv.models.transformer import Transformer
 
 WEIGHTS = "model.safetensors"

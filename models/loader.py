@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dkv.models.adapters import family_of
 from dkv.models.checkpoint import read_config, read_headers
+from dkv.models.families import family_of
 from dkv.models.files import FETCH
 from dkv.models.folders import folder_of
 from dkv.models.headers import Entry

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from dkv.models.adapters import Family
+from dkv.models.families import Family
 from dkv.models.files import some
 from dkv.models.foreign import refuse_additions
 from dkv.models.spec import ModelSpec

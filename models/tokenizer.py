@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dkv.models.adapters import family_of
 from dkv.models.checkpoint import CONFIG
+from dkv.models.families import family_of
 from dkv.models.files import FETCH, is_there, read_json, read_text, some
 from dkv.models.folders import TOKENIZER_FILES, folder_of
 from dkv.models.keywords import hub_options

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dkv.models.adapters import family_of
+from dkv.models.families import family_of
 from dkv.models.foreign import refuse_additions
 from dkv.models.skeleton import fill, skeleton
 from dkv.models.transformer import Transformer

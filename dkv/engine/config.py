@@ -103,7 +103,7 @@ class DiffusionConfig(GenerationConfig):
         ValueError: an unknown name (with the nearest known one), or an impossible value.
 
     Example:
-        >>> DiffusionConfig(max_new_tokens=256, block_length=32, cache=dkv.Decode(refresh=8))
+        >>> DiffusionConfig(max_new_tokens=256, block_length=32, cache=dkv.DecodeCache(refresh=8))
     """
 
     def __init__(self, **settings: Any):

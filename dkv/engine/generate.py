@@ -46,7 +46,7 @@ def generate(
     generator: torch.Generator | None = None,
     logits_processor: LogitsProcessor | None = None,
     stopping_criteria: StoppingCriteria | None = None,
-    buffer: KVCache | None = None,
+    kv_cache: KVCache | None = None,
     **overrides: Any,
 ) -> DiffusionOutput:
     """Continue prompts with a diffusion language model.
@@ -71,11 +71,11 @@ def generate(
             Processors that go by the length of a text, such as `MinLengthLogitsProcessor`, find it always full.
         stopping_criteria: as in transformers, one or a `StoppingCriteriaList`; `dkv.engine.ending.Ending` says what
             they see. What a row has beyond its end becomes padding.
-        buffer: `output.buffer` of an earlier call with this model, on as many rows. Keys and values of the prefix
-            that a prompt shares with the earlier text are taken over instead of computed, where they are of tokens
-            (the last ones decoded were not seen as such). They are as old as they are: the policy's first refresh
-            after its first passes recomputes them, with `Prefill` and `PrefillDecode` nothing does. It is copied,
-            not changed.
+        kv_cache: `output.kv_cache` of an earlier call with this model, on as many rows. Keys and values
+            of the prefix that a prompt shares with the earlier text are taken over instead of computed, where they
+            are of tokens (the last ones decoded were not seen as such). They stay as the earlier call left them until
+            the policy's first refresh after its first passes; with `PrefillCache` and `PrefillDecodeCache` for good.
+            The cache given is copied, not changed.
         overrides: settings that replace those of the configuration, under any name that it knows.
 
     Returns:
@@ -87,14 +87,14 @@ def generate(
 
     Example:
         >>> model = dkv.load("tiny")
-        >>> output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.Decode(refresh=8))
+        >>> output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.DecodeCache(refresh=8))
         >>> output.sequences[:, ids.shape[1]:], output.stats.computed_share
     """
     config = config_of(generation_config, overrides)
     _check_helpers(config, generator, streamer)
     ids, run = Run.after_prompts(
         model, input_ids, attention_mask, config, generator=generator, processor=logits_processor,
-        criteria=stopping_criteria, past=buffer,
+        criteria=stopping_criteria, past=kv_cache,
     )  # fmt: skip
     return run.to_the_end(streamer, ids, new=ids.shape[1])
 
@@ -151,7 +151,7 @@ def stream(
     generator: torch.Generator | None = None,
     logits_processor: LogitsProcessor | None = None,
     stopping_criteria: StoppingCriteria | None = None,
-    buffer: KVCache | None = None,
+    kv_cache: KVCache | None = None,
     **overrides: Any,
 ) -> Iterator[DiffusionOutput]:
     """As `generate`, but yields the canvas after every step; steps are made as they are asked for.
@@ -170,7 +170,7 @@ def stream(
     _check_helpers(config, generator)
     _, run = Run.after_prompts(
         model, input_ids, attention_mask, config, generator=generator, processor=logits_processor,
-        criteria=stopping_criteria, past=buffer,
+        criteria=stopping_criteria, past=kv_cache,
     )  # fmt: skip
     return _drafts(run)
 

@@ -63,14 +63,14 @@ class DiffusionOutput(ModelOutput):
     Attributes:
         sequences: int64 [B, P + new], the prompt as it was given and the new tokens. What a row has less than the
             longest, and what it has beyond its end, is padding.
-        buffer: keys and values of all rows, for the next turn of a chat (`dkv.generate(..., buffer=output.buffer)`).
-            It lives as long as the output does.
+        kv_cache: keys and values of all rows, for the next turn of a chat
+            (`dkv.generate(..., kv_cache=output.kv_cache)`). It lives as long as the output does.
         history: int64 [steps, B, P + new], the canvas after each step (`output_history`).
         active: bool [steps, B, P + new], the slots each pass computed (`output_active`); padding
             never is.
         confidences: float32 [steps, B, P + new] (`output_confidences`), the logarithm of the
             probability or margin, or the negative entropy in nats, of each slot that the pass ranked:
-            the masked slots of its block, or what `Greedy` computed of them; NaN elsewhere. The
+            the masked slots of its block, or what `GreedyCache` computed of them; NaN elsewhere. The
             "random" rule ranks none: there, the log probability of the tokens decoded. Slots that
             `confidence_eos_eot_inf` holds back have -inf. A `selection_temperature` is not in it.
         logits: one [B, P + new, V] per step, raw (not shifted), 0 where a slot was not computed
@@ -84,4 +84,4 @@ class DiffusionOutput(ModelOutput):
     confidences: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
     stats: Stats | None = None
-    buffer: KVCache | None = None
+    kv_cache: KVCache | None = None

@@ -62,7 +62,7 @@ def published_policy(given: Mapping[str, Any], current: str) -> dict[str, Any] |
     if given.get("window_size") == 0:
         raise ValueError(
             "window_size=0 does not say which cache, as published scripts hand it to both: leave it out for that of "
-            "dkv.Decode, or give cache=dkv.Greedy(window=0)"
+            "dkv.DecodeCache, or give cache=dkv.GreedyCache(window=0)"
         )
     kinds = _kinds(given)
     if not switches and not given.get("dual_cache"):
@@ -72,7 +72,7 @@ def published_policy(given: Mapping[str, Any], current: str) -> dict[str, Any] |
             return None
         raise ValueError(
             "use_cache=True does not say which cache: give cache_type='decoded', 'prefill' or 'pd' beside it "
-            "(dKV-Cache), or dual_cache=False or True (Fast-dLLM), or cache= instead, such as dkv.Decode(refresh=8)"
+            "(dKV-Cache), dual_cache=False or True (Fast-dLLM), or cache= instead, such as dkv.DecodeCache(refresh=8)"
         )
     if len(set(kinds.values())) > 1:
         raise ValueError(f"{' and '.join(kinds)} are of different caches: give one of them")

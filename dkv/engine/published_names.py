@@ -41,7 +41,7 @@ _BEAMS = "a canvas has no beams: for several answers repeat the prompt in the ba
 _PROCESSOR = "give logits_processor=, which takes those of transformers"
 _CRITERIA = "give stopping_criteria=, which takes those of transformers"
 _ASSISTANT = "no second model drafts here: several slots a step are filled with steps=, threshold= or factor="
-_CACHE = "the cache is a policy: give cache=, such as dkv.Decode(refresh=8)"
+_CACHE = "the cache is a policy: give cache=, such as dkv.DecodeCache(refresh=8)"
 _HOOK = "give a streamer with put_draft(ids), or iterate over dkv.stream, to see every step"
 _GENERATE = "it is an argument of dkv.generate"
 _LENGTH = "every slot is filled: logits_eos_inf=True emits no end token, confidence_eos_eot_inf=True fills them last"
@@ -99,7 +99,7 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "cache_config": ((), _CACHE),
     "max_cache_len": ((), _CACHE),
     "return_legacy_cache": ((False,), _CACHE),
-    "past_key_values": ((), "give buffer=output.buffer of an earlier call"),
+    "past_key_values": ((), "give kv_cache=output.kv_cache of an earlier call"),
     "prefill_chunk_size": ((), "every pass sees the whole canvas"),
     "compile_config": ((), "nothing is compiled"),
     "continuous_batching_config": ((), "a batch is fixed when a call begins"),
@@ -130,7 +130,7 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "numbers": ((), _GENERATE),
     "attention_mask": ((), _GENERATE),
     "generation_config": ((), _GENERATE),
-    "buffer": ((), _GENERATE),
+    "kv_cache": ((), _GENERATE),
 }
 
 # Names that act on a setting of another name, beside `ALIASES`.

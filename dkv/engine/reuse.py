@@ -23,16 +23,16 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     """
     spec, rows, own = engine.model.spec, engine.rows, engine.cache
     if not isinstance(past, KVCache) or past.tokens is None:
-        raise ValueError("buffer must be the buffer of an output of dkv.generate")
+        raise ValueError("kv_cache must be those of an output of dkv.generate")
     if isinstance(engine.config.cache, NoCache):
-        raise ValueError("buffer goes with a cache policy: without one every pass computes every slot")
+        raise ValueError("kv_cache goes with a cache policy: without one every pass computes every slot")
     if engine.branches == 2 or len(past.tokens) != past.batch:
-        raise ValueError("buffer does not go with cfg_scale: without its text, the answer of before was no mask")
+        raise ValueError("kv_cache does not go with cfg_scale: the branch without text has other keys")
     if past.batch != own.batch:
-        raise ValueError(f"buffer has {past.batch} rows, the call has {own.batch}")
+        raise ValueError(f"kv_cache has {past.batch} rows, the call has {own.batch}")
     kind = past.kind
     if kind is not None and kind != (spec.num_layers, spec.num_kv_heads, spec.head_dim, engine.model.dtype):
-        raise ValueError(f"buffer is of another model: it has layers, heads, head size and dtype {kind}")
+        raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {kind}")
     size = min(past.length, rows.size)
     same = past.tokens[:, :size].to(rows.tokens.device) == rows.tokens[:, :size]
     shared = (same & ~rows.masked[:, :size]).cumprod(1).bool() & past.seen[:, :size] & rows.everywhere[:, :size]

@@ -98,7 +98,7 @@ class Run:
         """The result, after the last step."""
         engine = self.engine
         return DiffusionOutput(
-            sequences=engine.sequences, stats=self._stats(), buffer=engine.finish(), **self.recorder.fields()
+            sequences=engine.sequences, stats=self._stats(), kv_cache=engine.finish(), **self.recorder.fields()
         )
 
     def _stats(self) -> Stats:

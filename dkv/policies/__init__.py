@@ -5,11 +5,11 @@ from typing import Any
 
 from dkv.core.naming import instead, nearest
 from dkv.policies.base import Policy, View
-from dkv.policies.dkv_cache import Decode, Greedy, NoCache, Prefill, PrefillDecode
+from dkv.policies.dkv_cache import DecodeCache, GreedyCache, NoCache, PrefillCache, PrefillDecodeCache
 from dkv.policies.fast_dllm import DualCache, PrefixCache
 
 POLICIES: dict[str, type[Policy]] = {
-    p.name: p for p in (NoCache, Decode, Greedy, Prefill, PrefillDecode, PrefixCache, DualCache)
+    p.name: p for p in (NoCache, DecodeCache, GreedyCache, PrefillCache, PrefillDecodeCache, PrefixCache, DualCache)
 }
 
 # The options of all policies, each once.

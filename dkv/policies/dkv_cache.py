@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dkv.core.schedule import Now
 from dkv.core.sequences import mask_of, slots_of
-from dkv.core.validation import flag, whole
+from dkv.core.validation import whole
 from dkv.policies.base import Policy, View, sources
 
 
@@ -33,7 +33,7 @@ class NoCache(Policy):
 
 
 @dataclass(frozen=True)
-class Decode(Policy):
+class DecodeCache(Policy):
     """dKV-Cache-Decode: masked slots, and those decoded last, whose K and V settle one step late.
 
     Args:
@@ -42,8 +42,6 @@ class Decode(Policy):
         warmup: full passes at the start of a block. The published code makes 2 for LLaDA (its first
             pass stores nothing) and 1 for Dream; None stands for these. 1 saves a full pass per
             block of LLaDA and caches the prompt as it was seen with one more mask.
-        keep_across_blocks: False drops the buffer at each block, as published. True goes on with
-            it: `refresh` then counts from the first step, and only the first block warms up.
         shift_rule: for shifted models, when a slot may be cached: "un" once its output is no longer
             needed (published default; its own token may still be a mask then, and stay stale until
             the next refresh), "un_right" once also its own token is known, "right" once its own
@@ -53,13 +51,11 @@ class Decode(Policy):
     name: ClassVar[str] = "decode"
     refresh: int | None = 8
     warmup: int | None = None
-    keep_across_blocks: bool = False
     shift_rule: str = "un"
 
     def __post_init__(self):
         _take_whole(self, "refresh", 0)
         _take_whole(self, "warmup", 1)
-        flag("keep_across_blocks", self.keep_across_blocks)
         if self.shift_rule not in ("un", "un_right", "right"):
             raise ValueError(f'shift_rule must be "un", "un_right" or "right", got {self.shift_rule!r}')
 
@@ -73,16 +69,9 @@ class Decode(Policy):
     def first_passes(self, shifted: bool) -> int:
         return self.warmup if self.warmup is not None else 1 if shifted else 2
 
-    def _time(self, now: Now) -> Tensor:
-        return now.index if self.keep_across_blocks else now.in_block
-
-    def _refreshes(self, now: Now, shifted: bool) -> Tensor:
-        time = self._time(now)
-        first = time < self.first_passes(shifted)
-        return first | (time % self.refresh == 0) if self.refresh else first
-
     def full(self, now: Now, shifted: bool) -> Tensor:
-        return self._refreshes(now, shifted)
+        first = now.in_block < self.first_passes(shifted)
+        return first | (now.in_block % self.refresh == 0) if self.refresh else first
 
     def active(self, view: View) -> Tensor:
         unsettled = view.unsettled
@@ -91,7 +80,7 @@ class Decode(Policy):
         last = torch.arange(view.rows.size, device=unsettled.device) == view.rows.lengths - 1
         if self.shift_rule == "un":
             # The published rule takes the last slot as cached from the second pass on.
-            return sources(unsettled) | (last & (self._time(view.now) == 1))
+            return sources(unsettled) | (last & (view.now.in_block == 1))
         # Nothing is predicted by the last slot: it is settled when the one before it is.
         return unsettled | sources(unsettled) | (last & unsettled.roll(1, 1))
 
@@ -102,7 +91,7 @@ def _beyond_prompt(view: View) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Prefill(Policy):
+class PrefillCache(Policy):
     """dKV-Cache-Prefill: what stands before the first slot to fill is computed once, the rest in every step."""
 
     name: ClassVar[str] = "prefill"
@@ -115,10 +104,10 @@ class Prefill(Policy):
 
 
 @dataclass(frozen=True)
-class PrefillDecode(Decode):
-    """dKV-Cache-PD: as `Decode`, but a refresh leaves the prompt alone.
+class PrefillDecodeCache(DecodeCache):
+    """dKV-Cache-PD: as `DecodeCache`, but a refresh leaves the prompt alone.
 
-    The arguments are those of `Decode`; `refresh=1` is `Prefill`.
+    The arguments are those of `DecodeCache`; `refresh=1` is `PrefillCache`.
     """
 
     name: ClassVar[str] = "pd"
@@ -127,11 +116,11 @@ class PrefillDecode(Decode):
         return now.index == 0
 
     def active(self, view: View) -> Tensor:
-        return torch.where(self._refreshes(view.now, view.shifted), _beyond_prompt(view), super().active(view))
+        return torch.where(super().full(view.now, view.shifted), _beyond_prompt(view), super().active(view))
 
 
 @dataclass(frozen=True)
-class Greedy(Policy):
+class GreedyCache(Policy):
     """dKV-Cache-Greedy: the slots decoded last, the ones to be decoded now, and a window of masks.
 
     Its cost does not grow with the number of masked slots. The slots to decode must be known before
@@ -142,26 +131,22 @@ class Greedy(Policy):
     Args:
         refresh: every so many steps of a block, from its first, everything is recomputed (paper: 2);
             0 or None: only the first.
-        window: further slots per slot of the centre.
-        window_rule: "masked", the nearest slots that are still masked, left before right (published
-            code), or "neighbours", the slots at most window / 2 away, masked or not (paper).
-        window_centre: around the slots decoded "next" (published code) or "last" (the paper's choice).
+        window: further slots per slot of the center: the nearest that are still masked, left before right, as
+            published (the paper's text takes the slots at most window / 2 away, masked or not).
+        window_center: around the slots decoded "next" (published code) or "last" (the paper's choice).
     """
 
     name: ClassVar[str] = "greedy"
     plans: ClassVar[bool] = True
     refresh: int | None = 2
     window: int = 4
-    window_rule: str = "masked"
-    window_centre: str = "next"
+    window_center: str = "next"
 
     def __post_init__(self):
         _take_whole(self, "refresh", 0)
         _take_whole(self, "window", 0, optional=False)
-        if self.window_rule not in ("masked", "neighbours"):
-            raise ValueError(f'window_rule must be "masked" or "neighbours", got {self.window_rule!r}')
-        if self.window_centre not in ("next", "last"):
-            raise ValueError(f'window_centre must be "next" or "last", got {self.window_centre!r}')
+        if self.window_center not in ("next", "last"):
+            raise ValueError(f'window_center must be "next" or "last", got {self.window_center!r}')
 
     def full(self, now: Now, shifted: bool) -> Tensor:
         first = now.in_block == 0
@@ -174,39 +159,27 @@ class Greedy(Policy):
         if self.window == 0:
             return chosen
         centers = view.planned
-        if self.window_centre == "last":
+        if self.window_center == "last":
             centers = slots_of(rows.fresh, view.planned.shape[1], rows.size)
-        if self.window_rule == "neighbours":
-            return chosen | (neighbours(mask_of(centers, rows.masked), self.window) & rows.everywhere)
         return with_masked_window(chosen, rows.masked, centers, self.window)
 
 
-def neighbours(centre: Tensor, window: int) -> Tensor:
-    """Slots from ceil(window / 2) before to window // 2 after a centre [B, S] (paper, section on Greedy)."""
-    near, window = centre.clone(), min(window, 2 * centre.shape[1])
-    for shift in range(1, (window + 1) // 2 + 1):
-        near[:, :-shift] |= centre[:, shift:]
-        if shift <= window // 2:
-            near[:, shift:] |= centre[:, :-shift]
-    return near
-
-
-def with_masked_window(chosen: Tensor, masked: Tensor, centres: Tensor, window: int) -> Tensor:
-    """`chosen` and, for each of the `centres`, the `window` nearest masked slots not yet chosen.
+def with_masked_window(chosen: Tensor, masked: Tensor, centers: Tensor, window: int) -> Tensor:
+    """`chosen` and, for each of the `centers`, the `window` nearest masked slots not yet chosen.
 
     Of two equally near slots the left one comes first; the windows are filled one after the other.
 
     Args:
         chosen, masked: bool [B, S].
-        centres: int64 [B, n], ragged rows filled up with S.
+        centers: int64 [B, n], ragged rows filled up with S.
     """
     slots = chosen.shape[1]
     slot, far = torch.arange(slots, device=chosen.device), 4 * slots
     chosen = chosen.clone()
-    for centre in centres.unbind(1):
-        offset = slot - centre[:, None]
+    for center in centers.unbind(1):
+        offset = slot - center[:, None]
         distance = 2 * offset.abs() - (offset < 0).long()
-        open_ = masked & ~chosen & (centre < slots)[:, None]
+        open_ = masked & ~chosen & (center < slots)[:, None]
         nearest = torch.where(open_, distance, far).topk(min(window, slots), largest=False)
         chosen.scatter_(1, nearest.indices, chosen.gather(1, nearest.indices) | (nearest.values < far))
     return chosen

@@ -39,7 +39,7 @@ class PrefixCache(_BlockCache):
     In a shifted model the slot that predicts the first of the block is computed as well.
 
     Args:
-        delayed: slots leave the active set one step after they were filled, as in `Decode`.
+        delayed: slots leave the active set one step after they were filled, as in `DecodeCache`.
     """
 
     name: ClassVar[str] = "prefix"

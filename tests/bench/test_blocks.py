@@ -10,7 +10,7 @@ import torch
 import dkv
 from dkv.bench import blocks, fastdllm
 from dkv.bench.options import Options, of_shape
-from dkv.verify import FAST_DLLM, find_cases
+from dkv.tools.verify import FAST_DLLM, find_cases
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [case for case in find_cases(GOLDEN) if "function" in case.facts]

@@ -93,7 +93,7 @@ def test_every_contender_runs_once_per_round_in_turn():
 
 def test_step_times_are_those_of_the_passes(clock):
     asked, steps = small(new=4), compare.StepClock()
-    replay(asked.model, asked.prompts(), max_new_tokens=4, seed=0, cache=dkv.Decode(0), on_step=steps)
+    replay(asked.model, asked.prompts(), max_new_tokens=4, seed=0, cache=dkv.DecodeCache(0), on_step=steps)
     assert [(step.full, step.slots, step.seconds) for step in steps.steps] == [
         (True, 20, 1.0), (True, 20, 1.0), (False, 6, 1.0), (False, 4, 1.0),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from dkv.bench.contenders import FULL, QUICK, SHIFTED, contenders
 def test_lists_are_multiplied_out_and_plain_comes_first():
     found = contenders(["cache=decode refresh=2,8 steps=all,half"])
     assert [c.label for c in found] == ["plain", "decode 2", "decode 2 half", "decode 8", "decode 8 half"]
-    assert found[2].settings_for(64) == {"max_new_tokens": 64, "steps": 32, "cache": dkv.Decode(2)}
+    assert found[2].settings_for(64) == {"max_new_tokens": 64, "steps": 32, "cache": dkv.DecodeCache(2)}
     assert found[1].settings_for(64)["steps"] is None
 
 
@@ -22,7 +22,7 @@ def test_a_run_in_other_words_is_the_same_run():
     """One contender by label and one by what it does: an order, a default or a number written otherwise."""
     found = contenders(["cache=greedy refresh=4 window=8", "cache=greedy window=8 refresh=4"])
     assert [c.label for c in found] == ["plain", "greedy 4 w8"]
-    default = dkv.Decode().refresh
+    default = dkv.DecodeCache().refresh
     assert len(contenders(["cache=decode", f"cache=decode refresh={default}"])) == 2
     assert len(contenders(["temperature=1", "temperature=1.0", "cache=none temperature=1"])) == 2
 
@@ -30,12 +30,12 @@ def test_a_run_in_other_words_is_the_same_run():
 @pytest.mark.parametrize(
     ("text", "label", "settings"),
     [
-        ("cache=greedy refresh=4 window=0 window_centre=last", "greedy 4 w0 last",
-         {"cache": dkv.Greedy(4, 0, window_centre="last")}),
+        ("cache=greedy refresh=4 window=0 window_center=last", "greedy 4 w0 last",
+         {"cache": dkv.GreedyCache(4, 0, window_center="last")}),
         ("remasking=random temperature=0.5", "plain random t0.5", {"confidence": "random", "temperature": 0.5}),
-        ("cache=decode shift_rule=un_right keep_across_blocks=true block_length=8",
-         "decode un_right keep_across_blocks=True b8",
-         {"cache": dkv.Decode(shift_rule="un_right", keep_across_blocks=True), "block_length": 8}),
+        ("cache=decode shift_rule=un_right warmup=1 block_length=8",
+         "decode un_right warmup=1 b8",
+         {"cache": dkv.DecodeCache(warmup=1, shift_rule="un_right"), "block_length": 8}),
         ("steps=7 top_p=0.9", "plain top_p=0.9 steps 7", {"steps": 7, "top_p": 0.9}),
     ],
     ids=lambda x: x if isinstance(x, str) and "=" in x else "",

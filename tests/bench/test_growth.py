@@ -76,7 +76,9 @@ def test_estimate_counts_the_work_of_the_generation(options, policy, family):
 def test_skipped_steps_leave_the_rows_as_if_they_had_been_run(options):
     results = []
     with torch.no_grad():
-        engine = steps.start(options, {"cache": dkv.Decode(8)}, 32, [lambda engine, result: results.append(result)])
+        engine = steps.start(
+            options, {"cache": dkv.DecodeCache(8)}, 32, [lambda engine, result: results.append(result)]
+        )
         engine.step()
         steps.skip(engine, 19)
         assert engine.rows.timetable.at.tolist() == [20]

@@ -11,7 +11,7 @@ from dkv.bench.published import generate
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
 from dkv.engine.replay import replay
 from dkv.models.packing import can_pack
-from dkv.verify import find_cases, llada_settings, recorded_numbers
+from dkv.tools.verify import find_cases, llada_settings, recorded_numbers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [
@@ -26,19 +26,19 @@ SETTINGS = {
     "plain, 2 blocks": {"block_length": 12},
     "plain, few steps": {"steps": 10, "block_length": 12},
     "plain, random": RANDOM,
-    "decode 1": {"cache": dkv.Decode(1)},
-    "decode 3": {"cache": dkv.Decode(3)},
-    "decode 8, 3 blocks": {"cache": dkv.Decode(8), "block_length": 8},
-    "decode 4, few steps": {"cache": dkv.Decode(4), "steps": 10, "block_length": 12},
-    "decode never, more steps than slots": {"cache": dkv.Decode(None), "steps": 40},
-    "decode 4, last block short": {"cache": dkv.Decode(4), "block_length": 10},
-    "decode 4, random": {"cache": dkv.Decode(4), **RANDOM},
-    "greedy 1": {"cache": dkv.Greedy(1), **RANDOM},
-    "greedy 4": {"cache": dkv.Greedy(4), **RANDOM},
-    "greedy 4, no window": {"cache": dkv.Greedy(4, 0), **RANDOM},
-    "greedy 3, wide window, 3 blocks": {"cache": dkv.Greedy(3, 9), "block_length": 8, **RANDOM},
-    "greedy 5, few steps": {"cache": dkv.Greedy(5, 3), "steps": 9, "block_length": 12, **RANDOM},
-    "greedy never": {"cache": dkv.Greedy(None, 2), **RANDOM},
+    "decode 1": {"cache": dkv.DecodeCache(1)},
+    "decode 3": {"cache": dkv.DecodeCache(3)},
+    "decode 8, 3 blocks": {"cache": dkv.DecodeCache(8), "block_length": 8},
+    "decode 4, few steps": {"cache": dkv.DecodeCache(4), "steps": 10, "block_length": 12},
+    "decode never, more steps than slots": {"cache": dkv.DecodeCache(None), "steps": 40},
+    "decode 4, last block short": {"cache": dkv.DecodeCache(4), "block_length": 10},
+    "decode 4, random": {"cache": dkv.DecodeCache(4), **RANDOM},
+    "greedy 1": {"cache": dkv.GreedyCache(1), **RANDOM},
+    "greedy 4": {"cache": dkv.GreedyCache(4), **RANDOM},
+    "greedy 4, no window": {"cache": dkv.GreedyCache(4, 0), **RANDOM},
+    "greedy 3, wide window, 3 blocks": {"cache": dkv.GreedyCache(3, 9), "block_length": 8, **RANDOM},
+    "greedy 5, few steps": {"cache": dkv.GreedyCache(5, 3), "steps": 9, "block_length": 12, **RANDOM},
+    "greedy never": {"cache": dkv.GreedyCache(None, 2), **RANDOM},
 }
 CACHED = [name for name, kw in SETTINGS.items() if getattr(kw.get("cache"), "refresh", 1) != 1]
 
@@ -96,7 +96,7 @@ def test_numbers_are_those_given(model):
     def numbers(step, size):
         return torch.rand(size, generator=torch.Generator().manual_seed(step))
 
-    settings = {"cache": dkv.Greedy(4, 2), "block_length": 12, "numbers": numbers, **RANDOM}
+    settings = {"cache": dkv.GreedyCache(4, 2), "block_length": 12, "numbers": numbers, **RANDOM}
     expected = replay(model, prompts(2), max_new_tokens=24, **settings).sequences
     assert torch.equal(generate(model, prompts(2), new=24, **settings), expected)
     assert not torch.equal(generate(model, prompts(2), new=24, **{**settings, "numbers": None}), expected)
@@ -144,7 +144,7 @@ def test_mask_is_never_chosen(model):
         try:
             # Beside the hidden state of a masked slot, so that its logit is far above the others.
             model.head.weight[model.spec.mask_token_id] = 5 * others[generate(model, prompts(), new=1)[0, -1]]
-            ids, settings = prompts(2), {"cache": dkv.Decode(4)}
+            ids, settings = prompts(2), {"cache": dkv.DecodeCache(4)}
             found = generate(model, ids, new=12, **settings)
             assert torch.equal(found, dkv.generate(model, ids, max_new_tokens=12, **settings).sequences)
             assert not (found == model.spec.mask_token_id).any()
@@ -154,20 +154,20 @@ def test_mask_is_never_chosen(model):
 
 def test_bfloat16_runs_in_its_dtype():
     model = random_model(tiny(shape("llada-8b")), CPU, torch.bfloat16, std=0.22)
-    found = generate(model, prompts(2), new=8, cache=dkv.Decode(3))
+    found = generate(model, prompts(2), new=8, cache=dkv.DecodeCache(3))
     assert found.shape == (2, 15) and not (found == model.spec.mask_token_id).any()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache": dkv.Prefill()}, "cache must be NoCache"),
-        ({"cache": dkv.PrefillDecode(4)}, "cache must be NoCache"),
-        ({"cache": dkv.Decode(4, warmup=1)}, "cache must be NoCache"),
-        ({"cache": dkv.Decode(4, keep_across_blocks=True)}, "cache must be NoCache"),
-        ({"cache": dkv.Greedy(4, window_rule="neighbours"), **RANDOM}, "cache must be NoCache"),
-        ({"cache": dkv.Greedy(4, window_centre="last"), **RANDOM}, "cache must be NoCache"),
-        ({"cache": dkv.Greedy(4)}, 'confidence="random"'),
+        ({"cache": dkv.PrefillCache()}, "cache must be NoCache"),
+        ({"cache": dkv.PrefillDecodeCache(4)}, "cache must be NoCache"),
+        ({"cache": dkv.DecodeCache(4, warmup=1)}, "cache must be NoCache"),
+        ({"cache": dkv.DecodeCache(4, warmup=1)}, "cache must be NoCache"),
+        ({"cache": dkv.GreedyCache(4, window_center="last"), **RANDOM}, "cache must be NoCache"),
+        ({"cache": dkv.GreedyCache(4, window_center="last"), **RANDOM}, "cache must be NoCache"),
+        ({"cache": dkv.GreedyCache(4)}, 'confidence="random"'),
         ({"cache": "nothing"}, "unknown policy 'nothing'"),
         ({"confidence": "entropy"}, "confidence must be"),
         ({"confidence": "surest"}, "confidence must be"),

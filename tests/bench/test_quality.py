@@ -47,13 +47,13 @@ def test_contenders_take_turns_on_every_batch(setting, monkeypatch):
     assert all(row["problems"] == 3 and row["speed"] > 0 for row in rows)
     assert rows[0]["speed"] == rows[0]["computed_share"] == 1
     assert rows[2]["computed_share"] == 0.5 and rows[2]["passes"] == 4
-    assert rows[1]["settings"]["cache"] == {"name": "decode", **vars(dkv.Decode(2))}
+    assert rows[1]["settings"]["cache"] == {"name": "decode", **vars(dkv.DecodeCache(2))}
 
 
 def test_answers_are_compared_as_whole_texts(tiny):
     prompts = ["+1 -1 +2 ="] * 2
     model, tokenizer = tiny
-    from dkv.text import answer, encode
+    from dkv.tools.text import answer, encode
 
     ids, mask = encode(tokenizer, prompts[:1])
     found = dkv.generate(model, ids, mask, max_new_tokens=4, seed=0).sequences[0, ids.shape[1] :].tolist()

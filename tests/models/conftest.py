@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dkv.models.adapters import FAMILIES
+from dkv.models.families import FAMILIES
 from dkv.models.transformer import Transformer
 
 SMALL = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dkv.models import load
+from dkv.models.bundled.train import ALPHABET, EOS, MASK
 from dkv.models.export import save_model, save_tokenizer
-from dkv.models.train_tiny import ALPHABET, EOS, MASK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dkv.models import load, skeleton, wrap
-from dkv.models.adapters import family_of
+from dkv.models.families import family_of
 
 # What a field may hold -> values of another kind, or with which nothing can be computed.
 COUNTS = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dkv.core.kv_cache import KVCache
 from dkv.models import Transformer, folders, load, loader
-from dkv.models.adapters import FAMILIES
+from dkv.models.families import FAMILIES
 
 
 def weights(model: Transformer) -> dict[str, torch.Tensor]:

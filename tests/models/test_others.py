@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dkv.models import load
-from dkv.models.adapters import FAMILIES, family_of
+from dkv.models.families import FAMILIES, family_of
 
 NAMED = [
     ({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}, "LLaDA-MoE"),

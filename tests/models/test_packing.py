@@ -88,7 +88,7 @@ def test_load_packs_on_the_cpu_and_gives_the_same_tokens(family):
     plain, packed = dkv.load(GOLDEN / family, device="cpu", pack=False), dkv.load(GOLDEN / family, device="cpu")
     assert isinstance(packed.head, PackedLinear) and isinstance(plain.head, nn.Linear)
     ids = torch.tensor([[5, 9, 3, 8]])
-    call = {"max_new_tokens": 12, "cache": dkv.Decode(4)}
+    call = {"max_new_tokens": 12, "cache": dkv.DecodeCache(4)}
     assert torch.equal(dkv.generate(plain, ids, **call).sequences, dkv.generate(packed, ids, **call).sequences)
     torch.testing.assert_close(packed(ids), plain(ids), atol=1e-4, rtol=1e-4)
 
@@ -173,6 +173,6 @@ def test_a_head_in_strips_gives_the_same_tokens(family, call, monkeypatch):
     packed = dkv.load(GOLDEN / family, device="cpu")
     assert isinstance(packed.head, PackedHead)
     ids = torch.tensor([[5, 9, 3, 8]])
-    call = {"max_new_tokens": 12, "cache": dkv.Decode(4), **call}
+    call = {"max_new_tokens": 12, "cache": dkv.DecodeCache(4), **call}
     assert torch.equal(dkv.generate(plain, ids, **call).sequences, dkv.generate(packed, ids, **call).sequences)
     assert packed.num_parameters == plain.num_parameters

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dkv.models.tasks import TASKS, held_out
+from dkv.models.bundled.tasks import TASKS, held_out
 
 LENGTHS = {"balance": (63, 62), "addition": (82, 40), "cells": (28, 111)}
 

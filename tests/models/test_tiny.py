@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import dkv
+from dkv.models.bundled.tasks import TASKS, held_out
+from dkv.models.bundled.train import ALPHABET, SPECS
 from dkv.models.folders import BUNDLED
-from dkv.models.tasks import TASKS, held_out
-from dkv.models.train_tiny import ALPHABET, SPECS
-from dkv.text import answer, encode
+from dkv.tools.text import answer, encode
 
 # Share of 500 unseen problems of each kind that plain decoding has to answer exactly.
 LEAST = 0.95
@@ -55,7 +55,7 @@ def test_tokenizer_gives_text_back(bundled):
 
 @pytest.mark.parametrize("task", TASKS)
 # Of 12. Dream's published rule of what is settled caches some slots too early, so it has to do worse.
-@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 11), (dkv.Decode(8), 8)], ids=["plain", "decode"])
+@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 11), (dkv.DecodeCache(8), 8)], ids=["plain", "decode"])
 def test_unseen_problems_are_answered_exactly(bundled, task, cache, least):
     _, model, tokenizer = bundled
     problems = held_out(12, seed=77, task=task)

@@ -11,7 +11,7 @@ import dkv
 from dkv.models import folders, load_tokenizer
 from dkv.models.export import save_tokenizer
 from dkv.models.vocabulary import with_vocab_limit
-from dkv.text import encode
+from dkv.tools.text import encode
 
 ALPHABET, EOS, MASK = "0123456789+-= ", 14, 15
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
@@ -44,7 +44,7 @@ def dream_files(folder, **changes):
 def test_the_example_on_a_bundled_model(name):
     model, tokenizer = dkv.load(name, device="cpu"), dkv.load_tokenizer(name)
     ids = tokenizer("+2 -3 +1 +1 -2 +3 +1 -1 -1 +2 -3 +3 +1 +1 -2 -2 +1 +3 -1 -1 +2=", return_tensors="pt").input_ids
-    output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.Decode(refresh=8))
+    output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.DecodeCache(refresh=8))
     text = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
     assert text == "52 49 50 51 49 52 53 52 51 53 50 53 54 55 53 51 52 55 54 53 55"
     assert model.spec.vocab_limit is None and len(tokenizer) == model.spec.vocab_size

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import dkv
-from dkv.models import train_tiny
-from dkv.models.tasks import TASKS
-from dkv.models.train_tiny import EOS, MASK, SPECS, batch_of, encode, loss_of
+from dkv.models.bundled import train as train_tiny
+from dkv.models.bundled.tasks import TASKS
+from dkv.models.bundled.train import EOS, MASK, SPECS, batch_of, encode, loss_of
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -103,7 +103,7 @@ def test_R22_copies_stay_packed_and_are_their_own(pair, again):
 @pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
 def test_R22_copies_give_the_same_tokens(again):
     model = dkv.load("tiny-dream", device="cpu")
-    call = {"max_new_tokens": 12, "cache": dkv.Decode(4)}
+    call = {"max_new_tokens": 12, "cache": dkv.DecodeCache(4)}
     expected = dkv.generate(model, IDS, **call).sequences
     assert torch.equal(dkv.generate(again(model), IDS, **call).sequences, expected)
 
@@ -147,7 +147,7 @@ def test_R22_dynamic_quantisation():
     quantised = quantise(model, {nn.Linear}, dtype=torch.qint8)
     assert not any(type(m) is nn.Linear for m in quantised.modules())
     assert nn.functional.cosine_similarity(quantised(IDS).flatten(), expected.flatten(), dim=0) > 0.99
-    output = dkv.generate(quantised, IDS, max_new_tokens=8, cache=dkv.Decode(4))
+    output = dkv.generate(quantised, IDS, max_new_tokens=8, cache=dkv.DecodeCache(4))
     assert output.sequences.shape == (1, 12) and output.sequences.max() < model.spec.vocab_size
     assert torch.equal(model(IDS), expected)
 

@@ -1,0 +1,255 @@
+"""`dkv bench`: which cache policy pays, and where the time goes."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dkv.cli.bench_sizes import check_room, check_sizes
+from dkv.cli.measuring import add_machine, check_counts, ready
+from dkv.common import files, process
+
+SUMMARY = "Measure the cache policies on this machine: speed, work, memory, and where the time of a step goes."
+
+EXAMPLES = """\
+examples:
+  dkv bench                                                 the bundled model, with its exact answers
+  dkv bench --shape d512x8 --policies plain 'decode 8'      a model of random weights
+  dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
+  dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
+  dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
+  dkv bench --all --out results                             everything, with plots: 18 minutes on 2 cores
+
+Measure on an idle machine. Every round runs each policy once, in turn; speeds are ratios to plain
+decoding in the same round, and figures are medians. "eager" is the method written in plain PyTorch
+the way it was published, on the same weights (plain, Decode and Greedy in random order, LLaDA alone).
+"""
+
+# The names of `dkv.bench.options.LINEUP` and `dkv.bench.shapes.SHAPES`, which import torch.
+POLICIES = ("plain", "decode 8", "decode 32", "prefill", "pd 8", "greedy 4", "greedy 16", "greedy 4 planned")
+SHAPES = ("d128x4", "d512x8", "llada-8b", "dream-7b")
+# Measurements that can take the place of the comparison.
+OTHERS = {
+    "floor": "a full and a cached step against their matrix products alone, by part",
+    "growth": "time per generated slot for 64 to 2048 new slots, with the fitted exponents",
+    "memory": "peak memory of a step against weights and buffer",
+    "blocks": "Fast-dLLM's block policies and its threshold, one prompt at a time",
+}
+# What --all measures: file -> measurement, batches, and settings of `dkv.bench.options`. Eager runs and
+# long canvases cost most of the time, hence few rounds of them.
+ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "comparison": ("comparison", (1,), {
+        "rounds": 3, "policies": ("plain", "decode 8", "decode 32", "prefill", "pd 8", "greedy 4", "greedy 16"),
+    }),
+    "long": ("comparison", (1,), {
+        "prompt": 896, "rounds": 1, "eager": False, "policies": ("plain", "decode 32", "prefill", "pd 8"),
+    }),
+    "batches": ("comparison", (1, 2, 4, 8), {
+        "new": 32, "rounds": 1, "policies": ("plain", "decode 8", "greedy 4"),
+    }),
+    "floor": ("floor", (1,), {}),
+    "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
+    "memory": ("memory", (1,), {}),
+    "blocks": ("blocks", (1,), {"new": 64}),
+    "blocks_tiny": ("blocks", (1,), {"model": "tiny"}),
+}  # fmt: skip
+# Options that go into `dkv.bench.options.Options` as they are.
+SETTINGS = ("prompt", "new", "steps", "rounds")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what").add_argument
+    add("--model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: tiny)")
+    add("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
+    add("--layers", type=int, metavar="N", help="layers of the shape (default: as many as it has)")
+    add("--policies", nargs="+", choices=POLICIES, metavar="NAME",
+        help=f"{', '.join(POLICIES)} (default: all); plain is always among them")  # fmt: skip
+    add("--no-eager", action="store_true", help="leave out the eager baseline")
+
+    add = parser.add_argument_group("size").add_argument
+    add("--prompt", type=int, metavar="N", help="tokens of a prompt (default: 128; tiny has prompts of its own)")
+    add("--new", type=int, metavar="N", help="slots to fill (default: 128; tiny: 64)")
+    add("--steps", type=int, metavar="N", help="passes (default: one per slot)")
+    add("--batch", type=int, nargs="+", metavar="N", help="rows; several make a table each (default: 1)")
+    add("--rounds", type=int, metavar="N", help="timed runs of every policy (default: 3)")
+
+    add_machine(parser)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", 
+        help="also write all figures, with the machine and the command; - for standard output")  # fmt: skip
+    add("--csv", type=Path, metavar="FILE", help="also write the rows of the table")
+    add("--plots", type=Path, metavar="DIR", help="also draw figures (needs matplotlib: pip install 'dkv[bench]')")
+
+    add = parser.add_argument_group("other measurements, in place of the comparison").add_argument
+    for name, what in OTHERS.items():
+        add(f"--{name}", action="store_true", help=what)
+    add("--all", action="store_true", help="the comparison at several sizes, and all others; needs --out")
+    add("--out", type=Path, metavar="DIR", help="where --all writes its JSON and PNG files")
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    ready(args)
+    return run_all(args) if args.all else run_some(args)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find what is wrong with the arguments before anything heavy is imported or measured.
+
+    Raises:
+        ValueError: a number too small, options that exclude each other, an output that cannot be written.
+    """
+    others = [name for name in OTHERS if getattr(args, name)]
+    check_counts(args, (*SETTINGS, "batch", "layers", "threads"))
+    if args.all != (args.out is not None):
+        raise ValueError("--all writes files: give --out DIR" if args.all else "--out goes with --all")
+    if args.all:
+        fixed = (*SETTINGS, "batch", "policies", "no_eager", "json", "csv", "plots", *OTHERS)
+        for name in fixed:
+            if getattr(args, name):
+                raise ValueError(f"--all has sizes and outputs of its own: leave out --{name.replace('_', '-')}")
+        if args.model == "tiny":
+            raise ValueError("--all needs longer canvases than tiny has: give --shape or another --model")
+    if args.model is not None and args.shape is not None:
+        raise ValueError("give --model or --shape, not both")
+    if args.layers is not None and args.shape is None:
+        raise ValueError("--layers goes with --shape: a checkpoint has its own")
+    if args.prompt is not None and args.model in (None, "tiny") and args.shape is None:
+        raise ValueError("--prompt goes with --shape or another --model: tiny has problems of its own as prompts")
+    if others and args.batch is not None and len(args.batch) > 1:
+        raise ValueError(f"--{others[0]} takes one --batch, got {len(args.batch)}")
+    if args.csv is not None and len(others) > 1:
+        raise ValueError("--csv holds the rows of one measurement: give one, or --json")
+    if not args.all:
+        check_sizes(args, others or ["comparison"])
+    _check_outputs(args)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    from dkv.bench.plots import FIGURES, check_installed
+
+    outputs = [("--json", args.json), ("--csv", args.csv)]
+    if args.plots is not None:
+        check_installed("--plots")
+        outputs += [("--plots", args.plots / f"{figure}.png") for figure in FIGURES]
+    if args.out is not None:
+        check_installed("--all")
+        outputs += [("--out", args.out / f"{name}.json") for name in ALL]
+        outputs += [("--out", args.out / f"{name}_{figure}.png") for name in ALL for figure in FIGURES]
+    files.check_outputs(outputs)
+
+
+def build(args: argparse.Namespace, **changes: Any) -> Any:
+    """The `Options` that the arguments ask for; `changes` replace them."""
+    from dkv.bench.options import of_checkpoint, of_shape
+
+    asked = {name: getattr(args, name) for name in SETTINGS} | {"policies": args.policies, "eager": not args.no_eager}
+    asked = {name: value for name, value in asked.items() if value is not None} | changes
+    model = asked.pop("model", args.model)
+    if "policies" in asked:
+        asked["policies"] = ("plain", *(name for name in dict.fromkeys(asked["policies"]) if name != "plain"))
+    where = {"device": args.device, "dtype": args.dtype}
+    if model is None and args.shape is not None:
+        return of_shape(args.shape, args.layers, **where, **asked)
+    return of_checkpoint(model or "tiny", **where, **asked)
+
+
+def run_some(args: argparse.Namespace) -> int:
+    """The measurements that the arguments name, on one model."""
+    from dkv.bench import plots, report
+
+    options, kinds = build(args), [name for name in OTHERS if getattr(args, name)] or ["comparison"]
+    check_room(kinds, options)
+    found = {"facts": facts(args, options)}
+
+    def save() -> None:
+        if args.json is not None:
+            report.save_json(args.json, found)
+        if args.csv is not None:
+            report.save_csv(args.csv, found[kind]["rows"])
+
+    kept = [str(path) for path in (args.json, args.csv) if path is not None and not files.is_stream(path)]
+    with files.beside(args.json, args.csv), process.keeping(lambda: _kept(kept) if len(found) > 1 else ""):
+        print(report.machine_line(found["facts"]))
+        for kind in kinds:
+            for part in measured(kind, options, list(dict.fromkeys(args.batch or [1]))):
+                found[kind] = part
+                if kept:
+                    save()
+        save()
+        if args.plots is not None:
+            print("", *plots.draw(found, args.plots), sep="\n")
+    return 0
+
+
+def _kept(paths: list[str]) -> str:
+    return f"finished measurements are kept in {' and '.join(paths)}" if paths else ""
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Everything in `ALL`; each file is written as soon as its figures are there."""
+    from dkv.bench import plots, report
+
+    if args.model is None and args.shape is None:
+        args.shape = "d512x8"
+    first = build(args)
+    for kind, _, changes in ALL.values():
+        # Before the first of them, not after half an hour.
+        if "model" not in changes:
+            check_room([kind], replace(first, **{key: changes[key] for key in ("prompt", "new") if key in changes}))
+    done: dict[str, None] = {}
+    with process.keeping(lambda: _kept(list(done))):
+        for number, (name, (kind, batches, changes)) in enumerate(ALL.items(), 1):
+            options, path = build(args, **changes), args.out / f"{name}.json"
+            print(f"\n== {number} of {len(ALL)}: {name}")
+            found = {"facts": facts(args, options)}
+            print(report.machine_line(found["facts"]), flush=True)
+            for part in measured(kind, options, batches):
+                found[kind] = part
+                report.save_json(path, found)
+                done[str(path)] = None
+            print("", path, *plots.draw(found, args.out, f"{name}_"), sep="\n", flush=True)
+    return 0
+
+
+def facts(args: argparse.Namespace, options: Any) -> dict[str, Any]:
+    """Machine, versions, date and command, and the model."""
+    from dkv.bench import machine
+
+    return machine.facts(options.model.device, args.command_line) | options.facts()
+
+
+def measured(kind: str, options: Any, batches: Any) -> Iterator[dict[str, Any]]:
+    """The result of a measurement so far, which is printed; a comparison has one for each batch, with those before."""
+    if kind == "comparison":
+        yield from comparison(options, batches)
+    else:
+        yield _other(kind, replace(options, batch=batches[0]))
+
+
+def comparison(options: Any, batches: Any) -> Iterator[dict[str, Any]]:
+    from dkv.bench import compare, report
+
+    rows, refused = [], {}
+    for batch in batches:
+        found = compare.measure(replace(options, batch=batch))
+        row = found["rows"][0]
+        size = f"{row['prompt']} + {row['new']} slots, steps: {row['steps']}, batch: {batch}, rounds: {options.rounds}"
+        print(f"\n{size}\n")
+        print(compare.table(found), report.verdict(found), sep="\n\n", flush=True)
+        rows, refused = rows + found["rows"], found["refused"]
+        yield {"rows": rows, "refused": refused}
+    # What was asked for is in the table; the JSON has it in full.
+    reasons = {policy: why.partition(", got ")[0] for policy, why in refused.items()}
+    for reason in dict.fromkeys(reasons.values()):
+        print(f"No eager baseline for {', '.join(p for p in reasons if reasons[p] == reason)}: {reason}")
+
+
+def _other(kind: str, options: Any) -> dict[str, Any]:
+    module = import_module(f"dkv.bench.{kind}")
+    found = module.measure(options)
+    print(f"\n{module.table(found)}", flush=True)
+    return found

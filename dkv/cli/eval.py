@@ -1,0 +1,171 @@
+"""`dkv eval`: what a cache policy loses in exact answers, and what it wins in speed."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dkv.cli.measuring import TASK_NAMES, add_machine, check_counts, ready
+from dkv.common import files, process
+
+SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
+
+EXAMPLES = """\
+examples:
+  dkv eval                                                  the bundled model on its tasks, in some minutes
+  dkv eval --full --problems 500 --out results              the whole grid; repeat the command to go on
+  dkv eval --run 'cache=decode refresh=2,4,8,16' --run 'steps=half,quarter'
+  dkv eval --run 'cache=greedy refresh=4 window=0,2,4,8 window_center=last' --tasks cells
+  dkv eval --model GSAI-ML/LLaDA-8B-Instruct --data problems.jsonl --new-tokens 256 --chat --out results
+  dkv eval --drift --out results                            how much keys and values change between steps
+
+A run names settings of dkv.DiffusionConfig and arguments of the policy; lists are multiplied out. Plain
+decoding is always among them, and losses are counted against it on the same problems. A line of FILE is
+{"prompt": ..., "answer": ...}, with a "task" where there are several; answers are compared as whole texts.
+Measure on an idle machine: all runs take turns on every batch.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("problems").add_argument
+    add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
+    add("--tasks", nargs="+", choices=TASK_NAMES, metavar="NAME",
+        help=f"tasks of the bundled models: {', '.join(TASK_NAMES)} (default: all)")  # fmt: skip
+    add("--data", type=Path, metavar="FILE", help="problems of your own, as JSON lines")
+    add("--new-tokens", type=int, metavar="N", help="slots for an answer of --data")
+    add("--chat", action="store_true", help="put prompts of --data into the tokenizer's chat template")
+    add("--problems", type=int, metavar="N", help="problems per task (default: 96; of --data: all)")
+    add("--seed", type=int, default=1, metavar="N", help="of problems and random numbers (default: %(default)s)")
+
+    add = parser.add_argument_group("what").add_argument
+    add("--run", action="append", metavar="TEXT", dest="runs", help="settings to compare (default: nine of them)")
+    add("--full", action="store_true", help="every policy, refresh interval, window and rule of the paper")
+    add("--drift", action="store_true",
+        help="instead: change of keys and values around a slot's decoding, of --batch problems per task")  # fmt: skip
+
+    add = add_machine(parser)
+    add("--batch", type=int, default=16, metavar="N", help="problems at a time (default: %(default)s)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR",
+        help="keep every run here, go on with it when repeated, and draw figures (needs matplotlib)")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", 
+        help="also write all figures, with the machine and the command; - for standard output")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    ready(args)
+    return drift(args) if args.drift else compare(args)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Find what is wrong with the arguments before a model is loaded.
+
+    Raises:
+        ValueError: a number too small, options that exclude each other, an output that cannot be written.
+        FileNotFoundError: --data does not exist.
+    """
+    check_counts(args, ("problems", "batch", "threads", "new_tokens"))
+    if args.data is None:
+        for name in ("new_tokens", "chat"):
+            if getattr(args, name):
+                raise ValueError(f"--{name.replace('_', '-')} goes with --data: the bundled tasks have their own")
+        if args.model not in ("tiny", "tiny-dream") and args.tasks is None:
+            raise ValueError(f"--model {args.model} was not trained on the bundled tasks: give --data FILE, or --tasks")
+    else:
+        if args.tasks is not None:
+            raise ValueError("give --data or --tasks, not both")
+        if args.new_tokens is None:
+            raise ValueError("--data needs --new-tokens N: the slots that an answer gets")
+        if not args.data.is_file():
+            raise FileNotFoundError(f"--data: there is no file {args.data}")
+    if args.full and args.runs:
+        raise ValueError("give --full or --run, not both")
+    if args.drift and (args.full or args.runs):
+        raise ValueError("--drift measures plain decoding: leave out --run and --full")
+    _check_outputs(args)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    from dkv.bench.plots import check_installed
+
+    outputs = [("--json", args.json)]
+    if args.out is not None:
+        check_installed("--out")
+        name = "drift" if args.drift else "eval"
+        outputs += [("--out", args.out / f"{name}.{kind}") for kind in ("json", "png")]
+    files.check_outputs(outputs, [("--data", args.data)])
+    if args.out is not None and not args.drift:
+        from dkv.bench.quality import LOG
+
+        files.check_writable("--out", args.out / LOG, regular=True)
+
+
+def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any]]:
+    """The model, its tokenizer, the problems, and the facts of the measurement."""
+    import dkv
+    from dkv.bench import machine, quality
+
+    if args.data is not None:
+        problems = quality.from_file(args.data, args.new_tokens, args.problems)
+    else:
+        problems = quality.bundled(dict.fromkeys(args.tasks or TASK_NAMES), args.problems or 96, args.seed)
+    model = dkv.load(args.model, dtype=args.dtype, device=args.device)
+    tokenizer = dkv.load_tokenizer(args.model)
+    facts = machine.facts(model.device, args.command_line) | {
+        "model": args.model, "parameters": model.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
+        "batch": args.batch, "seed": args.seed,
+        "problems": {family.name: len(family.prompts) for family in problems},
+    }  # fmt: skip
+    return model, tokenizer, problems, facts
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Exact answers and speed of the runs."""
+    from dkv.bench import contenders, frontier, quality, report
+    from dkv.policies import NoCache
+
+    runs = args.runs or (contenders.FULL if args.full else contenders.QUICK)
+    chosen = contenders.contenders(runs)
+    model, tokenizer, problems, facts = loaded(args)
+    if model.spec.shifted and args.runs is None:
+        chosen = contenders.contenders((*runs, *contenders.SHIFTED))
+    for contender in chosen:
+        # Before hours of work, not in the middle of them.
+        contender.settings.get("cache", NoCache()).check(model.spec.shifted)
+    setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
+    fixed = {name: facts[name] for name in ("model", "parameters", "dtype", "device", "batch", "seed")}
+    log = quality.Log(args.out, fixed | {"problems": quality.fingerprint(problems), "weights": quality.digest(model)})
+    with files.beside(args.json):
+        print(report.machine_line(facts), flush=True)
+        with process.keeping(log.kept):
+            rows = quality.measure(setting, chosen, log)
+        print("", frontier.table(rows), "", frontier.verdict(rows), sep="\n")
+        return save(args, {"facts": facts, "rows": rows}, "eval", frontier.draw)
+
+
+def drift(args: argparse.Namespace) -> int:
+    """Change of keys and values between steps."""
+    from dkv.bench import drift as measurement
+    from dkv.bench import report
+
+    model, tokenizer, problems, facts = loaded(args)
+    with files.beside(args.json):
+        print(report.machine_line(facts), flush=True)
+        found = {"facts": facts, **measurement.measure(model, tokenizer, problems, args.batch, args.chat)}
+        print("", measurement.table(found), "", measurement.meaning(found), sep="\n")
+        return save(args, found, "drift", measurement.draw)
+
+
+def save(args: argparse.Namespace, found: dict[str, Any], name: str, draw: Any) -> int:
+    """Write what --out and --json ask for."""
+    from dkv.bench import report
+
+    if args.json is not None:
+        report.save_json(args.json, found)
+    if args.out is not None:
+        report.save_json(args.out / f"{name}.json", found)
+        with files.writing(args.out / f"{name}.png") as part:
+            draw(found).savefig(part, dpi=150, format="png")
+        print("", args.out / f"{name}.json", args.out / f"{name}.png", sep="\n")
+    return 0

@@ -1,0 +1,263 @@
+"""`dkv generate`: continue a prompt, or a file of them."""
+
+import argparse
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+SUMMARY = "Continue a prompt with a diffusion language model."
+
+EXAMPLES = """\
+examples:
+  dkv generate --max-new-tokens 64 '+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2='
+  dkv generate --cache dual --block-length 16 --threshold 0.99 --max-new-tokens 112 '#..##.#...#.##..#.#....##.#='
+  dkv generate --lines --json --cache decode < prompts.txt > answers.json
+  dkv generate --model GSAI-ML/LLaDA-8B-Instruct --chat --cache decode --refresh 8 'Why is the sky blue?'
+  dkv generate --model GSAI-ML/LLaDA-8B-Base --cache greedy --refresh 2 --window 4 --stats --file prompt.txt
+
+The bundled tiny knows three tasks: 21 deposits and withdrawals as above, after each of which it tells the balance of
+an account that opens with 50; sums of two numbers of 40 digits; and rows of 27 cells under rule 30. To other prompts it
+answers with nonsense, or not at all.
+
+In a terminal the drafts are shown as they fill: masks as a shade, new tokens bold. Elsewhere only
+the final text is written. What follows its end is not computed, unless --raw asks for it. Write a
+prompt that begins with a dash after `--`.
+"""
+
+# Options that go into the policy, by their names there.
+POLICY_OPTIONS = ("refresh", "window", "warmup", "shift_rule", "delayed")
+# Options that go into `dkv.DiffusionConfig` as they are; the others have its defaults.
+SETTINGS = (
+    "max_new_tokens", "steps", "block_length", "schedule", "confidence", "confidence_dtype", "temperature", "top_p",
+    "top_k", "threshold", "factor", "cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_generation(parser, "every line that is not blank is a prompt; they make one batch")
+    add = parser.add_argument_group("output").add_argument
+    add("--raw", action="store_true", help="do not cut the text at its end, and write special tokens out")
+    add("--stats", action="store_true", help="tokens, time, passes, computed share and seed on standard error")
+    add("--json", action="store_true", help="an object with text, tokens and stats (with --lines: lists of them)")
+    add("--no-stream", action="store_true", help="do not show drafts in a terminal")
+
+
+def add_generation(parser: argparse.ArgumentParser, lines: str) -> None:
+    """The options of a command that generates: prompt, model, decoding and cache; `lines` is the help of --lines."""
+    add = add_source(parser, "prompt", "text to continue", lines)
+    add("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    add_model(parser)
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="slots to fill (default: %(default)s)")
+    add_decoding(add)
+    add_cache(parser)
+
+
+def add_source(parser: argparse.ArgumentParser, name: str, text: str, lines: str) -> Any:
+    """The options of where the text comes from, for `read_source`; returns the `add_argument` of their group."""
+    add = parser.add_argument_group(name).add_argument
+    add("prompt", nargs="?", metavar=name.upper(), help=f"{text}; - or none at all reads standard input")
+    add("--file", type=Path, metavar="FILE", help=f"take the whole of FILE as the {name}")
+    add("--lines", action="store_true", help=lines)
+    return add
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
+    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
+
+
+def add_decoding(add: Any) -> None:
+    """The options of steps, rules and random numbers, by the `add_argument` of their group."""
+    add("--steps", type=int, metavar="N", help="passes in all (default: one per slot)")
+    add("--block-length", type=int, metavar="N", help="fill blocks of N slots one by one (default: one block)")
+    add("--schedule", help="blocks (LLaDA) or time (Dream) (default: that of the model)")
+    rules = "probability, margin, entropy or random"
+    add("--confidence", default="probability", help=f"what is decoded first: {rules} (default: %(default)s)")
+    published = "exact, or model: rounded to the model's dtype, as in Dream's published code"
+    add("--confidence-dtype", default="exact", metavar="KIND", help=f"{published} (default: %(default)s)")
+    add(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="fill all slots that are at least so sure; --steps is then a limit",
+    )
+    add(
+        "--factor",
+        type=float,
+        metavar="F",
+        help="fill the n surest slots, n as large as (n+1)(1-confidence)<F allows",
+    )
+    add("--cfg-scale", type=float, default=0.0, metavar="S", help="guidance by the prompt (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="above 0 tokens are drawn (default: %(default)s)")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    add("--logits-eos-inf", action="store_true", help="never emit the token that ends a text")
+    add("--confidence-eos-eot-inf", action="store_true", help="fill slots with a token that ends a text or a turn last")
+    add("--seed", type=int, metavar="N", help="of the random numbers, in every row (default: new ones; see --stats)")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "cache", "The policy and its options; each goes with the policies in brackets, see also dkv info."
+    ).add_argument
+    names = "none, decode, greedy, prefill, pd, prefix or dual"
+    add("--cache", default="none", metavar="POLICY", help=f"{names} (default: %(default)s)")
+    own = "default: the policy's own"
+    add("--refresh", type=int, metavar="N", help=f"full pass every N steps, 0: never [decode, greedy, pd] ({own})")
+    add("--window", type=int, metavar="N", help=f"masked neighbours computed per slot [greedy] ({own})")
+    add("--warmup", type=int, metavar="N", help=f"full passes at the start of a block [decode, pd] ({own})")
+    add("--delayed", action="store_true", default=None, help="skip decoded slots of the block, too [prefix, dual]")
+    add("--shift-rule", metavar="RULE", help=f"un, un_right or right: when Dream caches a slot [decode, pd] ({own})")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = read_prompts(args)
+    import dkv
+    from dkv.tools.streaming import DraftStreamer, ProgressStreamer, draws_drafts
+    from dkv.tools.text import answer, end_ids
+
+    config, model, tokenizer, ids, mask = prepare(args, prompts)
+    if not args.raw:
+        # What follows the end of a text is not shown.
+        config.update(eos_token_id=end_ids(tokenizer, model.spec))
+    stream = draws_drafts() and not (args.json or args.no_stream)
+    # Every draft costs a copy from the device: none where nobody sees it.
+    streamer = None
+    if stream:
+        streamer = DraftStreamer(tokenizer, model.spec, args.raw)
+    elif sys.stderr.isatty():
+        streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
+    try:
+        output = dkv.generate(model, ids, mask, generation_config=config, streamer=streamer)
+    finally:
+        if streamer is not None:
+            streamer.end()
+    rows = output.sequences[:, ids.shape[1] :].tolist()
+    texts = [answer(tokenizer, model.spec, row, args.raw) for row in rows]
+    if args.json:
+        text, tokens = (texts, rows) if args.lines else (texts[0], rows[0])
+        print(json.dumps({"text": text, "tokens": tokens, "stats": output.stats.to_dict()}))
+    elif not stream:
+        print(*texts, sep="\n")
+    # Where nobody reads the answer, there is nothing to add.
+    sys.stdout.flush()
+    tell_of_empty(args, texts, rows)
+    if args.stats:
+        print(summary(output.stats), file=sys.stderr)
+    return 0
+
+
+def tell_of_empty(args: argparse.Namespace, texts: list[str], rows: list[list[int]]) -> None:
+    """Say so on standard error where slots were filled and there is no text to show for it."""
+    for number, (text, row) in enumerate(zip(texts, rows, strict=True), 1):
+        if row and not text:
+            where = f"prompt {number}: the" if args.lines else "the"
+            why = "the model ended it at once" if not args.raw else "its tokens have no text"
+            print(f"dkv generate: {where} answer is empty, as {why}; --raw shows what follows the end", file=sys.stderr)
+
+
+def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any, Any, Any]:
+    """What the arguments of `add_generation` ask for: settings, model, tokenizer, and ids [B, P] with their mask."""
+    from dkv.engine.inputs import checked_inputs
+    from dkv.tools.text import encode
+
+    config, model, tokenizer = load(args)
+    draw_seeds(config, len(prompts))
+    ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
+    checked_inputs(model, ids, mask, config)
+    return config, model, tokenizer, ids, mask
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Settings, model and tokenizer that the arguments ask for."""
+    import dkv
+    from dkv.tools.text import turn_end_ids
+
+    config = dkv.DiffusionConfig(**settings(args))
+    model = dkv.load(args.model, dtype=args.dtype, device=args.device)
+    tokenizer = dkv.load_tokenizer(args.model)
+    config.update(eot_token_id=turn_end_ids(tokenizer))
+    return config, model, tokenizer
+
+
+def draw_seeds(config: Any, rows: int) -> None:
+    """A new seed for every row, if none is given."""
+    if config.seed is None:
+        config.update(seed=[secrets.randbits(62) for _ in range(rows)] if rows > 1 else secrets.randbits(62))
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that the arguments name; the newline that ends a file is not part of one.
+
+    Raises:
+        ValueError, OSError: as `read_source`; or every line is blank.
+    """
+    text, source = read_source(args, "prompt")
+    text = text.removesuffix("\n") if source else text
+    prompts = [line for line in text.split("\n") if line.strip()] if args.lines else [text]
+    # An empty prompt is allowed where it was meant.
+    if not any(prompts) and (args.lines or source):
+        raise ValueError(f"no prompt: {source or 'PROMPT'} is empty")
+    return prompts
+
+
+def read_source(args: argparse.Namespace, name: str, newline: str | None = None) -> tuple[str, object]:
+    """The text that the arguments name, and where it was read; None: it is an argument itself.
+
+    Args:
+        name: of the text in messages.
+        newline: as for `open`; "" leaves the ends of lines as they are.
+
+    Raises:
+        ValueError: there is none, or two, or the input is not text.
+        OSError: the file cannot be read.
+    """
+    text, source = args.prompt, None
+    if args.file is not None:
+        if text is not None:
+            raise ValueError(f"give a {name} or --file, not both")
+        with args.file.open(encoding="utf-8", newline=newline) as stream:
+            text, source = _read(stream, args.file), args.file
+    elif text in (None, "-"):
+        if text is None and sys.stdin.isatty():
+            raise ValueError(f"no {name}: give one, or --file FILE, or pipe it in")
+        if newline is not None and hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(newline=newline)
+        text, source = _read(sys.stdin, "standard input"), "standard input"
+    try:
+        # Bytes that are not text in the system's encoding, which may be ASCII, arrive as halves of surrogate pairs.
+        return text.encode("utf-8", "surrogateescape").decode("utf-8"), source
+    except UnicodeError as error:
+        raise ValueError(f"{source or name.upper()} is not text in UTF-8") from error
+
+
+def _read(stream: TextIO, source: object) -> str:
+    try:
+        return stream.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not text in {error.encoding}") from error
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `dkv.DiffusionConfig` that the arguments ask for."""
+    policy = {name: value for name in POLICY_OPTIONS if (value := getattr(args, name)) is not None}
+    # Without a budget there are gaps to fill, and no slots to add.
+    chosen = {"max_new_tokens": 0} | {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    return {**chosen, "seed": args.seed, "cache": {"name": args.cache, **policy}}
+
+
+def summary(stats: Any) -> str:
+    """What a generation cost, in one line."""
+    from dkv.common.bar import counted
+
+    tokens, passes = counted(stats.new_tokens, "token"), counted(stats.passes, "pass")
+    return (
+        f"{tokens} in {stats.seconds:.2f} s ({stats.tokens_per_second:.1f} tokens/s), "
+        f"{passes} ({stats.full_passes} full), {stats.computed_share:.0%} of the slots computed, "
+        f"seed {stats.seed}, {stats.settings['dtype'].removeprefix('torch.')} on {stats.settings['device']}"
+    )

@@ -1,4 +1,0 @@
-"""The subcommands of `dkv`, one module each: SUMMARY, EXAMPLES, `add_arguments(parser)` and `run(args) -> exit code`.
-
-Heavy imports stand inside the functions, so that `dkv --help` does not wait for torch.
-"""

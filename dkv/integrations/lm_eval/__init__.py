@@ -1,0 +1,1 @@
+"""dkv as a model of EleutherAI's evaluation harness."""

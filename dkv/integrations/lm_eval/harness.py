@@ -1,0 +1,260 @@
+"""dkv as a model of EleutherAI's lm-evaluation-harness; `dkv.lm_eval` has the command line."""
+
+import copy
+import json
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+import dkv
+from dkv.common.bar import Bar
+from dkv.engine.config import DiffusionConfig, policy_of
+from dkv.engine.output import Stats
+from dkv.integrations.lm_eval.settings import count, stated, switch, task_config
+from dkv.tools.likelihood import are_greedy, log_likelihoods
+from dkv.tools.text import answer, encode, starts, turn_end_ids
+from dkv.version import versions
+
+# Of lm-eval: not a wish of the user.
+DEFAULT_DEVICES = ("cuda", "cuda:0")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Requests that are generated alike: `members` are their numbers."""
+
+    members: list[int]
+    config: DiffusionConfig
+    until: list[str]
+
+
+class DkvLM(TemplateLM):
+    """A diffusion language model for lm-eval: generation, and likelihood by `dkv.tools.likelihood`.
+
+    Args:
+        pretrained, dtype, device: as for `dkv.load`. lm-eval's default device, cuda:0, is replaced by
+            the CPU where there is none.
+        batch_size: prompts in a generation, masked copies in a pass of a likelihood.
+        add_bos_token: begin prompts with the tokenizer's start token if it does not do so itself.
+        mc_num: masked copies of an answer, over which its likelihood is a mean.
+        is_check_greedy: False: do not find out whether the model itself gives an answer whose likelihood
+            is asked for. Few tasks (such as LAMBADA) use it; they then count every answer as wrong.
+        settings: of `dkv.DiffusionConfig`, and options of the cache policy, such as `refresh`. What is
+            stated here goes before what a task asks for. The seed is lm-eval's (`--seed`) unless stated.
+
+    Raises:
+        ValueError: an unknown setting, or an impossible value; before the model is loaded.
+
+    Example:
+        >>> lm_eval.simple_evaluate(DkvLM("tiny", cache="decode", refresh=8), tasks=[...])
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | str | None = None,
+        add_bos_token: bool = False,
+        mc_num: int = 128,
+        is_check_greedy: bool = True,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ):
+        super().__init__()
+        if not pretrained:
+            raise ValueError("pretrained is missing: give model_args pretrained=NAME, a folder or a hub id")
+        if max_batch_size is not None:
+            raise ValueError("max_batch_size goes with batch_size auto, which dkv has not: give batch_size")
+        self.batch_size, self.mc_num = count("batch_size", batch_size), count("mc_num", mc_num)
+        self.add_bos_token = switch("add_bos_token", add_bos_token)
+        self.is_check_greedy = switch("is_check_greedy", is_check_greedy)
+        self.stated = stated({"seed": torch.initial_seed() % 2**62, **settings})
+        if str(device) in DEFAULT_DEVICES and not torch.cuda.is_available():
+            log.warning("no device %s here: using the CPU", device)
+            device = "cpu"
+        if trust_remote_code:
+            log.warning("trust_remote_code has no effect on the model: dkv never runs code of a checkpoint")
+        self.pretrained = str(pretrained)
+        self.model = dkv.load(self.pretrained, dtype=dtype, device=device)
+        policy_of(self.stated.get("cache")).check(self.model.spec.shifted)
+        self.tokenizer = dkv.load_tokenizer(self.pretrained)
+        self._device = self.model.device
+        self.stated.setdefault("eot_token_id", turn_end_ids(self.tokenizer))
+        self.generated: dict[str, tuple[int, Stats]] = {}
+        self.scored, self.scores, self.truncated = 0, Stats(), 0
+        self._adds_bos = bool(starts(self.tokenizer))
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special = {token.content: i for i, token in added if token.special}
+
+    @property
+    def max_length(self) -> int:
+        return self.model.spec.max_positions
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.tokenizer.eos_token_id
+        return self.model.spec.eos_token_id if eos is None else eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before an answer without a prompt."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.pretrained.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A talk as one text; without `add_generation_prompt` its last message is left open."""
+        if not self.tokenizer.chat_template:
+            raise ValueError("the model's tokenizer has no chat template: leave out --apply_chat_template")
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )  # fmt: skip
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text, with its start token once, if it is to have one."""
+        if add_special_tokens is False:
+            return self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        return encode(self.tokenizer, [self._begun(string)])[0][0].tolist()
+
+    def _begun(self, text: str) -> str:
+        # Chat templates and `add_bos_token` write the start token, and some tokenizers do so again.
+        bos = self.tokenizer.bos_token
+        if not bos:
+            return text
+        bare = text.removeprefix(bos)
+        return bare if self._adds_bos else bos + bare if self.add_bos_token else text
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """A text for each (prompt, settings), cut at the first of its stop strings.
+
+        Raises:
+            ValueError: settings that are unknown, or more slots than the model has; before the first pass.
+        """
+        texts = [""] * len(requests)
+        jobs = list(self._jobs(requests))
+        with _bar(len(requests), "generate_until", disable_tqdm) as bar:
+            for job in jobs:
+                for start in range(0, len(job.members), self.batch_size):
+                    batch = job.members[start : start + self.batch_size]
+                    found = self._generate([requests[i].args[0] for i in batch], job)
+                    for i, text in zip(batch, found, strict=True):
+                        texts[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(batch))
+        return texts
+
+    def _jobs(self, requests: list[Instance]) -> Iterator[_Job]:
+        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        seen: Counter[tuple[str, str]] = Counter()
+        for i, request in enumerate(requests):
+            prompt, asked = request.args
+            key = json.dumps(asked, sort_keys=True, default=str)
+            # A request that is repeated asks for another sample, hence for another seed.
+            groups[key, seen[prompt, key]].append(i)
+            seen[prompt, key] += 1
+        spec = self.model.spec
+        alike = {key: requests[members[0]].args[1] for (key, _), members in groups.items()}
+        configs = {key: task_config(asked, self.stated, spec) for key, asked in alike.items()}
+        for (key, repeat), members in groups.items():
+            config, until = copy.copy(configs[key][0]), configs[key][1]
+            config.update(seed=config.seed + repeat)
+            # The order has no influence on a text; long prompts, which take the most memory, come first.
+            yield _Job(sorted(members, key=lambda i: -len(requests[i].args[0])), config, until)
+
+    def _generate(self, prompts: list[str], job: _Job) -> list[str]:
+        ids, mask = encode(self.tokenizer, [self._begun(prompt) for prompt in prompts])
+        room = self.max_length - job.config.max_new_tokens
+        self._note_truncated(int((mask.sum(1) > room).sum()))
+        # Padding is on the left, so a long prompt loses its beginning.
+        ids, mask = (t[:, -room:].to(self.model.device) for t in (ids, mask))
+        output = dkv.generate(self.model, ids, mask, generation_config=job.config)
+        stats = output.stats
+        what = json.dumps({**stats.settings, "seed": None}, sort_keys=True, default=str)
+        count, total = self.generated.get(what, (0, Stats(seed=self.stated["seed"], settings=stats.settings)))
+        self.generated[what] = (count + len(prompts), _sum(total, stats))
+        return [self._text(row, job.until) for row in output.sequences[:, ids.shape[1] :].tolist()]
+
+    def _text(self, ids: list[int], until: list[str]) -> str:
+        """New tokens as text, up to the end or the first stop string; that may be a special token."""
+        stops = {self._special[stop] for stop in until if stop in self._special}
+        ids = ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
+        text = answer(self.tokenizer, self.model.spec, ids)
+        return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+
+    def _note_truncated(self, count: int) -> None:
+        if count:
+            self.truncated += count
+            log.warning("%d prompts are too long for the model and lose their beginning", count)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether the model itself gives the answer) for each request."""
+        start = time.perf_counter()
+        rooms = [self.max_length - len(answer) for _, _, answer in requests]
+        self._note_truncated(sum(len(r[1]) > room for r, room in zip(requests, rooms, strict=True)))
+        questions = [(r[1][max(len(r[1]) - room, 0) :], r[2]) for r, room in zip(requests, rooms, strict=True)]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with _bar(len(requests) * (1 + self.is_check_greedy), "loglikelihood", disable_tqdm) as bar:
+            if self.is_check_greedy:
+                for i, given in are_greedy(self.model, questions, batch_size=self.batch_size):
+                    found[i] = (0.0, given)
+                    bar.update()
+            how = {"samples": self.mc_num, "batch_size": self.batch_size, "seed": self.stated["seed"]}
+            for i, value in log_likelihoods(self.model, questions, stats=self.scores, **how):
+                found[i] = (value, found[i][1])
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+                bar.update()
+        self.scored += len(requests)
+        self.scores.seconds += time.perf_counter() - start
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Refused: what a diffusion model bounds is an answer after a prompt; LLaDA's authors refuse it, too."""
+        raise NotImplementedError(
+            "a diffusion model has no perplexity token by token: dkv offers generation and multiple choice"
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the `config` of lm-eval's results: work, speed, settings and versions under `dkv`."""
+        likelihood = {"requests": self.scored, "mc_num": self.mc_num, "passes": self.scores.passes,
+                      "seconds": self.scores.seconds}  # fmt: skip
+        return {
+            "model_num_parameters": self.model.num_parameters,
+            "model_dtype": str(self.model.dtype),
+            "dkv": {
+                "seed": self.stated["seed"],
+                "generation": [{"requests": n, **stats.to_dict()} for n, stats in self.generated.values()],
+                "likelihood": likelihood if self.scored else None,
+                "truncated_prompts": self.truncated,
+                "versions": versions(),
+            },
+        }
+
+
+def _sum(total: Stats, more: Stats) -> Stats:
+    """The numbers of both together."""
+    counts = [f.name for f in fields(Stats) if f.name != "seed" and isinstance(getattr(total, f.name), int | float)]
+    return replace(total, **{name: getattr(total, name) + getattr(more, name) for name in counts})
+
+
+def _bar(total: int, what: str, disable: bool) -> Bar:
+    bar = Bar(total, "request", silent=disable)
+    bar.set_description(f"Running {what} requests")
+    return bar

@@ -1,0 +1,1 @@
+"""What is built on the engine: texts, drafts, gaps, scores, traces, replays."""

@@ -1,0 +1,256 @@
+"""Gaps of unknown length: how many tokens are missing, and which.
+
+A masked diffusion model fills the slots that there are and cannot add one, so the length of a gap must be known before
+it is filled. Here every length up to a limit is tried, and the text around the gap decides: with n masks in the gap,
+how likely are the given tokens beside it? Where n is wrong they stand too near to each other or too far apart. The
+score of n is the estimate of their log-likelihood by `dkv.tools.likelihood`, in nats. All are scored on the same
+tokens and masked at the same places, so that none is favoured for being short or long, and nothing has to be filled
+to find out. If all lengths were equally likely beforehand, the best score would be that of the likeliest length, by
+Bayes' rule.
+
+That is a heuristic, and ours. That the confidence in the filling itself favours some lengths, whatever the text, is
+known (Liu et al., "Diffusion LMs Can Approximate Optimal Infilling Lengths Implicitly", 2026); `python -m
+dkv.bench.gaps` counts how often either finds the true length on the bundled models.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, groupby
+from typing import Any
+
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from dkv.core.validation import plain
+from dkv.engine.config import BY_ROW, DiffusionConfig
+from dkv.engine.generate import infill, infill_config
+from dkv.engine.inputs import check_settings
+from dkv.engine.output import Stats
+from dkv.engine.records import NAMES
+from dkv.tools.likelihood import Copy, log_probabilities, masked_places
+
+# Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.
+REACH, SAMPLES, COPIES = 16, 8, 32
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A gap in a text, of `least` to `most` tokens.
+
+    Raises:
+        ValueError: not whole numbers with 0 <= least <= most and 1 <= most.
+    """
+
+    least: int
+    most: int
+
+    def __post_init__(self):
+        numbers = (self.least, self.most)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers) or not 0 <= self.least <= self.most > 0:
+            raise ValueError(f"a gap must be of 0 <= least <= most tokens, most at least 1, got {numbers}")
+
+
+@dataclass
+class FilledGaps:
+    """What `fill_gaps` returns.
+
+    Attributes:
+        rows: token ids of every text, filled.
+        fillings: by row and gap, the tokens found.
+        scores: by row and gap, the score of every length that was tried; empty where the length was known.
+        stats: of the whole call; the passes that scored lengths are among `passes` and the slots.
+    """
+
+    rows: list[list[int]]
+    fillings: list[list[list[int]]]
+    scores: list[list[dict[int, float]]]
+    stats: Stats = field(repr=False)
+
+
+# A text with gaps: token ids, and a `Gap` wherever something is missing.
+Text = Sequence[int | Gap]
+
+
+@torch.no_grad()
+def fill_gaps(
+    model: Any,
+    texts: Sequence[Text],
+    generation_config: DiffusionConfig | None = None,
+    streamer: Any = None,
+    **overrides: Any,
+) -> FilledGaps:
+    """Fill the gaps of texts, where it need not be known how long they are.
+
+    The lengths are chosen first, gap by gap from left to right, then all texts are filled in one call of `dkv.infill`.
+    While a gap is decided those before it have the lengths found for them, and the text ends before the next one that
+    is not decided yet: k gaps of up to N tokens cost k (N + 1) candidates and not (N + 1)^k, but a gap is not
+    decided a second time when more is known.
+
+    Args:
+        model: from `dkv.load` or `dkv.wrap`.
+        texts: of each the token ids from left to right, with a `Gap` in each place where tokens are missing.
+            Neighbouring gaps are one, of as many tokens as both may have.
+        generation_config, overrides: as for `dkv.infill`. Guidance has no part in the choice of lengths.
+        streamer: as for `dkv.infill`; gets the texts [B, L] with masks when their lengths are chosen.
+
+    Returns:
+        `FilledGaps`. All but the gaps is as it was given.
+
+    Raises:
+        TypeError: the model, the texts or the configuration are of the wrong kind.
+        ValueError, IndexError: the texts or settings are impossible, or a gap of unknown length has no text beside it;
+            before anything is computed. The logits hold NaN.
+
+    Example:
+        >>> dkv.fill_gaps(model, [[5, 9, dkv.Gap(0, 8), 3, dkv.Gap(2, 2)]]).fillings
+    """
+    config = infill_config(generation_config, overrides)
+    check_settings(model, config)
+    layouts = [_Layout.of(text) for text in _listed(texts)]
+    _check(model, layouts, config)
+    search, begin = Stats(), time.perf_counter()
+    scores: list[list[dict[int, float]]] = [[{} for _ in layout.gaps] for layout in layouts]
+    for row, layout in enumerate(layouts):
+        for number in layout.unknown:
+            scores[row][number] = found = _scores(model, layout, number, search)
+            # Of equal scores the shorter length: there is no reason for more.
+            layout.lengths[number] = max(found, key=found.get)
+    ids, real = (t.to(model.device) for t in _padded([layout.tokens(model.spec.mask_token_id) for layout in layouts]))
+    output = infill(model, ids, real, generation_config=config, streamer=streamer)
+    rows = [row[: layout.size] for row, layout in zip(output.sequences.tolist(), layouts, strict=True)]
+    counts = ("passes", "full_passes", "computed_slots", "total_slots")
+    more = {name: getattr(output.stats, name) + getattr(search, name) for name in counts}
+    stats = replace(output.stats, seconds=time.perf_counter() - begin, **more)
+    fillings = [[row[a:b] for a, b in layout.spans] for row, layout in zip(rows, layouts, strict=True)]
+    return FilledGaps(rows, fillings, scores, stats)
+
+
+@dataclass
+class _Layout:
+    """Pieces of a text, the gaps between them (one fewer), and the lengths of these, None as long as they are open."""
+
+    pieces: list[list[int]]
+    gaps: list[Gap]
+    lengths: list[int | None]
+
+    @classmethod
+    def of(cls, text: Text) -> "_Layout":
+        pieces: list[list[int]] = [[]]
+        gaps: list[Gap] = []
+        for known, run in groupby(text, key=lambda part: not isinstance(part, Gap)):
+            if known:
+                pieces[-1] = list(run)
+            else:
+                parts = list(run)
+                gaps.append(Gap(sum(gap.least for gap in parts), sum(gap.most for gap in parts)))
+                pieces.append([])
+        return cls(pieces, gaps, [gap.least if gap.least == gap.most else None for gap in gaps])
+
+    @property
+    def unknown(self) -> list[int]:
+        """Numbers of the gaps whose length is open."""
+        return [number for number, length in enumerate(self.lengths) if length is None]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each gap begins and ends, when all lengths are known."""
+        ends = list(accumulate(len(piece) + length for piece, length in zip(self.pieces, self.lengths, strict=False)))
+        return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.pieces)) + sum(self.lengths)
+
+    def tokens(self, mask_id: int) -> list[int]:
+        """The text with masks in its gaps."""
+        return self.around(len(self.gaps), mask_id)[0]
+
+    def around(self, number: int, mask_id: int) -> tuple[list[int], list[int]]:
+        """The text before a gap, and after it up to the next gap whose length is open."""
+        sides: tuple[list[int], list[int]] = ([], [])
+        for at, piece in enumerate(self.pieces):
+            sides[at > number].extend(piece)
+            if at < len(self.gaps) and at != number:
+                if self.lengths[at] is None:
+                    break
+                sides[at > number].extend([mask_id] * self.lengths[at])
+        return sides
+
+
+def _scores(model: Any, layout: _Layout, number: int, stats: Stats) -> dict[int, float]:
+    """The score of every length that the gap may have."""
+    mask_id, gap = model.spec.mask_token_id, layout.gaps[number]
+    left, right = layout.around(number, mask_id)
+    # Slots of given tokens, those to the right counted from the end of the gap. Nothing predicts the first slot of
+    # a shifted model.
+    before = [i for i in range(model.spec.shifted, len(left)) if left[i] != mask_id][-REACH:]
+    after = [i for i in range(len(right)) if right[i] != mask_id][:REACH]
+    masks = masked_places(len(before) + len(after), SAMPLES, random.Random(0))
+    copies = []
+    for length in range(gap.least, gap.most + 1):
+        text = [*left, *[mask_id] * length, *right]
+        beside = [*before, *(len(left) + length + i for i in after)]
+        for places, weight in masks:
+            hidden = [beside[place] for place in sorted(places)]
+            reads = [(slot, text[slot], length) for slot in hidden]
+            tokens = [mask_id if slot in hidden else token for slot, token in enumerate(text)]
+            copies.append(Copy(tokens, reads, [length], weight))
+    scores = dict.fromkeys(range(gap.least, gap.most + 1), 0.0)
+    for start in range(0, len(copies), COPIES):
+        batch = copies[start : start + COPIES]
+        found = iter(log_probabilities(model, batch, stats).tolist())
+        for copy in batch:
+            for _, _, length in copy.reads:
+                scores[length] += copy.weight * next(found)
+    return scores
+
+
+def _listed(texts: Any) -> list[list[Any]]:
+    """The texts as lists; ids that are numbers of numpy or torch as those of Python."""
+    kinds = Sequence | Tensor | ndarray
+    if isinstance(texts, str) or not isinstance(texts, kinds):
+        raise TypeError(f"texts must be a list of texts, such as [[5, 9, dkv.Gap(0, 8), 3]], got {texts!r}")
+    for text in texts:
+        if isinstance(text, str) or not isinstance(text, kinds):
+            raise TypeError(f"a text must be a list of token ids and gaps, such as [5, dkv.Gap(0, 8), 3], got {text!r}")
+    return [[part if isinstance(part, Gap) else plain(part) for part in text] for text in texts]
+
+
+def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, int64 [B, L], padded on the right."""
+    width = max(map(len, rows), default=0)
+    ids = [row + [0] * (width - len(row)) for row in rows]
+    real = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids).view(len(rows), width).long(), torch.tensor(real).view(len(rows), width).long()
+
+
+def _check(model: Any, layouts: Sequence[_Layout], config: DiffusionConfig) -> None:
+    spec = model.spec
+    if not layouts:
+        raise ValueError("texts holds no text")
+    if records := [name for name in NAMES if getattr(config, f"output_{name}")]:
+        raise ValueError(f"output_{records[0]} has no effect on fill_gaps: fill the rows that it finds by dkv.infill")
+    for name in BY_ROW:
+        if isinstance(value := getattr(config, name), list) and len(value) != len(layouts):
+            raise ValueError(f"{name} is a list of {len(value)}, but there are {len(layouts)} texts")
+    for row, layout in enumerate(layouts, 1):
+        name = f"text {row} of {len(layouts)}"
+        given, most = sum(map(len, layout.pieces)), sum(gap.most for gap in layout.gaps)
+        if given + most > spec.max_positions:
+            raise ValueError(
+                f"{name} has {given} tokens and gaps of up to {most}, which need {given + most} positions; the model "
+                f"has {spec.max_positions}: shorten the text or its gaps"
+            )
+        if layout.unknown and given <= spec.shifted:
+            raise ValueError(f"{name} has a gap of unknown length and no text beside it, by which it is found")
+        for token in chain(*layout.pieces):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ValueError(f"{name} must hold token ids and gaps, got {token!r}")
+            if not 0 <= token < spec.vocab_size:
+                raise IndexError(f"{name} must hold ids in 0..{spec.vocab_size - 1}, got {token}")
+            if token == spec.mask_token_id:
+                raise ValueError(f"{name} holds the mask id {token}: write Gap(1, 1) in its place")
+        config.plan(bool(spec.shifted), row=row - 1, to_fill=most)

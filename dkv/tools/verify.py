@@ -1,0 +1,255 @@
+"""Replay recorded runs of the published code through the public API, and compare.
+
+A golden folder holds `config.json`, `model.safetensors` and `cases/NAME.json` + `.safetensors`;
+`tests/golden/README.md` describes the tensors. Of the runs of dKV-Cache, tokens after every step and the slots
+computed in every step must be equal, logits within `LOGIT_TOLERANCE`; of those of Fast-dLLM, the tokens and how
+many slots every pass computed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dkv
+from dkv.common.bar import counted
+from dkv.engine.replay import Numbers, replay
+
+LOGIT_TOLERANCE = 1e-4
+
+
+class Mismatch(Exception):
+    """A recorded value that was not reproduced."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recorded run: its name, settings and facts, and tensors read on demand."""
+
+    folder: Path
+    name: str
+    facts: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.facts["settings"]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "cases" / f"{self.name}.safetensors")
+
+    @property
+    def defect(self) -> str | None:
+        """Why the run documents a fault of the published code and is not to be reproduced."""
+        if self.facts.get("informational"):
+            return "the published run divides by a row without logits (NaN)"
+        if self.facts.get("mask_token_predictions"):
+            return "the published run emits the mask token, which dkv never does"
+        return None
+
+
+def find_cases(folder: Path) -> list[Case]:
+    """The cases of a model folder, or of all model folders below one.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    paths = sorted(folder.glob("**/cases/*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no recorded runs in {folder}: expected MODEL/config.json and MODEL/cases/*.json")
+    return [Case(path.parent.parent, path.stem, json.loads(path.read_text())) for path in paths]
+
+
+def llada_settings(case: Case) -> dict[str, Any]:
+    """The settings of `dkv.generate` that stand for those of a LLaDA run."""
+    s = case.settings
+    refresh = s["cache_reloading_step"] if s.get("enable_cache", case.facts["variant"] != "origin") else None
+    cache = dkv.NoCache()
+    if refresh is not None and case.facts["variant"] == "decode":
+        cache = dkv.DecodeCache(refresh)
+    elif refresh is not None and case.facts["variant"] == "greedy":
+        cache = dkv.GreedyCache(refresh, s["window_size"])
+    names = ("gen_length", "steps", "block_length", "remasking", "temperature", "mask_id")
+    return {"cache": cache, "schedule": "blocks", **{name: s[name] for name in names}}
+
+
+def dream_settings(case: Case) -> dict[str, Any]:
+    """The settings of `dkv.generate` that stand for those of a Dream run."""
+    s = case.settings
+    kind = s["cache_type"] if s["use_cache"] else None
+    cache = {
+        None: lambda: dkv.NoCache(),
+        "prefill": lambda: dkv.PrefillCache(),
+        "decoded": lambda: dkv.DecodeCache(s["cache_steps"], shift_rule=s["shift_type"]),
+        "pd": lambda: dkv.PrefillDecodeCache(s["cache_steps"], shift_rule=s["shift_type"]),
+    }[kind]()
+    names = ("max_new_tokens", "steps", "eps", "alg", "alg_temp", "temperature", "top_p", "top_k")
+    return {"cache": cache, "schedule": "time", "mask_token_id": s["mask_id"], **{name: s[name] for name in names}}
+
+
+def recorded_numbers(tensors: dict[str, Tensor]) -> Numbers | None:
+    """The random numbers of a run, by step; None if it used none."""
+    if "denoise_rand" in tensors:
+        block = tensors["step_block"].tolist()
+        return lambda step, shape: tensors["denoise_rand"][block[step]]
+    if "rand_scores" in tensors:
+        return lambda step, shape: tensors["rand_scores"][step]
+    return None
+
+
+def check_case(case: Case, model: Any) -> str:
+    """Replay a case.
+
+    Returns:
+        What was compared, in words.
+
+    Raises:
+        Mismatch: what differs, where, and the two values.
+    """
+    if "function" in case.facts:
+        return _check_blocks(case, model)
+    if case.facts["variant"] == "forward":
+        return _check_forward(case.tensors, model)
+    t = case.tensors
+    settings = {"llada": llada_settings, "dream": dream_settings}[case.facts["family"]](case)
+    call = (model, t["prompt"].long(), t.get("attention_mask"), recorded_numbers(t))
+    settings |= {"output_history": True, "output_active": True}
+    # Once as users run it, and once more with every logit, which takes other paths through the model.
+    fast, full = replay(*call, **settings), replay(*call, **settings, output_logits=True)
+    for output in (fast, full):
+        _check_tokens(t, output)
+        _check_active(t, output)
+    worst = _check_logits(t, full)
+    share = fast.stats.computed_share
+    return f"{counted(len(fast.history), 'step')}, {share:.0%} of the slots computed, logits within {worst:.1e}"
+
+
+# The policies that stand for the functions of Fast-dLLM.
+FAST_DLLM = {
+    "generate": dkv.NoCache(),
+    "generate_with_prefix_cache": dkv.PrefixCache(),
+    "generate_with_dual_cache": dkv.DualCache(),
+}
+
+
+def _check_blocks(case: Case, model: Any) -> str:
+    """A run of Fast-dLLM, whose code does not look at the number of steps where it has a threshold."""
+    f, t = case.facts, case.tensors
+    rule = {"steps": f["steps"]} if f["threshold"] is None else {"threshold": f["threshold"]}
+    output = dkv.generate(
+        model, t["prompt"].long(), gen_length=f["gen_length"], block_length=f["block_length"], output_active=True,
+        cache=FAST_DLLM[f["function"]], schedule="blocks", **rule,
+    )  # fmt: skip
+    if not torch.equal(output.sequences, t["final"].long()):
+        raise Mismatch("the final sequences differ from the recorded ones")
+    computed, recorded = output.active.sum((1, 2)).tolist(), t["call_lengths"].tolist()
+    needed: list[int] = []
+    for before, slots in zip([0, *recorded], recorded, strict=False):
+        # After a full pass that filled its block, the published code makes one pass more. It changes nothing.
+        if before == recorded[0] and computed[len(needed) : len(needed) + 1] != [slots]:
+            continue
+        needed.append(slots)
+    if computed != needed:
+        raise Mismatch(f"the passes computed {computed} slots, recorded {recorded}")
+    return f"{counted(len(computed), 'pass')}, {output.stats.computed_share:.0%} of the slots computed"
+
+
+def _check_tokens(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
+    for step, expected in enumerate(t["x_steps"].long()):
+        # dkv makes no pass once every slot has its token.
+        found = output.history[min(step, len(output.history) - 1)]
+        if not torch.equal(found, expected):
+            row, column = (found != expected).nonzero()[0].tolist()
+            raise Mismatch(
+                f"step {step}, row {row}, column {column}: token {int(found[row, column])}, "
+                f"recorded {int(expected[row, column])}"
+            )
+    if not torch.equal(output.sequences, t["final"].long()):
+        raise Mismatch("the final sequences differ from the recorded ones")
+
+
+def _real(t: dict[str, Tensor]) -> Tensor:
+    """bool [B, L]: columns that are not padding."""
+    real = torch.ones_like(t["final"], dtype=torch.bool)
+    if "attention_mask" in t:
+        real[:, : t["attention_mask"].shape[1]] = t["attention_mask"].bool()
+    return real
+
+
+def _check_active(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
+    real = _real(t)
+    for step, found in enumerate(output.active):
+        expected = t["active"][step].bool() & real
+        if not torch.equal(found, expected):
+            extra, missing = (found & ~expected).nonzero().tolist(), (expected & ~found).nonzero().tolist()
+            raise Mismatch(f"step {step}: computed but not recorded {extra}, recorded but not computed {missing}")
+
+
+def _check_logits(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> float:
+    """The largest difference from any recorded logit, maximum or log-sum-exp."""
+    worst, real, columns = 0.0, _real(t), t["logit_cols"].long()
+    for step, logits in enumerate(output.logits):
+        active = t["active"][step].bool()
+        here = active & real
+        best = logits.amax(-1)
+        # Two tokens may be equally good: which one is the larger by a bit depends on the processor.
+        recorded = logits[here].gather(-1, t["argmax"][step].long()[here][:, None]).squeeze(-1)
+        if (best[here] - recorded > LOGIT_TOLERANCE).any():
+            raise Mismatch(f"step {step}: another best token than recorded at an active slot")
+        pairs = [(best[here], t["maxlogit"][step][here]), (logits.logsumexp(-1)[here], t["lse"][step][here])]
+        if (raw := t.get(f"logits_step{step:03d}")) is not None:
+            wide = torch.zeros(*active.shape, len(columns))
+            wide[active] = raw.flatten(0, 1)
+            pairs.append((logits[..., columns][here], wide[here]))
+        for found, expected in pairs:
+            worst = max(worst, (found - expected).abs().max().item())
+        if not worst <= LOGIT_TOLERANCE:
+            raise Mismatch(f"step {step}: logits differ by {worst:.2e}, more than {LOGIT_TOLERANCE}")
+    return worst
+
+
+@torch.no_grad()
+def _check_forward(t: dict[str, Tensor], model: Any) -> str:
+    mask = t.get("attention_mask")
+    real = torch.ones_like(t["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    hidden: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda m, args: hidden.append(args[0].clone())) for layer in model.layers]
+    hooks.append(model.norm.register_forward_hook(lambda m, args, out: hidden.append(out.clone())))
+    try:
+        logits = model(t["input_ids"].long(), mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = [("logits", logits), *((f"hidden_{i}", h) for i, h in enumerate(hidden))]
+    worst = max((found - t[name]).abs()[real].max().item() for name, found in pairs)
+    if not worst <= LOGIT_TOLERANCE:
+        raise Mismatch(f"logits or hidden states differ by {worst:.2e}, more than {LOGIT_TOLERANCE}")
+    return f"one forward pass, logits and hidden states within {worst:.1e}"
+
+
+def verify(folders: list[Path]) -> Iterator[tuple[Case, str, str]]:
+    """Replay every case; yields (case, "PASS" | "FAIL" | "SKIP", what was found).
+
+    A case that raises counts as failed, whatever the reason, and the others still run.
+
+    Raises:
+        FileNotFoundError: a folder holds no recorded runs.
+    """
+    models: dict[Path, Any] = {}
+    for case in [case for folder in folders for case in find_cases(folder)]:
+        if case.defect:
+            yield case, "SKIP", case.defect
+            continue
+        try:
+            if case.folder not in models:
+                models = {case.folder: dkv.load(case.folder, device="cpu")}
+            yield case, "PASS", check_case(case, models[case.folder])
+        except Exception as error:
+            yield case, "FAIL", f"{type(error).__name__}: {error}"

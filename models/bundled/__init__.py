@@ -1,0 +1,1 @@
+"""The models that come with dkv: their tasks, and their training."""

@@ -1,0 +1,84 @@
+"""The whole generator on the Triton kernels, in the interpreter: the tokens of the torch backend."""
+
+import pytest
+import torch
+
+import dkv
+from dkv.kernels.backend import has_triton, load
+
+POLICIES = [
+    dkv.NoCache(),
+    dkv.DecodeCache(refresh=3),
+    dkv.DecodeCache(refresh=4, warmup=1),
+    dkv.PrefillCache(),
+    dkv.PrefillDecodeCache(refresh=3),
+    dkv.GreedyCache(refresh=3, window=2),
+    dkv.PrefixCache(),
+    dkv.DualCache(delayed=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    if not (has_triton() and load("triton").INTERPRETED):
+        pytest.skip("needs TRITON_INTERPRET=1")
+
+
+def rows(padded):
+    return padded([[5, 9, 11], [7, 3, 21, 40, 2, 8]])
+
+
+def same_tokens(model, ids, mask=None, **settings) -> None:
+    outputs = {}
+    for backend in ("torch", "triton"):
+        with dkv.use_backend(backend):
+            outputs[backend] = dkv.generate(model, ids, mask, output_history=True, **settings)
+    assert torch.equal(outputs["triton"].sequences, outputs["torch"].sequences)
+    for own, other in zip(outputs["triton"].history, outputs["torch"].history, strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_every_policy(model, policy, padded):
+    ids, mask = rows(padded)
+    greedy = isinstance(policy, dkv.GreedyCache)
+    same_tokens(
+        model, ids, mask, max_new_tokens=8, block_length=4, cache=policy, seed=1,
+        confidence="random" if greedy else "probability",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("confidence", ["margin", "entropy"])
+def test_other_confidences_with_noise(model, confidence, padded):
+    ids, mask = rows(padded)
+    same_tokens(
+        model, ids, mask, max_new_tokens=6, steps=3, confidence=confidence, temperature=0.8, seed=3,
+        cache=dkv.DecodeCache(refresh=2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [dkv.DecodeCache(refresh=2), dkv.DualCache()], ids=str)
+def test_ragged_rows(model, policy, padded):
+    """Rows of different budgets and steps: full and cached passes of different lengths at once."""
+    ids, mask = rows(padded)
+    same_tokens(model, ids, mask, max_new_tokens=[3, 8], block_length=3, threshold=0.2, cache=policy)
+
+
+def test_guidance(llada, padded):
+    ids, mask = rows(padded)
+    same_tokens(llada, ids, mask, max_new_tokens=[2, 4], cfg_scale=1.0, cache=dkv.DecodeCache(refresh=2))
+
+
+def test_filters_of_the_sampling(dream, padded):
+    ids, mask = rows(padded)
+    same_tokens(dream, ids, mask, max_new_tokens=4, temperature=0.7, top_p=0.9, top_k=9, seed=2, cache="decode")
+
+
+def test_normed_heads_and_bfloat16(build, padded):
+    """q and k norms, grouped heads; bfloat16 is computed in float32 here, so close calls may differ from torch."""
+    model = build(qk_norm=True, num_kv_heads=1)
+    ids, mask = rows(padded)
+    same_tokens(model, ids, mask, max_new_tokens=4, cache=dkv.DecodeCache(refresh=2))
+    with dkv.use_backend("triton"):
+        output = dkv.generate(model.to(torch.bfloat16), ids, mask, max_new_tokens=4, cache=dkv.DecodeCache(refresh=2))
+    assert (output.sequences[:, -4:] != model.spec.mask_token_id).all()
