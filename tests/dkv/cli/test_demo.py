@@ -73,5 +73,5 @@ def test_demo_of_another_task(run, monkeypatch):
     monkeypatch.setitem(TASKS, "addition", replace(TASKS["addition"], new_tokens=4))
     code, out, err = run("demo", "--problems", 1, "--task", "addition")
     assert (code, err) == (0, "") and out.startswith(
-        f"{held_out(1, task='addition')[0][0]}\n\nDecode(refresh=8), 4 steps:"
+        f"{held_out(1, task='addition')[0][0]}\n\nDecodeCache(refresh=8), 4 steps:"
     )
