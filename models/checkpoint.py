@@ -1,14 +1,21 @@
 """A checkpoint folder: its configuration, and what its safetensors headers say, before any tensor is read."""
 
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from dkv.models.files import FETCH, is_there, read_json, some
+from dkv.models.files import damaged, is_there, read_json, some
 from dkv.models.foreign import adapter_advice
 from dkv.models.headers import Entry, read_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+# What may lie there instead of weights, and what to do.
+INSTEAD = {
+    ("adapter_model*",): f", the weights of an adapter, but no {WEIGHTS}: merge the adapter into its base model "
+    "(peft: merge_and_unload, save_pretrained), and load that",
+    ("*.bin", "*.pt", "*.pth"): f" but no {WEIGHTS}, and pickles are not read: convert the checkpoint (load it with "
+    "transformers and call save_pretrained, which writes safetensors)",
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -47,24 +54,18 @@ def read_headers(folder: Path) -> dict[str, Entry]:
         raise _no_weights(folder)
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
-        raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files: {FETCH}")
+        raise damaged(f"{folder / INDEX} has no weight_map from tensors to files")
     names = sorted(set(places.values()))
-    if outside := [name for name in names if _leads_out(name)]:
-        raise ValueError(f"{folder / INDEX} names files outside its folder ({some(outside)}): {FETCH}")
-    missing = [name for name in names if not is_there(folder / name)]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks shards that {INDEX} lists ({some(missing)}): {FETCH}")
+    # Links inside may lead elsewhere: caches of the hub consist of them. A path of Windows has both kinds of slashes.
+    if outside := [name for name in names if (path := PureWindowsPath(name)).anchor or ".." in path.parts]:
+        raise damaged(f"{folder / INDEX} names files outside its folder ({some(outside)})")
+    if missing := [name for name in names if not is_there(folder / name)]:
+        raise damaged(f"{folder} lacks shards that {INDEX} lists ({some(missing)})", FileNotFoundError)
     headers = {name: read_header(folder / name) for name in names}
-    lost = [f"{tensor} in {shard}" for tensor, shard in places.items() if tensor not in headers[shard]]
-    if lost:
-        raise ValueError(f"{folder / INDEX} promises tensors that the shards lack ({some(lost)}): {FETCH}")
+    if lost := [f"{tensor} in {shard}" for tensor, shard in places.items() if tensor not in headers[shard]]:
+        raise damaged(f"{folder / INDEX} promises tensors that the shards lack ({some(lost)})")
     found = {name: entry for header in headers.values() for name, entry in header.items()}
     return found | {tensor: headers[shard][tensor] for tensor, shard in places.items()}
-
-
-def _leads_out(name: str) -> bool:
-    """Whether a path leaves the folder that it starts in. Links inside may: caches of the hub consist of them."""
-    return any(kind(name).is_absolute() or ".." in kind(name).parts for kind in (PurePath, PureWindowsPath))
 
 
 def _adapter(folder: Path) -> ValueError:
@@ -77,15 +78,7 @@ def _adapter(folder: Path) -> ValueError:
 
 
 def _no_weights(folder: Path) -> FileNotFoundError:
-    if adapters := sorted(p.name for p in folder.glob("adapter_model*")):
-        return FileNotFoundError(
-            f"{folder} has {some(adapters)}, the weights of an adapter, but no {WEIGHTS}: merge the adapter into its "
-            "base model (peft: merge_and_unload, save_pretrained), and load that"
-        )
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        return FileNotFoundError(
-            f"{folder} has {some(pickles)} but no {WEIGHTS}, and pickles are not read: convert the checkpoint "
-            "(load it with transformers and call save_pretrained, which writes safetensors)"
-        )
+    for patterns, what in INSTEAD.items():
+        if found := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
+            return FileNotFoundError(f"{folder} has {some(found)}{what}")
     return FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}: pass the folder that holds the weights")

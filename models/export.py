@@ -65,10 +65,13 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-        "mask_token": MASK_TOKENS[family], "padding_side": "left", "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>"),
+        "mask_token": MASK_TOKENS[family],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-    }  # fmt: skip
+    }
     with files.writing(Path(folder, "tokenizer.json")) as part:
         tokenizer.save(str(part))
     files.write_json(Path(folder, "tokenizer_config.json"), config, **FORM)
@@ -87,15 +90,19 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError("packed weights cannot be saved: call dkv.unpack(model), or load the model with pack=False")
     spec, family = model.spec, FAMILIES[model.spec.family]
     names = family.checkpoint_names(n for n, _ in model.named_parameters())
-    config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": False}
+    config = {
+        **family.config(spec),
+        **{name: getattr(spec, name) for name in ("rope_theta", "mask_token_id", "eos_token_id", "pad_token_id")},
+        "rms_norm_eps": spec.norm_eps,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+        "use_cache": False,
+    }
     if spec.eot_token_id is not None:
         config["eot_token_id"] = spec.eot_token_id
     # The limit comes from a tokenizer, not from the configuration.
     again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
-    for field in (one.name for one in fields(spec) if one.compare):
-        if getattr(spec, field) != getattr(again, field):
-            raise ValueError(
-                f"the {family.name} format cannot express {field}={getattr(spec, field)!r}, only "
-                f"{getattr(again, field)!r}"
-            )
+    for name in (field.name for field in fields(spec) if field.compare):
+        ours, theirs = getattr(spec, name), getattr(again, name)
+        if ours != theirs:
+            raise ValueError(f"the {family.name} format cannot express {name}={ours!r}, only {theirs!r}")
     return config, {names[n]: p.detach() for n, p in model.named_parameters()}

@@ -5,9 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-FETCH = "fetch the file again (`hf download`; in a git clone, `git lfs pull`)"
 # More than any JSON file of a checkpoint holds, and little enough to be read.
 MOST_JSON = 1 << 28
+
+
+def damaged(what: str, kind: type[Exception] = ValueError) -> Exception:
+    """The error for a file that has to come anew; `what` names it and says what is wrong."""
+    return kind(f"{what}: fetch the file again (`hf download`; in a git clone, `git lfs pull`)")
 
 
 def is_there(path: Path) -> bool:
@@ -21,7 +25,7 @@ def is_there(path: Path) -> bool:
     if path.exists():
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}: put the file in its place")
     if path.is_symlink():
-        raise ValueError(f"{path} is a link to a file that does not exist: {FETCH}")
+        raise damaged(f"{path} is a link to a file that does not exist")
     return False
 
 
@@ -36,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not is_there(path):
         raise FileNotFoundError(f"{path} is missing: pass a folder that holds it")
     if path.stat().st_size > MOST_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a JSON file of a checkpoint: {FETCH}")
+        raise damaged(f"{path} has {path.stat().st_size} bytes, too many for a JSON file of a checkpoint")
     return parsed(path, path.read_bytes())
 
 
@@ -50,7 +54,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}): {FETCH}") from error
+        raise damaged(f"{path} is not text in UTF-8 ({error})") from error
 
 
 def parsed(path: Path, content: bytes) -> dict[str, Any]:
@@ -60,9 +64,9 @@ def parsed(path: Path, content: bytes) -> dict[str, Any]:
         found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} is not valid JSON ({reason}): {FETCH}") from error
+        raise damaged(f"{path} is not valid JSON ({reason})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a JSON {type(found).__name__}, not an object: {FETCH}")
+        raise damaged(f"{path} holds a JSON {type(found).__name__}, not an object")
     return found
 
 
@@ -74,8 +78,9 @@ def some(names: Iterable[str], most: int = 4) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands there twice")
+        found[name] = value
     return found

@@ -1,21 +1,24 @@
 """What the header of a safetensors file says of its tensors, checked against the file before any of them is read."""
 
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dkv.models.files import FETCH, parsed
+from dkv.models.files import damaged, parsed
 
 # As in the safetensors library.
 MOST_HEADER = 100_000_000
-# Bits of a number, by the codes of the format.
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-}  # fmt: skip
+# The codes of the format by the bits of a number, and the bits by code.
+CODES = {
+    4: ("F4",),
+    6: ("F6_E2M3", "F6_E3M2"),
+    8: ("BOOL", "U8", "I8", "F8_E8M0", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    16: ("U16", "I16", "F16", "BF16"),
+    32: ("U32", "I32", "F32"),
+    64: ("U64", "I64", "F64", "C64"),
+}
+BITS = {code: bits for bits, codes in CODES.items() for code in codes}
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,16 @@ def read_header(path: Path) -> dict[str, Entry]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+        length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise ValueError(f"{path} ({size} bytes) is truncated or not a safetensors file: {FETCH}")
+            raise damaged(f"{path} ({size} bytes) is truncated or not a safetensors file")
         if length > MOST_HEADER:
-            raise ValueError(f"{path} is not a safetensors file (a header of {length} bytes): {FETCH}")
+            raise damaged(f"{path} is not a safetensors file (a header of {length} bytes)")
         content = file.read(length)
     try:
         table = parsed(path, content)
     except ValueError as error:
-        raise ValueError(f"{path} is not a safetensors file (its header cannot be read): {FETCH}") from error
+        raise damaged(f"{path} is not a safetensors file (its header cannot be read)") from error
     table.pop("__metadata__", None)
     entries = {name: _entry(path, name, described) for name, described in table.items()}
     _check_places(path, entries, size - 8 - length, size)
@@ -65,17 +67,12 @@ def _entry(path: Path, name: str, described: Any) -> Entry:
     described = described if isinstance(described, dict) else {}
     dtype, shape, places = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and _sizes(shape) and _sizes(places) and len(places) == 2):
-        raise ValueError(
-            f"{path} is not a safetensors file (its header says of {name}: dtype {dtype!r}, shape {shape!r}, "
-            f"data_offsets {places!r}): {FETCH}"
-        )
+        says = f"dtype {dtype!r}, shape {shape!r}, data_offsets {places!r}"
+        raise damaged(f"{path} is not a safetensors file (its header says of {name}: {says})")
     entry = Entry(path, dtype, tuple(shape), *places)
-    bits = math.prod(shape) * BITS[dtype] if dtype in BITS else None
-    if bits is not None and bits != 8 * entry.bytes:
-        raise ValueError(
-            f"{path} is damaged: {dtype} {list(shape)} needs {bits // 8} bytes, and its header gives {name} "
-            f"{entry.bytes}: {FETCH}"
-        )
+    if dtype in BITS and (bits := math.prod(shape) * BITS[dtype]) != 8 * entry.bytes:
+        needs = f"{dtype} {shape} needs {bits // 8} bytes"
+        raise damaged(f"{path} is damaged: {needs}, and its header gives {name} {entry.bytes}")
     return entry
 
 
@@ -87,12 +84,12 @@ def _check_places(path: Path, entries: dict[str, Entry], room: int, size: int) -
     """Refuse tensors that overlap, leave bytes between them, or end elsewhere than the file."""
     end = max((entry.stop for entry in entries.values()), default=0)
     if end > room:
-        raise ValueError(f"{path} is truncated: its header promises {size - room + end} bytes, it has {size}: {FETCH}")
+        raise damaged(f"{path} is truncated: its header promises {size - room + end} bytes, it has {size}")
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != at:
             what = "overlaps another tensor" if entry.start < at else f"leaves {entry.start - at} bytes unused"
-            raise ValueError(f"{path} is damaged: {name} {what}: {FETCH}")
+            raise damaged(f"{path} is damaged: {name} {what}")
         at = entry.stop
     if at != room:
-        raise ValueError(f"{path} is damaged: {room - at} bytes follow its last tensor: {FETCH}")
+        raise damaged(f"{path} is damaged: {room - at} bytes follow its last tensor")

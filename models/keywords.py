@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 _QUANTISE = "load with pack=False, and quantise the model that you get (torch.ao, torchao)"
+_ATTENTION = "dkv computes attention with its own kernels (dkv.use_backend): leave it out"
 _ONE_DEVICE = "a model lies on one device: pass device='cuda:0', or another"
-_DOES_NOT = "dkv.load has nothing of the kind: leave it out"
+_CONVERT = "only safetensors are read: convert the checkpoint with transformers"
 
 # Handed on to the hub's client.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -15,32 +16,21 @@ HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 GRANTED = ("trust_remote_code", "code_revision", "low_cpu_mem_usage", "_fast_init", "use_cache", "weights_only")
 # Those with another effect in transformers -> what to do. None and False ask for nothing and are accepted.
 ANSWERS = {
-    "load_in_8bit": _QUANTISE,
-    "load_in_4bit": _QUANTISE,
-    "quantization_config": _QUANTISE,
-    "attn_implementation": "dkv computes attention with its own kernels (dkv.use_backend): leave it out",
-    "experts_implementation": _DOES_NOT,
-    "use_flash_attention_2": "dkv computes attention with its own kernels (dkv.use_backend): leave it out",
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit", "quantization_config"), _QUANTISE),
+    **dict.fromkeys(("attn_implementation", "use_flash_attention_2"), _ATTENTION),
+    **dict.fromkeys(("max_memory", "offload_folder", "offload_state_dict", "offload_buffers"), _ONE_DEVICE),
+    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh"), _ONE_DEVICE),
+    **dict.fromkeys(("use_safetensors", "from_tf", "from_flax"), _CONVERT),
+    **dict.fromkeys(("experts_implementation", "key_mapping"), "dkv.load has nothing of the kind: leave it out"),
     "use_kernels": "dkv has kernels of its own (dkv.use_backend): leave it out",
-    "max_memory": _ONE_DEVICE,
-    "offload_folder": _ONE_DEVICE,
-    "offload_state_dict": _ONE_DEVICE,
-    "offload_buffers": _ONE_DEVICE,
-    "tp_plan": _ONE_DEVICE,
-    "tp_size": _ONE_DEVICE,
-    "device_mesh": _ONE_DEVICE,
     "variant": "the weights must be called model.safetensors, or as their index says: name the files so",
     "config": "the folder's config.json counts: change it there, in a copy of the folder",
     "generation_config": "give its settings to dkv.generate, or a dkv.DiffusionConfig",
     "state_dict": "for weights in memory there is dkv.wrap(hf_model)",
     "gguf_file": "only safetensors are read: pass the folder of the original weights",
-    "use_safetensors": "only safetensors are read: convert the checkpoint with transformers",
-    "from_tf": "only safetensors are read: convert the checkpoint with transformers",
-    "from_flax": "only safetensors are read: convert the checkpoint with transformers",
     "use_auth_token": "pass token=",
     "ignore_mismatched_sizes": "every tensor must fit: take weights and config.json from the same place",
     "output_loading_info": "a tensor that is missing or left over is always an error: leave it out",
-    "key_mapping": _DOES_NOT,
     "adapter_kwargs": "merge the adapter into its base model (peft: merge_and_unload), and load that",
     "proxies": "set HTTPS_PROXY in the environment",
     "resume_download": "downloads are always resumed: leave it out",
@@ -56,12 +46,13 @@ def hub_options(given: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any
         ValueError: a name of transformers that asks for something that is not done here.
     """
     for name, value in given.items():
-        if name in HUB or name in GRANTED or (name == "use_safetensors" and value is True):
+        if name in HUB or name in GRANTED:
             continue
         if name not in ANSWERS:
             raise TypeError(f"unknown argument {name!r}: known are {', '.join((*taken, *HUB))}")
-        # Where None or False ask for nothing.
-        if value is not None and (value is not False or name == "use_safetensors"):
+        # None and False ask for nothing; but safetensors are read anyway, and nothing else.
+        nothing = name == "use_safetensors"
+        if value is not None and value is not nothing:
             raise ValueError(f"{name}={value!r} is not supported: {ANSWERS[name]}")
     return {name: value for name, value in given.items() if name in HUB and value is not None}
 
@@ -76,12 +67,11 @@ def one_device(device: Any, device_map: Any) -> Any:
     """
     if device_map is None:
         return device
-    mapped = device_map
-    if isinstance(mapped, Mapping):
-        places = list(dict.fromkeys(map(str, mapped.values())))
-        if len(places) != 1:
-            raise ValueError(f"device_map names {len(places)} devices ({', '.join(places)}): {_ONE_DEVICE}")
-        mapped = next(iter(mapped.values()))
+    found = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    places = list(dict.fromkeys(map(str, found)))
+    if len(places) != 1:
+        raise ValueError(f"device_map names {len(places)} devices ({', '.join(places)}): {_ONE_DEVICE}")
+    mapped = found[0]
     if mapped in ("balanced", "balanced_low_0", "sequential", "disk"):
         raise ValueError(f"device_map={device_map!r} is not supported: {_ONE_DEVICE}")
     if mapped == "auto":

@@ -5,17 +5,17 @@ built without storage, and takes the tensors of the file one by one.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dkv.models.checkpoint import read_config, read_headers
 from dkv.models.families import family_of
-from dkv.models.files import FETCH
+from dkv.models.files import damaged
 from dkv.models.folders import folder_of
 from dkv.models.headers import Entry
 from dkv.models.keywords import hub_options, one_device, usable
@@ -24,11 +24,9 @@ from dkv.models.skeleton import fill, skeleton
 from dkv.models.transformer import Transformer
 from dkv.models.vocabulary import with_vocab_limit
 
-FLOATS = {
-    "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
-}  # fmt: skip
+FLOATS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 # The same by the codes of safetensors headers.
-CODES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+CODES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS.values(), strict=True))
 # Checkpoints of at least so many bytes show how far they are.
 LARGE = 1 << 30
 
@@ -93,13 +91,22 @@ def load(
     shapes = {name: entry.shape for name, entry in entries.items()}
     model, names = skeleton(family, config, shapes, places, str(folder))
     model.spec = with_vocab_limit(model.spec, folder)
-    dtypes = {name: _float_code(name, entries[name]) for name in names.values()}
-    target = _target_dtype(wanted, dtypes[names["embed.weight"]], device)
+    for name in names.values():
+        if entries[name].dtype not in CODES:
+            raise ValueError(
+                f"{name} in {entries[name].file} is stored as {entries[name].dtype}; only {', '.join(CODES)} are read: "
+                "load the original weights, not quantised ones"
+            )
+    target = wanted
+    if not isinstance(wanted, torch.dtype):
+        target = CODES[entries[names["embed.weight"]].dtype]
+        if wanted is None and device.type == "cpu":
+            target = torch.promote_types(target, torch.float32)
     if pack is None:
         pack = device.type == "cpu" and target == torch.float32 and can_pack()
     elif pack:
         check_packable("the model", target, device)
-    fill(model, names, _read(entries, list(names.values()), target, device))
+    fill(model, names, _read({name: entries[name] for name in names.values()}, target, device))
     model.eval()
     return pack_(model) if pack else model
 
@@ -118,35 +125,17 @@ def _one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str |
     return asked[1] if asked[0] is None else asked[0]
 
 
-def _target_dtype(wanted: torch.dtype | str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(wanted, torch.dtype):
-        return wanted
-    return torch.promote_types(stored, torch.float32) if wanted is None and device.type == "cpu" else stored
-
-
-def _float_code(name: str, entry: Entry) -> torch.dtype:
-    if entry.dtype not in CODES:
-        raise ValueError(
-            f"{name} in {entry.file} is stored as {entry.dtype}; only {', '.join(CODES)} are read: "
-            "load the original weights, not quantised ones"
-        )
-    return CODES[entry.dtype]
-
-
-def _read(
-    entries: Mapping[str, Entry], names: Iterable[str], dtype: torch.dtype, device: torch.device
-) -> Iterable[tuple[str, Tensor]]:
-    """The named tensors, one at a time, file by file; each is converted before the next is read."""
-    wanted = set(names)
-    total = sum(entries[name].bytes for name in wanted)
+def _read(entries: Mapping[str, Entry], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, nn.Parameter]]:
+    """The tensors, one at a time, file by file; each is converted before the next is read."""
+    total = sum(entry.bytes for entry in entries.values())
     # None: where stderr is a terminal.
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=True if total < LARGE else None) as bar:
-        for file in sorted({entries[name].file for name in wanted}):
+        for file in sorted({entry.file for entry in entries.values()}):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    for name in sorted(name for name in wanted if entries[name].file == file):
+                    for name in sorted(name for name, entry in entries.items() if entry.file == file):
                         tensor = tensors.get_tensor(name).to(device=device, dtype=dtype)
                         yield name, nn.Parameter(tensor, requires_grad=False)
                         bar.update(entries[name].bytes)
             except SafetensorError as error:
-                raise ValueError(f"{file} cannot be read ({error}): {FETCH}") from error
+                raise damaged(f"{file} cannot be read ({error})") from error

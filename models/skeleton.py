@@ -35,10 +35,8 @@ def skeleton(
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     names = family.checkpoint_names(expected)
     if lost := [name for name in names.values() if name not in shapes]:
-        raise ValueError(
-            f"{origin} lacks tensors that its configuration asks for: {some(lost)}; "
-            f"found {some(shapes) or 'none'}: {REMEDY}"
-        )
+        names = f"{some(lost)}; found {some(shapes) or 'none'}"
+        raise ValueError(f"{origin} lacks tensors that its configuration asks for: {names}: {REMEDY}")
     for ours, theirs in names.items():
         if shapes[theirs] != expected[ours]:
             raise ValueError(
@@ -72,16 +70,11 @@ def _completed(family: Family, config: Mapping, shapes: Mapping[str, tuple[int, 
 def _check_sizes(spec: ModelSpec, config: Mapping, shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
     """Refuse more layers or longer rows than the tensors can have, before a network of that size is built."""
     if spec.num_layers > len(shapes):
-        raise ValueError(
-            f"{origin} lacks tensors that its configuration asks for: {len(shapes)} tensors are not "
-            f"{spec.num_layers} layers: {REMEDY}"
-        )
+        counts = f"{len(shapes)} tensors are not {spec.num_layers} layers"
+        raise ValueError(f"{origin} lacks tensors that its configuration asks for: {counts}: {REMEDY}")
     longest = max((max(shape) for shape in shapes.values() if shape and 0 not in shape), default=0)
-    sizes = {
-        "hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size, "vocab_size": spec.vocab_size,
-        "num_heads x head_dim": spec.num_heads * spec.head_dim,
-        "num_kv_heads x head_dim": spec.num_kv_heads * spec.head_dim,
-    }  # fmt: skip
+    sizes = {name: getattr(spec, name) for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    sizes |= {f"{name} x head_dim": getattr(spec, name) * spec.head_dim for name in ("num_heads", "num_kv_heads")}
     for name, size in sizes.items():
         if size > longest:
             # Families write the same size under different names.

@@ -8,7 +8,7 @@ from typing import Any
 
 from dkv.models.checkpoint import CONFIG
 from dkv.models.families import family_of
-from dkv.models.files import FETCH, is_there, read_json, read_text, some
+from dkv.models.files import damaged, is_there, read_json, read_text, some
 from dkv.models.folders import TOKENIZER_FILES, folder_of
 from dkv.models.keywords import hub_options
 
@@ -64,9 +64,9 @@ def load_tokenizer(
             reasons.append(str(error) or type(error).__name__)
     else:
         used = [name for name in (ALL_IN_ONE, WORDS, MERGES, "tokenizer_config.json") if name in files]
-        raise ValueError(f"transformers cannot read the tokenizer of {folder} ({some(used)}): {reasons[0]}: {FETCH}")
+        raise damaged(f"transformers cannot read the tokenizer of {folder} ({some(used)}): {reasons[0]}")
     if tokenizer.vocab_size < 1:
-        raise ValueError(f"the tokenizer of {folder} has an empty vocabulary: {FETCH}")
+        raise damaged(f"the tokenizer of {folder} has an empty vocabulary")
     return tokenizer
 
 
@@ -83,16 +83,12 @@ def _checked_files(folder: Path) -> dict[str, Any]:
     if not found and not others:
         raise FileNotFoundError(f"{folder} has no tokenizer: {advice}")
     if ALL_IN_ONE not in found and WORDS in found:
-        _check_merges(folder / MERGES, files[MERGES], files[WORDS])
+        # Every token of several letters comes from a merge.
+        merges = sum(bool(line) and not line.startswith("#version") for line in files[MERGES].splitlines())
+        longer = sum(len(word) > 1 for word in files[WORDS])
+        if 2 * merges < longer:
+            raise damaged(f"{folder / MERGES} is cut short: {merges} merges do not make {longer} tokens")
     return files
-
-
-def _check_merges(path: Path, text: str, words: dict[str, Any]) -> None:
-    """Refuse a list of merges that is empty or cut short: every token of several letters comes from one."""
-    merges = sum(bool(line) and not line.startswith("#version") for line in text.splitlines())
-    longer = sum(len(word) > 1 for word in words)
-    if 2 * merges < longer:
-        raise ValueError(f"{path} is cut short: {merges} merges do not make {longer} tokens: {FETCH}")
 
 
 def _classes(files: dict[str, Any]) -> list[Any]:

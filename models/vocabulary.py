@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dkv.models.files import FETCH, is_there, read_json
+from dkv.models.files import damaged, is_there, read_json
 from dkv.models.spec import ModelSpec
 
 
@@ -26,13 +26,12 @@ def with_vocab_limit(spec: ModelSpec, folder: Path) -> ModelSpec:
 
 def _known_ids(folder: Path) -> Iterator[int]:
     """The ids of the tokenizer in a folder; none if it has no vocabulary that can be read without its library."""
-    base = next(((name, ids) for name, ids in BASES if is_there(folder / name)), None)
-    for name, ids in (base, *MORE) if base else ():
-        path = folder / name
-        if is_there(path):
-            for one in ids(read_json(path)):
+    base = [(name, ids) for name, ids in BASES if is_there(folder / name)][:1]
+    for name, ids in [*base, *MORE] if base else []:
+        if is_there(folder / name):
+            for one in ids(read_json(folder / name)):
                 if type(one) is not int or one < 0:
-                    raise ValueError(f"{path} has a token with the id {one!r}: {FETCH}")
+                    raise damaged(f"{folder / name} has a token with the id {one!r}")
                 yield one
 
 

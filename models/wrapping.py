@@ -1,7 +1,7 @@
 """Models that are in memory already: recognised, checked, and shared."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The only child of a module that stands in front of a model: torch.compile's, and that of DataParallel and its kin.
 FRONTS = ("_orig_mod", "module")
 # What compiling or checkpointing one module puts into the names of its parameters.
-BETWEEN = ("_orig_mod.", "_checkpoint_wrapped_module.")
+BETWEEN = r"_orig_mod\.|_checkpoint_wrapped_module\."
 
 
 def wrap(hf_model: nn.Module) -> Transformer:
@@ -41,14 +41,14 @@ def wrap(hf_model: nn.Module) -> Transformer:
     if not isinstance(hf_model, nn.Module):
         raise TypeError(f"hf_model must be a model in memory, got {type(hf_model).__name__}: dkv.load takes a path")
     original = _behind_fronts(hf_model)
-    kind = type(original).__name__
+    kind, origin = type(original).__name__, f"the {type(original).__name__} in memory"
     if isinstance(original, Transformer):
         raise ValueError("this model is dkv's already: use it as it is")
-    parameters = _plain_parameters(original, f"the {kind} in memory")
-    config = getattr(original, "config", None)
-    if config is None:
+    parameters = _plain_parameters(original, origin)
+    found = getattr(original, "config", None)
+    if found is None:
         raise ValueError(f"{kind} has no config to tell its family: pass a LLaDA or Dream model")
-    config = dict(config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", config))
+    config = dict(found.to_dict() if hasattr(found, "to_dict") else getattr(found, "__dict__", found))
     family = family_of(config)
     roots = {pattern.partition(".")[0] for pattern in family.names}
     if not any(name.startswith("model.") for name in parameters):
@@ -58,7 +58,7 @@ def wrap(hf_model: nn.Module) -> Transformer:
         config[family.tied_field] = True
         del parameters[head]
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    model, names = skeleton(family, config, shapes, {}, f"the {kind} in memory")
+    model, names = skeleton(family, config, shapes, {}, origin)
     fill(model, names, parameters.items())
     return model.eval()
 
@@ -78,7 +78,7 @@ def _plain_parameters(model: nn.Module, origin: str) -> dict[str, nn.Parameter]:
     """
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(), model.named_modules())
     refuse_additions((name for kind in named for name, _ in kind), origin)
-    parameters = {_short(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    parameters = {re.sub(BETWEEN, "", name): p for name, p in model.named_parameters(remove_duplicate=False)}
     for name, p in parameters.items():
         if p.device.type == "meta":
             raise ValueError(f"{name} is on the meta device, without storage: load the weights first")
@@ -90,20 +90,9 @@ def _plain_parameters(model: nn.Module, origin: str) -> dict[str, nn.Parameter]:
             )
         if hasattr(p, "ds_id") and p.numel() == 0:
             raise ValueError(f"{name} is split over processes by DeepSpeed ZeRO: gather the weights, and load those")
-    _check_alike("dtypes", (str(p.dtype) for p in parameters.values()), "cast the model with .to(dtype)")
-    _check_alike("devices", (str(p.device) for p in parameters.values()), "move the model to one with .to(device)")
+    for what, advice in {"dtype": "cast the model", "device": "move the model to one"}.items():
+        counts = Counter(getattr(p, what) for p in parameters.values())
+        if len(counts) > 1:
+            parts = ", ".join(f"{number} of {one}" for one, number in counts.items())
+            raise ValueError(f"parameters of several {what}s cannot be shared ({parts}): {advice} with .to({what})")
     return parameters
-
-
-def _short(name: str) -> str:
-    """A parameter's name without what compiling or checkpointing a part of the model put into it."""
-    for inserted in BETWEEN:
-        name = name.replace(inserted, "")
-    return name
-
-
-def _check_alike(what: str, found: Iterable[str], advice: str) -> None:
-    counts = Counter(found)
-    if len(counts) > 1:
-        parts = ", ".join(f"{number} of {one}" for one, number in counts.items())
-        raise ValueError(f"parameters of several {what} cannot be shared ({parts}): {advice}")

@@ -40,18 +40,15 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands. It imports neither torch nor transformers, so help is quick."""
-    parser = Parser(
-        prog="dkv", description="Fast decoding of diffusion language models with dKV-Cache.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    about = "Fast decoding of diffusion language models with dKV-Cache."
+    parser = Parser(prog="dkv", description=about, epilog=EXAMPLES, **form)
     parser.add_argument("--version", action="version", version=f"dkv {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in (generate, infill, trace, demo, bench, eval, verify, info, audit):
         name = command.__name__.rpartition(".")[2]
-        options = commands.add_parser(
-            name, help=command.SUMMARY, description=command.SUMMARY, epilog=command.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        )  # fmt: skip
+        about = command.SUMMARY
+        options = commands.add_parser(name, help=about, description=about, epilog=command.EXAMPLES, **form)
         command.add_arguments(options)
         options.set_defaults(run=command.run, parser=options)
     return parser

@@ -5,7 +5,7 @@ import json
 import secrets
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 SUMMARY = "Continue a prompt with a diffusion language model."
 
@@ -26,22 +26,11 @@ the final text is written. What follows its end is not computed, unless --raw as
 prompt that begins with a dash after `--`.
 """
 
-# Options that go into the policy, by their names there.
-POLICY_OPTIONS = ("refresh", "window", "warmup", "shift_rule", "delayed")
-# Options that go into `dkv.DiffusionConfig` as they are; the others have its defaults.
-SETTINGS = (
-    "max_new_tokens", "steps", "block_length", "schedule", "confidence", "confidence_dtype", "temperature", "top_p",
-    "top_k", "threshold", "factor", "cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf",
-)  # fmt: skip
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation(parser, "every line that is not blank is a prompt; they make one batch")
-    add = parser.add_argument_group("output").add_argument
-    add("--raw", action="store_true", help="do not cut the text at its end, and write special tokens out")
-    add("--stats", action="store_true", help="tokens, time, passes, computed share and seed on standard error")
-    add("--json", action="store_true", help="an object with text, tokens and stats (with --lines: lists of them)")
-    add("--no-stream", action="store_true", help="do not show drafts in a terminal")
+    raw, stats = "do not cut the text at its end, and write special tokens out", "tokens, time, passes, computed share"
+    add_output(parser, raw, stats, "text, tokens")
 
 
 def add_generation(parser: argparse.ArgumentParser, lines: str) -> None:
@@ -49,10 +38,7 @@ def add_generation(parser: argparse.ArgumentParser, lines: str) -> None:
     add = add_source(parser, "prompt", "text to continue", lines)
     add("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     add_model(parser)
-    add = parser.add_argument_group("decoding").add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="slots to fill (default: %(default)s)")
-    add_decoding(add)
-    add_cache(parser)
+    add_decoding(parser, new_tokens=128)
 
 
 def add_source(parser: argparse.ArgumentParser, name: str, text: str, lines: str) -> Any:
@@ -71,8 +57,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
 
 
-def add_decoding(add: Any) -> None:
-    """The options of steps, rules and random numbers, by the `add_argument` of their group."""
+def add_output(parser: argparse.ArgumentParser, raw: str, stats: str, facts: str) -> None:
+    """The options of what is written, for `write`; their helps say what is raw, and what the others tell."""
+    add = parser.add_argument_group("output").add_argument
+    add("--raw", action="store_true", help=raw)
+    add("--stats", action="store_true", help=f"{stats} and seed on standard error")
+    add("--json", action="store_true", help=f"an object with {facts} and stats (with --lines: lists of them)")
+    add("--no-stream", action="store_true", help="do not show drafts in a terminal")
+
+
+def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None) -> None:
+    """The options of steps, rules, random numbers and cache; of the number of slots, if it has this default."""
+    add = parser.add_argument_group("decoding").add_argument
+    if new_tokens is not None:
+        add("--max-new-tokens", type=int, default=new_tokens, metavar="N", help="slots to fill (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="passes in all (default: one per slot)")
     add("--block-length", type=int, metavar="N", help="fill blocks of N slots one by one (default: one block)")
     add("--schedule", help="blocks (LLaDA) or time (Dream) (default: that of the model)")
@@ -80,18 +78,10 @@ def add_decoding(add: Any) -> None:
     add("--confidence", default="probability", help=f"what is decoded first: {rules} (default: %(default)s)")
     published = "exact, or model: rounded to the model's dtype, as in Dream's published code"
     add("--confidence-dtype", default="exact", metavar="KIND", help=f"{published} (default: %(default)s)")
-    add(
-        "--threshold",
-        type=float,
-        metavar="P",
-        help="fill all slots that are at least so sure; --steps is then a limit",
-    )
-    add(
-        "--factor",
-        type=float,
-        metavar="F",
-        help="fill the n surest slots, n as large as (n+1)(1-confidence)<F allows",
-    )
+    limit = "fill all slots that are at least so sure; --steps is then a limit"
+    add("--threshold", type=float, metavar="P", help=limit)
+    surest = "fill the n surest slots, n as large as (n+1)(1-confidence)<F allows"
+    add("--factor", type=float, metavar="F", help=surest)
     add("--cfg-scale", type=float, default=0.0, metavar="S", help="guidance by the prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0 tokens are drawn (default: %(default)s)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
@@ -99,9 +89,6 @@ def add_decoding(add: Any) -> None:
     add("--logits-eos-inf", action="store_true", help="never emit the token that ends a text")
     add("--confidence-eos-eot-inf", action="store_true", help="fill slots with a token that ends a text or a turn last")
     add("--seed", type=int, metavar="N", help="of the random numbers, in every row (default: new ones; see --stats)")
-
-
-def add_cache(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "cache", "The policy and its options; each goes with the policies in brackets, see also dkv info."
     ).add_argument
@@ -125,10 +112,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.raw:
         # What follows the end of a text is not shown.
         config.update(eos_token_id=end_ids(tokenizer, model.spec))
-    stream = draws_drafts() and not (args.json or args.no_stream)
     # Every draft costs a copy from the device: none where nobody sees it.
     streamer = None
-    if stream:
+    if draws_drafts() and not (args.json or args.no_stream):
         streamer = DraftStreamer(tokenizer, model.spec, args.raw)
     elif sys.stderr.isatty():
         streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
@@ -139,26 +125,37 @@ def run(args: argparse.Namespace) -> int:
             streamer.end()
     rows = output.sequences[:, ids.shape[1] :].tolist()
     texts = [answer(tokenizer, model.spec, row, args.raw) for row in rows]
-    if args.json:
-        text, tokens = (texts, rows) if args.lines else (texts[0], rows[0])
-        print(json.dumps({"text": text, "tokens": tokens, "stats": output.stats.to_dict()}))
-    elif not stream:
-        print(*texts, sep="\n")
-    # Where nobody reads the answer, there is nothing to add.
-    sys.stdout.flush()
-    tell_of_empty(args, texts, rows)
-    if args.stats:
-        print(summary(output.stats), file=sys.stderr)
-    return 0
-
-
-def tell_of_empty(args: argparse.Namespace, texts: list[str], rows: list[list[int]]) -> None:
-    """Say so on standard error where slots were filled and there is no text to show for it."""
+    why = "the model ended it at once" if not args.raw else "its tokens have no text"
+    notes = []
     for number, (text, row) in enumerate(zip(texts, rows, strict=True), 1):
         if row and not text:
             where = f"prompt {number}: the" if args.lines else "the"
-            why = "the model ended it at once" if not args.raw else "its tokens have no text"
-            print(f"dkv generate: {where} answer is empty, as {why}; --raw shows what follows the end", file=sys.stderr)
+            notes.append(f"{where} answer is empty, as {why}; --raw shows what follows the end")
+    shown = isinstance(streamer, DraftStreamer)
+    text = "" if shown else "".join(f"{text}\n" for text in texts)
+    write(args, {"text": texts, "tokens": rows}, output.stats, text, notes)
+    return 0
+
+
+def write(
+    args: argparse.Namespace, facts: dict[str, list], stats: Any, text: str, notes: list[str], begin: str = ""
+) -> None:
+    """Write an answer, as text or as JSON of the facts of every row; on standard error the notes, and what it cost.
+
+    Args:
+        notes: what there is to say of the answer.
+        begin: of the line with what it cost.
+    """
+    if args.json:
+        facts = facts if args.lines else {name: values[0] for name, values in facts.items()}
+        text = json.dumps({**facts, "stats": stats.to_dict()}) + "\n"
+    sys.stdout.write(text)
+    # Where nobody reads the answer, there is nothing to add.
+    sys.stdout.flush()
+    for note in notes:
+        print(f"dkv {args.command}: {note}", file=sys.stderr)
+    if args.stats:
+        print(f"{begin}{summary(stats)}", file=sys.stderr)
 
 
 def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any, Any, Any]:
@@ -218,37 +215,36 @@ def read_source(args: argparse.Namespace, name: str, newline: str | None = None)
         OSError: the file cannot be read.
     """
     text, source = args.prompt, None
-    if args.file is not None:
-        if text is not None:
-            raise ValueError(f"give a {name} or --file, not both")
-        with args.file.open(encoding="utf-8", newline=newline) as stream:
-            text, source = _read(stream, args.file), args.file
-    elif text in (None, "-"):
-        if text is None and sys.stdin.isatty():
-            raise ValueError(f"no {name}: give one, or --file FILE, or pipe it in")
-        if newline is not None and hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(newline=newline)
-        text, source = _read(sys.stdin, "standard input"), "standard input"
+    if args.file is not None and text is not None:
+        raise ValueError(f"give a {name} or --file, not both")
+    if args.file is None and text is None and sys.stdin.isatty():
+        raise ValueError(f"no {name}: give one, or --file FILE, or pipe it in")
     try:
+        if args.file is not None:
+            source = args.file
+            with source.open(encoding="utf-8", newline=newline) as stream:
+                text = stream.read()
+        elif text in (None, "-"):
+            source = "standard input"
+            if newline is not None and hasattr(sys.stdin, "reconfigure"):
+                sys.stdin.reconfigure(newline=newline)
+            text = sys.stdin.read()
         # Bytes that are not text in the system's encoding, which may be ASCII, arrive as halves of surrogate pairs.
         return text.encode("utf-8", "surrogateescape").decode("utf-8"), source
     except UnicodeError as error:
-        raise ValueError(f"{source or name.upper()} is not text in UTF-8") from error
-
-
-def _read(stream: TextIO, source: object) -> str:
-    try:
-        return stream.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not text in {error.encoding}") from error
+        raise ValueError(f"{source or name.upper()} is not text in {error.encoding}") from error
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `dkv.DiffusionConfig` that the arguments ask for."""
-    policy = {name: value for name in POLICY_OPTIONS if (value := getattr(args, name)) is not None}
+    from dkv.engine.config import DEFAULTS
+    from dkv.policies import POLICY_OPTIONS
+
+    given = vars(args)
+    policy = {name: given[name] for name in POLICY_OPTIONS if given.get(name) is not None}
     # Without a budget there are gaps to fill, and no slots to add.
-    chosen = {"max_new_tokens": 0} | {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    return {**chosen, "seed": args.seed, "cache": {"name": args.cache, **policy}}
+    chosen = {"max_new_tokens": 0} | {name: value for name, value in given.items() if name in DEFAULTS}
+    return {**chosen, "cache": {"name": args.cache, **policy}}
 
 
 def summary(stats: Any) -> str:

@@ -1,20 +1,9 @@
 """`dkv infill`: fill the gaps of a text, of known and of unknown length."""
 
 import argparse
-import json
 import re
-import sys
 
-from dkv.cli.generate import (
-    add_cache,
-    add_decoding,
-    add_model,
-    add_source,
-    draw_seeds,
-    load,
-    read_source,
-    summary,
-)
+from dkv.cli import generate
 
 SUMMARY = "Fill the gaps of a text with a diffusion language model, and change nothing else."
 
@@ -38,18 +27,14 @@ every line is a text of its own, and lines without a gap are handed on. Write a 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_source(parser, "text", "text with gaps", "every line is a text; those with gaps make one batch")
+    generate.add_source(parser, "text", "text with gaps", "every line is a text; those with gaps make one batch")
     add = parser.add_argument_group("gaps").add_argument
     add("--marker", default="[MASK]", metavar="TEXT", help="stands for a missing token (default: %(default)s)")
     add("--gap", type=int, metavar="N", help="a marker without a number stands for 0 to N tokens (default: for one)")
-    add_model(parser)
-    add_decoding(parser.add_argument_group("decoding").add_argument)
-    add_cache(parser)
-    add = parser.add_argument_group("output").add_argument
-    add("--raw", action="store_true", help="write special tokens in the gaps out")
-    add("--stats", action="store_true", help="lengths of the gaps, time, passes and seed on standard error")
-    add("--json", action="store_true", help="an object with text, gaps, tokens and stats (with --lines: lists of them)")
-    add("--no-stream", action="store_true", help="do not show drafts in a terminal")
+    generate.add_model(parser)
+    generate.add_decoding(parser)
+    raw, stats = "write special tokens in the gaps out", "lengths of the gaps, time, passes"
+    generate.add_output(parser, raw, stats, "text, gaps, tokens")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from dkv.tools.streaming import draws_drafts
     from dkv.tools.text import filling_text, mask_text
 
-    config, model, tokenizer = load(args)
+    config, model, tokenizer = generate.load(args)
     own = mask_text(tokenizer, model.spec)
     texts = [marked(text, args.marker, own, args.gap) for text, _ in lines]
     with_gaps = [number for number, text in enumerate(texts) if text.gaps]
     if not with_gaps:
         raise ValueError(f"no gap: there is no {args.marker} in the text{f', and no {own}' if own else ''}")
-    draw_seeds(config, len(with_gaps))
+    generate.draw_seeds(config, len(with_gaps))
     streamer = GapStreamer(tokenizer, model.spec) if draws_drafts() and not (args.json or args.no_stream) else None
     found = dkv.fill_gaps(model, [texts[number].tokens(tokenizer) for number in with_gaps], config, streamer)
     tokens: list[list[list[int]]] = [[] for _ in lines]
@@ -79,20 +64,19 @@ def run(args: argparse.Namespace) -> int:
         tokens[number] = fillings
     gaps = [[filling_text(tokenizer, filling, args.raw) for filling in fillings] for fillings in tokens]
     filled = [text.joined(fillings) for text, fillings in zip(texts, gaps, strict=True)]
-    if args.json:
-        facts = {"text": filled, "gaps": gaps, "tokens": tokens}
-        facts = facts if args.lines else {name: value[0] for name, value in facts.items()}
-        print(json.dumps({**facts, "stats": found.stats.to_dict()}))
-    elif streamer is not None:
+    if streamer is not None:
         streamer.finish(filled)
-    else:
-        sys.stdout.write("".join(text + end for text, (_, end) in zip(filled, lines, strict=True)))
-    # Where nobody reads the answer, there is nothing to add.
-    sys.stdout.flush()
-    tell_of_empty(args, tokens, gaps)
-    if args.stats:
-        lengths = [len(filling) for fillings in tokens for filling in fillings]
-        print(f"gaps of {', '.join(map(str, lengths))} tokens; {summary(found.stats)}", file=sys.stderr)
+    text = "" if streamer is not None else "".join(text + end for text, (_, end) in zip(filled, lines, strict=True))
+    notes, lengths = [], []
+    for row, (fillings, found_texts) in enumerate(zip(tokens, gaps, strict=True), 1):
+        for number, (filling, found_text) in enumerate(zip(fillings, found_texts, strict=True), 1):
+            lengths.append(len(filling))
+            if filling and not found_text:
+                where = f"line {row}, gap {number}" if args.lines else f"gap {number}"
+                why = "the model put special tokens there, such as the end of a text; --raw writes them out"
+                notes.append(f"{where} is empty: {why}")
+    begin = f"gaps of {', '.join(map(str, lengths))} tokens; "
+    generate.write(args, {"text": filled, "gaps": gaps, "tokens": tokens}, found.stats, text, notes, begin)
     return 0
 
 
@@ -102,7 +86,7 @@ def read_lines(args: argparse.Namespace) -> list[tuple[str, str]]:
     Raises:
         ValueError, OSError: as `read_source`.
     """
-    text, source = read_source(args, "text", newline="")
+    text, source = generate.read_source(args, "text", newline="")
     parts = re.findall(r"[^\n]*\n|[^\n]+", text) if args.lines else [text]
     lines = []
     for part in parts:
@@ -110,13 +94,3 @@ def read_lines(args: argparse.Namespace) -> list[tuple[str, str]]:
         # An argument has no end of line, and gets one in the output.
         lines.append((body, part[len(body) :] if source else "\n"))
     return lines
-
-
-def tell_of_empty(args: argparse.Namespace, tokens: list[list[list[int]]], gaps: list[list[str]]) -> None:
-    """Say so on standard error where all that a gap got are special tokens, which are not written out."""
-    for row, (fillings, texts) in enumerate(zip(tokens, gaps, strict=True), 1):
-        for number, (filling, text) in enumerate(zip(fillings, texts, strict=True), 1):
-            if filling and not text:
-                where = f"line {row}, gap {number}" if args.lines else f"gap {number}"
-                why = "the model put special tokens there, such as the end of a text; --raw writes them out"
-                print(f"dkv infill: {where} is empty: {why}", file=sys.stderr)

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation(parser, argparse.SUPPRESS)
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("trace"), metavar="FOLDER", help="of both files (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE",
-        help="everything that was recorded, as JSON too; - for standard output")  # fmt: skip
+    everything = "everything that was recorded, as JSON too; - for standard output"
+    add("--json", type=Path, metavar="FILE", help=everything)
 
 
 def run(args: argparse.Namespace) -> int:

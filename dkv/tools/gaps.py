@@ -32,6 +32,7 @@ from dkv.engine.output import Stats
 from dkv.engine.records import NAMES
 from dkv.engine.settings import BY_ROW
 from dkv.tools.likelihood import Copy, log_probabilities, masked_places
+from dkv.tools.text import padded
 
 # Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.
 REACH, SAMPLES, COPIES = 16, 8, 32
@@ -119,7 +120,7 @@ def fill_gaps(
             scores[row][number] = found = _scores(model, layout, number, search)
             # Of equal scores the shorter length: there is no reason for more.
             layout.lengths[number] = max(found, key=found.get)
-    ids, real = (t.to(model.device) for t in _padded([layout.tokens(model.spec.mask_token_id) for layout in layouts]))
+    ids, real = (t.to(model.device) for t in padded([layout.tokens(model.spec.mask_token_id) for layout in layouts]))
     output = infill(model, ids, real, generation_config=config, streamer=streamer)
     rows = [row[: layout.size] for row, layout in zip(output.sequences.tolist(), layouts, strict=True)]
     counts = ("passes", "full_passes", "computed_slots", "total_slots")
@@ -218,14 +219,6 @@ def _listed(texts: Any) -> list[list[Any]]:
         if isinstance(text, str) or not isinstance(text, kinds):
             raise TypeError(f"a text must be a list of token ids and gaps, such as [5, dkv.Gap(0, 8), 3], got {text!r}")
     return [[part if isinstance(part, Gap) else plain(part) for part in text] for text in texts]
-
-
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, int64 [B, L], padded on the right."""
-    width = max(map(len, rows), default=0)
-    ids = [row + [0] * (width - len(row)) for row in rows]
-    real = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return torch.tensor(ids).view(len(rows), width).long(), torch.tensor(real).view(len(rows), width).long()
 
 
 def _check(model: Any, layouts: Sequence[_Layout], config: DiffusionConfig) -> None:

@@ -21,6 +21,7 @@ from dkv.core.kv_cache import KVCache
 from dkv.engine.generate import generate
 from dkv.engine.output import Stats
 from dkv.engine.sampler import LOGITS_AT_A_TIME
+from dkv.tools.text import padded
 
 # Token ids of a prompt, and of an answer to it.
 Question = tuple[Sequence[int], Sequence[int]]
@@ -89,7 +90,7 @@ def are_greedy(model: Any, questions: Sequence[Question], *, batch_size: int = 3
     for length, owners in asked.items():
         prompts = iter(sorted(owners, key=len, reverse=True))
         while batch := list(islice(prompts, batch_size)):
-            ids, mask = (t.to(model.device) for t in _left_padded(batch))
+            ids, mask = (t.to(model.device) for t in padded(batch, left=True))
             output = generate(model, ids, mask, max_new_tokens=length, block_length=length, seed=0)
             for prompt, given in zip(batch, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
                 yield from ((i, given == list(questions[i][1])) for i in owners[prompt])
@@ -147,16 +148,14 @@ def masked_places(length: int, samples: int, rng: random.Random) -> list[tuple[s
 def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     """Float [n]: the log-probability of every read of the copies, one copy after the other."""
     spec, device, lengths = model.spec, model.device, [len(copy.tokens) for copy in copies]
-    size, most = max(lengths), max(len(copy.reads) for copy in copies)
-    tokens = torch.tensor([copy.tokens + [0] * (size - len(copy.tokens)) for copy in copies], device=device)
+    tokens, size = padded([copy.tokens for copy in copies])[0].to(device), max(lengths)
     # The output that predicts a slot is its own, or in a shifted model that of the slot before.
-    places = [[slot - spec.shifted for slot, _, _ in copy.reads] for copy in copies]
-    rows = torch.tensor([row + [0] * (most - len(row)) for row in places], device=device)
-    real = torch.tensor([[i < len(row) for i in range(most)] for row in places], device=device)
+    places = padded([[slot - spec.shifted for slot, _, _ in copy.reads] for copy in copies])
+    rows, real = (t.to(device) for t in places)
     targets = torch.tensor([token for copy in copies for _, token, _ in copy.reads], device=device)
     ranges = None if min(lengths) == size else torch.tensor([[0, length] for length in lengths], device=device)
     positions = torch.arange(size, device=device).expand(len(copies), size)
-    hidden = model.step(tokens, positions, KVCache(len(copies), size), key_ranges=ranges, rows=rows)[real]
+    hidden = model.step(tokens, positions, KVCache(len(copies), size), key_ranges=ranges, rows=rows)[real.bool()]
     at_a_time = max(1, LOGITS_AT_A_TIME // spec.vocab_size)
     found = []
     for part, wanted in zip(hidden.split(at_a_time), targets.split(at_a_time), strict=True):
@@ -188,11 +187,3 @@ def _check(model: Any, questions: Sequence[Question], **counts: int) -> None:
             raise ValueError(f"question {i} has no prompt: this model predicts a token from the slot before it")
         if odd := [token for token in (*prompt, *answer) if not 0 <= token < spec.vocab_size]:
             raise ValueError(f"question {i} has the id {odd[0]}, the model's vocabulary ends at {spec.vocab_size - 1}")
-
-
-def _left_padded(rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, int64 [B, P]."""
-    width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids).view(len(rows), width).long(), torch.tensor(mask).view(len(rows), width).long()

@@ -30,9 +30,17 @@ def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False) -> tuple[
         prompts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in talks]
     # A template writes the special tokens itself.
     rows = [ids_of(tokenizer, prompt, add_special_tokens=not chat) for prompt in prompts]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
+    return padded(rows, left=True)
+
+
+def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one batch, padded on the right or on the left: ids and attention mask, both int64 [B, L]."""
+    width = max(map(len, rows), default=0)
+    ids, mask = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
+    for number, row in enumerate(rows):
+        slots = slice(width - len(row), width) if left else slice(len(row))
+        ids[number, slots] = torch.tensor(row, dtype=torch.int64)
+        mask[number, slots] = 1
     return ids, mask
 
 

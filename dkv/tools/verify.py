@@ -84,12 +84,10 @@ def dream_settings(case: Case) -> dict[str, Any]:
     """The settings of `dkv.generate` that stand for those of a Dream run."""
     s = case.settings
     kind = s["cache_type"] if s["use_cache"] else None
-    cache = {
-        None: lambda: dkv.NoCache(),
-        "prefill": lambda: dkv.PrefillCache(),
-        "decoded": lambda: dkv.DecodeCache(s["cache_steps"], shift_rule=s["shift_type"]),
-        "pd": lambda: dkv.PrefillDecodeCache(s["cache_steps"], shift_rule=s["shift_type"]),
-    }[kind]()
+    cache = {None: dkv.NoCache(), "prefill": dkv.PrefillCache()}.get(kind)
+    if cache is None:
+        policy = {"decoded": dkv.DecodeCache, "pd": dkv.PrefillDecodeCache}[kind]
+        cache = policy(s["cache_steps"], shift_rule=s["shift_type"])
     names = ("max_new_tokens", "steps", "eps", "alg", "alg_temp", "temperature", "top_p", "top_k")
     return {"cache": cache, "schedule": "time", "mask_token_id": s["mask_id"], **{name: s[name] for name in names}}
 
@@ -142,13 +140,11 @@ FAST_DLLM = {
 def _check_blocks(case: Case, model: Any) -> str:
     """A run of Fast-dLLM, whose code does not look at the number of steps where it has a threshold."""
     f, t = case.facts, case.tensors
-    rule = {"steps": f["steps"]} if f["threshold"] is None else {"threshold": f["threshold"]}
-    output = dkv.generate(
-        model, t["prompt"].long(), gen_length=f["gen_length"], block_length=f["block_length"], output_active=True,
-        cache=FAST_DLLM[f["function"]], schedule="blocks", **rule,
-    )  # fmt: skip
-    if not torch.equal(output.sequences, t["final"].long()):
-        raise Mismatch("the final sequences differ from the recorded ones")
+    rule = "steps" if f["threshold"] is None else "threshold"
+    settings = {name: f[name] for name in ("gen_length", "block_length", rule)}
+    settings |= {"cache": FAST_DLLM[f["function"]], "schedule": "blocks", "output_active": True}
+    output = dkv.generate(model, t["prompt"].long(), **settings)
+    _check_final(t, output)
     computed, recorded = output.active.sum((1, 2)).tolist(), t["call_lengths"].tolist()
     needed: list[int] = []
     for before, slots in zip([0, *recorded], recorded, strict=False):
@@ -171,6 +167,10 @@ def _check_tokens(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
                 f"step {step}, row {row}, column {column}: token {int(found[row, column])}, "
                 f"recorded {int(expected[row, column])}"
             )
+    _check_final(t, output)
+
+
+def _check_final(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
     if not torch.equal(output.sequences, t["final"].long()):
         raise Mismatch("the final sequences differ from the recorded ones")
 

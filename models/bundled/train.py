@@ -22,9 +22,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +40,13 @@ from dkv.version import versions
 
 ALPHABET = "0123456789+-= .#/"
 EOS, MASK = len(ALPHABET), len(ALPHABET) + 1
-_LLADA = ModelSpec(
-    family="llada", vocab_size=len(ALPHABET) + 2, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4,
-    head_dim=32, intermediate_size=384, max_positions=512, rope_theta=200.0, norm_eps=1e-5,
-    mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS,
-)  # fmt: skip
+_SIZES = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "head_dim": 32, "intermediate_size": 384}
+_IDS = {"vocab_size": len(ALPHABET) + 2, "mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": EOS}
+_BOTH = {**_SIZES, **_IDS, "max_positions": 512, "rope_theta": 200.0}
+_DREAM = {"num_kv_heads": 2, "norm_eps": 1e-6, "qkv_bias": True, "shifted": True, "rope_float32": False}
 SPECS = {
-    "tiny": _LLADA,
-    "tiny-dream": replace(
-        _LLADA, family="dream", num_kv_heads=2, norm_eps=1e-6, qkv_bias=True, shifted=True, rope_float32=False
-    ),
+    "tiny": ModelSpec("llada", num_kv_heads=4, norm_eps=1e-5, **_BOTH),
+    "tiny-dream": ModelSpec("dream", **_DREAM, **_BOTH),
 }
 CHECKPOINT, LOG = "checkpoint.pt", "training.jsonl"
 # What the folder holds at the end.
@@ -137,10 +133,8 @@ class Training:
         self.saved = self.step
 
     def save(self, checkpoint: Path) -> None:
-        state = {
-            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.step, "seconds": self.seconds,
-        }  # fmt: skip
+        state = {"model": self.model.state_dict(), "step": self.step, "seconds": self.seconds}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         with files.writing(checkpoint) as part:
             torch.save(state, part)
         self.saved = self.step
@@ -179,10 +173,10 @@ class Training:
             self.seconds += time.perf_counter() - tick
             line = {"step": self.step, "seconds": round(self.seconds)}
             for number, name in enumerate(("loss", "hit")):
-                line[name] = {t: _mean(found[t][number] for found in recent) for t in TASKS}
+                line[name] = {t: round(mean(found[t][number] for found in recent), 4) for t in TASKS}
             if self.step % ANSWERS == 0:
                 line["exact"] = {t: exact_answers(self.model, t, held_out(16, seed=1, task=t)) for t in TASKS}
-            write_line(out, line)
+            files.append_line(out / LOG, json.dumps(line))
             bar.print(json.dumps(line))
             self.save(out / CHECKPOINT)
             tick = time.perf_counter()
@@ -192,15 +186,6 @@ class Training:
         if not self.saved:
             return ""
         return f"step {self.saved} of {self.step} is kept in {out / CHECKPOINT}: repeat the command to go on"
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return round(sum(values) / len(values), 4)
-
-
-def write_line(out: Path, line: dict) -> None:
-    files.append_line(out / LOG, json.dumps(line))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -225,13 +210,14 @@ def main(argv: list[str] | None = None) -> None:
         training.load(args.out / CHECKPOINT)
         print(f"resuming at step {training.step}")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    write_line(args.out, {"from_step": training.step, **settings, "threads": torch.get_num_threads(), **versions()})
+    line = {"from_step": training.step, **settings, "threads": torch.get_num_threads(), **versions()}
+    files.append_line(args.out / LOG, json.dumps(line))
     with process.keeping(lambda: training.kept(args.out)):
         training.run(args.out, args.steps, args.batch)
     save_model(training.model, args.out)
     save_tokenizer(args.out, ALPHABET, EOS, MASK, training.model.spec.family)
     exact = {task: exact_answers(training.model, task, held_out(500, task=task)) for task in TASKS}
-    write_line(args.out, {"step": training.step, "exact_of_500": exact})
+    files.append_line(args.out / LOG, json.dumps({"step": training.step, "exact_of_500": exact}))
     print(*(f"{task}: {share:.1%} of 500 unseen problems answered exactly" for task, share in exact.items()), sep="\n")
 
 

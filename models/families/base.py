@@ -1,4 +1,4 @@
-"""What an adapter is: how to recognise a configuration, read it, write it, and name its tensors."""
+"""What an adapter of a model family is."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,10 @@ from dkv.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Family:
-    """An adapter: how to recognise a configuration, read it, write it, and name its tensors."""
+    """An adapter: how to recognise a configuration, read it, write it, and name its tensors.
+
+    `config` writes the fields of the family's own; `dkv.models.export` adds those that all families share.
+    """
 
     name: str
     model_types: tuple[str, ...]

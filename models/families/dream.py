@@ -9,7 +9,7 @@ from dkv.models.spec import ModelSpec
 SWITCHES = {"hidden_act": "silu", "use_sliding_window": False}
 
 # Size of a published vocabulary -> ids that some of its files leave out. Elsewhere these would be any tokens.
-IDS = {152064: {"mask": 151666, "end": 151643, "turn_end": 151645}}
+IDS = {152064: {"mask_token_id": 151666, "eos_token_id": 151643, "eot_token_id": 151645}}
 
 # Checkpoint module -> module of `Transformer`; {} is the number of the layer.
 NAMES = {
@@ -42,8 +42,6 @@ def spec(config: Mapping) -> ModelSpec:
         head_dim = fields.share(config, "hidden_size", "num_attention_heads")
     else:
         head_dim = fields.count(config, "head_dim")
-    usual = IDS.get(rows, {})
-    eos = fields.token_id(config, "eos_token_id", usual.get("end"), rows)
     return ModelSpec(
         family="dream",
         vocab_size=rows,
@@ -56,10 +54,7 @@ def spec(config: Mapping) -> ModelSpec:
         max_positions=fields.count(config, "max_position_embeddings", 32768),
         rope_theta=fields.rope_theta(config, 10000.0),
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-6),
-        mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
-        eos_token_id=eos,
-        eot_token_id=fields.token_id(config, "eot_token_id", usual.get("turn_end"), rows),
-        pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
+        **fields.token_ids(config, IDS.get(rows, {}), rows),
         qkv_bias=True,
         tied_head=fields.flag(config, "tie_word_embeddings", False),
         shifted=True,
@@ -68,19 +63,25 @@ def spec(config: Mapping) -> ModelSpec:
 
 
 def config(spec: ModelSpec) -> dict:
-    """A Dream configuration of these sizes, without its dtype."""
+    """The fields of a Dream configuration that are Dream's own."""
     return {
-        "architectures": ["DreamModel"], "model_type": "Dream", **SWITCHES,
-        "hidden_size": spec.hidden_size, "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
-        "intermediate_size": spec.intermediate_size, "vocab_size": spec.vocab_size,
-        "tie_word_embeddings": spec.tied_head, "max_position_embeddings": spec.max_positions,
-        "rope_theta": spec.rope_theta, "rms_norm_eps": spec.norm_eps,
-        "attention_dropout": 0.0, "initializer_range": 0.02, "sliding_window": None,
+        **SWITCHES,
+        "architectures": ["DreamModel"],
+        "model_type": "Dream",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "sliding_window": None,
         "max_window_layers": 28,
-        "mask_token_id": spec.mask_token_id, "bos_token_id": spec.eos_token_id, "eos_token_id": spec.eos_token_id,
-        "pad_token_id": spec.pad_token_id,
-    }  # fmt: skip
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "intermediate_size": spec.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": spec.tied_head,
+        "max_position_embeddings": spec.max_positions,
+        "bos_token_id": spec.eos_token_id,
+    }
 
 
 FAMILY = Family(

@@ -75,7 +75,20 @@ def share(config: Mapping, whole_field: str, parts_field: str) -> int:
     return whole // parts
 
 
-def token_id(config: Mapping, field: str, default: int | None, rows: int) -> int | None:
+def token_ids(config: Mapping, usual: Mapping[str, int], rows: int) -> dict[str, int | None]:
+    """The special tokens of a `ModelSpec`, all below `rows`; `usual` are those that a file may leave out."""
+    eos = _token_id(config, "eos_token_id", usual.get("eos_token_id"), rows)
+    defaults = {"mask_token_id": None, "eos_token_id": eos, "eot_token_id": None, "pad_token_id": eos, **usual}
+    found = {field: _token_id(config, field, default, rows) for field, default in defaults.items()}
+    if found["mask_token_id"] is None:
+        raise ValueError(
+            f"the configuration has no mask_token_id, and a vocabulary of {rows} has no usual one: "
+            "add the id of the mask token to config.json"
+        )
+    return found
+
+
+def _token_id(config: Mapping, field: str, default: int | None, rows: int) -> int | None:
     """A token id, or the first of a list of them."""
     found = config.get(field)
     listed = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
@@ -85,17 +98,6 @@ def token_id(config: Mapping, field: str, default: int | None, rows: int) -> int
             "or take it from the same place as the weights"
         )
     return listed[0] if listed else default
-
-
-def mask_id(config: Mapping, default: int | None, rows: int) -> int:
-    """The id of the mask token, which every model must have."""
-    found = token_id(config, "mask_token_id", default, rows)
-    if found is None:
-        raise ValueError(
-            f"the configuration has no mask_token_id, and a vocabulary of {rows} has no usual one: "
-            "add the id of the mask token to config.json"
-        )
-    return found
 
 
 def rope_theta(config: Mapping, default: float) -> float:

@@ -7,14 +7,14 @@ from dkv.models.families.base import Family
 from dkv.models.spec import ModelSpec
 
 # Switches with one implemented setting each; an absent one counts as set so.
-SWITCHES = {
-    "block_type": "llama", "block_group_size": 1, "activation_type": "silu", "rope": True, "alibi": False,
-    "layer_norm_type": "rms", "layer_norm_with_affine": True, "bias_for_layer_norm": False,
-    "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False,
-}  # fmt: skip
+SWITCHES = (
+    {"block_type": "llama", "block_group_size": 1, "activation_type": "silu", "layer_norm_type": "rms"}
+    | dict.fromkeys(("rope", "layer_norm_with_affine"), True)
+    | dict.fromkeys(("alibi", "bias_for_layer_norm", "attention_layer_norm", "input_emb_norm", "scale_logits"), False)
+)
 
 # Size of a published vocabulary -> ids that some of its files leave out. Elsewhere these would be any tokens.
-IDS = {size: {"mask": 126336, "end": 126081, "turn_end": 126348} for size in (126464, 134656)}
+IDS = {size: {"mask_token_id": 126336, "eos_token_id": 126081, "eot_token_id": 126348} for size in (126464, 134656)}
 
 # Checkpoint module -> module of `Transformer`; {} is the number of the layer.
 NAMES = {
@@ -48,7 +48,6 @@ def spec(config: Mapping) -> ModelSpec:
     hidden, heads = fields.count(config, "d_model"), fields.count(config, "n_heads")
     rows = fields.count(config, "embedding_size", fields.count(config, "vocab_size"))
     usual = IDS.get(fields.count(config, "vocab_size"), {})
-    eos = fields.token_id(config, "eos_token_id", usual.get("end"), rows)
     return ModelSpec(
         family="llada",
         vocab_size=rows,
@@ -61,10 +60,7 @@ def spec(config: Mapping) -> ModelSpec:
         max_positions=fields.count(config, "max_sequence_length", 1024),
         rope_theta=fields.rope_theta(config, 10000.0),
         norm_eps=fields.positive(config, "rms_norm_eps", 1e-5),
-        mask_token_id=fields.mask_id(config, usual.get("mask"), rows),
-        eos_token_id=eos,
-        eot_token_id=fields.token_id(config, "eot_token_id", usual.get("turn_end"), rows),
-        pad_token_id=fields.token_id(config, "pad_token_id", eos, rows),
+        **fields.token_ids(config, usual, rows),
         qkv_bias=fields.flag(config, "include_qkv_bias", False),
         linear_bias=bias,
         tied_head=fields.flag(config, "weight_tying", True),
@@ -88,18 +84,27 @@ def _kv_heads(config: Mapping, heads: int) -> int:
 
 
 def config(spec: ModelSpec) -> dict:
-    """A LLaDA configuration of these sizes, without its dtype."""
+    """The fields of a LLaDA configuration that are LLaDA's own."""
     return {
-        "architectures": ["LLaDAModelLM"], "model_type": "llada", **SWITCHES,
-        "d_model": spec.hidden_size, "n_layers": spec.num_layers, "n_heads": spec.num_heads,
-        "n_kv_heads": spec.num_kv_heads, "multi_query_attention": None, "mlp_hidden_size": spec.intermediate_size,
-        "vocab_size": spec.vocab_size, "embedding_size": spec.vocab_size, "weight_tying": spec.tied_head,
-        "max_sequence_length": spec.max_positions, "rope_theta": spec.rope_theta,
-        "rope_full_precision": spec.rope_float32, "rms_norm_eps": spec.norm_eps,
-        "include_bias": spec.linear_bias, "include_qkv_bias": spec.qkv_bias,
-        "attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0, "flash_attention": False,
-        "mask_token_id": spec.mask_token_id, "eos_token_id": spec.eos_token_id, "pad_token_id": spec.pad_token_id,
-    }  # fmt: skip
+        **SWITCHES,
+        **dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), 0.0),
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "flash_attention": False,
+        "multi_query_attention": None,
+        "d_model": spec.hidden_size,
+        "n_layers": spec.num_layers,
+        "n_heads": spec.num_heads,
+        "n_kv_heads": spec.num_kv_heads,
+        "mlp_hidden_size": spec.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "embedding_size": spec.vocab_size,
+        "weight_tying": spec.tied_head,
+        "max_sequence_length": spec.max_positions,
+        "rope_full_precision": spec.rope_float32,
+        "include_bias": spec.linear_bias,
+        "include_qkv_bias": spec.qkv_bias,
+    }
 
 
 FAMILY = Family(

@@ -58,15 +58,16 @@ def page_data(trace: Trace) -> dict[str, Any]:
     """What the page knows. Confidences are rounded to bfloat16 (0.4 % of the logarithm), which halves a long page."""
     settings = {n: v for n, v in trace.stats.settings.items() if not n.startswith("output_") and n != "cache"}
     return {
-        "model": trace.model, "policy": trace.policy, "steps": trace.steps, "slots": trace.slots,
-        "prompt": trace.prompt, "blocks": list(trace.blocks), "ids": trace.ids.tolist(), "texts": list(trace.texts),
-        "special": np.flatnonzero(trace.special).tolist(), "decoded": trace.decoded.tolist(),
+        **{name: getattr(trace, name) for name in ("model", "policy", "steps", "slots", "prompt", "blocks", "texts")},
+        "ids": trace.ids.tolist(),
+        "decoded": trace.decoded.tolist(),
+        "special": np.flatnonzero(trace.special).tolist(),
         "computed": _packed(np.packbits(trace.computed, bitorder="little")),
         "confidences": _packed(torch.from_numpy(trace.confidences).bfloat16().view(torch.int16).numpy()),
         "rule": trace.stats.settings["confidence"],
         # As text: JavaScript would round a seed of 62 bits.
         "settings": {n: _plain(v) for n, v in {**settings, "seed": trace.stats.seed}.items() if v is not None},
-    }  # fmt: skip
+    }
 
 
 def _plain(value: Any) -> str:

@@ -80,10 +80,12 @@ class Trace:
             for number, text, step in zip(self.ids, self.texts, self.decoded, strict=True)
         ]
         return {
-            "model": self.model, "policy": self.policy, "computed_share": self.computed_share, "prompt": self.prompt,
-            "blocks": list(self.blocks), "slots": slots, "steps": [self._step(step) for step in range(self.steps)],
+            **{name: getattr(self, name) for name in ("model", "policy", "computed_share", "prompt")},
+            "blocks": list(self.blocks),
+            "slots": slots,
+            "steps": [self._step(step) for step in range(self.steps)],
             "stats": self.stats.to_dict(),
-        }  # fmt: skip
+        }
 
     def _step(self, step: int) -> dict[str, Any]:
         row = self.confidences[step].tolist()
