@@ -12,6 +12,8 @@ import setuptools
 
 import dkv
 from dkv import cli
+from dkv.engine.config import DEFAULTS
+from dkv.policies import POLICIES, POLICY_OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +33,10 @@ SHELL = [code for page in PAGES for code in blocks(page, "sh")]
 # One command a line, where a backslash continues it.
 LINES = [line for code in SHELL for line in code.replace("\\\n", " ").splitlines()]
 COMMANDS = sorted({line for line in LINES if line.startswith("dkv ")})
+
+# Those within a sentence.
+INLINE = sorted({found for text in TEXTS.values() for found in re.findall(r"`(dkv [^`|]*)`", text)})
+NAMES = next(action.choices for action in cli.build_parser()._actions if action.dest == "command")
 
 
 def words(line: str) -> list[str]:
@@ -59,6 +65,13 @@ def test_a_command_is_understood(line):
     assert unknown == [] and args.command == words(line)[0]
 
 
+@pytest.mark.parametrize("line", [line for line in INLINE if "COMMAND" not in line])
+def test_a_command_within_a_sentence_has_a_name_and_options_that_exist(line):
+    name, *options = words(line)
+    text = NAMES[name].format_help()
+    assert [option for option in options if option.startswith("--") and f" {option}" not in text] == []
+
+
 @pytest.mark.parametrize("line", [x for x in COMMANDS if words(x)[0] in QUICK and not any(y in x for y in ELSEWHERE)])
 def test_a_quick_command_runs_and_prints(line, tmp_path, monkeypatch, capsys, one_thread):
     monkeypatch.chdir(tmp_path)
@@ -85,6 +98,17 @@ def test_links_and_paths_lead_somewhere(name):
     paths = re.findall(r"`((?:bench|dkv|docs|kernels|models|tests)/[\w./-]*)`", TEXTS[name])
     assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_no_setting_policy_or_command_is_left_out():
+    table = re.search(r"^\| setting .*?\n\n", TEXTS["docs/generation.md"], re.M | re.S)[0]
+    listed = [name for line in table.splitlines()[:-1] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(listed) == sorted(DEFAULTS)
+    assert set(re.findall(r"\*\*`(\w+)`\*\*", TEXTS["docs/policies.md"])) == set(POLICY_OPTIONS)
+    policies = {policy.__name__ for policy in POLICIES.values()}
+    for page in ("README.md", "docs/policies.md"):
+        assert set(re.findall(r"^\| `(\w+)\(.*?\)` ", TEXTS[page], re.M)) == policies
+    assert set(re.findall(r"^\| `dkv (\w+)` ", TEXTS["docs/cli.md"], re.M)) == set(NAMES)
 
 
 def test_every_page_is_in_the_index_and_every_figure_says_where_it_is_from():
