@@ -13,6 +13,9 @@ ROOT = Path(__file__).parent
 # Read, not imported: the build environment has no torch.
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "dkv" / "version.py").read_text("utf-8"), re.M)[1]
 
+# Links to other files of the repository lead nowhere on a package index: their text is kept alone.
+DESCRIPTION = re.sub(r"\[([^]]+)\]\((?!https?://)[^)]+\)", r"\1", (ROOT / "README.md").read_text("utf-8"))
+
 LINT = ["ruff"]
 BENCH = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]
@@ -42,7 +45,7 @@ setup(
     name="dkv",
     version=VERSION,
     description="Fast decoding of diffusion language models (LLaDA, Dream) with dKV-Cache",
-    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description=DESCRIPTION,
     long_description_content_type="text/markdown",
     author="The dkv authors",
     license_expression="Apache-2.0",
