@@ -138,7 +138,6 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "stopping_criteria": ((), _GENERATE),
     "logits_processor": ((), _GENERATE),
     "generator": ((), _GENERATE),
-    "numbers": ((), _GENERATE),
     "attention_mask": ((), _GENERATE),
     "generation_config": ((), _GENERATE),
     "kv_cache": ((), _GENERATE),

@@ -1,6 +1,6 @@
 """What a cache did in one generation: a record of every step, a heat map of it, and a page to step through it.
 
->>> from dkv import trace
+>>> from dkv.tools import trace
 >>> found = trace.record(model, tokenizer, input_ids, max_new_tokens=64, cache=dkv.DecodeCache(refresh=8))
 >>> trace.write_page(found, "trace.html"), trace.write_picture(found, "trace.png")
 """
