@@ -14,7 +14,7 @@ demo: $(STAMP)  ## decode with the bundled model
 	$(BIN)/dkv demo $(ARGS)
 
 test: $(STAMP)  ## run the tests, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(STAMP)  ## measure everything into bench/results: 18 minutes, on an idle machine
 	$(BIN)/dkv bench --all --out bench/results $(ARGS)

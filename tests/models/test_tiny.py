@@ -54,11 +54,11 @@ def test_tokenizer_gives_text_back(bundled):
 
 
 @pytest.mark.parametrize("task", TASKS)
-# Of 12. Dream's published rule of what is settled caches some slots too early, so it has to do worse.
-@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 11), (dkv.DecodeCache(8), 8)], ids=["plain", "decode"])
+# Of 4. Dream's published rule of what is settled caches some slots too early, so it has to do worse.
+@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 4), (dkv.DecodeCache(8), 3)], ids=["plain", "decode"])
 def test_unseen_problems_are_answered_exactly(bundled, task, cache, least):
     _, model, tokenizer = bundled
-    problems = held_out(12, seed=77, task=task)
+    problems = held_out(4, seed=77, task=task)
     ids, mask = encode(tokenizer, [prompt for prompt, _ in problems])
     output = dkv.generate(model, ids, mask, max_new_tokens=TASKS[task].new_tokens, cache=cache)
     rows = output.sequences[:, ids.shape[1] :].tolist()

@@ -121,3 +121,18 @@ def test_the_end_token_can_be_kept_out(capsys):
     eos = dkv.load("tiny").spec.eos_token_id
     assert eos in found["--raw"] and eos not in found["--logits-eos-inf"]
     assert found["--confidence-eos-eot-inf"][:63] == found["--raw"][:63]
+
+
+def test_arguments_that_no_shell_can_give(capsys):
+    assert main(["generate", "1=\0"]) == main(["info", "--model\0"]) == 2
+    assert capsys.readouterr().err.count("error: an argument holds a NUL character") == 2
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "hpu", "cpu:-1", "cuda:99", ""])
+@pytest.mark.parametrize("words", [["generate", "1="], ["trace", "1="], ["bench"], ["bench", "--shape", "d128x4"]])
+def test_a_device_that_holds_no_numbers(capsys, tmp_path, monkeypatch, words, device):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--device", device]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    why = "holds no weights" if device == "meta" else "cannot be used here ("
+    assert f"device={device!r} {why}" in line and len(line) < 250

@@ -146,9 +146,9 @@ def test_a_terminal_is_left_with_the_text(fill, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2])
 def test_R20_the_true_length_is_found(one_thread, count):
     """Nine lengths are possible. On more problems `python -m dkv.bench.gaps` finds 96 %."""
-    rows = gaps.measure("tiny", problems=5, count=count)
+    rows = gaps.measure("tiny", problems=2, count=count)
     assert sum(row["length"] for row in rows) >= 0.85 * sum(row["gaps"] for row in rows)
     assert all(row["exact"] <= row["length"] <= row["gaps"] for row in rows)
     if count == 1:
-        assert sum(row["confidence"] for row in rows) <= 0.5 * 15
+        assert sum(row["confidence"] for row in rows) <= 0.5 * 6
     assert "true length" in gaps.table(rows)

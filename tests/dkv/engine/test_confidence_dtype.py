@@ -40,6 +40,8 @@ def expected(logits: torch.Tensor) -> list[int]:
     "cache", [None, dkv.DecodeCache(3), dkv.PrefillDecodeCache(3)], ids=lambda cache: str(cache)[:13]
 )
 def test_slots_are_filled_in_the_published_order(cache, backend, script, stub):
+    if backend == "triton" and cache != dkv.DecodeCache(3):
+        pytest.skip("one policy is enough for the interpreter")
     model = stub(lambda _, positions: script[positions.clamp(max=NEW - 1)], VOCABULARY, shifted=True)
     # One slot a step; a model whose logits are shifted has those of slot j at slot j - 1.
     settings = {"schedule": "blocks", "max_new_tokens": NEW, "cache": cache, "output_history": True, "seed": 1}

@@ -127,6 +127,8 @@ def test_confidences_are_those_without_end_tokens(model, backend, rule, drawn):
     """Against the definition, from the raw logits of the same pass."""
     if backend == "triton" and not (has_triton() and load("triton").INTERPRETED):
         pytest.skip("needs TRITON_INTERPRET=1")
+    if backend == "triton" and not model.spec.shifted:
+        pytest.skip("one family is enough for the interpreter")
     never, call = [5, 21], {"max_new_tokens": 12, "confidence": rule, "seed": 5, "schedule": "blocks"} | drawn
     chosen = dkv.generate(model, IDS, **call, steps=1, eos_token_id=never, logits_eos_inf=True).sequences[0, 3:]
     late = chosen[::2].unique().tolist()

@@ -38,30 +38,35 @@ def same_tokens(model, ids, mask=None, **settings) -> None:
         assert torch.equal(own, other)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_policy(model, policy, padded):
+# A program of the interpreter takes milliseconds: one family sees every policy, the other each kind of pass.
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [("dream", policy) for policy in POLICIES] + [("llada", policy) for policy in (POLICIES[0], *POLICIES[2::5])],
+    ids=str,
+)
+def test_every_policy(request, family, policy, padded):
     ids, mask = rows(padded)
     greedy = isinstance(policy, dkv.GreedyCache)
     same_tokens(
-        model, ids, mask, max_new_tokens=8, block_length=4, cache=policy, seed=1,
+        request.getfixturevalue(family), ids, mask, max_new_tokens=5, block_length=3, cache=policy, seed=1,
         confidence="random" if greedy else "probability",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("confidence", ["margin", "entropy"])
-def test_other_confidences_with_noise(model, confidence, padded):
+def test_other_confidences_with_noise(dream, confidence, padded):
     ids, mask = rows(padded)
     same_tokens(
-        model, ids, mask, max_new_tokens=6, steps=3, confidence=confidence, temperature=0.8, seed=3,
+        dream, ids, mask, max_new_tokens=6, steps=3, confidence=confidence, temperature=0.8, seed=3,
         cache=dkv.DecodeCache(refresh=2),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", [dkv.DecodeCache(refresh=2), dkv.DualCache()], ids=str)
-def test_ragged_rows(model, policy, padded):
+def test_ragged_rows(dream, policy, padded):
     """Rows of different budgets and steps: full and cached passes of different lengths at once."""
     ids, mask = rows(padded)
-    same_tokens(model, ids, mask, max_new_tokens=[3, 8], block_length=3, threshold=0.2, cache=policy)
+    same_tokens(dream, ids, mask, max_new_tokens=[3, 8], block_length=3, threshold=0.2, cache=policy)
 
 
 def test_guidance(llada, padded):

@@ -134,6 +134,8 @@ def assert_as_good(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tenso
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_sdpa(name, side, backend):
+    if backend == "triton" and side != "left" and name != "llama":
+        pytest.skip("one model is enough for the interpreter")
     ids, mask, real = batch(side)
     truth = exact(name, side)
     # What sdpa is off is measured on the mask of pairs too: without it, not every version makes an encoder of Llama.
@@ -145,6 +147,8 @@ def test_equals_sdpa(name, side, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "encoder llama", "llama"])
 def test_half_precision(name, dtype, backend):
+    if backend == "triton" and name not in ("modernbert", "llama"):
+        pytest.skip("a window and a causal model are enough for the interpreter")
     ids, mask, real = batch("left")
     whole = mask if name in ("bert", "modernbert") else pairs(name, real)
     # The truth has the rounded weights.
@@ -206,7 +210,7 @@ def test_mask_given_by_the_user(form):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generation(name, cache, backend):
     """Left-padded prompts, then one query at a time over the cached keys."""
-    if backend == "triton" and cache == "static" and name != "llama":
+    if backend == "triton" and name != "llama":
         pytest.skip("one model is enough for the interpreter")
     ids, mask, _ = batch("left")
     how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | {
@@ -233,6 +237,8 @@ def test_generation(name, cache, backend):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_prompt_in_two_parts(name, backend):
     """Several queries over more keys: the second part sees the first, and no later key."""
+    if backend == "triton" and name == "gpt2":
+        pytest.skip("two models are enough for the interpreter")
     ids, _, real = batch(None)
     model = make(name, "dkv")
     with torch.no_grad():
@@ -480,7 +486,7 @@ def test_twice_is_harmless():
 
 
 SCRIPT = """
-import sys
+import os, sys
 import dkv, dkv.kernels
 assert "transformers" not in sys.modules
 import transformers
@@ -488,15 +494,20 @@ config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, num_atten
 try:
     transformers.AutoModel.from_config(config, attn_implementation="dkv")
 except ValueError as error:
-    print(error)
-{}
-transformers.AutoModel.from_config(config, attn_implementation="dkv")
-print("registered")
+    print(error, flush=True)
+for line in sys.argv[1:]:
+    if not os.fork():
+        exec(line)
+        transformers.AutoModel.from_config(config, attn_implementation="dkv")
+        print("registered by", line, flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize("line", ["dkv.register()", "import dkv.integrations.hf_attention"])
-def test_before_registration(line):
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(line)], capture_output=True, text=True, check=True)
-    assert "attn_implementation" in done.stdout
-    assert done.stdout.endswith("registered\n")
+def test_before_registration():
+    """Either line is enough, in a process where the other was not run."""
+    lines = ["dkv.register()", "import dkv.integrations.hf_attention"]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *lines], capture_output=True, text=True, check=True)
+    error, *registered = done.stdout.splitlines()
+    assert "attn_implementation" in error and registered == [f"registered by {line}" for line in lines]

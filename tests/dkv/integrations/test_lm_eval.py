@@ -59,7 +59,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.mark.slow
 def test_lm_evals_own_command_line_scores_the_bundled_model(tmp_path):
-    problems = held_out(6)
+    problems = held_out(3)
     rows = [{"prompt": p, "answer": a, "choices": [str(99 - int(a[:2])), a[:2]]} for p, a in problems]
     data = tmp_path / "problems.json"
     data.write_text("\n".join(map(json.dumps, rows)), "utf-8")
@@ -68,7 +68,7 @@ def test_lm_evals_own_command_line_scores_the_bundled_model(tmp_path):
         (tmp_path / "tasks" / f"{name}.yaml").write_text(task.format(data=data), "utf-8")
     command = [
         sys.executable, "-m", "dkv.lm_eval", "run", "--model", "dkv", "--tasks", "balance,balance_choice",
-        "--model_args", "pretrained=tiny,cache=decode,refresh=8,max_new_tokens=64", "--batch_size", "4",
+        "--model_args", "pretrained=tiny,cache=decode,refresh=8,max_new_tokens=64,mc_num=8", "--batch_size", "2",
         "--seed", "7", "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out",
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -78,16 +78,16 @@ def test_lm_evals_own_command_line_scores_the_bundled_model(tmp_path):
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text("utf-8"))
-    lm = DkvLM("tiny", cache="decode", refresh=8, max_new_tokens=64, batch_size=6)
+    lm = DkvLM("tiny", cache="decode", refresh=8, max_new_tokens=64, batch_size=3)
     requests = [Instance("generate_until", {}, (p, {"until": ["="]}), i) for i, (p, _) in enumerate(problems)]
     right = [text == a for text, (_, a) in zip(lm.generate_until(requests, disable_tqdm=True), problems, strict=True)]
-    assert found["results"]["balance"]["exact_match,none"] == pytest.approx(sum(right) / 6)
-    assert sum(right) >= 4
+    assert found["results"]["balance"]["exact_match,none"] == pytest.approx(sum(right) / 3)
+    assert sum(right) >= 2
     assert found["results"]["balance_choice"]["acc,none"] >= 0.5
     info = found["config"]["dkv"]
     (part,) = info["generation"]
-    assert (part["requests"], part["new_tokens"], info["seed"]) == (6, 6 * 64, 7)
+    assert (part["requests"], part["new_tokens"], info["seed"]) == (3, 3 * 64, 7)
     assert part["computed_share"] == pytest.approx(lm.get_model_info()["dkv"]["generation"][0]["computed_share"])
     assert part["tokens_per_second"] > 0
     assert part["passes"] == 2 * 64
-    assert info["likelihood"]["requests"] == 12
+    assert info["likelihood"]["requests"] == 6
