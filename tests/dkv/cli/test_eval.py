@@ -36,8 +36,21 @@ def test_the_examples_parse():
 
 
 def test_a_file_of_problems(run, folder, data, tmp_path):
-    words = ("eval", "--model", folder, "--data", data, "--new-tokens", 6, "--batch", 2, "--threads", 1,
-             "--run", "cache=decode refresh=2 steps=all,half")  # fmt: skip
+    words = (
+        "eval",
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--new-tokens",
+        6,
+        "--batch",
+        2,
+        "--threads",
+        1,
+        "--run",
+        "cache=decode refresh=2 steps=all,half",
+    )
     code, out, err = run(*words, "--out", tmp_path / "out", "--json", tmp_path / "a.json")
     assert code == 0
     # A line per batch, as there is no terminal.
