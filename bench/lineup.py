@@ -29,6 +29,8 @@ COMPARED = tuple(LINEUP)[:8]
 SHOWN = ("plain", "decode 8", "decode 4", "prefill", "pd 8", "greedy 4 planned", "greedy 2 planned", "plain half")
 BLOCKED = ("plain", "prefix", "dual", "prefix delayed", "dual delayed")
 ON_GPU = ("plain", "decode 8", "greedy 4", "prefill")
+# How many tokens a step fills: settings that go with the block policies.
+RULES = {"one a step": {}, "threshold 0.9": {"threshold": 0.9}}
 
 # The grids of `dkv eval`: by default, and with --full the axes of the paper: every policy, refresh interval, window
 # and rule, at one and at two slots a step.

@@ -12,7 +12,7 @@ from dkv import kernels
 from dkv.bench.contenders import of_lineup
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Inputs, distinct, mapped
-from dkv.bench.gpu.tools import Skipped, all_of, check, every_operation, need_gpu, same, small
+from dkv.bench.gpu.tools import Skipped, all_of, check, every_operation, need_gpu, same, small, thin
 from dkv.bench.shapes import random_model, shape, tiny
 from dkv.kernels import backend
 
@@ -140,8 +140,8 @@ def generation(device, few, case) -> None:
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     own = of_lineup(POLICIES[policy]).settings
-    for settings in ({}, {"temperature": 0.9, "confidence": "margin"}, {"confidence": "random"}):
-        call = {"max_new_tokens": 24, "block_length": 12, "seed": 4, **own, **settings, "output_history": True}
+    for settings in thin(few, ({}, {"confidence": "random"}, {"temperature": 0.9, "confidence": "margin"}), 2):
+        call = {"max_new_tokens": 20, "block_length": 10, "seed": 4, **own, **settings, "output_history": True}
         found = dkv.generate(model, ids, mask, **call)
         with kernels.use_backend("torch"):
             expected = dkv.generate(model, ids, mask, **call)

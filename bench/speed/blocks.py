@@ -10,7 +10,7 @@ import dkv
 from dkv.bench import report
 from dkv.bench.baselines import fast_dllm
 from dkv.bench.contenders import of_lineup
-from dkv.bench.lineup import BLOCKED
+from dkv.bench.lineup import BLOCKED, RULES
 from dkv.bench.options import Options
 from dkv.bench.report import shown
 from dkv.bench.speed import floor
@@ -19,7 +19,6 @@ from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
 
 BLOCK = 32
-RULES: dict[str, dict[str, Any]] = {"one a step": {}, "threshold 0.9": {"threshold": 0.9}}
 # Those that the published code has, on models of its family.
 PUBLISHED = ("plain", "prefix", "dual")
 FLOOR_ROUNDS = 9
@@ -41,7 +40,7 @@ def measure(options: Options) -> dict[str, Any]:
     if options.new % BLOCK:
         raise ValueError(f"new must be a multiple of {BLOCK}, the slots of a block, got {options.new}")
     own = options.eager is not None and not options.model.spec.shifted
-    contenders = [(policy, rule) for rule in RULES for policy in BLOCKED]
+    contenders = [(policy, rule) for rule in options.rules for policy in BLOCKED]
     calls = {key: partial(_both, options, *key, own and key[0] in PUBLISHED) for key in contenders}
     with Bar(len(calls) * (options.rounds + 1), "run", pause=0) as bar:
         # The first round is not timed, but looked at.

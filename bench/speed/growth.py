@@ -29,9 +29,9 @@ from dkv.models import ModelSpec
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 # Full and cached steps timed per length: the former take longer, the latter change more as slots are filled.
-SAMPLES = (5, 15)
+SAMPLES = (3, 9)
 # Seconds: what a policy may take in all, and up to which estimate a generation is run as it is.
-BUDGET, AFFORDABLE = 90, 15
+BUDGET, AFFORDABLE = 60, 4
 # Largest exponent that decoding with a constant active set and no refresh may have.
 CONSTANT = 0.3
 

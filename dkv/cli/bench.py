@@ -21,7 +21,7 @@ examples:
   dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
   dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
   dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
-  dkv bench --all --out results                             everything, with plots: 18 minutes on 2 cores
+  dkv bench --all --out results                             everything, with plots: 12 minutes on 2 cores
 
 Measure on an idle machine. Every round runs each policy once, in turn; speeds are ratios to plain
 decoding in the same round, and figures are medians. "eager" is the method written in plain PyTorch
@@ -37,17 +37,17 @@ OTHERS = {
     "memory": "peak memory of a step against weights and buffer",
     "blocks": "Fast-dLLM's block policies and its threshold, one prompt at a time",
 }
-LONG = ("plain", "decode 32", "prefill", "pd 8")
+LONG, BATCHED = ("plain", "decode 32", "prefill", "pd 8"), ("plain", "decode 8", "greedy 4")
 # What --all measures: file -> measurement, batches, and settings of `dkv.bench.options`. Eager runs and
 # long canvases cost most of the time, hence few rounds of them.
 ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-    "comparison": ("comparison", (1,), {"policies": COMPARED[:-1]}),
-    "long": ("comparison", (1,), {"prompt": 896, "rounds": 1, "eager": False, "policies": LONG}),
-    "batches": ("comparison", (1, 2, 4, 8), {"new": 32, "rounds": 1, "policies": ("plain", "decode 8", "greedy 4")}),
+    "comparison": ("comparison", (1,), {"new": 64, "policies": COMPARED[:-1]}),
+    "long": ("comparison", (1,), {"prompt": 896, "new": 64, "rounds": 1, "eager": False, "policies": LONG}),
+    "batches": ("comparison", (1, 2, 4), {"new": 32, "rounds": 1, "policies": BATCHED}),
     "floor": ("floor", (1,), {}),
     "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
     "memory": ("memory", (1,), {}),
-    "blocks": ("blocks", (1,), {"new": 64}),
+    "blocks": ("blocks", (1,), {"new": 64, "rounds": 1, "rules": ("one a step",)}),
     "blocks_tiny": ("blocks", (1,), {"model": "tiny"}),
 }
 # Options that go into `dkv.bench.options.Options` as they are.

@@ -9,7 +9,7 @@ import torch
 
 import dkv
 from dkv.bench.baselines import fast_dllm
-from dkv.bench.lineup import BLOCKED
+from dkv.bench.lineup import BLOCKED, RULES
 from dkv.bench.options import Options, of_shape
 from dkv.bench.speed import blocks
 from dkv.tools.verify import FAST_DLLM, find_cases
@@ -48,7 +48,7 @@ def test_a_row_for_every_policy_and_rule(options, monkeypatch):
     monkeypatch.setattr(blocks, "RULES", {"one a step": {}, "threshold 0.9": {"threshold": 0.0}})
     found = json.loads(json.dumps(blocks.measure(options)))
     rows = {(row["policy"], row["rule"]): row for row in found["rows"]}
-    assert list(rows) == [(policy, rule) for rule in blocks.RULES for policy in BLOCKED]
+    assert list(rows) == [(policy, rule) for rule in RULES for policy in BLOCKED]
     for (policy, rule), row in rows.items():
         one = rule == "one a step"
         assert row["passes"] == (64 if one else 2) and row["tokens_per_forward"] == (1 if one else 32)

@@ -66,6 +66,9 @@ def test_a_file_of_problems(run, folder, data, tmp_path):
     assert [row["passes"] for row in found["rows"]] == [12, 12, 6]
     assert (tmp_path / "out" / "eval.png").stat().st_size > 10_000
 
+    # The table is printed again from the file.
+    assert run("eval", "--show", tmp_path / "a.json") == (0, "\n".join([*lines[:-3], ""]), "")
+
     # Repeated, nothing is run again, and with another seed nothing is mixed.
     log = (tmp_path / "out" / "runs.jsonl").read_text()
     again = run(*words, "--out", tmp_path / "out")
