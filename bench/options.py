@@ -31,7 +31,7 @@ class Options:
         steps: passes; None: one per slot.
         rounds: timed runs of every contender, in turn, after one that is not timed.
         policies: names in `dkv.bench.lineup.LINEUP`, "plain" first.
-        rules: names in `dkv.bench.lineup.RULES`, of block policies; a threshold changes nothing where no token is ever sure.
+        rules: names in `dkv.bench.lineup.RULES`, of block policies; a threshold has no effect on random weights.
         exam: problems with one right answer, whose prompts take the place of seeded ids; None: there are none.
     """
 

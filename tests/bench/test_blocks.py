@@ -10,7 +10,8 @@ import torch
 import dkv
 from dkv.bench.baselines import fast_dllm
 from dkv.bench.lineup import BLOCKED, RULES
-from dkv.bench.options import Options, of_shape
+from dkv.bench.options import Options
+from dkv.bench.shapes import as_loaded, random_model, shape, tiny
 from dkv.bench.speed import blocks
 from dkv.tools.verify import FAST_DLLM, find_cases
 
@@ -41,7 +42,8 @@ def test_the_baseline_takes_one_row(model):
 
 @pytest.fixture(scope="module")
 def options() -> Options:
-    return of_shape("d128x4", 2, device="cpu", dtype="float32", prompt=5, new=64, rounds=1)
+    plain = random_model(tiny(shape("llada-8b")), torch.device("cpu"), torch.float32)
+    return Options("small", as_loaded(plain), plain, prompt=5, new=64, rounds=1)
 
 
 def test_a_row_for_every_policy_and_rule(options, monkeypatch):

@@ -28,7 +28,7 @@ def rehearse(*words: str, path: Path) -> tuple[subprocess.CompletedProcess, dict
 
 
 def test_rehearsal_goes_through_all_parts(tmp_path):
-    done, found = rehearse("--only", "llada", "--model", "llada", "--layers", "1", path=tmp_path / "result.json")
+    done, found = rehearse("--layers", "1", path=tmp_path / "result.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "REHEARSAL" in done.stdout
     facts = found["facts"]
@@ -36,7 +36,9 @@ def test_rehearsal_goes_through_all_parts(tmp_path):
     assert facts["command"].startswith("python -m dkv.bench.gpu --device cpu --json")
     assert found["finished"] and list(found["parts"]) == ["checks", "ops", "steps"]
     checks, ops, steps = (found["parts"][part]["rows"] for part in ("checks", "ops", "steps"))
-    assert {row["verdict"] for row in checks} == {"PASS"} and len(checks) == 5
+    assert [row["name"] for row in checks] == list(CHECKS) and {row["verdict"] for row in checks} == {"PASS", "SKIP"}
+    assert all("GPU" in row["found"] for row in checks if row["verdict"] == "SKIP")
+    assert all(not row["errors"] for row in ops)
     attention = next(row for row in ops if row["name"] == "attention full LLaDA-8B B1 S48")
     assert set(attention["ms"]) == {"torch", "eager", "sdpa"} and not attention["errors"]
     # Q and the output, K and V, float32, 48 slots of 4 heads of 16; two products of 48 x 48 x 16 per head.
@@ -44,20 +46,11 @@ def test_rehearsal_goes_through_all_parts(tmp_path):
     best = min(("eager", "sdpa"), key=lambda name: attention["ms"][name]["median"])
     ratio = attention["ms"][best]["median"] / attention["ms"]["torch"]["median"]
     assert attention["best_other"] == best and attention["ratio_to_best_other"] == pytest.approx(ratio)
-    assert [row["policy"] for row in steps] == ["plain", "decode 8", "greedy 4", "prefill"] * 2
+    assert [row["policy"] for row in steps] == ["plain", "decode 8", "greedy 4", "prefill"] * 4
     assert all(row["passes"] == 8 and row["warm"] for row in steps)
     assert [row["full_passes"] for row in steps[:4]] == [8, 2, 2, 1]
     assert steps[0]["computed_share"] == 1 and steps[1]["computed_share"] < 1
     assert {row["ratio_to_plain"] for row in steps if row["policy"] == "plain"} == {1.0}
-
-
-@pytest.mark.slow
-def test_whole_rehearsal(tmp_path):
-    done, found = rehearse(path=tmp_path / "result.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    names = [row["name"] for row in found["parts"]["checks"]["rows"]]
-    assert names == list(CHECKS)
-    assert all(not row["errors"] for row in found["parts"]["ops"]["rows"])
 
 
 def test_no_device(monkeypatch, capsys):

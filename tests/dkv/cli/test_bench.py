@@ -118,10 +118,10 @@ def measured(monkeypatch):
 
 def test_tables_are_printed_again_from_their_files(run, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    _, out, _ = run("bench", *SMALL, *TWO, "--batch", 1, 2, "--json", path)
+    _, out, _ = run("bench", *SMALL, "--policies", "prefill", "--batch", 1, 2, "--json", path)
     monkeypatch.setattr(compare, "measure", lambda options: pytest.fail("the comparison ran"))
     assert run("bench", "--show", path) == (0, out, "")
-    _, out, _ = run("bench", *SIZES, "--memory", "--floor", "--json", path)
+    _, out, _ = run("bench", *SIZES, *TWO, "--memory", "--no-eager", "--json", path)
     assert run("bench", "--show", path) == (0, out, "")
     for text, message in (("[]", "has no figures"), ("{", "has no figures"), (None, "there is no file")):
         path.unlink() if text is None else path.write_text(text)
