@@ -8,9 +8,9 @@ from typing import Any
 import dkv
 from dkv.bench.lineup import LINEUP, PLAIN
 from dkv.core.naming import instead
-from dkv.engine.config import DEFAULTS, policy_of
 from dkv.engine.published_names import ALIASES, own_name
-from dkv.policies import POLICY_OPTIONS
+from dkv.engine.settings import DEFAULTS
+from dkv.policies import POLICY_OPTIONS, policy_of
 
 # Steps by name, as a share of the slots to fill.
 SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}

@@ -2,14 +2,17 @@
 
 import errno
 import os
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dkv.common import files
-from dkv.models.families import to_checkpoint
+from dkv.models.families import FAMILIES
+from dkv.models.packing import PackedLinear
 from dkv.models.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -69,3 +72,30 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
     with files.writing(Path(folder, "tokenizer.json")) as part:
         tokenizer.save(str(part))
     files.write_json(Path(folder, "tokenizer_config.json"), config, **FORM)
+
+
+def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
+    """The model as a checkpoint of its family: the content of `config.json`, and the tensors by their names there.
+
+    The tensors share the storage of the model's. The configuration has every field that the
+    published modeling code reads, so that `family_of(config).spec(config) == model.spec`.
+
+    Raises:
+        ValueError: the format cannot express the model, or its weights are packed.
+    """
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("packed weights cannot be saved: call dkv.unpack(model), or load the model with pack=False")
+    spec, family = model.spec, FAMILIES[model.spec.family]
+    names = family.checkpoint_names(n for n, _ in model.named_parameters())
+    config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": False}
+    if spec.eot_token_id is not None:
+        config["eot_token_id"] = spec.eot_token_id
+    # The limit comes from a tokenizer, not from the configuration.
+    again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
+    for field in (one.name for one in fields(spec) if one.compare):
+        if getattr(spec, field) != getattr(again, field):
+            raise ValueError(
+                f"the {family.name} format cannot express {field}={getattr(spec, field)!r}, only "
+                f"{getattr(again, field)!r}"
+            )
+    return config, {names[n]: p.detach() for n, p in model.named_parameters()}

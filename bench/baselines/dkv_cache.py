@@ -19,10 +19,11 @@ from dkv.bench.baselines.forward import forward
 from dkv.bench.timing import synchronise
 from dkv.core.schedule import Step
 from dkv.core.sequences import Sequences
-from dkv.engine.config import CONFIDENCE_RULES, DiffusionConfig
+from dkv.engine.config import DiffusionConfig
 from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
 from dkv.engine.replay import Numbers, RecordedNoise
+from dkv.engine.settings import CONFIDENCE_RULES
 from dkv.models import Transformer
 from dkv.models.transformer import Layer
 from dkv.policies import Policy

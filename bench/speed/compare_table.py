@@ -35,7 +35,7 @@ def whole_table(found: dict[str, Any]) -> str:
     """All of a comparison: size, table and meaning of every batch, and why a policy has no baseline."""
     batches = dict.fromkeys(row["batch"] for row in found["rows"])
     parts = [one_batch([row for row in found["rows"] if row["batch"] == batch]) for batch in batches]
-    return "\n\n".join([*parts, *filter(None, [refusals(found["refused"])])])
+    return "\n".join(["\n\n".join(parts), *filter(None, [refusals(found["refused"])])])
 
 
 def one_batch(rows: list[dict[str, Any]]) -> str:

@@ -8,48 +8,10 @@ from typing import Any
 from transformers import GenerationConfig
 
 from dkv.core.schedule import Step, block_schedule, check_steps, time_schedule
-from dkv.core.validation import check_types
 from dkv.engine.published_caches import CACHE_NAMES, choose_policy
 from dkv.engine.published_names import BOOKKEEPING, canonical, check_other, choose_temperature, own_name
-from dkv.kernels.choose import CONFIDENCE_DTYPES
+from dkv.engine.settings import BY_ROW, DEFAULTS, check_value
 from dkv.policies import policy_of
-
-CONFIDENCE_RULES = ("probability", "margin", "entropy", "random")
-
-
-DEFAULTS: dict[str, Any] = {
-    "max_new_tokens": 128,
-    "max_length": None,
-    "steps": None,
-    "block_length": None,
-    "schedule": None,
-    "eps": 1e-3,
-    "confidence": "probability",
-    "confidence_dtype": "exact",
-    "temperature": 0.0,
-    "top_p": None,
-    "top_k": None,
-    "selection_temperature": 0.0,
-    "threshold": None,
-    "factor": None,
-    "cfg_scale": 0.0,
-    "eos_token_id": None,
-    "eot_token_id": None,
-    "pad_token_id": None,
-    "logits_eos_inf": False,
-    "confidence_eos_eot_inf": False,
-    "cache": None,
-    "seed": None,
-    "mask_token_id": None,
-    "vocab_limit": None,
-    "output_history": False,
-    "output_active": False,
-    "output_confidences": False,
-    "output_logits": False,
-}
-
-# Settings that may be given row by row, as a list.
-BY_ROW = ("max_new_tokens", "steps", "seed")
 
 
 class DiffusionConfig(GenerationConfig):
@@ -169,13 +131,8 @@ class DiffusionConfig(GenerationConfig):
             known = name in DEFAULTS or name in BOOKKEEPING or value is None or value is _of_transformers().get(name)
             if not known and not check_other(name, value):
                 raise ValueError(f"unknown setting {name!r}, set as an attribute; known are {', '.join(DEFAULTS)}")
-        check_types(self)
-        if self.confidence not in CONFIDENCE_RULES:
-            raise ValueError(f"confidence must be one of {', '.join(CONFIDENCE_RULES)}, got {self.confidence!r}")
-        if self.confidence_dtype not in CONFIDENCE_DTYPES:
-            raise ValueError(
-                f"confidence_dtype must be one of {', '.join(CONFIDENCE_DTYPES)}, got {self.confidence_dtype!r}"
-            )
+        for name in DEFAULTS:
+            check_value(name, getattr(self, name))
         self._validate_dynamic()
         if self.confidence_eos_eot_inf and self.confidence == "random":
             raise ValueError("confidence_eos_eot_inf needs a confidence to go by, and confidence='random' has none")

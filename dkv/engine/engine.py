@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,76 +18,14 @@ from dkv.engine.ending import Ending
 from dkv.engine.guidance import guided, twice, with_and_without_text
 from dkv.engine.noise import Noise
 from dkv.engine.output import Stats
-from dkv.engine.plan import Planner, StepPlan
+from dkv.engine.plan import Planner
 from dkv.engine.reuse import take_over
 from dkv.engine.sampler import Sampler
+from dkv.engine.stages import Choice, Forward, Status, StepPlan, StepResult
 
 # By the kind of device, what the entries of a row in a pass are filled up to a multiple of. oneDNN compiles a product
 # anew for a shape that it has not met, and every step would have another one.
 FILL_UP = {"cpu": 4}
-
-
-@dataclass(frozen=True)
-class Status:
-    """What the host knows of the rows between two steps: one tensor, read once a step.
-
-    Attributes:
-        active, scored: slots of the next pass, by row.
-        masked, cut: slots without a token, and those that became padding beyond an early end, by row.
-        invalid: whether any logits so far were not numbers.
-    """
-
-    active: list[int]
-    scored: list[int]
-    masked: list[int]
-    cut: list[int]
-    invalid: bool
-
-    def keep(self, rows: Sequence[int]) -> "Status":
-        """The status of these rows, in this order."""
-        names = ("active", "scored", "masked", "cut")
-        return replace(self, **{name: [getattr(self, name)[row] for row in rows] for name in names})
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What went through the model in a step.
-
-    Attributes:
-        positions: int64 [B, N], the slots computed, ascending, filled up with S; `counts` of a row count.
-        full: these are all.
-        slots: int64 [B, R], the slots that are scored, filled up with S, in the layout `scored`.
-        hidden: [B, R, d], of what predicts these slots; or [B, N, d] if `every`, and `place` [B, R] says where.
-    """
-
-    positions: Tensor
-    counts: list[int]
-    full: bool
-    slots: Tensor
-    scored: Varlen
-    hidden: Tensor
-    place: Tensor
-    every: bool
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Token (int64) and log-confidence of the scored slots, all [B, R]; slots filled up with S."""
-
-    slots: Tensor
-    token: Tensor
-    confidence: Tensor
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step that was taken, before rows that it finished leave. `forward` and `choice` are None where there was
-    nothing to compute, or nothing to choose.
-    """
-
-    plan: StepPlan
-    forward: Forward | None
-    choice: Choice | None
 
 
 # Called after every step.
@@ -163,8 +101,13 @@ class Engine:
     def prepare(self) -> None:
         """Plan the next step, read what the host has to know of it, and let finished rows go."""
         plan, rows = self.planner.plan(), self.rows
-        columns = (plan.active.sum(1), plan.scored.sum(1), rows.masked.sum(1), self._cut,
-                   self._invalid.expand(len(rows.tokens)))  # fmt: skip
+        columns = (
+            plan.active.sum(1),
+            plan.scored.sum(1),
+            rows.masked.sum(1),
+            self._cut,
+            self._invalid.expand(len(rows.tokens)),
+        )
         *counts, invalid = torch.stack(columns).tolist()
         if any(invalid):
             raise ValueError(self._suspects())
@@ -198,9 +141,15 @@ class Engine:
             layouts = tuple([count for count in x for _ in range(2)] for x in layouts)
         tokens, passed, key_ranges, places = inputs
         hidden = self.model.step(
-            tokens, passed, self.cache, key_ranges=key_ranges, rows=places, varlen=Varlen(layouts[0], device),
-            varlen_rows=None if every else Varlen(layouts[1], device), workspace=self.workspace,
-        )  # fmt: skip
+            tokens,
+            passed,
+            self.cache,
+            key_ranges=key_ranges,
+            rows=places,
+            varlen=Varlen(layouts[0], device),
+            varlen_rows=None if every else Varlen(layouts[1], device),
+            workspace=self.workspace,
+        )
         if self.branches == 2:
             hidden = guided(hidden, config.cfg_scale)
         self.seen |= plan.active & ~rows.masked
@@ -243,9 +192,14 @@ class Engine:
             if self.config.is_dynamic:
                 count = confident_counts(confidence, allowed, count, self.config)
             committed = kernels.commit_(
-                rows.tokens, choice.token, self.planner.score(confidence, plan.now, slots), allowed, count,
-                positions=slots, validate=False,
-            )  # fmt: skip
+                rows.tokens,
+                choice.token,
+                self.planner.score(confidence, plan.now, slots),
+                allowed,
+                count,
+                positions=slots,
+                validate=False,
+            )
             rows.commit(plan.now, plan.open, slots, committed)
             self.planner.remember(slots, confidence)
         if self.ending is not None:

@@ -93,9 +93,15 @@ def generate(
     config = config_of(generation_config, overrides)
     _check_helpers(config, generator, streamer)
     ids, run = Run.after_prompts(
-        model, input_ids, attention_mask, config, generator=generator, processor=logits_processor,
-        criteria=stopping_criteria, past=kv_cache,
-    )  # fmt: skip
+        model,
+        input_ids,
+        attention_mask,
+        config,
+        generator=generator,
+        processor=logits_processor,
+        criteria=stopping_criteria,
+        past=kv_cache,
+    )
     return run.to_the_end(streamer, ids, new=ids.shape[1])
 
 
@@ -169,9 +175,15 @@ def stream(
     config = config_of(generation_config, overrides)
     _check_helpers(config, generator)
     _, run = Run.after_prompts(
-        model, input_ids, attention_mask, config, generator=generator, processor=logits_processor,
-        criteria=stopping_criteria, past=kv_cache,
-    )  # fmt: skip
+        model,
+        input_ids,
+        attention_mask,
+        config,
+        generator=generator,
+        processor=logits_processor,
+        criteria=stopping_criteria,
+        past=kv_cache,
+    )
     return _drafts(run)
 
 

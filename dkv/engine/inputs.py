@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.engine.config import BY_ROW, DEFAULTS, DiffusionConfig
+from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import unwanted_ends
 from dkv.engine.published_names import NO_EFFECT
+from dkv.engine.settings import BY_ROW, DEFAULTS
 from dkv.kernels import checks
 
 # Ids that must be in the vocabulary, or with it.

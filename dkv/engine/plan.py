@@ -1,7 +1,6 @@
 """The first stage of a step: which slots are computed, scored and filled. Nothing is read from the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,35 +10,9 @@ from dkv.core.sequences import Sequences, mask_of, slots_of
 from dkv.engine.commit import confident_counts, first_slots
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.noise import Noise
+from dkv.engine.stages import StepPlan
 from dkv.kernels.reference import shares
 from dkv.policies.base import View
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What a step is about to do. Slots are bool [B, S].
-
-    Attributes:
-        now: the step of every row.
-        open: the masked slots of its block.
-        active: slots to compute.
-        full: bool [B, 1], the rows in which these are all.
-        scored: slots whose logits matter.
-        eligible: slots that may be filled.
-        count: int64 [B, 1], how many of them are; with a threshold or a factor, the least.
-    """
-
-    now: Now
-    open: Tensor
-    active: Tensor
-    full: Tensor
-    scored: Tensor
-    eligible: Tensor
-    count: Tensor
-
-    def keep(self, rows: Tensor) -> "StepPlan":
-        """The plan of these rows, in this order."""
-        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 class Planner:

@@ -9,8 +9,11 @@ from dkv.policies import policy_of
 # What the codes of dKV-Cache (LLaDA; Dream) and of Fast-dLLM call their caches, and their arguments.
 _SWITCHES = ("enable_cache", "use_cache")
 _ARGUMENTS = {
-    "cache_reloading_step": "refresh", "cache_steps": "refresh", "window_size": "window", "shift_type": "shift_rule"
-}  # fmt: skip
+    "cache_reloading_step": "refresh",
+    "cache_steps": "refresh",
+    "window_size": "window",
+    "shift_type": "shift_rule",
+}
 _TYPES = {"decoded": "decode", "prefill": "prefill", "pd": "pd"}
 CACHE_NAMES = (*_SWITCHES, *_ARGUMENTS, "cache_type", "dual_cache")
 _TAKES = {"decode": ("refresh", "shift_rule"), "greedy": ("refresh", "window"), "pd": ("refresh", "shift_rule")}

@@ -25,17 +25,28 @@ ALIASES = {
 }
 # Every published value of `remasking` and `alg`, and which rule it is; all three names take all of them.
 CONFIDENCES = {
-    "probability": "probability", "low_confidence": "probability", "maskgit_plus": "probability",
-    "confidence_threshold": "probability", "margin": "margin", "topk_margin": "margin", "entropy": "entropy",
-    "random": "random", "origin": "random",
-}  # fmt: skip
+    "probability": "probability",
+    "low_confidence": "probability",
+    "maskgit_plus": "probability",
+    "confidence_threshold": "probability",
+    "margin": "margin",
+    "topk_margin": "margin",
+    "entropy": "entropy",
+    "random": "random",
+    "origin": "random",
+}
 
 # Kept for transformers, or said of a text by its tokenizer: no model here has token types, and nothing is compiled.
 BOOKKEEPING = ("transformers_version", "bos_token_id")
 NO_EFFECT = (
-    "_from_model_config", "_commit_hash", "_original_object_hash", "token_type_ids", "special_tokens_mask",
-    "offset_mapping", "disable_compile",
-)  # fmt: skip
+    "_from_model_config",
+    "_commit_hash",
+    "_original_object_hash",
+    "token_type_ids",
+    "special_tokens_mask",
+    "offset_mapping",
+    "disable_compile",
+)
 
 _BEAMS = "a canvas has no beams: for several answers repeat the prompt in the batch"
 _PROCESSOR = "give logits_processor=, which takes those of transformers"

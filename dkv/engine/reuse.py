@@ -23,7 +23,7 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     """
     spec, rows, own = engine.model.spec, engine.rows, engine.cache
     if not isinstance(past, KVCache) or past.tokens is None:
-        raise ValueError("kv_cache must be those of an output of dkv.generate")
+        raise ValueError("kv_cache must be the kv_cache of an output of dkv.generate")
     if isinstance(engine.config.cache, NoCache):
         raise ValueError("kv_cache goes with a cache policy: without one every pass computes every slot")
     if engine.branches == 2 or len(past.tokens) != past.batch:

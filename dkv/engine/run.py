@@ -55,9 +55,17 @@ class Run:
         eos = id_list(config.eos_token_id) if ends else []
         ending = Ending(eos, criteria, batch, rows.tokens.device) if eos or criteria else None
         self.engine = Engine(
-            model, rows, config, noise(rows) if noise else Noise(seeds, rows), mask_id, pad_id(model, config),
-            processor, ending, past, hooks=[hook for hook in (self.recorder, on_step) if hook],
-        )  # fmt: skip
+            model,
+            rows,
+            config,
+            noise(rows) if noise else Noise(seeds, rows),
+            mask_id,
+            pad_id(model, config),
+            processor,
+            ending,
+            past,
+            hooks=[hook for hook in (self.recorder, on_step) if hook],
+        )
 
     @classmethod
     def after_prompts(

@@ -27,9 +27,13 @@ class Sampler:
     """
 
     def __init__(
-        self, model: Any, config: DiffusionConfig, mask_id: int, workspace: kernels.Workspace,
+        self,
+        model: Any,
+        config: DiffusionConfig,
+        mask_id: int,
+        workspace: kernels.Workspace,
         processor: LogitsProcessor | None = None,
-    ):  # fmt: skip
+    ):
         self.model, self.workspace, self.processor = model, workspace, processor
         self.rounded = config.confidence_dtype == "model"
         self.never, self.late = unwanted_ends(config, model.spec)

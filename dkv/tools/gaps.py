@@ -25,11 +25,12 @@ from numpy import ndarray
 from torch import Tensor
 
 from dkv.core.validation import plain
-from dkv.engine.config import BY_ROW, DiffusionConfig
+from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import infill, infill_config
 from dkv.engine.inputs import check_settings
 from dkv.engine.output import Stats
 from dkv.engine.records import NAMES
+from dkv.engine.settings import BY_ROW
 from dkv.tools.likelihood import Copy, log_probabilities, masked_places
 
 # Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.

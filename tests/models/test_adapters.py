@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dkv.models import ModelSpec, Transformer, load
-from dkv.models.families import FAMILIES, family_of, to_checkpoint
+from dkv.models.export import to_checkpoint
+from dkv.models.families import FAMILIES, family_of
 
 SPEC = ModelSpec(
     family="llada", vocab_size=32, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,

@@ -6,8 +6,9 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from dkv.core.naming import instead
-from dkv.engine.config import DEFAULTS, DiffusionConfig
+from dkv.engine.config import DiffusionConfig
 from dkv.engine.published_names import ACTING, ALIASES, NO_EFFECT, OTHERS, own_name
+from dkv.engine.settings import DEFAULTS
 from dkv.policies import POLICY_OPTIONS
 
 # Slots of an answer where neither task nor model_args say: what lm-eval's other models have.

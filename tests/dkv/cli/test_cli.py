@@ -12,7 +12,7 @@ import torch
 
 import dkv
 from dkv.cli import audit, build_parser, demo, generate, info, main, verify
-from dkv.engine.config import DEFAULTS
+from dkv.engine.settings import DEFAULTS
 from dkv.policies import POLICIES
 
 ROOT = Path(__file__).parents[3]

@@ -8,8 +8,12 @@ import torch
 
 import dkv
 from dkv import DiffusionConfig
-from dkv.core.validation import FLAGS, NUMBERS, WHOLE
-from dkv.engine.config import policy_of
+from dkv.engine.settings import SETTINGS
+from dkv.policies import policy_of
+
+
+def of_kind(*kinds):
+    return [name for name, setting in SETTINGS.items() if setting.kind in kinds]
 
 
 def test_names_of_both_families_are_accepted():
@@ -130,7 +134,7 @@ def test_policies_refuse_impossible_values():
 ABSURD = [float("inf"), float("-inf"), float("nan"), 10**30, -(10**30), 10**400, "8", True, 1j, object(), [[1]], {}]
 
 
-@pytest.mark.parametrize("name", [*WHOLE, *NUMBERS, "threshold"])
+@pytest.mark.parametrize("name", [*of_kind("whole", "number"), "threshold"])
 def test_absurd_numbers_are_refused(name):
     for value in (*ABSURD, torch.tensor(float("nan")), np.float64("inf"), torch.tensor(True)):
         with pytest.raises(ValueError, match=f"{name} must be"):
@@ -165,7 +169,7 @@ def test_scalars_of_numpy_and_torch_are_numbers():
     assert config.output_history is True and type(config.top_k) is int
 
 
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("name", of_kind("flag"))
 def test_switches_are_true_or_false(name):
     for value in (1, 0, "yes", [True], torch.ones(2)):
         with pytest.raises(ValueError, match=f"{name} must be True or False"):

@@ -106,8 +106,8 @@ def test_an_end_is_not_reused_as_padding(llada):
         ({"cache": dkv.NoCache()}, "kv_cache goes with a cache policy"),
         ({"cfg_scale": 1.0}, "kv_cache does not go with cfg_scale"),
         ({"rows": 1}, "kv_cache has 2 rows"),
-        ({"kv_cache": dkv.KVCache(2, 8)}, "kv_cache must be those of an output"),
-        ({"kv_cache": "yes"}, "kv_cache must be those of an output"),
+        ({"kv_cache": dkv.KVCache(2, 8)}, "kv_cache must be the kv_cache of an output"),
+        ({"kv_cache": "yes"}, "kv_cache must be the kv_cache of an output"),
     ],
     ids=["no cache", "guidance", "rows", "unused", "no cache object"],
 )

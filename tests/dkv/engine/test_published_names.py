@@ -11,8 +11,8 @@ from transformers import BatchEncoding, GenerationConfig
 
 import dkv
 from dkv import DiffusionConfig
-from dkv.engine.config import DEFAULTS
 from dkv.engine.published_names import BOOKKEEPING, CONFIDENCES, NO_EFFECT, OTHERS
+from dkv.engine.settings import DEFAULTS
 
 IDS = torch.tensor([[5, 9, 3], [1, 2, 3]])
 

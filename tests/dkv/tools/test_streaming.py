@@ -256,7 +256,7 @@ def test_stream_yields_the_canvas_after_every_step(model):
     assert [state.stats.passes for state in states] == [1, 2, 3, 4, 5]
     filled = [state.stats.new_tokens for state in states]
     assert filled == sorted(filled) and filled[-1] == 7
-    assert torch.equal(states[-1].sequences, output.sequences) and states[-1].buffer is not None
+    assert torch.equal(states[-1].sequences, output.sequences) and states[-1].kv_cache is not None
     assert [s.sequences.tolist() for s in dkv.stream(model, ids, max_new_tokens=0)] == [ids.tolist()]
 
 
