@@ -38,7 +38,12 @@ PACKAGES = [
     "dkv.models.families",
     "dkv.models.bundled",
     "dkv.bench",
+    "dkv.bench.accuracy",
+    "dkv.bench.baselines",
+    "dkv.bench.gpu",
     "dkv.bench.ops",
+    "dkv.bench.plots",
+    "dkv.bench.speed",
 ]
 
 setup(

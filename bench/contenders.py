@@ -1,11 +1,12 @@
-"""What `dkv eval` compares: settings of a generation, written as text with lists that are multiplied out."""
+"""Ways to generate, written as text: settings and arguments of a policy, with lists that are multiplied out."""
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dkv
+from dkv.bench.lineup import LINEUP, PLAIN
 from dkv.core.naming import instead
 from dkv.engine.published_names import ALIASES, own_name
 from dkv.engine.settings import DEFAULTS
@@ -14,36 +15,24 @@ from dkv.policies import POLICY_OPTIONS, policy_of
 # Steps by name, as a share of the slots to fill.
 SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}
 
-QUICK = (
-    "steps=half",
-    "cache=prefill",
-    "cache=decode refresh=4,8,16",
-    "cache=pd refresh=8",
-    "cache=greedy refresh=4,8,16 window=4 window_center=last",
-)
-# The axes of the paper: every policy, refresh interval, window and rule, at one and at two slots a step.
-FULL = (
-    "cache=none,prefill steps=all,half",
-    "cache=decode,pd refresh=2,4,8,16 steps=all,half",
-    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 window_center=next,last",
-    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 steps=half window_center=last",
-    "cache=none,greedy confidence=random steps=all,half",
-    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 confidence=random",
-    "cache=none confidence=margin,entropy",
-)
-# Further runs of a model whose logits are shifted.
-SHIFTED = ("cache=decode,pd refresh=2,4,8,16 shift_rule=un_right",)
-PLAIN = "plain"
 SETTINGS = (
-    "block_length", "schedule", "eps", "confidence", "confidence_dtype", "temperature", "top_p", "top_k",
-    "selection_temperature", "threshold", "factor", "cfg_scale",
-)  # fmt: skip
+    "block_length",
+    "schedule",
+    "eps",
+    "confidence",
+    "confidence_dtype",
+    "temperature",
+    "top_p",
+    "top_k",
+    "selection_temperature",
+    "threshold",
+    "factor",
+    "cfg_scale",
+)
 NAMES = ("cache", "steps", *SETTINGS)
 # How a setting is written in a label; others as name=value.
-LABELS = {
-    "refresh": "{}", "window": "w{}", "window_center": "{}", "shift_rule": "{}", "confidence": "{}",
-    "temperature": "t{}", "block_length": "b{}",
-}  # fmt: skip
+LABELS = dict.fromkeys(("refresh", "window_center", "shift_rule", "confidence"), "{}")
+LABELS |= {"window": "w{}", "temperature": "t{}", "block_length": "b{}"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +59,11 @@ class Contender:
         """Settings of `dkv.generate` for so many new slots."""
         steps = max(1, round(self.steps * new)) if isinstance(self.steps, float) else self.steps
         return {"max_new_tokens": new, "steps": steps, **self.settings}
+
+
+def of_lineup(name: str) -> Contender:
+    """The contender of the line-up that has this name, which is its label."""
+    return replace(contenders([LINEUP[name]])[-1], label=name)
 
 
 def contenders(runs: Sequence[str]) -> list[Contender]:

@@ -1,32 +1,19 @@
 """What `dkv bench` measures: a model, a canvas, and cache policies in turn."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import dkv
+from dkv.bench.lineup import COMPARED, RULES
+from dkv.bench.problems import Exam, bundled
 from dkv.bench.shapes import as_loaded, random_model, shape
 from dkv.models import Transformer
-from dkv.models.bundled.tasks import TASKS, held_out
 from dkv.models.keywords import usable
 from dkv.models.loader import FLOATS
-from dkv.tools.demo import Race
-from dkv.tools.text import encode
 
-# Settings of `dkv.generate` by policy; the first is what the others are compared with. Greedy goes with
-# the random order, as published, or plans by confidences; all others with the most probable slot first.
-LINEUP: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "decode 8": {"cache": dkv.DecodeCache(8)},
-    "decode 32": {"cache": dkv.DecodeCache(32)},
-    "prefill": {"cache": dkv.PrefillCache()},
-    "pd 8": {"cache": dkv.PrefillDecodeCache(8)},
-    "greedy 4": {"cache": dkv.GreedyCache(4, 4), "confidence": "random"},
-    "greedy 16": {"cache": dkv.GreedyCache(16, 4), "confidence": "random"},
-    "greedy 4 planned": {"cache": dkv.GreedyCache(4, 4)},
-}
 # The model that has problems with one right answer.
 TINY, PROBLEMS = "tiny", 24
 
@@ -43,8 +30,9 @@ class Options:
         prompt, new, batch: tokens of a prompt, slots to fill, rows.
         steps: passes; None: one per slot.
         rounds: timed runs of every contender, in turn, after one that is not timed.
-        policies: names in `LINEUP`, "plain" first.
-        race: problems with one right answer, whose prompts take the place of seeded ids; None: there are none.
+        policies: names in `dkv.bench.lineup.LINEUP`, "plain" first.
+        rules: names in `dkv.bench.lineup.RULES`, of block policies; a threshold has no effect on random weights.
+        exam: problems with one right answer, whose prompts take the place of seeded ids; None: there are none.
     """
 
     name: str
@@ -55,13 +43,15 @@ class Options:
     batch: int = 1
     steps: int | None = None
     rounds: int = 3
-    policies: tuple[str, ...] = field(default=tuple(LINEUP))
-    race: Race | None = None
+    policies: tuple[str, ...] = COMPARED
+    rules: tuple[str, ...] = tuple(RULES)
+    exam: Exam | None = None
 
     def prompts(self) -> Tensor:
         """int64 [batch, prompt]: the first problems, or seeded ids, the mask not among them."""
-        if self.race is not None:
-            return self.race.ids[torch.arange(self.batch) % len(self.race.ids)]
+        if self.exam is not None:
+            ids, _ = self.exam.encoded()
+            return ids[torch.arange(self.batch) % len(ids)]
         spec, draw = self.model.spec, torch.Generator().manual_seed(1)
         ids = torch.randint(spec.vocab_size - 1, (self.batch, self.prompt), generator=draw)
         return (ids + (ids >= spec.mask_token_id)).to(self.model.device)
@@ -69,16 +59,19 @@ class Options:
     def facts(self) -> dict[str, Any]:
         """What a figure is about, beside the machine: the model and its weights."""
         model = self.model
-        return {
-            "model": self.name, "parameters": model.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
-            "packed": _packed(model),
-        }  # fmt: skip
+        known = {"model": self.name, "parameters": model.num_parameters}
+        return known | {"dtype": str(model.dtype).removeprefix("torch."), "packed": _packed(model)}
 
 
 def of_shape(
-    name: str, layers: int | None = None, device: str | None = None, dtype: str | None = None, *,
-    eager: bool = True, **settings: Any,
-) -> Options:  # fmt: skip
+    name: str,
+    layers: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    eager: bool = True,
+    **settings: Any,
+) -> Options:
     """A model of random weights.
 
     Args:
@@ -115,9 +108,10 @@ def of_checkpoint(
     """
     model = dkv.load(path_or_id, dtype=dtype, device=device)
     if path_or_id == TINY:
-        race = _race(model)
-        settings = {"new": race.new, **settings, "race": race, "prompt": race.ids.shape[1]}
-        longest = max(map(len, race.answers))
+        (problems,) = bundled(["balance"], PROBLEMS)
+        exam = Exam(model, dkv.load_tokenizer(TINY), problems)
+        settings = {"new": problems.new, **settings, "exam": exam, "prompt": exam.encoded()[0].shape[1]}
+        longest = max(map(len, problems.answers))
         if settings["new"] < longest:
             raise ValueError(
                 f"--new must be at least {longest} with {TINY}, the length of its answers, got {settings['new']}; or "
@@ -132,9 +126,3 @@ def of_checkpoint(
 
 def _packed(model: Transformer) -> bool:
     return any(hasattr(module, "packed") for module in model.modules())
-
-
-def _race(model: Transformer) -> Race:
-    tokenizer, problems = dkv.load_tokenizer(TINY), held_out(PROBLEMS)
-    ids, mask = (x.to(model.device) for x in encode(tokenizer, [prompt for prompt, _ in problems]))
-    return Race(model, tokenizer, ids, mask, [answer for _, answer in problems], TASKS["balance"].new_tokens)

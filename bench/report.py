@@ -1,24 +1,36 @@
-"""Where results go: a table on the terminal, JSON, CSV."""
+"""Results as text and as CSV: the columns of all tables, and the line that says what was measured on what."""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dkv.common import files
 
-# Speeds nearer to 1 than this say nothing.
-CLEAR = 0.02
+
+def aligned(cells: Sequence[str], widths: Sequence[int], left: int = 1) -> str:
+    """Cells in columns of these widths, the first `left` of them to the left and the others to the right."""
+    pairs = zip(cells, widths, strict=True)
+    return "  ".join(f"{cell:{'<' if i < left else '>'}{width}}" for i, (cell, width) in enumerate(pairs)).rstrip()
 
 
 def columns(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Cells under their headings, the first `left` columns to the left and the others to the right."""
+    """Cells under their headings, `aligned` in columns as wide as they need."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip()
-        for line in (header, *lines)
-    )
+    return "\n".join(aligned(line, widths, left) for line in (header, *lines))
+
+
+def table(rows: Sequence[Any], cells: Mapping[str, Callable[[Any], str]], left: int = 1) -> str:
+    """A line per row: heading -> the text of its cell. A column that is empty everywhere is left out."""
+    lines = [[cell(row) for cell in cells.values()] for row in rows]
+    kept = [i for i in range(len(cells)) if any(line[i] for line in lines)]
+    return columns([list(cells)[i] for i in kept], [[line[i] for i in kept] for line in lines], left)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number in a form such as "{:.2f}x"; nothing for None."""
+    return "" if value is None else form.format(value)
 
 
 def machine_line(facts: dict[str, Any]) -> str:
@@ -26,43 +38,6 @@ def machine_line(facts: dict[str, Any]) -> str:
     where = facts.get("card") or f"{facts['processor']}, threads: {facts['threads']} of {facts['cores']} cores"
     size = f"{facts['parameters'] / 1e6:,.1f} M parameters, {facts['dtype']}"
     return f"{facts['model']} ({size}) on {where}; torch {facts['torch']}, dkv {facts['dkv']}, {facts['date'][:10]}"
-
-
-def verdict(found: dict[str, Any]) -> str:
-    """What the rows of a comparison (`dkv.bench.compare`) at one batch mean, in a few plain sentences."""
-    own = {row["policy"]: row for row in found["rows"] if row["way"] == "dkv"}
-    plain, cached = own["plain"], [row for name, row in own.items() if name != "plain"]
-    said = []
-    if cached:
-        best = max(cached, key=lambda row: row["speed"])
-        canvas = f"{plain['prompt']} + {plain['new']} slots at batch {plain['batch']}"
-        said.append(f"Fastest for {canvas}: {best['policy']}, {best['speed']:.2f}x plain.")
-        pays = [row["policy"] for row in cached if row["slowest"] > 1 + CLEAR]
-        loses = [row["policy"] for row in cached if row["fastest"] < 1 - CLEAR]
-        unclear = [row["policy"] for row in cached if row["policy"] not in pays + loses]
-        kinds = (("pays for", pays), ("does not pay for", loses), ("makes no clear difference for", unclear))
-        parts = [f"{kind} {', '.join(names)}" for kind, names in kinds if names]
-        if len(plain["seconds"]) == 1:
-            # How much the runs vary is not known.
-            said.append("One round cannot tell whether the cache pays: give --rounds 3.")
-        else:
-            said.append(f"The cache {'; it '.join(parts)}.")
-    if cached and plain["exact"] == 0:
-        said.append("Plain answers none of the problems exactly: what a cache loses cannot be told from them.")
-    elif cached and plain["exact"] is not None:
-        good = [row for row in cached if row["exact"] >= plain["exact"]]
-        name = max(good, key=lambda row: row["speed"])["policy"] if good else "none"
-        said.append(f"Plain answers {plain['exact']:.0%} exactly; the fastest that answers as many: {name}. "
-                    "Small losses take more problems to see: dkv eval.")  # fmt: skip
-    over = [f"{name} {row['over_eager']:.2f}x" for name, row in own.items() if row["over_eager"] is not None]
-    if over:
-        said.append(f"Against the eager baseline of the same policy: {', '.join(over)}.")
-    return "\n".join(said)
-
-
-def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all figures of a document."""
-    files.write_json(path, content, indent=1)
 
 
 def save_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

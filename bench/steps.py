@@ -1,7 +1,6 @@
 """Single steps of a generation: before its first one, or anywhere in it."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,21 +10,6 @@ from dkv.bench.options import Options
 from dkv.core.sequences import Sequences, slots_of
 from dkv.engine.engine import Engine, OnStep, StepResult
 from dkv.engine.noise import Noise
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what was sent to a GPU, so that a clock read next counts it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of a call on a device, and its result."""
-    synchronise(device)
-    begin = time.perf_counter()
-    result = call()
-    synchronise(device)
-    return time.perf_counter() - begin, result
 
 
 def start(options: Options, settings: dict[str, Any], new: int, hooks: Sequence[OnStep] = ()) -> Engine:

@@ -19,7 +19,7 @@ The ways:
     torch    dkv's torch backend
     triton   dkv's Triton backend, on a GPU
 
-Before a way is timed its result is compared with the definition of the operation, `dkv.kernels.reference`, on the
-same inputs; one that differs fails and has no time. Every way gets the same rows: what dkv saves by choosing fewer
-of them is measured end to end, by `dkv bench`.
+Before a way is timed its result is compared with the definition of the operation, backend "reference", on the same
+inputs in float64; one that differs fails and has no time. Every way gets the same slots: what dkv saves by choosing
+fewer of them is measured end to end, by `dkv bench`.
 """

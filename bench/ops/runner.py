@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from dkv.bench.gpu_report import short
-from dkv.bench.ops.cases import DTYPE, Case, running, sizes, title
+from dkv.bench.gpu.cases import Case, running
+from dkv.bench.gpu.operations import OPERATIONS
+from dkv.bench.gpu.report import short
+from dkv.bench.machine import rates
 from dkv.bench.ops.report import floor_seconds, timed
-from dkv.bench.rates import rates
+from dkv.bench.ops.sizes import DTYPE, sizes, title
+from dkv.bench.timing import synchronise
 from dkv.kernels.backend import has_triton
 
 # Flex attention compiles for every shape; this bounds what it takes of a run.
@@ -32,10 +35,10 @@ class Runner:
         self.dtype = DTYPE[self.device.type]
         self.rates = rates(self.device, self.dtype)
         self.rows: list[dict[str, Any]] = []
-        self._last: tuple[object, Case | None] = (None, None)
+        self._last: tuple[tuple[str, str] | None, Case | None] = (None, None)
         self._compiling = 0.0
 
-    def measure(self, benchmark, operation: str, make: Callable[..., Case], step: str, way: str) -> None:
+    def measure(self, benchmark: Any, operation: str, step: str, way: str) -> None:
         """Check `way`, time it with the fixture `benchmark`, and state bytes, FLOPs and floor with it.
 
         Skips what cannot run here, and says why.
@@ -44,9 +47,9 @@ class Runner:
         if reason:
             pytest.skip(reason)
         try:
-            case = self._case(make, step)
+            case = self._case(operation, step)
             self._check(case, way)
-            row = self._row(case, operation, step, way)
+            row = self._row(case, step, way)
             benchmark.group = f"{row['operation']} {row['shape']}"
             benchmark.extra_info.update(row)
             with running(way):
@@ -68,15 +71,15 @@ class Runner:
             return f"flex attention has compiled for {self._compiling:.0f} s in this run; choose fewer shapes with -k"
         return None
 
-    def _case(self, make: Callable[..., Case], step: str) -> Case:
+    def _case(self, operation: str, step: str) -> Case:
         """Built once for all ways of a step; one at a time is held."""
-        if self._last[0] != (make, step):
+        if self._last[0] != (operation, step):
             self._last = (None, None)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             torch.manual_seed(0)
             with torch.no_grad():
-                self._last = ((make, step), make(sizes(step, self.device), self.device))
+                self._last = ((operation, step), OPERATIONS[operation](sizes(step, self.device), self.device))
         return self._last[1]
 
     def _check(self, case: Case, way: str) -> None:
@@ -92,15 +95,12 @@ class Runner:
         finally:
             self._compiling += time.perf_counter() - start if way == "flex" else 0
 
-    def _row(self, case: Case, operation: str, step: str, way: str) -> dict[str, Any]:
+    def _row(self, case: Case, step: str, way: str) -> dict[str, Any]:
         numbers = " ".join(f"{name}{size}" for name, size in case.sizes.items())
-        return {
-            "operation": operation, "shape": f"{title(step, self.device)} {numbers}", "way": way,
-            "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(), "sizes": case.sizes, "bytes": case.work.bytes,
-            "flops": case.work.flops, **self.rates,
-            "floor_seconds": floor_seconds(case.work.bytes, case.work.flops, self.rates),
-        }  # fmt: skip
+        row = {"operation": case.name, "shape": f"{title(step, self.device)} {numbers}", "way": way}
+        row |= {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+        row |= {"threads": torch.get_num_threads(), "sizes": case.sizes, "bytes": case.bytes, "flops": case.flops}
+        return row | self.rates | {"floor_seconds": floor_seconds(case.bytes, case.flops, self.rates)}
 
     def _eager(self, shape: str, operation: str) -> float | None:
         for row in self.rows:
@@ -109,11 +109,8 @@ class Runner:
         return None
 
     def _synchronised(self, call: Callable[[], object]) -> Callable[[], object]:
-        if self.device.type != "cuda":
-            return call
-
         def run() -> None:
             call()
-            torch.cuda.synchronize(self.device)
+            synchronise(self.device)
 
-        return run
+        return run if self.device.type == "cuda" else call

@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dkv.bench.lineup import COMPARED
 from dkv.cli.bench_sizes import check_room, check_sizes
-from dkv.cli.measuring import add_machine, check_counts, ready
+from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
 
 SUMMARY = "Measure the cache policies on this machine: speed, work, memory, and where the time of a step goes."
@@ -20,15 +21,14 @@ examples:
   dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
   dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
   dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
-  dkv bench --all --out results                             everything, with plots: 18 minutes on 2 cores
+  dkv bench --all --out results                             everything, with plots: 12 minutes on 2 cores
 
 Measure on an idle machine. Every round runs each policy once, in turn; speeds are ratios to plain
 decoding in the same round, and figures are medians. "eager" is the method written in plain PyTorch
 the way it was published, on the same weights (plain, Decode and Greedy in random order, LLaDA alone).
 """
 
-# The names of `dkv.bench.options.LINEUP` and `dkv.bench.shapes.SHAPES`, which import torch.
-POLICIES = ("plain", "decode 8", "decode 32", "prefill", "pd 8", "greedy 4", "greedy 16", "greedy 4 planned")
+# The names of `dkv.bench.shapes.SHAPES`, which imports torch.
 SHAPES = ("d128x4", "d512x8", "llada-8b", "dream-7b")
 # Measurements that can take the place of the comparison.
 OTHERS = {
@@ -37,24 +37,19 @@ OTHERS = {
     "memory": "peak memory of a step against weights and buffer",
     "blocks": "Fast-dLLM's block policies and its threshold, one prompt at a time",
 }
+LONG, BATCHED = ("plain", "decode 32", "prefill", "pd 8"), ("plain", "decode 8", "greedy 4")
 # What --all measures: file -> measurement, batches, and settings of `dkv.bench.options`. Eager runs and
 # long canvases cost most of the time, hence few rounds of them.
 ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-    "comparison": ("comparison", (1,), {
-        "rounds": 3, "policies": ("plain", "decode 8", "decode 32", "prefill", "pd 8", "greedy 4", "greedy 16"),
-    }),
-    "long": ("comparison", (1,), {
-        "prompt": 896, "rounds": 1, "eager": False, "policies": ("plain", "decode 32", "prefill", "pd 8"),
-    }),
-    "batches": ("comparison", (1, 2, 4, 8), {
-        "new": 32, "rounds": 1, "policies": ("plain", "decode 8", "greedy 4"),
-    }),
+    "comparison": ("comparison", (1,), {"new": 64, "policies": COMPARED[:-1]}),
+    "long": ("comparison", (1,), {"prompt": 896, "new": 64, "rounds": 1, "eager": False, "policies": LONG}),
+    "batches": ("comparison", (1, 2, 4), {"new": 32, "rounds": 1, "policies": BATCHED}),
     "floor": ("floor", (1,), {}),
     "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
     "memory": ("memory", (1,), {}),
-    "blocks": ("blocks", (1,), {"new": 64}),
+    "blocks": ("blocks", (1,), {"new": 64, "rounds": 1, "rules": ("one a step",)}),
     "blocks_tiny": ("blocks", (1,), {"model": "tiny"}),
-}  # fmt: skip
+}
 # Options that go into `dkv.bench.options.Options` as they are.
 SETTINGS = ("prompt", "new", "steps", "rounds")
 
@@ -64,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: tiny)")
     add("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
     add("--layers", type=int, metavar="N", help="layers of the shape (default: as many as it has)")
-    add("--policies", nargs="+", choices=POLICIES, metavar="NAME",
-        help=f"{', '.join(POLICIES)} (default: all); plain is always among them")  # fmt: skip
+    known = f"{', '.join(COMPARED)} (default: all); plain is always among them"
+    add("--policies", nargs="+", choices=COMPARED, metavar="NAME", help=known)
     add("--no-eager", action="store_true", help="leave out the eager baseline")
 
     add = parser.add_argument_group("size").add_argument
@@ -78,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
 
     add = parser.add_argument_group("output").add_argument
-    add("--json", type=Path, metavar="FILE", 
-        help="also write all figures, with the machine and the command; - for standard output")  # fmt: skip
+    add_json(add)
     add("--csv", type=Path, metavar="FILE", help="also write the rows of the table")
     add("--plots", type=Path, metavar="DIR", help="also draw figures (needs matplotlib: pip install 'dkv[bench]')")
 
@@ -88,10 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", action="store_true", help=what)
     add("--all", action="store_true", help="the comparison at several sizes, and all others; needs --out")
     add("--out", type=Path, metavar="DIR", help="where --all writes its JSON and PNG files")
+    add("--show", type=Path, metavar="FILE", help="print the tables of a JSON file again, and measure nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     check(args)
+    if args.show is not None:
+        return show(args.show)
     ready(args)
     return run_all(args) if args.all else run_some(args)
 
@@ -103,6 +100,8 @@ def check(args: argparse.Namespace) -> None:
         ValueError: a number too small, options that exclude each other, an output that cannot be written.
     """
     others = [name for name in OTHERS if getattr(args, name)]
+    if args.show is not None:
+        return
     check_counts(args, (*SETTINGS, "batch", "layers", "threads"))
     if args.all != (args.out is not None):
         raise ValueError("--all writes files: give --out DIR" if args.all else "--out goes with --all")
@@ -167,7 +166,7 @@ def run_some(args: argparse.Namespace) -> int:
 
     def save() -> None:
         if args.json is not None:
-            report.save_json(args.json, found)
+            files.write_json(args.json, found, indent=1)
         if args.csv is not None:
             report.save_csv(args.csv, found[kind]["rows"])
 
@@ -209,7 +208,7 @@ def run_all(args: argparse.Namespace) -> int:
             print(report.machine_line(found["facts"]), flush=True)
             for part in measured(kind, options, batches):
                 found[kind] = part
-                report.save_json(path, found)
+                files.write_json(path, found, indent=1)
                 done[str(path)] = None
             print("", path, *plots.draw(found, args.out, f"{name}_"), sep="\n", flush=True)
     return 0
@@ -231,25 +230,33 @@ def measured(kind: str, options: Any, batches: Any) -> Iterator[dict[str, Any]]:
 
 
 def comparison(options: Any, batches: Any) -> Iterator[dict[str, Any]]:
-    from dkv.bench import compare, report
+    from dkv.bench.speed import compare, compare_table
 
     rows, refused = [], {}
     for batch in batches:
         found = compare.measure(replace(options, batch=batch))
-        row = found["rows"][0]
-        size = f"{row['prompt']} + {row['new']} slots, steps: {row['steps']}, batch: {batch}, rounds: {options.rounds}"
-        print(f"\n{size}\n")
-        print(compare.table(found), report.verdict(found), sep="\n\n", flush=True)
+        print(f"\n{compare_table.one_batch(found['rows'])}", flush=True)
         rows, refused = rows + found["rows"], found["refused"]
         yield {"rows": rows, "refused": refused}
-    # What was asked for is in the table; the JSON has it in full.
-    reasons = {policy: why.partition(", got ")[0] for policy, why in refused.items()}
-    for reason in dict.fromkeys(reasons.values()):
-        print(f"No eager baseline for {', '.join(p for p in reasons if reasons[p] == reason)}: {reason}")
+    if refused:
+        print(compare_table.refusals(refused))
 
 
 def _other(kind: str, options: Any) -> dict[str, Any]:
-    module = import_module(f"dkv.bench.{kind}")
+    module = import_module(f"dkv.bench.speed.{kind}")
     found = module.measure(options)
     print(f"\n{module.table(found)}", flush=True)
     return found
+
+
+def show(path: Path) -> int:
+    """Print the tables of a file that `--json` or `--all` wrote."""
+    from dkv.bench import report
+    from dkv.bench.speed import compare_table
+
+    found = read(path, "facts")
+    print(report.machine_line(found["facts"]))
+    for kind in (kind for kind in ("comparison", *OTHERS) if kind in found):
+        table = compare_table.whole_table if kind == "comparison" else import_module(f"dkv.bench.speed.{kind}").table
+        print("", table(found[kind]), sep="\n")
+    return 0

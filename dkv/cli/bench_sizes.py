@@ -12,7 +12,7 @@ USES = {
     "memory": ("prompt", "new", "steps", "policies", "no_eager"),
     "blocks": ("prompt", "new", "rounds", "no_eager"),
 }
-# Of --new: what it must be a multiple of, `dkv.bench.blocks.BLOCK`, and the least, in which a cached step comes up.
+# Of --new: what it must be a multiple of (`BLOCK` of `dkv.bench.speed.blocks`), and the least, which has a cached step.
 MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3}
 # Slots where --new does not say, of tiny and of all others.
 NEW = (64, 128)
@@ -45,7 +45,7 @@ def check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
 
 def check_room(kinds: Iterable[str], options: Any) -> None:
     """Raise ValueError where a measurement needs a longer canvas than the model has."""
-    from dkv.bench.growth import LENGTHS
+    from dkv.bench.speed.growth import LENGTHS
 
     most = options.model.spec.max_positions
     for kind in kinds:

@@ -19,15 +19,10 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--problems", type=int, default=24, metavar="N", help="problems to answer per policy (default: %(default)s)")
-    add(
-        "--task",
-        choices=TASK_NAMES,
-        default=TASK_NAMES[0],
-        metavar="NAME",
-        help=f"{', '.join(TASK_NAMES)} (default: %(default)s)",
-    )
-    add("--model", default="tiny",
-        help="tiny, tiny-dream, or a folder with a model of the same task (default: %(default)s)")  # fmt: skip
+    known = f"{', '.join(TASK_NAMES)} (default: %(default)s)"
+    add("--task", choices=TASK_NAMES, default=TASK_NAMES[0], metavar="NAME", help=known)
+    what = "tiny, tiny-dream, or a folder with a model of the same task (default: %(default)s)"
+    add("--model", default="tiny", help=what)
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     add("--json", action="store_true", help="the table as one JSON object, without the drafts")
 
@@ -37,29 +32,19 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import dkv
-    from dkv.models.bundled.tasks import TASKS, held_out
-    from dkv.tools.demo import ROUNDS, Race, meaning, show, table
-    from dkv.tools.text import encode
+    from dkv.bench.accuracy.demo import ROUNDS, meaning, measure, show, table
+    from dkv.bench.problems import Exam, bundled
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = dkv.load(args.model, device="cpu")
-    tokenizer = dkv.load_tokenizer(args.model)
-    problems = held_out(args.problems, task=args.task)
-    prompts, answers = map(list, zip(*problems, strict=True))
-    race = Race(model, tokenizer, *encode(tokenizer, prompts), answers, TASKS[args.task].new_tokens)
+    exam = Exam(model, dkv.load_tokenizer(args.model), *bundled([args.task], args.problems))
     if not args.json:
-        show(race, *problems[0])
-    results = race.measure()
+        show(exam)
+    results = measure(exam)
     if args.json:
-        facts = {
-            "model": args.model,
-            "task": args.task,
-            "problems": args.problems,
-            "threads": torch.get_num_threads(),
-            "rounds": ROUNDS,
-        }
-        print(json.dumps({**facts, "results": results}))
+        facts = {name: getattr(args, name) for name in ("model", "task", "problems")}
+        print(json.dumps({**facts, "threads": torch.get_num_threads(), "rounds": ROUNDS, "results": results}))
     else:
         print(table(results, args.problems))
         print(meaning(model.num_parameters, torch.get_num_threads()))

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dkv.cli.measuring import TASK_NAMES, add_machine, check_counts, ready
+from dkv.cli.measuring import TASK_NAMES, add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
 
 SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
@@ -28,8 +28,8 @@ Measure on an idle machine: all runs take turns on every batch.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems").add_argument
     add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
-    add("--tasks", nargs="+", choices=TASK_NAMES, metavar="NAME",
-        help=f"tasks of the bundled models: {', '.join(TASK_NAMES)} (default: all)")  # fmt: skip
+    known = f"tasks of the bundled models: {', '.join(TASK_NAMES)} (default: all)"
+    add("--tasks", nargs="+", choices=TASK_NAMES, metavar="NAME", help=known)
     add("--data", type=Path, metavar="FILE", help="problems of your own, as JSON lines")
     add("--new-tokens", type=int, metavar="N", help="slots for an answer of --data")
     add("--chat", action="store_true", help="put prompts of --data into the tokenizer's chat template")
@@ -39,20 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
     add("--run", action="append", metavar="TEXT", dest="runs", help="settings to compare (default: nine of them)")
     add("--full", action="store_true", help="every policy, refresh interval, window and rule of the paper")
-    add("--drift", action="store_true",
-        help="instead: change of keys and values around a slot's decoding, of --batch problems per task")  # fmt: skip
+    what = "instead: change of keys and values around a slot's decoding, of --batch problems per task"
+    add("--drift", action="store_true", help=what)
+    add("--show", type=Path, metavar="FILE", help="instead: print the table of a JSON file again, and measure nothing")
 
     add = add_machine(parser)
     add("--batch", type=int, default=16, metavar="N", help="problems at a time (default: %(default)s)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, metavar="DIR",
-        help="keep every run here, go on with it when repeated, and draw figures (needs matplotlib)")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", 
-        help="also write all figures, with the machine and the command; - for standard output")  # fmt: skip
+    what = "keep every run here, go on with it when repeated, and draw figures (needs matplotlib)"
+    add("--out", type=Path, metavar="DIR", help=what)
+    add_json(add)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.show is not None:
+        return show(args.show)
     check(args)
     ready(args)
     return drift(args) if args.drift else compare(args)
@@ -96,7 +98,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         outputs += [("--out", args.out / f"{name}.{kind}") for kind in ("json", "png")]
     files.check_outputs(outputs, [("--data", args.data)])
     if args.out is not None and not args.drift:
-        from dkv.bench.quality import LOG
+        from dkv.bench.accuracy.quality import LOG
 
         files.check_writable("--out", args.out / LOG, regular=True)
 
@@ -104,68 +106,84 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any]]:
     """The model, its tokenizer, the problems, and the facts of the measurement."""
     import dkv
-    from dkv.bench import machine, quality
+    from dkv.bench import machine
+    from dkv.bench.problems import bundled, from_file
 
     if args.data is not None:
-        problems = quality.from_file(args.data, args.new_tokens, args.problems)
+        problems = from_file(args.data, args.new_tokens, args.problems)
     else:
-        problems = quality.bundled(dict.fromkeys(args.tasks or TASK_NAMES), args.problems or 96, args.seed)
+        problems = bundled(dict.fromkeys(args.tasks or TASK_NAMES), args.problems or 96, seed=args.seed)
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
     tokenizer = dkv.load_tokenizer(args.model)
-    facts = machine.facts(model.device, args.command_line) | {
-        "model": args.model, "parameters": model.num_parameters, "dtype": str(model.dtype).removeprefix("torch."),
-        "batch": args.batch, "seed": args.seed,
-        "problems": {family.name: len(family.prompts) for family in problems},
-    }  # fmt: skip
+    facts = machine.facts(model.device, args.command_line)
+    facts |= {"model": args.model, "parameters": model.num_parameters, "batch": args.batch, "seed": args.seed}
+    facts |= {"dtype": str(model.dtype).removeprefix("torch.")}
+    facts |= {"problems": {family.name: len(family.prompts) for family in problems}}
     return model, tokenizer, problems, facts
 
 
 def compare(args: argparse.Namespace) -> int:
     """Exact answers and speed of the runs."""
-    from dkv.bench import contenders, frontier, quality, report
+    from dkv.bench import lineup, plots, report
+    from dkv.bench.accuracy import frontier, quality
+    from dkv.bench.contenders import contenders
+    from dkv.bench.problems import fingerprint
     from dkv.policies import NoCache
 
-    runs = args.runs or (contenders.FULL if args.full else contenders.QUICK)
-    chosen = contenders.contenders(runs)
+    runs = args.runs or (lineup.FULL if args.full else lineup.QUICK)
+    chosen = contenders(runs)
     model, tokenizer, problems, facts = loaded(args)
     if model.spec.shifted and args.runs is None:
-        chosen = contenders.contenders((*runs, *contenders.SHIFTED))
+        chosen = contenders((*runs, *lineup.SHIFTED))
     for contender in chosen:
         # Before hours of work, not in the middle of them.
         contender.settings.get("cache", NoCache()).check(model.spec.shifted)
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
     fixed = {name: facts[name] for name in ("model", "parameters", "dtype", "device", "batch", "seed")}
-    log = quality.Log(args.out, fixed | {"problems": quality.fingerprint(problems), "weights": quality.digest(model)})
+    log = quality.Log(args.out, fixed | {"problems": fingerprint(problems), "weights": quality.digest(model)})
     with files.beside(args.json):
         print(report.machine_line(facts), flush=True)
         with process.keeping(log.kept):
             rows = quality.measure(setting, chosen, log)
         print("", frontier.table(rows), "", frontier.verdict(rows), sep="\n")
-        return save(args, {"facts": facts, "rows": rows}, "eval", frontier.draw)
+        return save(args, {"facts": facts, "rows": rows}, "eval", plots.answers)
 
 
 def drift(args: argparse.Namespace) -> int:
     """Change of keys and values between steps."""
-    from dkv.bench import drift as measurement
-    from dkv.bench import report
+    from dkv.bench import plots, report
+    from dkv.bench.accuracy import drift as measurement
 
     model, tokenizer, problems, facts = loaded(args)
     with files.beside(args.json):
         print(report.machine_line(facts), flush=True)
         found = {"facts": facts, **measurement.measure(model, tokenizer, problems, args.batch, args.chat)}
         print("", measurement.table(found), "", measurement.meaning(found), sep="\n")
-        return save(args, found, "drift", measurement.draw)
+        return save(args, found, "drift", plots.drift)
 
 
 def save(args: argparse.Namespace, found: dict[str, Any], name: str, draw: Any) -> int:
     """Write what --out and --json ask for."""
-    from dkv.bench import report
+    from dkv.bench import plots
 
     if args.json is not None:
-        report.save_json(args.json, found)
+        files.write_json(args.json, found, indent=1)
     if args.out is not None:
-        report.save_json(args.out / f"{name}.json", found)
-        with files.writing(args.out / f"{name}.png") as part:
-            draw(found).savefig(part, dpi=150, format="png")
+        files.write_json(args.out / f"{name}.json", found, indent=1)
+        plots.save(draw(found), args.out / f"{name}.png")
         print("", args.out / f"{name}.json", args.out / f"{name}.png", sep="\n")
+    return 0
+
+
+def show(path: Path) -> int:
+    """Print the table of a file that `--json` or `--out` wrote."""
+    from dkv.bench import report
+    from dkv.bench.accuracy import drift, frontier
+
+    found = read(path, "facts")
+    print(report.machine_line(found["facts"]), "", sep="\n")
+    if "rows" in found:
+        print(frontier.table(found["rows"]), "", frontier.verdict(found["rows"]), sep="\n")
+    else:
+        print(drift.table(found), "", drift.meaning(found), sep="\n")
     return 0

@@ -1,7 +1,9 @@
 """What commands that measure share: options of the machine, and what is checked and said beforehand."""
 
 import argparse
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 # The names of `dkv.models.bundled.tasks.TASKS`, which help is to tell without importing torch.
@@ -17,9 +19,31 @@ def add_machine(parser: argparse.ArgumentParser) -> Any:
     add = parser.add_argument_group("machine").add_argument
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
-    add("--dtype", choices=DTYPES, metavar="NAME",
-        help=f"{', '.join(DTYPES)} (default: that of the checkpoint; on a CPU float32)")  # fmt: skip
+    known = f"{', '.join(DTYPES)} (default: that of the checkpoint; on a CPU float32)"
+    add("--dtype", choices=DTYPES, metavar="NAME", help=known)
     return add
+
+
+def add_json(add: Any) -> None:
+    """Add the option of a file with all figures."""
+    what = "also write all figures, with the machine and the command; - for standard output"
+    add("--json", type=Path, metavar="FILE", help=what)
+
+
+def read(path: Path, *names: str) -> dict[str, Any]:
+    """What a command that measures has written.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--show: there is no file {path}")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return {**found, **{name: found[name] for name in names}}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--show: {path} has no figures of this command: give a file that it wrote") from error
 
 
 def check_counts(args: argparse.Namespace, names: Iterable[str]) -> None:

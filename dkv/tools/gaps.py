@@ -10,7 +10,7 @@ Bayes' rule.
 
 That is a heuristic, and ours. That the confidence in the filling itself favours some lengths, whatever the text, is
 known (Liu et al., "Diffusion LMs Can Approximate Optimal Infilling Lengths Implicitly", 2026); `python -m
-dkv.bench.gaps` counts how often either finds the true length on the bundled models.
+dkv.bench.accuracy.gaps` counts how often either finds the true length on the bundled models.
 """
 
 import random

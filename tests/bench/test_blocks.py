@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import dkv
-from dkv.bench import blocks, fastdllm
-from dkv.bench.options import Options, of_shape
+from dkv.bench.baselines import fast_dllm
+from dkv.bench.lineup import BLOCKED, RULES
+from dkv.bench.options import Options
+from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.bench.speed import blocks
 from dkv.tools.verify import FAST_DLLM, find_cases
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -28,25 +31,26 @@ def test_the_baseline_gives_the_tokens_and_passes_of_the_published_code(case, mo
         return  # the baseline fills one slot a step
     settings = {name: facts[name] for name in ("block_length", "threshold")}
     cache, prompt = FAST_DLLM[facts["function"]], tensors["prompt"].long()
-    found, passes = fastdllm.generate(model, prompt, new=facts["gen_length"], cache=cache, **settings)
+    found, passes = fast_dllm.generate(model, prompt, new=facts["gen_length"], cache=cache, **settings)
     assert torch.equal(found, tensors["final"].long()) and passes == facts["forward_passes"]
 
 
 def test_the_baseline_takes_one_row(model):
     with pytest.raises(ValueError, match="input_ids must be one row"):
-        fastdllm.generate(model, torch.zeros(2, 3).long(), new=4, block_length=2, cache=dkv.NoCache())
+        fast_dllm.generate(model, torch.zeros(2, 3).long(), new=4, block_length=2, cache=dkv.NoCache())
 
 
 @pytest.fixture(scope="module")
 def options() -> Options:
-    return of_shape("d128x4", 2, device="cpu", dtype="float32", prompt=5, new=64, rounds=1)
+    plain = random_model(tiny(shape("llada-8b")), torch.device("cpu"), torch.float32)
+    return Options("small", as_loaded(plain), plain, prompt=5, new=64, rounds=1)
 
 
 def test_a_row_for_every_policy_and_rule(options, monkeypatch):
     monkeypatch.setattr(blocks, "RULES", {"one a step": {}, "threshold 0.9": {"threshold": 0.0}})
     found = json.loads(json.dumps(blocks.measure(options)))
     rows = {(row["policy"], row["rule"]): row for row in found["rows"]}
-    assert list(rows) == [(policy, rule) for rule in blocks.RULES for policy in blocks.POLICIES]
+    assert list(rows) == [(policy, rule) for rule in RULES for policy in BLOCKED]
     for (policy, rule), row in rows.items():
         one = rule == "one a step"
         assert row["passes"] == (64 if one else 2) and row["tokens_per_forward"] == (1 if one else 32)

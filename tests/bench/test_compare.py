@@ -1,12 +1,18 @@
 """The comparison of policies: what is timed, the arithmetic of a row, and a real one on a small model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import dkv
-from dkv.bench import compare, options, published
-from dkv.bench.compare import Run, StepTime
+from dkv.bench import options
+from dkv.bench.baselines import dkv_cache
+from dkv.bench.problems import Exam, Problems
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.bench.speed import compare, compare_table
+from dkv.bench.speed.compare import Run, StepTime
+from dkv.bench.timing import in_turn
 from dkv.engine.replay import replay
 
 CPU = torch.device("cpu")
@@ -77,35 +83,42 @@ def test_row_arithmetic():
     assert decode["seconds"] == [4.0, 3.0, 10.0] and decode["steps"] == 4
 
 
-def test_every_contender_runs_once_per_round_in_turn():
-    calls = []
-
-    def runner(name):
-        return lambda steps: calls.append((name, steps)) or made(1.0, [1])
+def test_contenders_take_turns_and_are_told_and_counted():
+    calls, said = [], []
 
     class Bar:
-        set_description = staticmethod(lambda text: None)
-        update = staticmethod(lambda: None)
+        set_description = staticmethod(said.append)
+        update = staticmethod(lambda: calls.append("counted"))
 
-    found = compare.race({(name, "dkv"): runner(name) for name in "ab"}, small(rounds=2, steps=4), Bar)
-    assert calls == [("a", 4), ("b", 4)] * 2 and {len(runs) for runs in found.values()} == {2}
+    ways = {name: lambda name=name: calls.append(name) or name for name in "ab"}
+    assert in_turn(ways, 2, Bar, lambda number, name: f"{number} {name}") == {"a": ["a", "a"], "b": ["b", "b"]}
+    assert calls == ["a", "counted", "b", "counted"] * 2 and said == ["0 a", "0 b", "1 a", "1 b"]
+    assert in_turn(ways) == {"a": ["a"], "b": ["b"]}
 
 
 def test_step_times_are_those_of_the_passes(clock):
     asked, steps = small(new=4), compare.StepClock()
     replay(asked.model, asked.prompts(), max_new_tokens=4, seed=0, cache=dkv.DecodeCache(0), on_step=steps)
     assert [(step.full, step.slots, step.seconds) for step in steps.steps] == [
-        (True, 20, 1.0), (True, 20, 1.0), (False, 6, 1.0), (False, 4, 1.0),
-    ]  # fmt: skip
+        (True, 20, 1.0),
+        (True, 20, 1.0),
+        (False, 6, 1.0),
+        (False, 4, 1.0),
+    ]
 
 
 def test_comparison_of_a_small_model():
     found = compare.measure(small())
     rows = {(row["policy"], row["way"]): row for row in found["rows"]}
     assert list(rows) == [
-        ("plain", "dkv"), ("plain", "eager"), ("decode 8", "dkv"), ("decode 8", "eager"), ("prefill", "dkv"),
-        ("greedy 4", "dkv"), ("greedy 4", "eager"),
-    ]  # fmt: skip
+        ("plain", "dkv"),
+        ("plain", "eager"),
+        ("decode 8", "dkv"),
+        ("decode 8", "eager"),
+        ("prefill", "dkv"),
+        ("greedy 4", "dkv"),
+        ("greedy 4", "eager"),
+    ]
     assert list(found["refused"]) == ["prefill"] and "Prefill" in found["refused"]["prefill"]
     assert [rows[policy, "dkv"]["full_passes"] for policy in ("plain", "decode 8", "prefill", "greedy 4")] == [
         8,
@@ -124,13 +137,13 @@ def test_comparison_of_a_small_model():
     plain, decode = rows["plain", "dkv"], rows["decode 8", "dkv"]
     assert (plain["computed_share"], plain["full_slots"], plain["cached_slots"]) == (1, 28, None)
     assert decode["computed_share"] < 1 and decode["cached_slots"] < 28
-    text = compare.table(found)
+    text = compare_table.table(found)
     assert len([line for line in text.splitlines() if line.startswith("  eager")]) == 3
     assert "exact" not in text.splitlines()[0] and "range" not in text.splitlines()[0]
 
 
 def test_no_baseline_is_asked_for(monkeypatch):
-    monkeypatch.setattr(published, "generate", lambda *args, **more: pytest.fail("the baseline ran"))
+    monkeypatch.setattr(dkv_cache, "generate", lambda *args, **more: pytest.fail("the baseline ran"))
     found = compare.measure(small(eager=None, policies=("plain",)))
     assert [(row["way"], row["over_eager"]) for row in found["rows"]] == [("dkv", None)] and found["refused"] == {}
 
@@ -142,14 +155,14 @@ def test_an_error_of_dkv_is_not_taken_for_a_refusal():
 
 def test_exact_counts_whole_answers():
     found = options.of_checkpoint("tiny", eager=False, rounds=1, policies=("plain", "greedy 4"))
-    problems = found.race
-    assert (found.prompt, found.new) == (63, 64) and found.prompts().tolist() == problems.ids[:1].tolist()
-    problems.ids, problems.mask, problems.answers = problems.ids[:3], problems.mask[:3], problems.answers[:3]
-    output = dkv.generate(found.model, problems.ids, max_new_tokens=64)
-    right = sum(map(str.__eq__, problems.texts(output.sequences), problems.answers))
-    assert right >= 2 and compare._exact(found, "plain") == right / 3
-    problems.answers[0] += "1"
-    assert compare._exact(found, "plain") == (right - 1) / 3
+    problems = found.exam.problems
+    assert (found.prompt, found.new) == (63, 64) and len(problems.answers) == 24
+    assert found.prompts().tolist() == found.exam.encoded(0, 1)[0].tolist()
+    few = Problems("few", problems.prompts[:2], problems.answers[:2], 64)
+    _, texts = Exam(found.model, found.exam.tokenizer, few).decode(0, 2, steps=8)
+    for answers, right in ((texts, 1.0), ([texts[0] + "1", texts[1]], 0.5)):
+        exam = Exam(found.model, found.exam.tokenizer, replace(few, answers=answers))
+        assert compare._exact(replace(found, exam=exam, steps=8), "plain") == right
 
 
 def test_prompts_are_seeded_and_hold_no_mask():

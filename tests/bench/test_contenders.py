@@ -3,7 +3,8 @@
 import pytest
 
 import dkv
-from dkv.bench.contenders import FULL, QUICK, SHIFTED, contenders
+from dkv.bench.contenders import contenders, of_lineup
+from dkv.bench.lineup import BLOCKED, COMPARED, FULL, LINEUP, ON_GPU, QUICK, SHIFTED, SHOWN
 
 
 def test_lists_are_multiplied_out_and_plain_comes_first():
@@ -30,16 +31,21 @@ def test_a_run_in_other_words_is_the_same_run():
 @pytest.mark.parametrize(
     ("text", "label", "settings"),
     [
-        ("cache=greedy refresh=4 window=0 window_center=last", "greedy 4 w0 last",
-         {"cache": dkv.GreedyCache(4, 0, window_center="last")}),
+        (
+            "cache=greedy refresh=4 window=0 window_center=last",
+            "greedy 4 w0 last",
+            {"cache": dkv.GreedyCache(4, 0, window_center="last")},
+        ),
         ("remasking=random temperature=0.5", "plain random t0.5", {"confidence": "random", "temperature": 0.5}),
-        ("cache=decode shift_rule=un_right warmup=1 block_length=8",
-         "decode un_right warmup=1 b8",
-         {"cache": dkv.DecodeCache(warmup=1, shift_rule="un_right"), "block_length": 8}),
+        (
+            "cache=decode shift_rule=un_right warmup=1 block_length=8",
+            "decode un_right warmup=1 b8",
+            {"cache": dkv.DecodeCache(warmup=1, shift_rule="un_right"), "block_length": 8},
+        ),
         ("steps=7 top_p=0.9", "plain top_p=0.9 steps 7", {"steps": 7, "top_p": 0.9}),
     ],
     ids=lambda x: x if isinstance(x, str) and "=" in x else "",
-)  # fmt: skip
+)
 def test_settings_of_the_policy_and_of_the_generation(text, label, settings):
     found = contenders([text])[1]
     assert found.label == label
@@ -77,8 +83,27 @@ def test_bad_runs_are_refused_with_their_text(text, message):
 def test_the_grids_have_every_axis_of_the_paper():
     labels = [c.label for c in contenders(FULL)]
     assert len(set(labels)) == len(labels)
-    for label in ("plain half", "plain random", "prefill half", "decode 16 half", "pd 2", "greedy 2 w0 last",
-                  "greedy 16 w8 random", "greedy 4 w2 next"):  # fmt: skip
+    for label in (
+        "plain half",
+        "plain random",
+        "prefill half",
+        "decode 16 half",
+        "pd 2",
+        "greedy 2 w0 last",
+        "greedy 16 w8 random",
+        "greedy 4 w2 next",
+    ):
         assert label in labels
     assert {"decode 8 un_right", "pd 16 un_right"} <= {c.label for c in contenders(SHIFTED)}
     assert {c.label for c in contenders(QUICK)} <= set(labels)
+
+
+def test_every_name_of_the_line_up_is_a_way_to_generate():
+    found = {name: of_lineup(name) for name in LINEUP}
+    assert all(contender.label == name for name, contender in found.items())
+    assert found["greedy 16"].settings == {"cache": dkv.GreedyCache(16, 4), "confidence": "random"}
+    assert found["decode, no refresh"].settings == {"cache": dkv.DecodeCache(0, warmup=1)}
+    assert found["dual delayed"].settings == {"cache": dkv.DualCache(delayed=True)}
+    assert found["plain half"].steps == 0.5 and found["plain"].settings == {"cache": dkv.NoCache()}
+    assert {*COMPARED, *SHOWN, *BLOCKED, *ON_GPU} <= set(LINEUP)
+    assert {names[0] for names in (COMPARED, SHOWN, BLOCKED, ON_GPU)} == {"plain"}

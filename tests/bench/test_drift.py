@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import dkv
-from dkv.bench import drift
-from dkv.bench.quality import Problems, bundled
+from dkv.bench import plots
+from dkv.bench.accuracy import drift
+from dkv.bench.problems import Problems, bundled
 
 
 @pytest.fixture(scope="module")
 def found():
     model = dkv.load("tiny", device="cpu")
-    problems = [bundled(["balance"], 2, 1)[0], Problems("short", ["+1 =", "+2 +3="], ["1", "2"], 12)]
+    problems = [bundled(["balance"], 2, seed=1)[0], Problems("short", ["+1 =", "+2 +3="], ["1", "2"], 12)]
     tokenizer = dkv.load_tokenizer("tiny")
     return drift.measure(model, tokenizer, problems, 2) | {
         "facts": {"model": "tiny", "torch": "2", "date": "2026-01-01"}
@@ -58,4 +59,4 @@ def test_table_words_and_figure(found):
     lines = drift.table(found).splitlines()
     assert len(lines) == 2 * (1 + 4) + 1 and lines[0].startswith("keys") and lines[6].startswith("values")
     assert "Keys: " in drift.meaning(found)
-    assert len(drift.draw(found).axes) == 4
+    assert len(plots.drift(found).axes) == 4

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dkv.bench import floor
-from dkv.bench.floor import GOALS, PARTS, STEPS, measure, products, recorded, table
+from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.bench.speed import floor
+from dkv.bench.speed.floor import GOALS, PARTS, STEPS, measure, products, recorded, table
 from dkv.bench.steps import HalfWay
 
 
@@ -22,7 +23,7 @@ def options(model, **settings) -> Options:
 
 @pytest.mark.parametrize("kind", GOALS)
 def test_a_step_can_be_taken_again(plain, kind):
-    half_way = HalfWay(options(plain), STEPS[kind])
+    half_way = HalfWay(options(plain), of_lineup(STEPS[kind]).settings)
     before = half_way.engine.rows.tokens.clone()
     first = half_way.take()
     assert half_way.engine.rows.masked.sum(1).tolist() == [3, 3]  # of 8 new ones, 4 and then 1 have been decoded
@@ -36,7 +37,7 @@ def test_a_step_can_be_taken_again(plain, kind):
 
 @pytest.mark.parametrize("kind", GOALS)
 def test_products_are_those_of_the_step(plain, kind):
-    half_way = HalfWay(options(plain), STEPS[kind])
+    half_way = HalfWay(options(plain), of_lineup(STEPS[kind]).settings)
     done = half_way.take().forward
     half_way.back()
     active, rows = done.positions.shape[1], done.hidden.shape[1]
@@ -84,10 +85,21 @@ def test_recording_leaves_nothing_behind(plain):
 
 def test_the_table_names_what_misses_its_goal():
     row = {
-        "kind": "cached", "slots": 10, "active": 4, "rows": 3, "batch": 1, "step_ms": 12.0, "floor_ms": 10.0,
-        "ratio": 1.2, "lowest": 1.1, "highest": 1.3, "parts": dict.fromkeys(PARTS, 1.5) | {"MLP": 8.0},
-        "products": {"MLP": 5.0}, "linear_floor_ms": 20.0, "linear_ratio": 0.6,
-    }  # fmt: skip
+        "kind": "cached",
+        "slots": 10,
+        "active": 4,
+        "rows": 3,
+        "batch": 1,
+        "step_ms": 12.0,
+        "floor_ms": 10.0,
+        "ratio": 1.2,
+        "lowest": 1.1,
+        "highest": 1.3,
+        "parts": dict.fromkeys(PARTS, 1.5) | {"MLP": 8.0},
+        "products": {"MLP": 5.0},
+        "linear_floor_ms": 20.0,
+        "linear_ratio": 0.6,
+    }
     text = table({"rows": [row]})
     assert "goal 1.10: missed by 0.10" in text
     assert "not packed: 20.00 ms; step / those: 0.60" in text

@@ -11,9 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dkv
-from dkv.bench import growth, steps
+from dkv.bench import steps
+from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.bench.speed import growth
 
 CPU = torch.device("cpu")
 PROMPT = 8
@@ -55,12 +57,12 @@ def test_sampled_steps_lie_evenly():
     assert growth.spread(steps[:3], 5) == [0, 1, 2] and growth.spread([], 5) == []
 
 
-@pytest.mark.parametrize("policy", growth.CONTENDERS)
+@pytest.mark.parametrize("policy", growth.THEORY)
 @pytest.mark.parametrize("family", ["llada-8b", "dream-7b"])
 def test_estimate_counts_the_work_of_the_generation(options, policy, family):
     if family == "dream-7b":
         options = replace(options, model=random_model(tiny(shape(family)), CPU, torch.float32), batch=2)
-    settings, new = growth.CONTENDERS[policy].settings, 48
+    settings, new = of_lineup(policy).settings, 48
     with torch.no_grad():
         stats = dkv.generate(
             options.model, options.prompts(), max_new_tokens=new, schedule="blocks", seed=0, **settings
@@ -103,11 +105,11 @@ def test_measure_gives_a_row_per_length_and_a_fit_per_policy(options, monkeypatc
     monkeypatch.setattr(growth, "LENGTHS", (8, 16, 32))
     found = json.loads(json.dumps(growth.measure(options)))
     keys = [(row["policy"], row["new"]) for row in found["rows"]]
-    assert keys == [(policy, new) for policy in growth.CONTENDERS for new in (8, 16, 32)]
+    assert keys == [(policy, new) for policy in growth.THEORY for new in (8, 16, 32)]
     for row in found["rows"]:
         assert row["whole"] and row["prompt"] == PROMPT
         assert row["ms_per_slot"] == pytest.approx(row["seconds"] / row["new"] * 1e3)
-    assert [row["policy"] for row in found["fits"]] == list(growth.CONTENDERS) and found["left_out"] == []
+    assert [row["policy"] for row in found["fits"]] == list(growth.THEORY) and found["left_out"] == []
     counted = {row["policy"]: row["counted"] for row in found["fits"]}
     assert counted["greedy, no refresh"] < 0.3 < counted["decode 8"] and counted["plain"] > 0.8
     text = growth.table(found)
@@ -117,10 +119,18 @@ def test_measure_gives_a_row_per_length_and_a_fit_per_policy(options, monkeypatc
 @pytest.mark.parametrize(("exponent", "said"), [(0.29, "keeps its limit of 0.3"), (0.31, "MISSES its limit of 0.3")])
 def test_table_says_whether_greedy_keeps_its_limit(exponent, said):
     rows = [
-        {"policy": "greedy, no refresh", "new": new, "prompt": 0, "ms_per_slot": new**exponent, "seconds": 1.0,
-         "whole": False, "estimate": 1.0, "operations_per_slot": float(new)}
+        {
+            "policy": "greedy, no refresh",
+            "new": new,
+            "prompt": 0,
+            "ms_per_slot": new**exponent,
+            "seconds": 1.0,
+            "whole": False,
+            "estimate": 1.0,
+            "operations_per_slot": float(new),
+        }
         for new in growth.LENGTHS
-    ]  # fmt: skip
+    ]
     found = {"rows": rows, "fits": [growth._fit_of("greedy, no refresh", rows)], "left_out": []}
     assert f"greedy, no refresh {said}." in growth.table(found)
 
@@ -128,10 +138,12 @@ def test_table_says_whether_greedy_keeps_its_limit(exponent, said):
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (0.1, 0.25, "keeps"), (0.4, 0.5, "MISSES"), (-0.5, 0.9, "varies too much to tell whether it keeps"),
+        (0.1, 0.25, "keeps"),
+        (0.4, 0.5, "MISSES"),
+        (-0.5, 0.9, "varies too much to tell whether it keeps"),
         (None, None, "was run at too few lengths to tell whether it keeps"),
     ],
-)  # fmt: skip
+)
 def test_a_limit_is_judged_by_the_whole_interval(low, high, said):
     assert growth._held({"exponent": 0.2, "low": low, "high": high, "limit": 0.3}) == said
 
@@ -140,9 +152,9 @@ def test_lengths_left_out_are_named(options, monkeypatch):
     monkeypatch.setattr(growth, "LENGTHS", (8, 16, 32))
     monkeypatch.setattr(growth, "BUDGET", 0)
     found = growth.measure(options)
-    assert [row["new"] for row in found["rows"]] == [8] * len(growth.CONTENDERS)
+    assert [row["new"] for row in found["rows"]] == [8] * len(growth.THEORY)
     assert [(row["policy"], row["new"]) for row in found["left_out"]] == [
-        (policy, new) for policy in growth.CONTENDERS for new in (16, 32)
+        (policy, new) for policy in growth.THEORY for new in (16, 32)
     ]
     assert found["fits"] == []
     assert "Left out: decode 8 at 32 new slots (its samples would take about" in growth.table(found)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
-from dkv.bench import memory
 from dkv.bench.options import Options
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.bench.speed import memory
+from dkv.bench.speed.allocations import peak, record
 from dkv.kernels import torch_choice
 from dkv.models.packing import can_pack, pack_
 
@@ -45,24 +46,24 @@ def test_peak_counts_what_is_alive_at_once():
         first = floats(M)
         return first, floats(2 * M)
 
-    assert memory.peak(one_after_the_other) == 2 * M
-    assert memory.peak(together) == 3 * M
-    assert memory.peak(lambda: None) == 0
+    assert peak(one_after_the_other) == 2 * M
+    assert peak(together) == 3 * M
+    assert peak(lambda: None) == 0
 
 
 def test_peak_is_beyond_what_lived_before():
     kept = floats(4 * M)
-    assert memory.peak(lambda: kept.zero_()) == 0
-    assert memory.peak(lambda: kept[: M // 4].clone()) == M
+    assert peak(lambda: kept.zero_()) == 0
+    assert peak(lambda: kept[: M // 4].clone()) == M
 
 
 def test_memory_inside_an_operation_counts():
     x = torch.rand(256, 1024)
     # A float64 copy of x, and the result.
-    assert memory.peak(lambda: F.softmax(x, -1, dtype=torch.float64)) == 2 * 8 * x.numel()
+    assert peak(lambda: F.softmax(x, -1, dtype=torch.float64)) == 2 * 8 * x.numel()
     query = torch.rand(1, 4, 64, 32)
     result = query.numel() * 4
-    assert memory.peak(lambda: F.scaled_dot_product_attention(query, query, query)) > result
+    assert peak(lambda: F.scaled_dot_product_attention(query, query, query)) > result
 
 
 def test_spans_of_a_trace():
@@ -75,7 +76,7 @@ def test_spans_of_a_trace():
             del x
         return y, floats(5 * M)
 
-    _, trace = memory.record(call)
+    _, trace = record(call)
     (span,) = trace.marks["middle"]
     assert trace.alive(span[0]) == 3 * M
     # 3 MB are given back in between, which the peak takes into account and the bytes of its own do not.
@@ -87,7 +88,7 @@ def test_spans_of_a_trace():
 
 def test_unknown_device_is_refused():
     with pytest.raises(ValueError, match="device must be one of cpu, cuda"):
-        memory.record(lambda: None, "meta")
+        record(lambda: None, "meta")
 
 
 def test_rows_follow_from_the_sizes(options):
@@ -172,7 +173,7 @@ def test_scratch_from_the_workspace_is_told_from_memory_of_a_step(plain_model):
 def test_packed_weights_count():
     # Rows of a packed weight are padded to a multiple of 64.
     plain = random_model(replace(tiny(shape("llada-8b")), intermediate_size=128), CPU, torch.float32)
-    model, trace = memory.record(lambda: pack_(copy.deepcopy(plain)))
+    model, trace = record(lambda: pack_(copy.deepcopy(plain)))
     assert sum(p.numel() for p in model.parameters()) < model.num_parameters
     assert memory.weight_bytes(model) == memory.weight_bytes(plain) == trace.alive(float("inf"))
 
@@ -187,5 +188,5 @@ def test_trace_of_a_gpu_agrees_with_its_allocator():
     call()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    traced = memory.peak(call, "cuda")
+    traced = peak(call, "cuda")
     assert traced == torch.cuda.max_memory_allocated() - before

@@ -10,36 +10,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dkv.bench import gpu_timing, gpu_work, rates
-from dkv.bench.gpu_work import Sizes
-from dkv.bench.ops import (
-    report,
-    runner,
-    test_cached_attention,
-    test_choose_token,
-    test_choose_token_fused,
-    test_commit,
-    test_rope_scatter,
-    test_rows,
-)
-from dkv.bench.ops.cases import STEPS, sizes, title
+from dkv.bench import machine
+from dkv.bench.baselines import operations as baselines
+from dkv.bench.gpu import operations
+from dkv.bench.gpu.cases import Sizes
+from dkv.bench.gpu.operations import OPERATIONS
+from dkv.bench.ops import report, runner
+from dkv.bench.ops.sizes import STEPS, sizes, title
 from dkv.bench.shapes import shape, tiny
-from dkv.kernels import torch_backend
+from dkv.kernels.backend import load
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-MAKE = {
-    "cached_attention": test_cached_attention.case, "rope_scatter_": test_rope_scatter.case,
-    "gather_rows": test_rows.gather, "scatter_rows_": test_rows.scatter, "choose_token": test_choose_token.case,
-    "choose_token_fused": test_choose_token_fused.case, "commit_": test_commit.case,
-}  # fmt: skip
 FULL, CACHED = 24, 8
 
 
 def build(operation: str, family: str = "llada-8b", active: int = CACHED, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     with torch.no_grad():
-        return MAKE[operation](Sizes(tiny(shape(family)), 2, FULL, active, dtype), CPU)
+        return OPERATIONS[operation](Sizes(tiny(shape(family)), 2, FULL, active, dtype), CPU)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the figures are those of a CPU")
@@ -47,10 +36,20 @@ def test_a_run_states_bytes_flops_and_floor(tmp_path):
     path = tmp_path / "result.json"
     environment = {k: v for k, v in os.environ.items() if k != "DKV_BACKEND" and not k.startswith("PYTEST")}
     command = [
-        sys.executable, "-m", "pytest", "bench/", "-p", "no:cacheprovider", "-rs", "--benchmark-only",
-        "-k", "dream-cached-b1 and (attention or commit) and not flex", "--benchmark-max-time=0.01",
-        "--benchmark-min-rounds=3", f"--benchmark-json={path}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "--benchmark-only",
+        "-k",
+        "dream-cached-b1 and (attention or commit) and not flex",
+        "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=3",
+        f"--benchmark-json={path}",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     out, content = done.stdout, json.loads(path.read_text())
     assert done.returncode == 0, out + done.stderr
@@ -87,40 +86,38 @@ def by_hand(operation: str) -> tuple[int, int]:
     r = b * n
     return {
         "cached_attention": (4 * b * (2 * 24 + 2 * n) * heads, 4 * b * n * 24 * heads),
-        "gather_rows": (2 * r * d * 4 + r * 8, 0),
-        "scatter_rows_": (2 * r * d * 4 + r * 8, 0),
         "choose_token": (r * v * 4 + r * 12, 4 * r * v),
         "choose_token_fused": ((r + v) * d * 4 + r * 12, 2 * r * d * v),
         "commit_": (r * (8 + 4 + 1 + 8 + 1) + b * 16, 0),
     }[operation]
 
 
-@pytest.mark.parametrize("operation", [name for name in MAKE if name != "rope_scatter_"])
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "rope_scatter_"])
 def test_bytes_and_flops(operation):
-    work = build(operation).work
-    assert (work.bytes, work.flops) == by_hand(operation)
+    case = build(operation)
+    assert (case.bytes, case.flops) == by_hand(operation)
 
 
 def test_bytes_and_flops_of_rope_scatter():
     # In a full step every row of cos and sin is read: 24 of 8 float32 each.
-    work = build("rope_scatter_", active=FULL).work
-    assert work.bytes == 2 * 3 * 2 * FULL * 64 * 4 + 2 * FULL * 8 * 4 + 2 * FULL * 8
-    assert work.flops == 3 * 2 * 2 * FULL * 64
+    case = build("rope_scatter_", active=FULL)
+    assert case.bytes == 2 * 3 * 2 * FULL * 64 * 4 + 2 * FULL * 8 * 4 + 2 * FULL * 8
+    assert case.flops == 3 * 2 * 2 * FULL * 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("active", [FULL, CACHED], ids=["full", "cached"])
 @pytest.mark.parametrize("family", ["llada-8b", "dream-7b"])
-@pytest.mark.parametrize("operation", MAKE)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_all_ways_agree(operation, family, active, dtype):
     case = build(operation, family, active, dtype)
-    for way in ("eager", "torch", *({"sdpa"} & case.work.others.keys())):
+    for way in ("eager", "torch", *({"sdpa"} & case.others.keys())):
         case.check(way)
 
 
 def wrong(operation: str):
     """A torch operation that is off in one place of its first result."""
-    right = getattr(torch_backend, operation)
+    right = getattr(load("torch"), operation)
 
     def run(*args, **kwargs):
         found = right(*args, **kwargs)
@@ -151,21 +148,21 @@ class Benchmark:
         self.calls += 1
 
 
-@pytest.mark.parametrize("operation", MAKE)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_wrong_way_is_noticed_and_not_timed(monkeypatch, run, operation):
     benchmark = Benchmark()
-    run.measure(benchmark, operation, MAKE[operation], "llada-cached-b1", "torch")
-    monkeypatch.setattr(torch_backend, operation, wrong(operation))
-    with pytest.raises(AssertionError, match="torch: result 0 is off"):
-        run.measure(benchmark, operation, MAKE[operation], "llada-cached-b1", "torch")
+    run.measure(benchmark, operation, "llada-cached-b1", "torch")
+    monkeypatch.setattr(load("torch"), operation, wrong(operation))
+    with pytest.raises(AssertionError, match=r"torch: result . is off"):
+        run.measure(benchmark, operation, "llada-cached-b1", "torch")
     assert benchmark.calls == 1 and len(run.rows) == 1
 
 
 def test_table(run):
     for way, median in (("eager", 4e-5), ("torch", 1e-5), ("sdpa", None)):
-        run.measure(Benchmark(median), "cached_attention", MAKE["cached_attention"], "llada-cached-b1", way)
+        run.measure(Benchmark(median), "cached_attention", "llada-cached-b1", way)
     heads, *lines = report.table(run.rows)
-    assert heads.split("way")[1].split() == " ".join(report.HEADS).split()
+    assert heads.split() == " ".join(report.CELLS).split()
     # Over 40 and 10 us; at 1 GB/s and 1 GFLOP/s the floor is the larger number in nanoseconds.
     nbytes, flops = by_hand("cached_attention")
     for line, us, ratio in ((lines[0], 40, "1.00x"), (lines[1], 10, "4.00x")):
@@ -181,37 +178,37 @@ def test_table(run):
 
 def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch, run):
     with pytest.raises(pytest.skip.Exception, match="triton needs a GPU"):
-        run.measure(Benchmark(), "commit_", MAKE["commit_"], "llada-cached-b1", "triton")
+        run.measure(Benchmark(), "commit_", "llada-cached-b1", "triton")
 
     def broken(*_):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(gpu_work, "_flex", broken)
+    monkeypatch.setattr(operations, "compiled_flex", broken)
     with pytest.raises(pytest.skip.Exception, match="flex attention does not run here: RuntimeError: no compiler"):
-        run.measure(Benchmark(), "cached_attention", MAKE["cached_attention"], "llada-cached-b1", "flex")
+        run.measure(Benchmark(), "cached_attention", "llada-cached-b1", "flex")
     monkeypatch.setattr(runner, "COMPILE_SECONDS", {"cpu": -1})
     with pytest.raises(pytest.skip.Exception, match="choose fewer shapes"):
-        run.measure(Benchmark(), "cached_attention", MAKE["cached_attention"], "llada-cached-b1", "flex")
+        run.measure(Benchmark(), "cached_attention", "llada-cached-b1", "flex")
     assert run.rows == []
 
 
-@pytest.mark.parametrize("operation", ["rope_scatter_", "scatter_rows_", "commit_"])
+@pytest.mark.parametrize("operation", ["rope_scatter_", "commit_"])
 def test_a_way_that_writes_nothing_is_noticed(monkeypatch, operation):
     case = build(operation)
     case.check("torch")
-    right = getattr(torch_backend, operation)
+    right = getattr(load("torch"), operation)
 
     def idle(*args, **kwargs):
         return right(*(x.clone() for x in args), **kwargs)
 
-    monkeypatch.setattr(torch_backend, operation, idle)
+    monkeypatch.setattr(load("torch"), operation, idle)
     with pytest.raises(AssertionError, match="is off"):
         case.check("torch")
 
 
 def test_a_wrong_eager_way_is_noticed(monkeypatch):
     case = build("rope_scatter_")
-    monkeypatch.setattr(test_rope_scatter.gpu_baselines, "rotate", lambda x, cos, sin: x)
+    monkeypatch.setattr(baselines, "rotate", lambda x, cos, sin: x)
     with pytest.raises(AssertionError, match="eager: result 0 is off"):
         case.check("eager")
 
@@ -235,8 +232,8 @@ def test_floor_is_the_larger_of_memory_and_arithmetic():
 
 
 def test_rates_count_what_is_read_and_written(monkeypatch):
-    monkeypatch.setattr(rates, "COPY_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(rates, "SIDE", {"cpu": 64})
+    monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(machine, "SIDE", {"cpu": 64})
     calls, slow = [], set()
 
     def median(call, device):
@@ -244,13 +241,13 @@ def test_rates_count_what_is_read_and_written(monkeypatch):
         calls.append(result)
         return 0.5 if result.dtype in slow else 0.01
 
-    monkeypatch.setattr(rates, "median_seconds", median)
+    monkeypatch.setattr(machine, "median_seconds", median)
     expected = {"copy_bytes_per_s": 2 * (1 << 20) / 0.01, "matrix_flops_per_s": 2 * 64**3 / 0.01}
-    assert rates.rates(CPU, torch.float32) == expected
+    assert machine.rates(CPU, torch.float32) == expected
     assert calls[0].nbytes == 1 << 20 and [x.shape[0] for x in calls[1:]] == [16, 64]
-    assert gpu_timing.Timer(CPU, 0.1).rates() == expected and calls[-1].dtype == torch.bfloat16
+    assert machine.rates(CPU, torch.bfloat16) == expected and calls[-1].dtype == torch.bfloat16
     # Where a product takes long, the small one has to do.
     slow.add(torch.bfloat16)
-    assert rates.matrix_rate(CPU, torch.bfloat16) == 2 * 16**3 / 0.5 and calls[-1].shape[0] == 16
+    assert machine.matrix_rate(CPU, torch.bfloat16) == 2 * 16**3 / 0.5 and calls[-1].shape[0] == 16
     with pytest.raises(ValueError, match=r"dtype must be a float dtype, got torch\.int8"):
-        rates.rates(CPU, torch.int8)
+        machine.rates(CPU, torch.int8)

@@ -2,34 +2,43 @@
 
 import pytest
 
-from dkv.bench import drawing, plots
+from dkv.bench import plots
+from dkv.bench.plots import drawing, speed
 
 Text = pytest.importorskip("matplotlib.text").Text
 
 FACTS = {
-    "model": "m", "dtype": "float32", "processor": "P", "threads": 2, "torch": "2.0", "date": "2026-01-02T03:04:05",
-}  # fmt: skip
+    "model": "m",
+    "dtype": "float32",
+    "processor": "P",
+    "threads": 2,
+    "torch": "2.0",
+    "date": "2026-01-02T03:04:05",
+}
 SPEEDS = {"plain": (1.0, 1.0), "decode 8": (2.0, 0.4), "greedy 4": (2.05, 0.39)}
 
 
 def comparison(batches=(1,), exact=None, ways=("dkv", "eager")):
-    rows = [
-        {
-            "policy": policy, "way": way, "batch": batch, "prompt": 8, "new": 4, "steps": 4,
-            "tokens_per_second": 10.0 * batch * speed, "speed": speed, "slowest": speed - 0.1, "fastest": speed + 0.2,
-            "computed_share": share, "full_ms": 9.0, "cached_ms": None if policy == "plain" else 5.0,
-            "full_slots": 12 * batch, "cached_slots": None if policy == "plain" else 12 * batch * share, "exact": exact,
-        }
-        for batch in batches for policy, (speed, share) in SPEEDS.items() for way in ways
-    ]  # fmt: skip
+    def row(policy, way, batch):
+        faster, share = SPEEDS[policy]
+        sizes = {"batch": batch, "prompt": 8, "new": 4, "steps": 4, "full_slots": 12 * batch}
+        speeds = {"speed": faster, "slowest": faster - 0.1, "fastest": faster + 0.2, "full_ms": 9.0, "exact": exact}
+        cached = {"cached_ms": 5.0, "cached_slots": 12 * batch * share}
+        if policy == "plain":
+            cached = dict.fromkeys(cached)
+        rates = {"tokens_per_second": 10.0 * batch * faster, "computed_share": share}
+        return {"policy": policy, "way": way, **sizes, **speeds, **cached, **rates}
+
+    rows = [row(policy, way, batch) for batch in batches for policy in SPEEDS for way in ways]
     return {"facts": FACTS, "comparison": {"rows": rows}}
 
 
 def growth():
     rows = [
         {"policy": policy, "new": new, "prompt": 16, "ms_per_slot": new / 10, "seconds": 1.0}
-        for policy in ("plain", "greedy, no refresh") for new in (64, 128, 256)
-    ]  # fmt: skip
+        for policy in ("plain", "greedy, no refresh")
+        for new in (64, 128, 256)
+    ]
     fits = [
         {"policy": "plain", "exponent": 1.02, "low": 0.9, "high": 1.1},
         {"policy": "greedy, no refresh", "exponent": 0.1, "low": None, "high": None},
@@ -39,10 +48,20 @@ def growth():
 
 def floor(linear=None):
     rows = [
-        {"kind": kind, "batch": 1, "slots": 16, "active": active, "rows": 4, "step_ms": 3.0, "floor_ms": 2.5,
-         "linear_floor_ms": linear, "ratio": ratio, "parts": {"MLP": 2.0, "attention": 1.0}}
+        {
+            "kind": kind,
+            "batch": 1,
+            "slots": 16,
+            "active": active,
+            "rows": 4,
+            "step_ms": 3.0,
+            "floor_ms": 2.5,
+            "linear_floor_ms": linear,
+            "ratio": ratio,
+            "parts": {"MLP": 2.0, "attention": 1.0},
+        }
         for kind, active, ratio in (("full", 16, 1.2), ("cached", 5, 1.3))
-    ]  # fmt: skip
+    ]
     return {"facts": FACTS, "floor": {"rows": rows}}
 
 
@@ -55,8 +74,9 @@ def points(axes):
     """Coordinates of single points, (x, y, filled)."""
     return [
         (*line.get_xydata()[0].tolist(), line.get_markerfacecolor() != "white")
-        for line in axes.lines if len(line.get_xdata()) == 1
-    ]  # fmt: skip
+        for line in axes.lines
+        if len(line.get_xdata()) == 1
+    ]
 
 
 def said(figure):
@@ -64,9 +84,9 @@ def said(figure):
 
 
 def test_speed_has_a_point_per_row_a_name_per_policy_and_the_ideal_line():
-    figure = plots.speed_against_share(comparison())
+    figure = speed.speed_against_share(comparison())
     (axes,) = figure.axes
-    expected = [(share, speed, way) for speed, share in SPEEDS.values() for way in (True, False)]
+    expected = [(share, faster, way) for faster, share in SPEEDS.values() for way in (True, False)]
     assert sorted(points(axes)) == sorted(expected)
     assert names(axes) == sorted(SPEEDS)
     x, y = axes.lines[0].get_data()
@@ -85,44 +105,45 @@ def test_speed_shows_the_smallest_batch_of_a_sweep():
     found = comparison(batches=(4, 2))
     for row in found["comparison"]["rows"]:
         row["speed"] *= row["batch"]
-    figure = plots.speed_against_share(found)
-    assert {y for _, y, _ in points(figure.axes[0])} == {2 * speed for speed, _ in SPEEDS.values()}
+    figure = speed.speed_against_share(found)
+    assert {y for _, y, _ in points(figure.axes[0])} == {2 * faster for faster, _ in SPEEDS.values()}
     assert "batch 2" in said(figure) and "batch 4" not in said(figure)
 
 
 def test_steps_are_plain_full_and_the_others_cached():
-    (axes,) = plots.step_against_slots(comparison()).axes
+    (axes,) = speed.step_against_slots(comparison()).axes
     expected = [(12, 9.0), (12 * 0.4, 5.0), (12 * 0.39, 5.0)]
     assert sorted(points(axes)) == sorted((*point, way) for point in expected for way in (True, False))
     assert names(axes) == ["decode 8", "greedy 4", "plain (full)"]
 
 
 def test_batch_has_a_line_per_policy_and_way():
-    figure = plots.rate_against_batch(comparison(batches=(4, 1)))
+    figure = speed.rate_against_batch(comparison(batches=(4, 1)))
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert lines["decode 8"] == lines["decode 8, eager baseline"] == [[1, 20], [4, 80]]
     assert len(lines) == 6
 
 
 def test_accuracy_needs_exact_answers():
-    assert plots.accuracy_against_speed(comparison()) is None
+    assert speed.accuracy_against_speed(comparison()) is None
     found = comparison(exact=0.5, ways=("dkv",))
-    (axes,) = plots.accuracy_against_speed(found).axes
-    assert sorted(points(axes)) == sorted((speed, 0.5, True) for speed, _ in SPEEDS.values())
+    (axes,) = speed.accuracy_against_speed(found).axes
+    assert sorted(points(axes)) == sorted((faster, 0.5, True) for faster, _ in SPEEDS.values())
     assert names(axes) == sorted(SPEEDS)
 
 
 def test_growth_names_the_exponents():
-    (axes,) = plots.growth(growth()).axes
+    (axes,) = speed.growth(growth()).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "plain: exponent 1.02 (0.90 to 1.10)", "greedy, no refresh: exponent 0.10",
-    ]  # fmt: skip
+        "plain: exponent 1.02 (0.90 to 1.10)",
+        "greedy, no refresh: exponent 0.10",
+    ]
     assert axes.lines[0].get_xydata().tolist() == [[80, 6.4], [144, 12.8], [272, 25.6]]
     assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
 def test_floor_stacks_the_parts():
-    figure = plots.floor(floor())
+    figure = speed.floor(floor())
     (axes,) = figure.axes
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 2), (0, 2), (2, 1), (2, 1)]
     assert [set(line.get_xdata()) for line in axes.lines] == [{2.5}, {2.5}]
@@ -130,7 +151,7 @@ def test_floor_stacks_the_parts():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["full\n16 of 16 slots", "cached\n5 of 16 slots"]
     known = {"MLP", "attention", "floor: the products alone"}
     assert {text.get_text() for text in figure.legends[0].get_texts()} == known
-    linear = plots.floor(floor(linear=2.75))
+    linear = speed.floor(floor(linear=2.75))
     assert {text.get_text() for text in linear.legends[0].get_texts()} == known | {"the same by nn.Linear, not packed"}
     assert [line.get_xdata()[0] for line in linear.axes[0].lines] == [2.5, 2.75] * 2
 
@@ -138,12 +159,15 @@ def test_floor_stacks_the_parts():
 @pytest.mark.parametrize(
     ("found", "drawn"),
     [
-        (comparison(), ["speed", "steps"]), (comparison(batches=(1, 2)), ["speed", "steps", "batch"]),
-        (comparison(exact=1.0), ["speed", "steps", "accuracy"]), (growth(), ["growth"]), (floor(), ["floor"]),
+        (comparison(), ["speed", "steps"]),
+        (comparison(batches=(1, 2)), ["speed", "steps", "batch"]),
+        (comparison(exact=1.0), ["speed", "steps", "accuracy"]),
+        (growth(), ["growth"]),
+        (floor(), ["floor"]),
         ({"facts": FACTS}, []),
     ],
     ids=["one batch", "sweep", "answers", "growth", "floor", "nothing"],
-)  # fmt: skip
+)
 def test_draws_what_there_is_data_for(tmp_path, found, drawn):
     written = plots.draw(found, tmp_path / "new", "x_")
     assert written == [tmp_path / "new" / f"x_{name}.png" for name in drawn]
@@ -152,7 +176,7 @@ def test_draws_what_there_is_data_for(tmp_path, found, drawn):
 
 
 def test_labels_do_not_cover_each_other_or_the_points():
-    figure = plots.speed_against_share(comparison(ways=("dkv",)))
+    figure = speed.speed_against_share(comparison(ways=("dkv",)))
     (axes,) = figure.axes
     figure.draw_without_rendering()
     # Without the line to its point, which an annotation counts in.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dkv
-from dkv.bench.published import generate
+from dkv.bench.baselines.dkv_cache import generate
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
 from dkv.engine.replay import replay
 from dkv.models.packing import can_pack
@@ -15,9 +15,10 @@ from dkv.tools.verify import find_cases, llada_settings, recorded_numbers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [
-    case for case in find_cases(GOLDEN)
+    case
+    for case in find_cases(GOLDEN)
     if case.facts.get("variant") in ("origin", "decode", "greedy") and not case.defect
-]  # fmt: skip
+]
 
 CPU = torch.device("cpu")
 RANDOM = {"confidence": "random"}

@@ -5,9 +5,10 @@ import json
 import pytest
 
 import dkv
-from dkv.bench import frontier, quality
+from dkv.bench import plots, problems
+from dkv.bench.accuracy import frontier, quality
+from dkv.bench.accuracy.intervals import enough, paired, wilson
 from dkv.bench.contenders import contenders
-from dkv.bench.intervals import enough
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,8 @@ def tiny():
 
 @pytest.fixture
 def setting(tiny):
-    problems = quality.Problems("sum", ["1+1=", "2+2=", "+1 ="], ["right", "wrong", "right"], 4)
-    return quality.Setting(*tiny, [problems], batch=2, seed=0)
+    sums = problems.Problems("sum", ["1+1=", "2+2=", "+1 ="], ["right", "wrong", "right"], 4)
+    return quality.Setting(*tiny, [sums], batch=2, seed=0)
 
 
 RUNS = contenders(["cache=decode refresh=2", "steps=half"])
@@ -58,8 +59,8 @@ def test_answers_are_compared_as_whole_texts(tiny):
     ids, mask = encode(tokenizer, prompts[:1])
     found = dkv.generate(model, ids, mask, max_new_tokens=4, seed=0).sequences[0, ids.shape[1] :].tolist()
     text = answer(tokenizer, model.spec, found)
-    problems = quality.Problems("x", prompts, [f" {text.strip()} ", text + "1"], 4)
-    (row,) = quality.measure(quality.Setting(model, tokenizer, [problems], 2, 0), RUNS[:1], quality.Log(None, {}))
+    own = problems.Problems("x", prompts, [f" {text.strip()} ", text + "1"], 4)
+    (row,) = quality.measure(quality.Setting(model, tokenizer, [own], 2, 0), RUNS[:1], quality.Log(None, {}))
     assert (row["right"], row["exact"], row["tasks"]) == (1, 0.5, {"x": 0.5})
 
 
@@ -105,10 +106,12 @@ def test_a_folder_of_another_setting_is_refused(tmp_path):
 
 
 def test_the_seed_draws_the_problems():
-    first, second = (quality.bundled(["balance", "cells"], 4, seed) for seed in (1, 2))
-    assert [p.name for p in first] == ["balance", "cells"] and first == quality.bundled(["balance", "cells"], 4, 1)
+    first, second = (problems.bundled(["balance", "cells"], 4, seed=seed) for seed in (1, 2))
+    assert [p.name for p in first] == ["balance", "cells"] and first == problems.bundled(
+        ["balance", "cells"], 4, seed=1
+    )
     assert not set(first[0].prompts) & set(second[0].prompts)
-    assert quality.fingerprint(first) != quality.fingerprint(second)
+    assert problems.fingerprint(first) != problems.fingerprint(second)
 
 
 def test_the_digest_tells_weights_apart(tiny):
@@ -126,10 +129,11 @@ def test_problems_of_a_file(tmp_path):
         {"prompt": "5", "answer": "6"},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert quality.from_file(path, 8) == [
-        quality.Problems("mine", ("1", "5"), ("2", "6"), 8), quality.Problems("b", ("3",), ("4",), 8),
-    ]  # fmt: skip
-    assert quality.from_file(path, 8, 1)[0].prompts == ("1",)
+    assert problems.from_file(path, 8) == [
+        problems.Problems("mine", ("1", "5"), ("2", "6"), 8),
+        problems.Problems("b", ("3",), ("4",), 8),
+    ]
+    assert problems.from_file(path, 8, 1)[0].prompts == ("1",)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_bad_files_are_refused_by_line(tmp_path, text, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        quality.from_file(path, 8)
+        problems.from_file(path, 8)
 
 
 @pytest.mark.parametrize(
@@ -156,27 +160,38 @@ def test_bad_files_are_refused_by_line(tmp_path, text, message):
 )
 def test_wilson(right, count, low, high):
     """Against published values of Wilson's interval."""
-    assert quality.wilson(right, count) == pytest.approx((low, high), abs=2e-4)
+    assert wilson(right, count) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_paired_differences():
     same = [True] * 450 + [False] * 50
-    change, low, high = quality.paired(same, same)
+    change, low, high = paired(same, same)
     assert change == 0 and low == -high and 0.3 < high < 0.5
     worse = [False] * 20 + same[20:]
-    change, low, high = quality.paired(worse, same)
+    change, low, high = paired(worse, same)
     assert change == -4.0 and low < -5.5 and -3 < high < -2
-    assert quality.paired(same, worse)[0] == 4.0
+    assert paired(same, worse)[0] == 4.0
 
 
 def row(label, exact, rate, share, change, policy="decode", half=0.4, problems=500):
     return {
-        "label": label, "policy": policy, "settings": {"steps": 0.5 if "half" in label else None}, "exact": exact,
-        "low": exact - 0.01, "high": min(exact + 0.01, 1), "change": change, "change_low": change - half,
-        "change_high": change + half, "tokens_per_second": rate, "speed": rate / 100, "computed_share": share,
-        "problems": problems, "right": round(problems * exact), "tasks": {"balance": exact, "cells": exact},
+        "label": label,
+        "policy": policy,
+        "settings": {"steps": 0.5 if "half" in label else None},
+        "exact": exact,
+        "low": exact - 0.01,
+        "high": min(exact + 0.01, 1),
+        "change": change,
+        "change_low": change - half,
+        "change_high": change + half,
+        "tokens_per_second": rate,
+        "speed": rate / 100,
+        "computed_share": share,
+        "problems": problems,
+        "right": round(problems * exact),
+        "tasks": {"balance": exact, "cells": exact},
         "passes": 64,
-    }  # fmt: skip
+    }
 
 
 ROWS = [
@@ -191,8 +206,11 @@ ROWS = [
 def test_the_frontier_is_what_nothing_beats():
     assert [r["label"] for r in frontier.frontier(ROWS)] == ["greedy 8", "decode 8", "plain"]
     assert [r["label"] for r in frontier.frontier(ROWS, "computed_share")] == [
-        "greedy 16", "greedy 8", "decode 8", "plain",
-    ]  # fmt: skip
+        "greedy 16",
+        "greedy 8",
+        "decode 8",
+        "plain",
+    ]
 
 
 def test_the_verdict_says_what_is_lost_and_won():
@@ -208,9 +226,10 @@ def test_the_verdict_says_what_is_lost_and_won():
 def test_few_problems_are_told_and_not_judged():
     few = {"half": 14.0, "problems": 12}
     rows = [
-        row("plain", 1.0, 100, 1.0, 0, "none", **few), row("plain half", 1.0, 190, 0.5, 0, "none", **few),
+        row("plain", 1.0, 100, 1.0, 0, "none", **few),
+        row("plain half", 1.0, 190, 0.5, 0, "none", **few),
         row("decode 8", 1.0, 220, 0.36, 0, **few),
-    ]  # fmt: skip
+    ]
     said = frontier.verdict(rows).splitlines()
     assert said[0].startswith("Too few problems (12, +-14.0 points; about ") and "Fastest" not in "".join(said)
     assert said[0].endswith(" would do) to tell whether a cache has at most 0.5 points lost.")
@@ -226,7 +245,7 @@ def test_few_problems_are_told_and_not_judged():
 @pytest.mark.parametrize(("lost", "count", "wanted"), [(0, 4, 3.0), (2, 50, 0.5), (0, 1, 0.5), (0, 768, 3.0)])
 def test_enough_problems_are_as_many_as_the_interval_needs(lost, count, wanted):
     def half(lost, count):
-        _, low, high = quality.paired([False] * lost + [True] * (count - lost), [True] * count)
+        _, low, high = paired([False] * lost + [True] * (count - lost), [True] * count)
         return (high - low) / 2
 
     needed = enough(half(lost, count), count, wanted)
@@ -245,9 +264,16 @@ def test_the_table_has_a_line_per_contender_and_a_column_per_task():
 
 
 def test_the_figure_shows_every_contender():
-    facts = {"model": "tiny", "dtype": "float32", "processor": "a", "threads": 1, "torch": "2", "date": "2026-01-01",
-             "batch": 8}  # fmt: skip
-    figure = frontier.draw({"rows": ROWS, "facts": facts})
+    facts = {
+        "model": "tiny",
+        "dtype": "float32",
+        "processor": "a",
+        "threads": 1,
+        "torch": "2",
+        "date": "2026-01-01",
+        "batch": 8,
+    }
+    figure = plots.answers({"rows": ROWS, "facts": facts})
     for axes in figure.axes:
         points = [line for line in axes.lines if len(line.get_xdata()) == 1]
         assert len(points) == len(ROWS)

@@ -3,17 +3,24 @@
 import csv
 import json
 
-import pytest
-
 from dkv.bench import report
+from dkv.bench.speed import compare_table
 
 
 def row(policy, speed, *, way="dkv", spread=0.0, exact=None, over_eager=None, rounds=3):
     return {
         "seconds": [1.0] * rounds,
-        "policy": policy, "way": way, "batch": 2, "prompt": 8, "new": 4, "speed": speed, "slowest": speed - spread,
-        "fastest": speed + spread, "exact": exact, "over_eager": over_eager,
-    }  # fmt: skip
+        "policy": policy,
+        "way": way,
+        "batch": 2,
+        "prompt": 8,
+        "new": 4,
+        "speed": speed,
+        "slowest": speed - spread,
+        "fastest": speed + spread,
+        "exact": exact,
+        "over_eager": over_eager,
+    }
 
 
 def test_columns_align():
@@ -28,7 +35,7 @@ def test_verdict_sorts_the_policies():
         row("b", 0.8, spread=0.1),
         row("c", 1.1, spread=0.2),
     ]
-    assert report.verdict({"rows": rows}).splitlines() == [
+    assert compare_table.verdict({"rows": rows}).splitlines() == [
         "Fastest for 8 + 4 slots at batch 2: a, 2.00x plain.",
         "The cache pays for a; it does not pay for b; it makes no clear difference for c.",
         "Against the eager baseline of the same policy: plain 2.50x.",
@@ -36,53 +43,62 @@ def test_verdict_sorts_the_policies():
 
 
 def test_verdict_does_not_call_a_tie_a_gain():
-    assert "makes no clear difference for a" in report.verdict({"rows": [row("plain", 1.0), row("a", 1.01)]})
+    assert "makes no clear difference for a" in compare_table.verdict({"rows": [row("plain", 1.0), row("a", 1.01)]})
 
 
 def test_verdict_of_one_round_does_not_say_what_pays():
-    said = report.verdict({"rows": [row("plain", 1.0, rounds=1), row("a", 2.0, rounds=1)]})
+    said = compare_table.verdict({"rows": [row("plain", 1.0, rounds=1), row("a", 2.0, rounds=1)]})
     assert "One round cannot tell whether the cache pays: give --rounds 3." in said and "pays for a" not in said
 
 
 def test_verdict_without_a_right_answer_names_no_policy_as_exact():
-    said = report.verdict({"rows": [row("plain", 1.0, exact=0.0), row("a", 2.0, exact=0.0)]})
+    said = compare_table.verdict({"rows": [row("plain", 1.0, exact=0.0), row("a", 2.0, exact=0.0)]})
     assert "Plain answers none of the problems exactly" in said and "as many" not in said
 
 
 def test_verdict_ignores_the_baseline_and_names_the_fastest_that_is_as_exact():
     rows = [
-        row("plain", 1.0, exact=0.75), row("plain", 9.0, way="eager"), row("a", 3.0, exact=0.5),
-        row("b", 1.5, exact=0.75), row("c", 2.0, exact=0.75),
-    ]  # fmt: skip
-    said = report.verdict({"rows": rows})
+        row("plain", 1.0, exact=0.75),
+        row("plain", 9.0, way="eager"),
+        row("a", 3.0, exact=0.5),
+        row("b", 1.5, exact=0.75),
+        row("c", 2.0, exact=0.75),
+    ]
+    said = compare_table.verdict({"rows": rows})
     assert "Fastest for 8 + 4 slots at batch 2: a, 3.00x plain." in said
     assert "Plain answers 75% exactly; the fastest that answers as many: c." in said
-    assert "as many: none." in report.verdict({"rows": rows[:3]})
+    assert "as many: none." in compare_table.verdict({"rows": rows[:3]})
 
 
 def test_verdict_of_plain_alone_says_nothing():
-    assert report.verdict({"rows": [row("plain", 1.0)]}) == ""
+    assert compare_table.verdict({"rows": [row("plain", 1.0)]}) == ""
 
 
 def test_machine_line_names_model_machine_and_versions():
     facts = {
-        "model": "m", "parameters": 1_500_000, "dtype": "float32", "processor": "P", "threads": 1, "cores": 2,
-        "torch": "2.0", "dkv": "0.1", "date": "2026-01-02T03:04:05+00:00",
-    }  # fmt: skip
+        "model": "m",
+        "parameters": 1_500_000,
+        "dtype": "float32",
+        "processor": "P",
+        "threads": 1,
+        "cores": 2,
+        "torch": "2.0",
+        "dkv": "0.1",
+        "date": "2026-01-02T03:04:05+00:00",
+    }
     line = "m (1.5 M parameters, float32) on {}; torch 2.0, dkv 0.1, 2026-01-02"
     assert report.machine_line(facts) == line.format("P, threads: 1 of 2 cores")
     assert report.machine_line({**facts, "card": "G"}) == line.format("G")
 
 
-def test_json_is_whole_and_leaves_nothing_beside_it(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(TypeError):
-        report.save_json(path, {"bad": object()})
-    assert path.read_text() == "old"
-    report.save_json(path, {"rows": [{"a": 1.5, "b": None}]})
-    assert json.loads(path.read_text()) == {"rows": [{"a": 1.5, "b": None}]}
-    assert list(tmp_path.iterdir()) == [path]
+def test_empty_columns_are_left_out():
+    cells = {
+        "a": lambda row: row["a"],
+        "b": lambda row: report.shown(row["b"], "{:.1f}x"),
+        "c": lambda row: report.shown(row["c"], "{}"),
+    }
+    rows = [{"a": "x", "b": None, "c": None}, {"a": "y", "b": 2.0, "c": None}]
+    assert report.table(rows, cells) == "a     b\nx\ny  2.0x"
 
 
 def test_csv_has_a_line_per_row(tmp_path):

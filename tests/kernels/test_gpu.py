@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dkv.bench.gpu_checks import CHECKS, run_check
-from dkv.bench.gpu_tools import Skipped
+from dkv.bench.gpu.checks import CHECKS, run_check
+from dkv.bench.gpu.tools import Skipped
 
 
 @pytest.mark.gpu

@@ -7,9 +7,11 @@ import shlex
 
 import pytest
 
-from dkv.bench import blocks, compare, plots
-from dkv.bench.options import LINEUP, Options
+from dkv.bench import plots
+from dkv.bench.lineup import LINEUP
+from dkv.bench.options import Options
 from dkv.bench.shapes import SHAPES
+from dkv.bench.speed import blocks, compare, compare_table
 from dkv.cli import bench, bench_sizes, build_parser
 from dkv.models.bundled.tasks import TASKS
 
@@ -24,13 +26,13 @@ def idle(monkeypatch):
 
 
 def test_names_are_those_of_the_benchmark():
-    assert tuple(LINEUP) == bench.POLICIES and tuple(SHAPES) == bench.SHAPES
+    assert tuple(SHAPES) == bench.SHAPES
     assert bench_sizes.MULTIPLE["blocks"] == blocks.BLOCK and set(bench_sizes.USES) == {"comparison", *bench.OTHERS}
     assert (TASKS["balance"].new_tokens, Options.new) == bench_sizes.NEW
     for kind, batches, changes in bench.ALL.values():
         assert kind in ("comparison", *bench.OTHERS) and min(batches) >= 1
         assert set(changes.get("policies", ())) <= set(LINEUP)
-        assert set(changes) <= {*bench.SETTINGS, "policies", "eager", "model"}
+        assert set(changes) <= {*bench.SETTINGS, "policies", "rules", "eager", "model"}
 
 
 def test_the_examples_parse():
@@ -76,8 +78,11 @@ def test_a_sweep_has_a_table_per_batch(run, tmp_path):
     code, out, _ = run("bench", *SMALL, *TWO, "--no-eager", "--batch", 1, 2, "--json", path, "--plots", tmp_path)
     rows = json.loads(path.read_text())["comparison"]["rows"]
     assert code == 0 and [(row["policy"], row["batch"]) for row in rows] == [
-        ("plain", 1), ("decode 8", 1), ("plain", 2), ("decode 8", 2),
-    ]  # fmt: skip
+        ("plain", 1),
+        ("decode 8", 1),
+        ("plain", 2),
+        ("decode 8", 2),
+    ]
     assert all(f"batch: {batch}, rounds: 1" in out for batch in (1, 2)) and "eager  " not in out
     assert (tmp_path / "batch.png").exists()
 
@@ -111,14 +116,28 @@ def measured(monkeypatch):
     return asked
 
 
+def test_tables_are_printed_again_from_their_files(run, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    _, out, _ = run("bench", *SMALL, "--policies", "prefill", "--batch", 1, 2, "--json", path)
+    monkeypatch.setattr(compare, "measure", lambda options: pytest.fail("the comparison ran"))
+    assert run("bench", "--show", path) == (0, out, "")
+    _, out, _ = run("bench", *SIZES, *TWO, "--memory", "--no-eager", "--json", path)
+    assert run("bench", "--show", path) == (0, out, "")
+    for text, message in (("[]", "has no figures"), ("{", "has no figures"), (None, "there is no file")):
+        path.unlink() if text is None else path.write_text(text)
+        code, out, err = run("bench", "--show", path)
+        assert (code, out) == (2, "") and err.startswith("dkv bench: error: --show: ") and message in err
+
+
 def test_other_measurements_take_the_place_of_the_comparison(run, tmp_path, measured, monkeypatch):
     monkeypatch.setattr(compare, "measure", lambda options: pytest.fail("the comparison ran"))
     path = tmp_path / "a.json"
     code, out, _ = run("bench", *SIZES, "--floor", "--memory", "--batch", 3, "--json", path)
-    assert code == 0 and out.endswith("\ntable of dkv.bench.floor\n\ntable of dkv.bench.memory\n")
+    assert code == 0 and out.endswith("\ntable of dkv.bench.speed.floor\n\ntable of dkv.bench.speed.memory\n")
     assert [(name, options.batch, options.prompt, options.new) for name, options in measured] == [
-        ("floor", 3, 8, 8), ("memory", 3, 8, 8),
-    ]  # fmt: skip
+        ("floor", 3, 8, 8),
+        ("memory", 3, 8, 8),
+    ]
     assert list(json.loads(path.read_text())) == ["facts", "floor", "memory"]
 
 
@@ -136,17 +155,20 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
     monkeypatch.setattr(
         compare, "measure", lambda o: measured.append(("comparison", o)) or {"rows": [row], "refused": {}}
     )
-    monkeypatch.setattr(compare, "table", lambda found: "")
+    monkeypatch.setattr(compare_table, "one_batch", lambda rows: "")
     code, out, err = run("bench", "--all", "--shape", "d128x4", "--layers", 1, "--out", tmp_path / "new")
     assert (code, err) == (0, "")
     assert sorted(path.stem for path in (tmp_path / "new").iterdir()) == sorted(bench.ALL)
     assert [(name, o.name, o.prompt, o.batch, o.eager is None) for name, o in measured] == [
-        ("comparison", "d128x4, 1 layer", 128, 1, False), ("comparison", "d128x4, 1 layer", 896, 1, True),
-        *(("comparison", "d128x4, 1 layer", 128, batch, False) for batch in (1, 2, 4, 8)),
-        ("floor", "d128x4, 1 layer", 128, 1, False), ("growth", "d128x4, 1 layer", 64, 1, True),
-        ("memory", "d128x4, 1 layer", 128, 1, False), ("blocks", "d128x4, 1 layer", 128, 1, False),
+        ("comparison", "d128x4, 1 layer", 128, 1, False),
+        ("comparison", "d128x4, 1 layer", 896, 1, True),
+        *(("comparison", "d128x4, 1 layer", 128, batch, False) for batch in (1, 2, 4)),
+        ("floor", "d128x4, 1 layer", 128, 1, False),
+        ("growth", "d128x4, 1 layer", 64, 1, True),
+        ("memory", "d128x4, 1 layer", 128, 1, False),
+        ("blocks", "d128x4, 1 layer", 128, 1, False),
         ("blocks", "tiny", 63, 1, False),
-    ]  # fmt: skip
+    ]
     assert json.loads((tmp_path / "new" / "memory.json").read_text())["facts"]["model"] == "d128x4, 1 layer"
     assert out.count("\n== ") == len(bench.ALL)
 
@@ -170,13 +192,19 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
         (["--all", "--out", "x", "--growth"], "--all has sizes and outputs of its own: leave out --growth"),
         (["--all", "--out", "x", "--model", "tiny"], "--all needs longer canvases than tiny has"),
         (["--new", "61"], "--new must be at least 62 with tiny, the length of its answers, got 61"),
-        (["--blocks", "--shape", "d128x4", "--new", "16"],
-         "--blocks fills blocks of 32 slots: --new must be a multiple of 32, such as 32, got 16"),
-        (["--floor", "--blocks", "--shape", "d128x4", "--new", "100"],
-         "--blocks fills blocks of 32 slots: --new must be a multiple of 32, such as 96, got 100"),
+        (
+            ["--blocks", "--shape", "d128x4", "--new", "16"],
+            "--blocks fills blocks of 32 slots: --new must be a multiple of 32, such as 32, got 16",
+        ),
+        (
+            ["--floor", "--blocks", "--shape", "d128x4", "--new", "100"],
+            "--blocks fills blocks of 32 slots: --new must be a multiple of 32, such as 96, got 100",
+        ),
         (["--blocks", "--new", "16"], "--blocks fills blocks of 32 slots: --new must be a multiple of 32, such as 64"),
-        (["--floor", "--shape", "d128x4", "--new", "2"], "--floor needs a step that reuses the cache: --new must be at "
-         "least 3, got 2"),
+        (
+            ["--floor", "--shape", "d128x4", "--new", "2"],
+            "--floor needs a step that reuses the cache: --new must be at least 3, got 2",
+        ),
         (["--shape", "d128x4", "--new", "4", "--steps", "9"], "--steps must be at most --new"),
         (["--steps", "65"], "--steps must be at most --new, as every step fills a slot, got 65 steps for 64"),
         (["--growth", "--new", "64"], "--new has no effect on --growth: leave it out"),
@@ -184,18 +212,24 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
         (["--memory", "--rounds", "5"], "--rounds has no effect on --memory"),
         (["--blocks", "--policies", "plain"], "--policies has no effect on --blocks"),
         (["--blocks", "--batch", "2"], "--blocks takes one prompt, as published: --batch must be 1, got 2"),
-        (["--shape", "d128x4", "--layers", "1", "--prompt", "4096"],
-         "a prompt of 4096 tokens and 128 new slots need 4224 positions, and d128x4, 1 layer has 4096: give a smaller"),
-        (["--shape", "d128x4", "--layers", "1", "--floor", "--growth", "--prompt", "4093", "--new", "3"],
-         "a prompt of 4093 tokens and 64 new slots need 4157 positions"),
-        (["--all", "--model", "tiny-dream", "--out", "x"],
-         "a prompt of 896 tokens and 128 new slots need 1024 positions"),
+        (
+            ["--shape", "d128x4", "--layers", "1", "--prompt", "4096"],
+            "a prompt of 4096 tokens and 128 new slots need 4224 positions, and d128x4, 1 layer has 4096",
+        ),
+        (
+            ["--shape", "d128x4", "--layers", "1", "--floor", "--growth", "--prompt", "4093", "--new", "3"],
+            "a prompt of 4093 tokens and 64 new slots need 4157 positions",
+        ),
+        (
+            ["--all", "--model", "tiny-dream", "--out", "x"],
+            "a prompt of 896 tokens and 64 new slots need 960 positions",
+        ),
         (["--shape", "d128x4", "--growth", "--batch", "1", "2"], "--growth takes one --batch, got 2"),
         (["--floor", "--growth", "--csv", "x"], "--csv holds the rows of one measurement"),
         (["--model", "no/such/folder"], "there is no folder no/such/folder"),
         (["--shape", "d128x4", "--device", "nowhere"], "device='nowhere' cannot be used here"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(run, monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "import_module", lambda name: pytest.fail(f"{name} was measured"))

@@ -6,38 +6,30 @@ from dataclasses import replace
 import pytest
 
 import dkv
+from dkv.bench.accuracy import demo
+from dkv.bench.problems import Exam, bundled
 from dkv.models.bundled.tasks import TASKS, held_out
-from dkv.tools import demo
-from dkv.tools.text import encode
-
-LINEUP = demo.LINEUP
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Three policies, few slots, one timed round."""
-    monkeypatch.setattr(demo, "LINEUP", [*demo.LINEUP[:2], ("half", {"steps": 0.5})])
+    monkeypatch.setattr(demo, "SHOWN", ("plain", "decode 8", "plain half"))
     monkeypatch.setitem(TASKS, "balance", replace(TASKS["balance"], new_tokens=16))
     monkeypatch.setattr(demo, "ROUNDS", 1)
-
-
-def test_every_policy_of_the_table_exists():
-    assert [dkv.engine.config.policy_of(settings.get("cache")).name for _, settings in LINEUP] == [
-        "none", "decode", "decode", "prefill", "pd", "greedy", "greedy", "none",
-    ]  # fmt: skip
 
 
 def test_demo(run):
     code, out, err = run("demo", "--problems", 2)
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0] == held_out(1)[0][0]
+    assert lines[0] == held_out(1)[0][0] and lines[2] == "DecodeCache(refresh=8), 16 steps:"
     drafts = [line for line in lines if line.startswith("step ")]
     assert len(drafts) == 9 and drafts[0].count("░") > drafts[4].count("░") > drafts[-1].count("░") == 0
     (start,) = (i for i, line in enumerate(lines) if line.startswith("policy"))
     plain, decode, half = (line.split() for line in lines[start + 1 : start + 4])
-    assert (plain[0], decode[0], half[0]) == ("plain", "DecodeCache(refresh=8)", "half")
-    assert (plain[2:4], plain[5], half[3]) == (["1.00x", "100%"], "100.0%", "50%") and plain[4].endswith("/2")
+    assert (plain[0], decode[:2], half[:2]) == ("plain", ["decode", "8"], ["plain", "half"])
+    assert (plain[2:4], plain[5], half[4]) == (["1.00x", "100%"], "100.0%", "50%") and plain[4].endswith("/2")
 
 
 def test_demo_json(run, folder):
@@ -50,10 +42,10 @@ def test_demo_json(run, folder):
 
 def test_demo_counts_exact_answers(folder):
     model, tokenizer = dkv.load(folder), dkv.load_tokenizer(str(folder))
-    race = demo.Race(model, tokenizer, *encode(tokenizer, [p for p, _ in held_out(3)]), [], 16)
-    race.answers = race.texts(race.decode([0, 1, 2]).sequences)
-    race.answers[1] += "1"
-    assert race.measure()[0]["exact"] == 2
+    (problems,) = bundled(["balance"], 3)
+    _, texts = Exam(model, tokenizer, problems).decode(0, 3, seed=0)
+    texts[1] += "1"
+    assert demo.measure(Exam(model, tokenizer, replace(problems, answers=texts)))[0]["exact"] == 2
 
 
 def test_demo_draws_in_a_terminal(run, monkeypatch):
@@ -72,6 +64,5 @@ def test_demo_refuses_nothing(run, name):
 def test_demo_of_another_task(run, monkeypatch):
     monkeypatch.setitem(TASKS, "addition", replace(TASKS["addition"], new_tokens=4))
     code, out, err = run("demo", "--problems", 1, "--task", "addition")
-    assert (code, err) == (0, "") and out.startswith(
-        f"{held_out(1, task='addition')[0][0]}\n\nDecodeCache(refresh=8), 4 steps:"
-    )
+    (prompt, _) = held_out(1, task="addition")[0]
+    assert (code, err) == (0, "") and out.startswith(f"{prompt}\n\nDecodeCache(refresh=8), 4 steps:")

@@ -36,8 +36,21 @@ def test_the_examples_parse():
 
 
 def test_a_file_of_problems(run, folder, data, tmp_path):
-    words = ("eval", "--model", folder, "--data", data, "--new-tokens", 6, "--batch", 2, "--threads", 1,
-             "--run", "cache=decode refresh=2 steps=all,half")  # fmt: skip
+    words = (
+        "eval",
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--new-tokens",
+        6,
+        "--batch",
+        2,
+        "--threads",
+        1,
+        "--run",
+        "cache=decode refresh=2 steps=all,half",
+    )
     code, out, err = run(*words, "--out", tmp_path / "out", "--json", tmp_path / "a.json")
     assert code == 0
     # A line per batch, as there is no terminal.
@@ -52,6 +65,9 @@ def test_a_file_of_problems(run, folder, data, tmp_path):
     assert found["facts"]["problems"] == {"mine": 3} and found["facts"]["command"].startswith("dkv eval --model ")
     assert [row["passes"] for row in found["rows"]] == [12, 12, 6]
     assert (tmp_path / "out" / "eval.png").stat().st_size > 10_000
+
+    # The table is printed again from the file.
+    assert run("eval", "--show", tmp_path / "a.json") == (0, "\n".join([*lines[:-3], ""]), "")
 
     # Repeated, nothing is run again, and with another seed nothing is mixed.
     log = (tmp_path / "out" / "runs.jsonl").read_text()

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import dkv
-from dkv.bench import gaps
+from dkv.bench.accuracy import gaps
 from dkv.cli import main
 
 PROMPT = "+1 +2 -3 +1 -2 +3 +3 -1 -2 +1 +2 -3 -1 +2 +2 -1 +3 -2 -3 +1 +2="
@@ -145,7 +145,7 @@ def test_a_terminal_is_left_with_the_text(fill, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_R20_the_true_length_is_found(one_thread, count):
-    """Nine lengths are possible. On more problems `python -m dkv.bench.gaps` finds 96 %."""
+    """Nine lengths are possible. On more problems `python -m dkv.bench.accuracy.gaps` finds 96 %."""
     rows = gaps.measure("tiny", problems=2, count=count)
     assert sum(row["length"] for row in rows) >= 0.85 * sum(row["gaps"] for row in rows)
     assert all(row["exact"] <= row["length"] <= row["gaps"] for row in rows)

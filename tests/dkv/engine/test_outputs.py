@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import dkv
-from dkv.bench import gpu, gpu_report, plots, quality, report
+from dkv.bench import plots, report
+from dkv.bench.accuracy import quality
+from dkv.bench.gpu import __main__ as gpu
+from dkv.bench.gpu.report import Report
 from dkv.cli import bench, eval, main
+from dkv.common import files
 from dkv.models.bundled import train as train_tiny
 from dkv.models.export import save_model, save_tokenizer
 from dkv.tools import trace
@@ -51,12 +55,12 @@ def writers(build, found, figure, monkeypatch):
         "trace.png": lambda folder: trace.write_picture(found, folder / "trace.png"),
         "trace.html": lambda folder: trace.write_page(found, folder / "trace.html"),
         "trace.json": lambda folder: trace.write_json(found, folder / "trace.json"),
-        "bench.json": lambda folder: report.save_json(folder / "bench.json", {"rows": [ROW]}),
+        "bench.json": lambda folder: files.write_json(folder / "bench.json", {"rows": [ROW]}),
         "bench.csv": lambda folder: report.save_csv(folder / "bench.csv", [ROW]),
         "floor.png": lambda folder: plots.draw({}, folder),
         "eval.json": lambda folder: save_eval(args, folder, figure),
         "eval.png": lambda folder: save_eval(args, folder, figure),
-        "gpu.json": lambda folder: gpu_report.Report(str(folder / "gpu.json"), {}).close(finished=True),
+        "gpu.json": lambda folder: Report(str(folder / "gpu.json"), {}).close(finished=True),
         "config.json": lambda folder: save_model(model, folder),
         "model.safetensors": lambda folder: save_model(model, folder),
         "tokenizer.json": lambda folder: save_tokenizer(folder, "01", 2, 3),

@@ -1,0 +1,98 @@
+"""Exact answers against speed: the table of `dkv eval` and its meaning in words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dkv.bench.accuracy.intervals import enough
+from dkv.bench.lineup import PLAIN
+from dkv.bench.report import columns
+
+Row = dict[str, Any]
+HALF = f"{PLAIN} half"
+# Points that a reader may want to give away.
+LOSSES = (0.5, 3.0)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per contender."""
+    tasks = list(rows[0]["tasks"])
+    header = ["", "tokens/s", "speed", "computed", "exact", "95 % interval", "points lost or won", *tasks]
+    lines = []
+    for row in rows:
+        change = f"{row['change']:+.1f} ({row['change_low']:+.1f} to {row['change_high']:+.1f})"
+        line = [row["label"], f"{row['tokens_per_second']:.0f}", f"{row['speed']:.2f}x", f"{row['computed_share']:.0%}"]
+        line += [f"{row['exact']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}"]
+        line += ["" if row["label"] == PLAIN else change, *(f"{row['tasks'][task]:.1%}" for task in tasks)]
+        lines.append(line)
+    # With one task its column would repeat the one of all.
+    cut = None if len(tasks) > 1 else -1
+    return columns(header[:cut], [line[:cut] for line in lines])
+
+
+def frontier(rows: Sequence[Row], by: str = "tokens_per_second") -> list[Row]:
+    """The rows that no other beats in both exact answers and `by` (computed_share: less is better)."""
+    sign = -1 if by == "computed_share" else 1
+    ordered = sorted(rows, key=lambda row: (-sign * row[by], -row["exact"]))
+    kept: list[Row] = []
+    for row in ordered:
+        if not kept or row["exact"] > kept[-1]["exact"]:
+            kept.append(row)
+    return kept
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """What is lost, what is won, and whether a cache is better than fewer steps, as far as the intervals tell."""
+    own = {row["label"]: row for row in rows}
+    plain, half = own[PLAIN], own.get(HALF)
+    cached = [row for row in rows if row["policy"] != "none"]
+    if plain["right"] == 0:
+        return f"Plain decoding answers none of the {plain['problems']} problems: nothing can be lost on them."
+    said = [_within(points, cached) for points in LOSSES] if cached else ["No cache was measured."]
+    if half is not None:
+        said.append(f"Half the steps, no cache: {_said(half)}.")
+    if half is not None and cached:
+        said.append(_against_half(half, cached))
+    return "\n".join(said)
+
+
+def _within(points: float, cached: Sequence[Row]) -> str:
+    """The fastest of the caches that do not lose more, as far as so small a loss can be told from none."""
+    words = f"at most {points:g} points lost"
+    if good := [row for row in cached if row["change"] >= -points and _width(row) <= points]:
+        return f"Fastest cache with {words}: {_said(_fastest(good))}."
+    open_ = [row for row in cached if row["change_high"] >= -points]
+    if not open_:
+        return f"No cache with {words}."
+    return f"{_too_few(min(open_, key=_width), points)} whether a cache has {words}."
+
+
+def _against_half(half: Row, cached: Sequence[Row]) -> str:
+    """Whether a cache is at least as fast and as exact as half the steps."""
+    better = [row for row in cached if row["speed"] >= half["speed"] and row["exact"] >= half["exact"]]
+    widest = max((half, *better), key=_width)
+    if _width(widest) > max(LOSSES):
+        return f"{_too_few(widest, max(LOSSES))} whether a cache is better."
+    if better:
+        return f"A cache is better: {_said(_fastest(better))}."
+    return "No cache is at least as fast and at least as exact."
+
+
+def _too_few(row: Row, points: float) -> str:
+    needed = enough(_width(row), row["problems"], points)
+    # Two digits of it mean something.
+    needed = round(needed, 2 - len(str(needed)))
+    return f"Too few problems ({row['problems']}, +-{_width(row):.1f} points; about {needed} would do) to tell"
+
+
+def _width(row: Row) -> float:
+    """Half of the interval, in points."""
+    return (row["change_high"] - row["change_low"]) / 2
+
+
+def _fastest(rows: Sequence[Row]) -> Row:
+    return max(rows, key=lambda row: row["speed"])
+
+
+def _said(row: Row) -> str:
+    interval = f"{row['change_low']:+.1f} to {row['change_high']:+.1f}"
+    return f"{row['label']}, {row['speed']:.2f}x plain, {row['change']:+.1f} points ({interval})"

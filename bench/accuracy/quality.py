@@ -1,0 +1,192 @@
+"""Exact answers and speed of many ways to generate, on problems with one right answer each.
+
+The contenders take turns on every batch of problems, so that a machine that slows down slows all of
+them. What a batch gave is a line of a file, and a repeated run takes up where the last one stopped.
+"""
+
+import hashlib
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dkv.bench.accuracy.intervals import paired, wilson
+from dkv.bench.contenders import Contender
+from dkv.bench.lineup import PLAIN
+from dkv.bench.problems import Exam, Problems
+from dkv.bench.timing import in_turn
+from dkv.common import files
+from dkv.common.bar import Bar, counted
+
+Row = dict[str, Any]
+LOG = "runs.jsonl"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the figures of a file depend on, beside the contenders."""
+
+    model: Any
+    tokenizer: Any
+    problems: Sequence[Problems]
+    batch: int
+    seed: int
+    chat: bool = False
+
+    def rounds(self) -> list[tuple[Problems, int]]:
+        """The batches: a family, and the place of the first problem."""
+        return [(family, start) for family in self.problems for start in range(0, len(family.prompts), self.batch)]
+
+    def run(self, contender: Contender, family: Problems, start: int) -> Row:
+        """One batch by one contender."""
+        exam = Exam(self.model, self.tokenizer, family, self.chat)
+        output, right = exam.marks(start, start + self.batch, seed=self.seed, **contender.settings_for(family.new))
+        stats = {name: getattr(output.stats, name) for name in ("seconds", "passes", "computed_slots")}
+        known = {"label": contender.label, "task": family.name, "start": start, "right": right}
+        return {**known, **stats, "tokens": output.stats.new_tokens}
+
+
+def digest(model: Any) -> str:
+    """Of the weights that are not packed, the table of embeddings and the norms among them."""
+    found = hashlib.blake2b(digest_size=8)
+    for parameter in model.parameters():
+        found.update(parameter.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Log:
+    """Finished runs, by contender, task and batch; kept in a file, if there is one.
+
+    Attributes:
+        runs: the last run by (label, task, start).
+        plain_seconds: of plain decoding by (task, start, session), as times of two sessions are not compared.
+
+    Raises:
+        ValueError: the file holds runs of another setting, or is damaged.
+    """
+
+    def __init__(self, folder: Path | None, setting: dict[str, Any]):
+        self.path = folder and folder / LOG
+        self.runs: dict[tuple[str, str, int], Row] = {}
+        self.plain_seconds: dict[tuple[str, int, float], float] = {}
+        if self.path is not None and self.path.exists():
+            self._read(setting)
+        elif self.path is not None:
+            files.write_json(self.path, {"setting": setting})
+
+    def _read(self, setting: dict[str, Any]) -> None:
+        # The last line has no end if the run was stopped while it was written.
+        lines = self.path.read_text("utf-8").split("\n")[:-1]
+        try:
+            head, *runs = map(json.loads, lines)
+            for run in runs:
+                self._keep(run)
+            found = head["setting"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is not a log of dkv eval: give another --out, or remove it") from error
+        if odd := [key for key in setting if found.get(key) != setting[key]]:
+            wrong = f"{odd[0]} {found.get(odd[0])!r}, not {setting[odd[0]]!r}"
+            raise ValueError(f"{self.path} has runs with {wrong}: give another --out, or remove it")
+        files.write_text(self.path, "\n".join([*lines, ""]))
+
+    def add(self, run: Row) -> None:
+        self._keep(run)
+        if self.path is not None:
+            files.append_line(self.path, json.dumps(run))
+
+    def kept(self) -> str:
+        """What a stopped measurement leaves, and how to go on."""
+        if self.path is None:
+            return ""
+        return f"{counted(len(self.runs), 'finished batch')} kept in {self.path}: repeat the command to go on"
+
+    def _keep(self, run: Row) -> None:
+        self.runs[run["label"], run["task"], run["start"]] = run
+        if run["label"] == PLAIN:
+            self.plain_seconds[run["task"], run["start"], run["session"]] = run["seconds"]
+
+
+def measure(setting: Setting, contenders: Sequence[Contender], log: Log) -> list[Row]:
+    """Every contender on every problem; what the log already has is not run again.
+
+    Args:
+        contenders: plain decoding first. It also runs where others still have to, as their yardstick.
+
+    Returns:
+        rows of the table, see `summary`.
+    """
+    session, todo = time.time(), []
+    for family, start in setting.rounds():
+        missing = [c for c in contenders if (c.label, family.name, start) not in log.runs]
+        if missing:
+            todo.append((family, start, [c for c in contenders if c in (contenders[0], *missing)]))
+    if todo:
+        # What is loaded and compiled at first use is not part of any contender's time.
+        setting.run(contenders[0], *todo[0][:2])
+
+    def add(contender: Contender, family: Problems, start: int) -> None:
+        log.add({**setting.run(contender, family, start), "session": session})
+
+    with Bar(sum(len(chosen) for *_, chosen in todo), "batch", pause=0) as bar:
+        for family, start, chosen in todo:
+            calls = {c.label: partial(add, c, family, start) for c in chosen}
+            in_turn(calls, bar=bar, told=lambda _, label, family=family: f"{family.name}, {label}")
+    return [summary(contender, setting, log) for contender in contenders]
+
+
+def summary(contender: Contender, setting: Setting, log: Log) -> Row:
+    """A row of the table.
+
+    Returns:
+        label, policy, right and problems (numbers), by task too; exact, low and high (share answered exactly,
+        and its 95 % interval); change, change_low, change_high (against plain on the same problems, in points);
+        tokens_per_second (of new slots) and speed (against plain) from medians over batches;
+        computed_share (slots computed, as a share of what plain decoding in one pass a slot computes).
+    """
+    places = [(family.name, start) for family, start in setting.rounds()]
+    own = {place: log.runs[(contender.label, *place)] for place in places}
+    plain = {place: log.runs[(PLAIN, *place)] for place in places}
+    right, wanted = ([answer for run in runs.values() for answer in run["right"]] for runs in (own, plain))
+    low, high = wilson(sum(right), len(right))
+    tasks: dict[str, list[bool]] = {}
+    seconds, yardstick = defaultdict(list), defaultdict(list)
+    for (task, start), run in own.items():
+        tasks.setdefault(task, []).extend(run["right"])
+        seconds[task].append(run["seconds"])
+        yardstick[task].append(log.plain_seconds[task, start, run["session"]])
+    return {
+        "label": contender.label,
+        "policy": contender.policy,
+        "settings": _plain(contender),
+        "problems": len(right),
+        "right": sum(right),
+        "exact": sum(right) / len(right),
+        "low": low,
+        "high": high,
+        **dict(zip(("change", "change_low", "change_high"), paired(right, wanted), strict=True)),
+        "tasks": {name: sum(found) / len(found) for name, found in tasks.items()},
+        "tokens_per_second": _sum(own, "tokens") / _typical(seconds),
+        "speed": _typical(yardstick) / _typical(seconds),
+        "computed_share": _sum(own, "computed_slots") / _sum(plain, "computed_slots"),
+        "passes": _sum(own, "passes"),
+    }
+
+
+def _sum(runs: dict[Any, Row], name: str) -> int:
+    return sum(run[name] for run in runs.values())
+
+
+def _plain(contender: Contender) -> dict[str, Any]:
+    cache = contender.settings.get("cache")
+    own = {} if cache is None else {"cache": {"name": cache.name, **vars(cache)}}
+    return {**contender.settings, **own, "steps": contender.steps}
+
+
+def _typical(seconds: dict[str, list[float]]) -> float:
+    """Of all batches; each counts as the median of its task's, so that a disturbed one does not show."""
+    return sum(len(found) * statistics.median(found) for found in seconds.values())

@@ -1,0 +1,89 @@
+"""The eager baseline of the block policies: generation that costs what Fast-dLLM's published code costs.
+
+Own code, after the rules in `tests/golden/README.md` and a reading of NVlabs/Fast-dLLM. It gives the tokens of
+`dkv.generate` and keeps the work that dkv leaves out: logits of every slot of a pass and a float64 softmax of them,
+keys kept unrotated and all rotated again in every pass, and one more pass where the full one has filled its block.
+"""
+
+import torch
+from torch import Tensor
+
+import dkv
+from dkv.bench.baselines.forward import forward
+from dkv.engine.config import DiffusionConfig
+from dkv.models import Transformer
+from dkv.policies import Policy
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    input_ids: Tensor,
+    *,
+    new: int,
+    block_length: int,
+    cache: Policy,
+    threshold: float | None = None,
+) -> tuple[Tensor, int]:
+    """Continue one prompt; the tokens are those of `dkv.generate` with the same settings.
+
+    Args:
+        model: of LLaDA's kind, its weights in `nn.Linear`.
+        input_ids: integers [1, P].
+        new: slots to fill.
+        block_length: slots of a block.
+        cache: `NoCache()`, `PrefixCache()` or `DualCache()`.
+        threshold: fill all slots that are at least so sure; None: one slot a pass.
+
+    Returns:
+        int64 [1, P + new], and the number of passes.
+    """
+    if len(input_ids) != 1:
+        raise ValueError(f"input_ids must be one row, as in the published code, got {len(input_ids)}")
+    mask_id, width = model.spec.mask_token_id, input_ids.shape[1]
+    x = torch.cat((input_ids, input_ids.new_full((1, new), mask_id)), 1)
+    rope = tuple(torch.cat((table, table), -1)[: x.shape[1]] for table in model.rope_tables(x.shape[1]))
+    plan, passes = DiffusionConfig(max_new_tokens=new, block_length=block_length).plan(shifted=False), 0
+    for block in (step for step in plan if step.in_block == 0):
+        start, stop = width + block.start, width + block.stop
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        first, last = (start, stop if isinstance(cache, dkv.DualCache) else x.shape[1])
+        full = True
+        while True:
+            begin, end = (0, x.shape[1]) if full or isinstance(cache, dkv.NoCache) else (first, last)
+
+            def join(layer: int, key: Tensor, value: Tensor, begin=begin, end=end, kept=kept) -> tuple[Tensor, Tensor]:
+                """Keys and values of all slots, in their order."""
+                if layer not in kept or begin == 0:
+                    kept[layer] = key, value
+                elif end == x.shape[1]:
+                    return tuple(
+                        torch.cat((old[:, :begin], t), 1) for old, t in zip(kept[layer], (key, value), strict=True)
+                    )
+                else:
+                    for old, t in zip(kept[layer], (key, value), strict=True):
+                        old[:, begin:end] = t
+                return kept[layer]
+
+            logits = forward(model, x[:, begin:end], join, tuple(t[begin:end] for t in rope), rope)
+            _fill(x[:, begin:end], logits, mask_id, stop - begin, threshold)
+            passes += 1
+            done = not (x[:, start:stop] == mask_id).any()
+            if done and not (full and not isinstance(cache, dkv.NoCache)):
+                break
+            full = False
+    return x, passes
+
+
+def _fill(x: Tensor, logits: Tensor, mask_id: int, stop: int, threshold: float | None) -> None:
+    """Fill the surest masks of x [1, N] before `stop`, in place."""
+    probability = logits.double().softmax(-1)
+    logits[..., mask_id] = -torch.inf
+    guess = logits.argmax(-1)
+    open_ = x == mask_id
+    open_[:, stop:] = False
+    sure = torch.where(open_, probability.gather(-1, guess.unsqueeze(-1)).squeeze(-1), -torch.inf)[0]
+    order = sure.topk(int(open_.sum()) if threshold is not None else min(1, int(open_.sum()))).indices
+    chosen = [slot for number, slot in enumerate(order) if number == 0 or sure[slot] >= threshold]
+    if chosen:
+        x[0, torch.stack(chosen)] = guess[0, torch.stack(chosen)]

@@ -1,0 +1,62 @@
+"""The operations in eager PyTorch, as they are commonly written: what the kernels are timed and checked against."""
+
+import torch
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """q [B, N, Hq, D] over k, v [B, S, Hkv, D]; `visible` bool [B, N or 1, S]. A hidden row gives NaN."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores + torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf).unsqueeze(1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, N, H, D] with tables [N, D / 2] or [B, N, D / 2], in the wider of the dtypes."""
+    cos, sin = (torch.cat((t, t), -1).unsqueeze(-2) for t in (cos, sin))
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf) -> Tensor:
+    """Rotation with tables [P, D / 2] at `positions` [B, N], then two indexed writes; the rotated queries."""
+    q, k = (rotate(x, cos[positions], sin[positions]) for x in (q, k))
+    row = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+    k_buf[row, positions], v_buf[row, positions] = k, v
+    return q
+
+
+def rope_cat(q, k, v, cos, sin, positions, kept_k, kept_v, order) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as the published code does it, which keeps keys unrotated: join, put in order, rotate all.
+
+    Args:
+        kept_k, kept_v: [B, S - N, Hkv, D], of the slots that are not active.
+        order: int64 [B, S], where every slot lies in the active ones followed by the kept ones.
+
+    Returns:
+        Rotated queries, and rotated keys and the values of all S slots.
+    """
+    row = torch.arange(len(order), device=order.device).unsqueeze(1)
+    k, v = (torch.cat(pair, 1)[row, order] for pair in ((k, kept_k), (v, kept_v)))
+    slots = k.shape[1]
+    return rotate(q, cos[positions], sin[positions]), rotate(k, cos[:slots], sin[:slots]), v
+
+
+def choose_token(logits: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The best id and its probability, as a logarithm, from a softmax in `dtype`, as the published samplers have it."""
+    token = logits.argmax(-1)
+    return token, logits.to(dtype).softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1).log()
+
+
+def commit_(canvas: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """A top-k per row, as the published samplers do it; `count` is known to the host."""
+    confidence = confidence.masked_fill(~eligible, -torch.inf)
+    committed = torch.zeros_like(eligible)
+    for row in range(len(canvas)):
+        committed[row, confidence[row].topk(count).indices] = True
+    canvas[committed] = token[committed]
+    return committed

@@ -1,0 +1,268 @@
+"""The table of operations: their inputs, ways, bytes, FLOPs and tolerances, for checks and timing alike."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dkv import kernels
+from dkv.bench.baselines import operations as eager
+from dkv.bench.gpu.cases import Case, Inputs, Sizes, distinct, heads, nbytes, randn, tolerance
+
+MOST_LOGIT_ROWS = 4096
+
+
+def _sizes(z: Sizes) -> dict[str, int]:
+    numbers = {"Hq": z.spec.num_heads, "Hkv": z.spec.num_kv_heads, "D": z.spec.head_dim}
+    return {"B": z.batch, "N": z.active, "S": z.slots, **numbers}
+
+
+def _seen(inputs: Inputs) -> Tensor:
+    """bool [B, 1, S]: what `key_ranges` let through; without them everything, which a mask of padding would say too."""
+    q, k, ranges = inputs["q"], inputs["k"], inputs.get("key_ranges")
+    if ranges is None:
+        return torch.ones(len(q), 1, k.shape[1], dtype=torch.bool, device=q.device)
+    slot = torch.arange(k.shape[1], device=q.device)
+    return ((slot >= ranges[:, :1]) & (slot < ranges[:, 1:])).unsqueeze(1)
+
+
+def _sdpa(inputs: Inputs) -> Tensor:
+    query, key, value = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+    group = query.shape[1] // key.shape[1]
+    if "key_ranges" not in inputs:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=group > 1).transpose(1, 2)
+    # With a mask, grouped heads would take the slow path; transformers repeats them too.
+    key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
+    mask = _seen(inputs).unsqueeze(1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+def compiled_flex(inputs: Inputs) -> Callable[[], Tensor]:
+    """Flex attention, compiled for these inputs at the first call."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()
+    compiled, mask = torch.compile(flex_attention, dynamic=False), None
+    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+    if (ranges := inputs.get("key_ranges")) is not None:
+
+        def inside(b, h, i, j):
+            return (j >= ranges[b, 0]) & (j < ranges[b, 1])
+
+        mask = create_block_mask(inside, len(q), None, q.shape[2], k.shape[2], device=str(q.device))
+    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def attention(z: Sizes, device: torch.device, ragged: bool = False, lse: bool = False, **rules: Any) -> Case:
+    """Attention of the active queries over the whole buffer.
+
+    Fresh keys and values are in their slots already: bringing them there is part of rope_scatter.
+
+    Args:
+        ragged: rows end between half of the slots and all of them.
+        lse: also the log-sum-exp.
+        rules: further arguments that say who sees what; they have no other ways, and no figures.
+    """
+    inputs: Inputs = dict(zip("qkv", heads(z, device, z.active, z.slots, z.slots), strict=True)) | rules
+    stops = [z.slots] * z.batch
+    if ragged:
+        stops = [z.slots - z.slots // 2 * i // max(z.batch - 1, 1) for i in range(z.batch)]
+        inputs["key_ranges"] = torch.tensor([[0, stop] for stop in stops], device=device)
+    work, built = kernels.Workspace(), []
+
+    def run(inputs: Inputs) -> Any:
+        given = {name: value for name, value in inputs.items() if name not in ("q", "k", "v")}
+        return kernels.cached_attention(inputs["q"], inputs["k"], inputs["v"], return_lse=lse, workspace=work, **given)
+
+    def flex(inputs: Inputs) -> Tensor:
+        if not built:
+            built.append(compiled_flex(inputs))
+        return built[0]()
+
+    others = {"eager": lambda x: eager.attention(x["q"], x["k"], x["v"], _seen(x)), "sdpa": _sdpa, "flex": flex}
+    pairs = sum(stops) * z.spec.num_heads * z.spec.head_dim
+    read = 2 * sum(stops) * z.spec.num_kv_heads * z.spec.head_dim * z.dtype.itemsize
+    return Case(
+        "cached_attention",
+        _sizes(z),
+        inputs,
+        run,
+        tolerance(z.dtype, 2),
+        read + 2 * nbytes(inputs["q"]),
+        4 * pairs * z.active,
+        {} if rules or lse else others,
+        # Scores, up to about 5, are rounded twice, which their exponentials multiply.
+        eager_tolerance=tolerance(z.dtype, 6),
+    )
+
+
+def rope_scatter(z: Sizes, device: torch.device, norm: bool = False) -> Case:
+    """Rotation of queries and keys, and the keys and values of the active slots among all others.
+
+    dkv writes the active slots into a buffer of rotated keys. The published code keeps keys unrotated: it joins
+    the fresh and the kept ones in every layer, brings them in order, and rotates all. In a full step there is nothing
+    to join: eager rotates, and writes by index.
+    """
+    table = torch.float32 if z.spec.rope_float32 else z.dtype
+    angle = torch.rand(z.slots, z.spec.head_dim // 2, device=device) * 6
+    cos, sin = angle.cos().to(table), angle.sin().to(table)
+    q, k, v = heads(z, device, z.active, z.active, z.active)
+    positions = distinct(device, z.batch, z.active, z.slots)
+    idle = torch.ones(z.batch, z.slots, dtype=torch.bool, device=device).scatter_(1, positions, False)
+    kept = idle.nonzero()[:, 1].view(z.batch, -1)
+    kept_k, kept_v = (randn(device, *kept.shape, *k.shape[2:], dtype=z.dtype) for _ in range(2))
+    k_buf, v_buf = (torch.zeros(z.batch, z.slots, *k.shape[2:], device=device, dtype=z.dtype) for _ in range(2))
+    row = torch.arange(z.batch, device=device).unsqueeze(1)
+    k_buf[row, kept], v_buf[row, kept] = eager.rotate(kept_k, cos[kept], sin[kept]), kept_v
+    order = torch.cat((positions, kept), 1).argsort(1)
+    names = ("q", "k", "v", "cos", "sin", "positions", "k_buf", "v_buf")
+    inputs: Inputs = dict(zip(names, (q, k, v, cos, sin, positions, k_buf, v_buf), strict=True))
+    if norm:
+        gain = randn(device, 2, z.spec.head_dim, dtype=z.dtype)
+        inputs |= {"q_norm": (gain[0], 1e-6), "k_norm": (gain[1], 1e-5)}
+
+    def joined(x: Inputs) -> Any:
+        return eager.rope_cat(*(x[name] for name in names[:6]), kept_k, kept_v, order)
+
+    def indexed(x: Inputs) -> Tensor:
+        return eager.rope_scatter_(*(x[name] for name in names))
+
+    rows = 2 * len(positions.unique()) * cos[0].nbytes
+    return Case(
+        "rope_scatter_",
+        _sizes(z),
+        inputs,
+        lambda x: kernels.rope_scatter_(**x, validate=False),
+        tolerance(z.dtype, 5 if norm else 3),
+        2 * nbytes(q, k, v) + rows + nbytes(positions),
+        3 * (q.numel() + k.numel()),
+        {} if norm else {"eager": joined if kept.numel() else indexed},
+        written=("k_buf", "v_buf"),
+    )
+
+
+def _softmax_dtype(z: Sizes) -> torch.dtype:
+    """The published sampler of LLaDA takes float64, that of Dream the dtype of the logits."""
+    return torch.float64 if z.spec.family == "llada" else z.dtype
+
+
+def _best(logits: Callable[[Inputs, Tensor], Tensor], rule: str) -> Callable[[Inputs, Any], tuple[Tensor, ...]]:
+    """Tokens are judged by their logits, as rounded ones may tie; a margin, which may be 0, by itself."""
+
+    def judged(inputs: Inputs, found: Any) -> tuple[Tensor, ...]:
+        token, confidence = found
+        return logits(inputs, token), confidence.exp() if rule == "margin" else confidence
+
+    return judged
+
+
+def choose(
+    z: Sizes,
+    device: torch.device,
+    drawn: bool = False,
+    rule: str = "probability",
+    row_keys: Tensor | None = None,
+    **how: Any,
+) -> Case:
+    """The most probable token of every row of logits, and how probable it is; `drawn` at temperature 1."""
+    logits = randn(device, min(z.batch * z.active, MOST_LOGIT_ROWS), z.spec.vocab_size, dtype=z.dtype)
+    # The published samplers do not forbid the mask: here it never wins.
+    logits[:, z.spec.mask_token_id] = 0
+    how = {"rule": rule, "temperature": float(drawn), "banned": (z.spec.mask_token_id,), "validate": False} | how
+    work = kernels.Workspace()
+    eager_ = {"eager": lambda x: eager.choose_token(x["logits"], _softmax_dtype(z))}
+    return Case(
+        "choose_token",
+        {"R": len(logits), "V": logits.shape[1]},
+        {"logits": logits} | ({} if row_keys is None else {"row_keys": row_keys}),
+        lambda x: kernels.choose_token(**x, workspace=work, **how),
+        tolerance(torch.float32, 0, sums=64),
+        nbytes(logits) + _chosen_bytes(len(logits)),
+        4 * logits.numel(),
+        {} if drawn or rule != "probability" else eager_,
+        # Dream's softmax rounds to the dtype of the logits.
+        eager_tolerance=tolerance(z.dtype, 2) if z.spec.family == "dream" else None,
+        judged=_best(lambda x, token: x["logits"].gather(1, token.unsqueeze(1)), rule),
+    )
+
+
+def _chosen_bytes(rows: int) -> int:
+    """Of the tokens, int64, and their confidences, float32."""
+    return 12 * rows
+
+
+def choose_fused(z: Sizes, device: torch.device, rule: str = "probability", bias: bool = False) -> Case:
+    """The product with the LM head and the choice from it, as one operation."""
+    rows, d, v = min(z.batch * z.active, MOST_LOGIT_ROWS), z.spec.hidden_size, z.spec.vocab_size
+    inputs: Inputs = {
+        "hidden": randn(device, rows, d, dtype=z.dtype),
+        "head_weight": randn(device, v, d, dtype=z.dtype),
+    }
+    inputs["head_weight"] *= 2 * d**-0.5
+    inputs["head_weight"][z.spec.mask_token_id] = 0
+    if bias:
+        inputs["head_bias"] = randn(device, v, dtype=z.dtype)
+    how = {"rule": rule, "banned": (z.spec.mask_token_id,), "validate": False}
+    work = kernels.Workspace()
+
+    def logits(x: Inputs, token: Tensor) -> Tensor:
+        shift = x["head_bias"].double()[token] if bias else 0
+        return (x["hidden"].double() * x["head_weight"][token].double()).sum(1) + shift
+
+    return Case(
+        "choose_token_fused",
+        {"R": rows, "d": d, "V": v},
+        inputs,
+        lambda x: kernels.choose_token_fused(**x, workspace=work, **how),
+        # Rounded to half precision, logits of up to 10 make confidences and margins of about 1.
+        tolerance(z.dtype, 8 if z.dtype.itemsize == 2 else 0, sums=64),
+        nbytes(*inputs.values()) + _chosen_bytes(rows),
+        2 * rows * d * v,
+        {}
+        if bias or rule != "probability"
+        else {"eager": lambda x: eager.choose_token(x["hidden"] @ x["head_weight"].T, _softmax_dtype(z))},
+        judged=_best(logits, rule),
+    )
+
+
+def commit(z: Sizes, device: torch.device, count: Tensor | None = None, steps: int = 0) -> Case:
+    """The most confident tokens of every row go into the canvas: one, or `count`; `steps` > 0: confidences that tie."""
+    confidence = randn(device, z.batch, z.active)
+    inputs: Inputs = {
+        "canvas": torch.zeros(z.batch, z.slots, dtype=torch.int64, device=device),
+        "token": torch.randint(1, z.spec.vocab_size, (z.batch, z.active)).to(device),
+        "log_confidence": (confidence * steps).round() / steps if steps else confidence,
+        "eligible": (torch.rand(z.batch, z.active) < 0.9).to(device),
+        "count": torch.ones(z.batch, dtype=torch.int64, device=device) if count is None else count,
+        "positions": distinct(device, z.batch, z.active, z.slots),
+    }
+    row = torch.arange(z.batch, device=device)[:, None]
+
+    def published(x: Inputs) -> Tensor:
+        part = x["canvas"][row, x["positions"]]
+        committed = eager.commit_(part, x["token"], x["log_confidence"], x["eligible"], 1)
+        x["canvas"][row, x["positions"]] = part
+        return committed
+
+    # Read: what describes the slots. Written: which of them are committed, and one token in every row.
+    read = [x for name, x in inputs.items() if name != "canvas"]
+    return Case(
+        "commit_",
+        {"B": z.batch, "N": z.active, "S": z.slots},
+        inputs,
+        lambda x: kernels.commit_(**x, validate=False),
+        bytes=nbytes(*read, inputs["eligible"]) + z.batch * inputs["token"].element_size(),
+        others={} if count is not None else {"eager": published},
+        written=("canvas",),
+    )
+
+
+OPERATIONS: dict[str, Callable[..., Case]] = {
+    "cached_attention": attention,
+    "rope_scatter_": rope_scatter,
+    "choose_token": choose,
+    "choose_token_fused": choose_fused,
+    "commit_": commit,
+}

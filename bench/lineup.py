@@ -1,0 +1,54 @@
+"""The line-up: the ways to generate that benchmarks compare, by name, in the words of `dkv eval --run`.
+
+Nothing is imported here, so that the command line can name them at once. `dkv.bench.contenders` reads the texts.
+"""
+
+# Greedy goes with the random order, as published, or plans by confidences; all others fill the surest slot first.
+LINEUP = {
+    "plain": "cache=none",
+    "decode 8": "cache=decode refresh=8",
+    "decode 32": "cache=decode refresh=32",
+    "prefill": "cache=prefill",
+    "pd 8": "cache=pd refresh=8",
+    "greedy 4": "cache=greedy refresh=4 window=4 confidence=random",
+    "greedy 16": "cache=greedy refresh=16 window=4 confidence=random",
+    "greedy 4 planned": "cache=greedy refresh=4 window=4",
+    "plain half": "steps=half",
+    "decode 4": "cache=decode refresh=4",
+    "decode, no refresh": "cache=decode refresh=0 warmup=1",
+    "greedy 2 planned": "cache=greedy refresh=2 window=4",
+    "greedy, no refresh": "cache=greedy refresh=0 window=4 confidence=random",
+    "prefix": "cache=prefix",
+    "dual": "cache=dual",
+    "prefix delayed": "cache=prefix delayed=true",
+    "dual delayed": "cache=dual delayed=true",
+}
+PLAIN = "plain"
+# What `dkv bench` compares, `dkv demo` shows, and what runs with blocks or on a GPU; plain decoding first.
+COMPARED = tuple(LINEUP)[:8]
+SHOWN = ("plain", "decode 8", "decode 4", "prefill", "pd 8", "greedy 4 planned", "greedy 2 planned", "plain half")
+BLOCKED = ("plain", "prefix", "dual", "prefix delayed", "dual delayed")
+ON_GPU = ("plain", "decode 8", "greedy 4", "prefill")
+# How many tokens a step fills: settings that go with the block policies.
+RULES = {"one a step": {}, "threshold 0.9": {"threshold": 0.9}}
+
+# The grids of `dkv eval`: by default, and with --full the axes of the paper: every policy, refresh interval, window
+# and rule, at one and at two slots a step.
+QUICK = (
+    "steps=half",
+    "cache=prefill",
+    "cache=decode refresh=4,8,16",
+    "cache=pd refresh=8",
+    "cache=greedy refresh=4,8,16 window=4 window_center=last",
+)
+FULL = (
+    "cache=none,prefill steps=all,half",
+    "cache=decode,pd refresh=2,4,8,16 steps=all,half",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 window_center=next,last",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 steps=half window_center=last",
+    "cache=none,greedy confidence=random steps=all,half",
+    "cache=greedy refresh=2,4,8,16 window=0,2,4,8 confidence=random",
+    "cache=none confidence=margin,entropy",
+)
+# Further runs of a model whose logits are shifted.
+SHIFTED = ("cache=decode,pd refresh=2,4,8,16 shift_rule=un_right",)

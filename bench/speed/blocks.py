@@ -1,0 +1,116 @@
+"""The block policies (Fast-dLLM) and parallel decoding, against eager PyTorch and against the products alone."""
+
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+
+import dkv
+from dkv.bench import report
+from dkv.bench.baselines import fast_dllm
+from dkv.bench.contenders import of_lineup
+from dkv.bench.lineup import BLOCKED, RULES
+from dkv.bench.options import Options
+from dkv.bench.report import shown
+from dkv.bench.speed import floor
+from dkv.bench.steps import HalfWay
+from dkv.bench.timing import in_turn, timed
+from dkv.common.bar import Bar
+
+BLOCK = 32
+# Those that the published code has, on models of its family.
+PUBLISHED = ("plain", "prefix", "dual")
+FLOOR_ROUNDS = 9
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Every policy with every rule, one prompt at a time, in turn with the eager baseline.
+
+    Returns:
+        {"rows": [...]}: `passes`, `tokens_per_forward`, `seconds` and `eager_seconds` (medians), `speed` against
+        dkv's plain decoding and `over_eager` (medians of ratios within a round), `same`: whether the tokens are those
+        of the baseline; and `step_over_floor`: a cached step half-way, against its matrix products.
+
+    Raises:
+        ValueError: more than one row, or slots that do not make whole blocks.
+    """
+    if options.batch != 1:
+        raise ValueError(f"batch must be 1, as the published block policies take one prompt, got {options.batch}")
+    if options.new % BLOCK:
+        raise ValueError(f"new must be a multiple of {BLOCK}, the slots of a block, got {options.new}")
+    own = options.eager is not None and not options.model.spec.shifted
+    contenders = [(policy, rule) for rule in options.rules for policy in BLOCKED]
+    calls = {key: partial(_both, options, *key, own and key[0] in PUBLISHED) for key in contenders}
+    with Bar(len(calls) * (options.rounds + 1), "run", pause=0) as bar:
+        # The first round is not timed, but looked at.
+        first, runs = in_turn(calls, 1, bar), in_turn(calls, options.rounds, bar)
+    rows = []
+    for policy, rule in contenders:
+        own_runs, (_, _, facts) = runs[policy, rule], first[policy, rule][0]
+        against = [p[0] / r[0] for p, r in zip(runs["plain", rule], own_runs, strict=True)]
+        over = [r[1] / r[0] for r in own_runs if r[1] is not None]
+        row = {"policy": policy, "rule": rule, **facts, "seconds": statistics.median(r[0] for r in own_runs)}
+        row["eager_seconds"] = statistics.median(r[1] for r in own_runs) if over else None
+        row |= {"speed": statistics.median(against), "over_eager": statistics.median(over) if over else None}
+        row["step_over_floor"] = _over_floor(options, policy) if rule == "one a step" else None
+        rows.append(row)
+    return {"rows": rows}
+
+
+def _both(options: Options, policy: str, rule: str, baseline: bool) -> tuple[float, float | None, dict[str, Any]]:
+    """Seconds of dkv and of the baseline, and what they did."""
+    ids, call = options.prompts(), {"block_length": BLOCK, **of_lineup(policy).settings, **RULES[rule]}
+    settings = {"max_new_tokens": options.new, "schedule": "blocks", **call}
+    seconds, output = timed(lambda: dkv.generate(options.model, ids, **settings), options.model.device)
+    eager, same = None, None
+    if baseline:
+        published = {"new": options.new, **call}
+        eager, (tokens, _) = timed(lambda: fast_dllm.generate(options.eager, ids, **published), options.model.device)
+        same = torch.equal(tokens, output.sequences)
+    stats = output.stats
+    facts = {"passes": stats.passes, "tokens_per_forward": stats.tokens_per_forward, "same": same}
+    return seconds, eager, facts | {"computed_share": stats.computed_share}
+
+
+def _over_floor(options: Options, policy: str) -> float:
+    """A cached step half-way (of plain decoding, a full one) against its products, medians of ratios within a round."""
+    settings = {**of_lineup(policy).settings, "block_length": BLOCK}
+    model, half_way = options.model, HalfWay(options, settings, cached=True)
+    forward = half_way.take().forward
+    half_way.back()
+    sizes = (1, half_way.engine.rows.size, forward.positions.shape[1], forward.hidden.shape[1])
+    alone = floor.products(model, *sizes)
+
+    def ratio() -> float:
+        products = sum(floor.seconds_of(alone, model.device).values())
+        seconds, _ = timed(half_way.take, model.device)
+        half_way.back()
+        return seconds / products
+
+    # The first is not timed.
+    return statistics.median(in_turn({policy: ratio}, FLOOR_ROUNDS)[policy][1:])
+
+
+CELLS = {
+    "policy": lambda row: row["policy"],
+    "rule": lambda row: row["rule"],
+    "passes": lambda row: str(row["passes"]),
+    "tokens/pass": lambda row: f"{row['tokens_per_forward']:.2f}",
+    "computed": lambda row: f"{row['computed_share']:.0%}",
+    "s": lambda row: f"{row['seconds']:.3f}",
+    "speed": lambda row: f"{row['speed']:.2f}x",
+    "eager s": lambda row: shown(row["eager_seconds"], "{:.3f}"),
+    "over eager": lambda row: shown(row["over_eager"], "{:.2f}x"),
+    "same": lambda row: {None: "", True: "yes", False: "NO"}[row["same"]],
+    "step/floor": lambda row: shown(row["step_over_floor"], "{:.2f}"),
+}
+
+
+def table(found: dict[str, Any]) -> str:
+    """A line per policy and rule."""
+    legend = (
+        f"Blocks of {BLOCK} slots. speed: against plain with the same rule. over eager: against the same policy in\n"
+        "eager PyTorch; same: its tokens are the same. step/floor: a cached step against its matrix products."
+    )
+    return f"{report.table(found['rows'], CELLS, left=2)}\n\n{legend}"
