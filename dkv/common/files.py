@@ -27,8 +27,11 @@ STDOUT = 1
 # Links that are followed before they count as a ring, as Linux does.
 HOPS = 40
 # What can neither be replaced nor written through, by its type in `st_mode`.
-REFUSED = {stat.S_IFDIR: (errno.EISDIR, None), stat.S_IFSOCK: (errno.ENXIO, "Is a socket"),
-           stat.S_IFBLK: (errno.ENXIO, "Is a block device")}  # fmt: skip
+REFUSED = {
+    stat.S_IFDIR: (errno.EISDIR, None),
+    stat.S_IFSOCK: (errno.ENXIO, "Is a socket"),
+    stat.S_IFBLK: (errno.ENXIO, "Is a block device"),
+}
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

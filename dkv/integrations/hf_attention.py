@@ -18,14 +18,13 @@ from dkv.integrations.hf_support import ELSEWHERE, NAME, kind_of_masks, made_an_
 from dkv.kernels import cached_attention
 
 # Arguments that change neither what is attended to nor how: models hand on all that they were given.
-HARMLESS = frozenset(
-    {
-        "position_ids", "cache_position", "cache", "past_key_values", "past_key_value", "use_cache", "return_dict",
-        "output_hidden_states", "output_router_logits", "num_items_in_batch", "logits_to_keep", "deterministic",
-        "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "max_seqlen", "layer_idx", "labels",
-        "shift_labels", "token_type_ids", "mm_token_type_ids", "position_embeddings",
-    }
-)  # fmt: skip
+HARMLESS = {
+    *("position_ids", "cache_position", "position_embeddings", "layer_idx", "deterministic", "num_items_in_batch"),
+    *("cache", "past_key_values", "past_key_value", "use_cache"),
+    *("return_dict", "output_hidden_states", "output_router_logits", "logits_to_keep"),
+    *("max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k", "max_seqlen"),
+    *("labels", "shift_labels", "token_type_ids", "mm_token_type_ids"),
+}
 
 # Arguments that change the result in a way that the kernels do not know, and what to do instead.
 REFUSED = {
@@ -117,9 +116,14 @@ def make_mask(
     else:
         place = {"q_length": q_length, "q_offset": 0 if q_offset is None else q_offset}
     asked = {
-        "batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "attention_mask": attention_mask,
-        "local_size": local_size, **place, **how,
-    }  # fmt: skip
+        "batch_size": batch_size,
+        "kv_length": kv_length,
+        "kv_offset": kv_offset,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        **place,
+        **how,
+    }
     if not takes_bool:
         return masking_utils.eager_mask(allow_is_bidirectional_skip=allow_is_bidirectional_skip, **asked)
     plain = (local_size is None or kv_length < local_size) and kv_offset == 0

@@ -122,9 +122,11 @@ class DkvLM(TemplateLM):
         if not self.tokenizer.chat_template:
             raise ValueError("the model's tokenizer has no chat template: leave out --apply_chat_template")
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-        )  # fmt: skip
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text, with its start token once, if it is to have one."""
@@ -233,8 +235,12 @@ class DkvLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the `config` of lm-eval's results: work, speed, settings and versions under `dkv`."""
-        likelihood = {"requests": self.scored, "mc_num": self.mc_num, "passes": self.scores.passes,
-                      "seconds": self.scores.seconds}  # fmt: skip
+        likelihood = {
+            "requests": self.scored,
+            "mc_num": self.mc_num,
+            "passes": self.scores.passes,
+            "seconds": self.scores.seconds,
+        }
         return {
             "model_num_parameters": self.model.num_parameters,
             "model_dtype": str(self.model.dtype),

@@ -15,8 +15,10 @@ from dkv.policies import POLICY_OPTIONS
 NEW_TOKENS = 256
 # What the number of slots and the temperature may be called, or follow from, in a task.
 WORDS = {
-    "max_gen_toks": "max_new_tokens", "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens",
-}  # fmt: skip
+    "max_gen_toks": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+}
 # Arguments of lm-eval's own models of Hugging Face, by what they are about, and what to do here.
 _ONE_DEVICE = "dkv runs a model on one device, --device"
 _QUANTISED = "dkv runs weights in float32, bfloat16 or float16, given by dtype"
@@ -25,19 +27,45 @@ _BESIDE = "dkv takes the files that stand beside the weights: give a local folde
 _OWN = "dkv has its own way to compute, and DKV_BACKEND to choose it"
 FOREIGN = {
     **dict.fromkeys(
-        ("parallelize", "device_map", "device_map_option", "max_memory_per_gpu", "max_cpu_memory", "offload_folder",
-         "tp_plan", "gpus", "tensor_parallel_size", "data_parallel_size"), _ONE_DEVICE),
+        (
+            "parallelize",
+            "device_map",
+            "device_map_option",
+            "max_memory_per_gpu",
+            "max_cpu_memory",
+            "offload_folder",
+            "tp_plan",
+            "gpus",
+            "tensor_parallel_size",
+            "data_parallel_size",
+        ),
+        _ONE_DEVICE,
+    ),
     **dict.fromkeys(
-        ("load_in_8bit", "load_in_4bit", "quantization_config", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype",
-         "autogptq", "gptqmodel", "gguf_file", "softmax_dtype", "mixed_precision_dtype"), _QUANTISED),
+        (
+            "load_in_8bit",
+            "load_in_4bit",
+            "quantization_config",
+            "bnb_4bit_quant_type",
+            "bnb_4bit_compute_dtype",
+            "autogptq",
+            "gptqmodel",
+            "gguf_file",
+            "softmax_dtype",
+            "mixed_precision_dtype",
+        ),
+        _QUANTISED,
+    ),
     **dict.fromkeys(("peft", "delta"), _ADAPTERS),
     **dict.fromkeys(("revision", "subfolder", "tokenizer", "use_fast_tokenizer", "cache_dir"), _BESIDE),
     **dict.fromkeys(("attn_implementation", "use_flash_attention_2", "backend", "logits_cache"), _OWN),
     "truncation": "dkv always cuts the beginning of a prompt that is too long, and counts such prompts",
     "prefix_token_id": "dkv begins with the tokenizer's start token, or else its end token",
-    **dict.fromkeys(("think_end_token", "enable_thinking", "chat_template_args"),
-                    "dkv calls the chat template without arguments, and cuts answers at stop strings alone"),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("think_end_token", "enable_thinking", "chat_template_args"),
+        "dkv calls the chat template without arguments, and cuts answers at stop strings alone",
+    ),
+}
 # Values of these with which lm-eval's models do nothing.
 NOTHING = (None, False, "", "main", "default")
 # What `dkv.integrations.lm_eval.harness.DkvLM` takes beside settings.
