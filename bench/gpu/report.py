@@ -79,20 +79,15 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def answers(device: torch.device) -> bool:
-    """Whether the device still works: after an illegal access every later call of the process fails."""
-    try:
-        synchronise(device)
-        return bool(torch.ones(1, device=device).item() == 1)
-    except RuntimeError:
-        return False
-
-
 class DeviceLost(Exception):
     """The device no longer answers; nothing that follows in this process would mean anything."""
 
 
 def must_answer(device: torch.device, after: str) -> None:
-    """Raise DeviceLost unless the device works."""
-    if not answers(device):
-        raise DeviceLost(f"the device no longer answers after {after}; run the rest in a new process (--only NAME)")
+    """Raise DeviceLost unless the device works: after an illegal access every later call of the process fails."""
+    try:
+        synchronise(device)
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        advice = "run the rest in a new process (--only NAME)"
+        raise DeviceLost(f"the device no longer answers after {after}; {advice}") from error

@@ -84,6 +84,7 @@ def test_drift_of_a_file_of_problems(run, folder, data, tmp_path):
     assert out.splitlines()[2].split()[:2] == ["keys", "masked"]
     assert json.loads((tmp_path / "drift.json").read_text())["slots"] == 36
     assert (tmp_path / "drift.png").exists()
+    assert run("eval", "--show", tmp_path / "drift.json") == (0, "\n".join([*out.splitlines()[:-3], ""]), "")
 
 
 @pytest.mark.parametrize(
