@@ -107,12 +107,7 @@ FUSED_TABLE = LaunchTable(
             ("many", 4): Launch((64, 64, 32), 8, 2),
         },
         "sm_90": {("few", 2): Launch((16, 128, 64), 8, 4), ("many", 2): Launch((64, 128, 64), 8, 3)},
-        # ptxas gives a thread of 8 warps 128 registers here, and the noise needs more: 4 warps.
-        "sm_100": {
-            ("few", 2): Launch((16, 128, 64), 4, 4),
-            ("many", 2): Launch((64, 128, 64), 8, 3),
-            ("many", 4): Launch((64, 64, 32), 4, 2),
-        },
+        "sm_100": {("few", 2): Launch((16, 128, 64), 8, 4), ("many", 2): Launch((64, 128, 64), 8, 3)},
         "interpreter": {
             (many, width): Launch((block_r, 1024, 64), 4)
             for many, block_r in (("few", 16), ("many", 64)) for width in (2, 4)
