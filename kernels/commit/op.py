@@ -1,9 +1,26 @@
-"""The most confident tokens go into the canvas."""
+"""`commit_`: its arguments, their checks, and its custom op."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from dkv.kernels import checks, ops
+from dkv.kernels.common import checks
+from dkv.kernels.common.dtypes import FLOATS, INTEGERS
+from dkv.kernels.common.operation import Operation
+
+
+@library.custom_op("dkv::commit_", mutates_args=("canvas",))
+def _record(
+    canvas: Tensor, token: Tensor, log_confidence: Tensor, eligible: Tensor, count: Tensor, positions: Tensor | None
+) -> Tensor:
+    return COMMIT.current(canvas)(canvas, token, log_confidence, eligible, count, positions)
+
+
+@_record.register_fake
+def _(canvas, token, log_confidence, eligible, count, positions):
+    return eligible.new_empty(eligible.shape)
+
+
+COMMIT = Operation("commit", "commit_", _record)
 
 
 def commit_(
@@ -14,7 +31,6 @@ def commit_(
     count: Tensor,
     *,
     positions: Tensor | None = None,
-    threshold: float | None = None,
     validate: bool = True,
 ) -> Tensor:
     """Write the tokens of the `count` most confident eligible slots of every row, in place.
@@ -25,8 +41,6 @@ def commit_(
         count: [B] integers; a row with fewer eligible slots commits those it has.
         positions: [B, N] int64, ascending where eligible; None: N = S, every slot in order. Equal
             confidences go to the lowest position, and NaN counts as -inf.
-        threshold: every eligible entry whose log_confidence is at least this is committed as well; `count`
-            is then the least number. Half-precision confidences are compared in float32.
         validate: check that the positions are in range and no eligible confidence is NaN.
 
     Returns:
@@ -41,9 +55,9 @@ def commit_(
     for name, x in (("token", token), ("log_confidence", log_confidence), ("eligible", eligible)):
         checks.shape(name, x, b, n)
     checks.shape("count", count, b)
-    checks.dtype("count", count, checks.INTEGERS)
+    checks.dtype("count", count, INTEGERS)
     checks.same_dtype(canvas=canvas, token=token)
-    checks.dtype("log_confidence", log_confidence, checks.FLOATS)
+    checks.dtype("log_confidence", log_confidence, FLOATS)
     checks.dtype("eligible", eligible, (torch.bool,))
     checks.same_device(
         canvas=canvas, token=token, log_confidence=log_confidence, eligible=eligible, count=count, positions=positions
@@ -56,4 +70,4 @@ def commit_(
             checks.index_range("positions", positions, s)
         if bool((log_confidence.isnan() & eligible).any()):
             raise ValueError("log_confidence is NaN at an eligible slot: look for NaN in the logits")
-    return ops.run("commit_", canvas, token, log_confidence, eligible, count, positions=positions, threshold=threshold)
+    return COMMIT(canvas, token, log_confidence, eligible, count, positions)

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.int32, torch.int64)
-
 
 def shape(name: str, x: Tensor, *expected: int | None) -> tuple[int, ...]:
     """x has `expected` sizes, which are returned; None stands for any size."""
@@ -47,11 +44,8 @@ def same_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {x.device} but {first} is on {device}: move one of them")
 
 
-def index_range(name: str, index: Tensor, size: int, lengths: Tensor | None = None) -> None:
-    """Every index (of the first `lengths` of a row) is in [0, size). Reads two numbers back."""
-    if lengths is not None:
-        used = torch.arange(index.shape[1], device=index.device) < lengths[:, None]
-        index = torch.where(used, index, 0)
+def index_range(name: str, index: Tensor, size: int) -> None:
+    """Every index is in [0, size). Reads two numbers back."""
     if index.numel() == 0:
         return
     low, high = (int(v) for v in index.aminmax())

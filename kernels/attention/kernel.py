@@ -1,7 +1,7 @@
 """The kernels of attention.
 
-The query heads of one key head are packed into the rows of a tile: row r of key head h is token
-r // GROUP, query head h * GROUP + r % GROUP. Where queries are few, the keys are divided among
+The query heads of one key head are packed into the M entries of a tile: entry m of key head h is token
+m // GROUP, query head h * GROUP + m % GROUP. Where queries are few, the keys are divided among
 several programs, and a second kernel merges their partial results.
 """
 

@@ -1,10 +1,38 @@
-"""Attention of the active queries over the buffer."""
+"""`cached_attention`: its arguments, their checks, and its custom op."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from dkv.kernels import checks, ops
-from dkv.kernels.workspace import Workspace
+from dkv.kernels.attention.rules import Rules
+from dkv.kernels.common import checks
+from dkv.kernels.common.dtypes import FLOATS, INTEGERS
+from dkv.kernels.common.operation import Operation
+from dkv.kernels.common.workspace import Workspace
+
+SCHEMA = f"""(
+    Tensor q, Tensor k_buf, Tensor v_buf, {", ".join(f"Tensor? {rule}" for rule in Rules._fields)}, float scale,
+    bool return_lse
+) -> (Tensor, Tensor)"""
+
+
+@library.custom_op("dkv::cached_attention", mutates_args=(), schema=SCHEMA)
+def _recorded(q, k_buf, v_buf, *rest):
+    *rules, scale, return_lse = rest
+    out, lse = ATTENTION.current(q)(q, k_buf, v_buf, Rules(*rules), scale, return_lse)
+    return out.contiguous(), lse.contiguous() if return_lse else q.new_empty(0)
+
+
+@_recorded.register_fake
+def _(q, k_buf, v_buf, *rest):
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse if rest[-1] else q.new_empty(0)
+
+
+def _record(q, k_buf, v_buf, rules, scale, return_lse, workspace):
+    return _recorded(q, k_buf, v_buf, *rules, scale, return_lse)
+
+
+ATTENTION = Operation("attention", "cached_attention", _record)
 
 
 def cached_attention(
@@ -57,23 +85,22 @@ def cached_attention(
     checks.shape("v_buf", v_buf, b, s, hkv, d)
     if hkv == 0 or hq % hkv:
         raise ValueError(f"q has {hq} heads, which is not a multiple of the {hkv} heads of k_buf")
-    checks.dtype("q", q, checks.FLOATS)
+    checks.dtype("q", q, FLOATS)
     checks.same_dtype(q=q, k_buf=k_buf, v_buf=v_buf)
-    query_blocks, key_blocks = (None, None) if block_ids is None else block_ids
-    for name, x, shape, dtypes in (
-        ("query_lengths", query_lengths, (b,), checks.INTEGERS),
-        ("key_ranges", key_ranges, (b, 2), checks.INTEGERS),
-        ("key_mask", key_mask, (b, s), (torch.bool,)),
-        ("mask", mask, (b, n, s), (torch.bool,)),
-        ("block_ids[0]", query_blocks, (b, n), checks.INTEGERS),
-        ("block_ids[1]", key_blocks, (b, s), checks.INTEGERS),
-    ):
+    rules = Rules(query_lengths, key_ranges, key_mask, mask, *(block_ids or (None, None)))
+    known = (
+        ("query_lengths", (b,), INTEGERS),
+        ("key_ranges", (b, 2), INTEGERS),
+        ("key_mask", (b, s), (torch.bool,)),
+        ("mask", (b, n, s), (torch.bool,)),
+        ("block_ids[0]", (b, n), INTEGERS),
+        ("block_ids[1]", (b, s), INTEGERS),
+    )
+    for (name, shape, dtypes), x in zip(known, rules, strict=True):
         if x is not None:
             checks.shape(name, x, *shape)
             checks.dtype(name, x, dtypes)
             checks.same_device(q=q, **{name: x})
     checks.same_device(q=q, k_buf=k_buf, v_buf=v_buf)
-    return ops.run(
-        "cached_attention", q, k_buf, v_buf, query_lengths=query_lengths, key_ranges=key_ranges, key_mask=key_mask,
-        mask=mask, block_ids=block_ids, scale=scale, return_lse=return_lse, workspace=workspace,
-    )  # fmt: skip
+    out, lse = ATTENTION(q, k_buf, v_buf, rules, d**-0.5 if scale is None else float(scale), return_lse, workspace)
+    return (out, lse) if return_lse else out

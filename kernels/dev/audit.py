@@ -1,7 +1,7 @@
 """Compile the kernels ahead of time, without a GPU, and hold what comes out against a budget.
 
 The process that compiles must not have `TRITON_INTERPRET=1`, so `dkv audit` starts others:
-`python -m dkv.kernels.triton_backend.audit` reads one question a line and writes one answer a line.
+`python -m dkv.kernels.dev.audit` reads one question a line and writes one answer a line.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import importlib
 import io
 import json
 import os
-import pkgutil
 import re
 import sys
 import time
@@ -22,10 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dkv.kernels.triton_backend.cases import Case
-from dkv.kernels.triton_backend.launch import LaunchTable
+from dkv.kernels.dev.cases import Case
+from dkv.kernels.common.launch import LaunchTable
 
-PACKAGE = __package__ or "dkv.kernels.triton_backend"
+OPERATIONS = ("attention", "choose", "commit", "rope_scatter")
 KB = 1024
 
 
@@ -62,7 +61,7 @@ CHIPS = MappingProxyType({
 })  # fmt: skip
 PARTS, REGISTERS, REGISTER_UNIT = 4, 512, 8
 TENSOR_COLUMNS = 512  # of sm_100, per multiprocessor
-# A default row runs on every chip, also on those that are not named above.
+# A default launch runs on every chip, also on those that are not named above.
 DEFAULT_LIMIT = 64 * KB
 
 # Families of instructions, as they are found in PTX or in AMD assembly.
@@ -86,25 +85,20 @@ def modules(names: list[str] | None = None) -> dict[str, Any]:
     """The modules that have audit cases.
 
     Args:
-        names: of modules of this package, or import paths of others; default: all of this package.
+        names: of operations, or import paths of other modules; default: all operations.
 
     Raises:
         ValueError: no such module, or it has no `audit_cases`.
     """
-    own = [m.name for m in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__) if m.name != "audit"]
-    found = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in own}
-    found = {name: module for name, module in found.items() if hasattr(module, "audit_cases")}
-    if names is None:
-        return found
-    for name in names:
-        if name not in found:
-            module = None
-            with contextlib.suppress(ModuleNotFoundError):
-                module = importlib.import_module(name)
-            if not hasattr(module, "audit_cases"):
-                raise ValueError(f"unknown operation {name!r}; known are {', '.join(sorted(found))}")
-            found[name] = module
-    return {name: found[name] for name in dict.fromkeys(names)}
+    found = {}
+    for name in dict.fromkeys(OPERATIONS if names is None else names):
+        module = None
+        with contextlib.suppress(ModuleNotFoundError):
+            module = importlib.import_module(f"dkv.kernels.{name}.triton" if name in OPERATIONS else name)
+        if not hasattr(module, "audit_cases"):
+            raise ValueError(f"unknown operation {name!r}; known are {', '.join(OPERATIONS)}")
+        found[name] = module
+    return found
 
 
 def cases(module: Any, arch: str) -> dict[str, tuple[Case, int]]:
@@ -114,14 +108,14 @@ def cases(module: Any, arch: str) -> dict[str, tuple[Case, int]]:
         ValueError: two cases have one name.
     """
     tables = [x for x in vars(module).values() if isinstance(x, LaunchTable)]
-    defaults = {id(row) for table in tables for row in table.rows["default"].values()}
+    defaults = {id(launch) for table in tables for launch in table.entries["default"].values()}
     found: dict[str, tuple[Case, int]] = {}
     for case in module.audit_cases(arch):
         limit = CHIPS[arch].limit
-        if id(case.row) in defaults:
+        if id(case.launch) in defaults:
             limit = min(limit, DEFAULT_LIMIT)
             if case.name in found:
-                # This chip has a row of its own for the regime: of the default it matters only that it fits.
+                # This chip has an entry of its own for the regime: of the default it matters only that it fits.
                 case = replace(case, name=f"{case.name} (default)", expect=())
         if case.name in found:
             raise ValueError(f"two cases of {module.__name__} on {arch} are named {case.name!r}")
@@ -146,8 +140,9 @@ def source(case: Case, arch: str) -> ASTSource:
     attributes = {}
     for place, name in enumerate(names):
         known = [["tt.divisibility", 16]] if name in case.aligned else []
-        # On AMD a launch tells the compiler which tensors are below 2 GiB: nearly all are.
-        if CHIPS[arch].target.backend == "hip" and case.arguments.get(name, "").startswith("*"):
+        # On AMD a launch tells the compiler which tensors are below 2 GiB.
+        near = case.arguments.get(name, "").startswith("*") and name not in case.far
+        if CHIPS[arch].target.backend == "hip" and near:
             known.append(["tt.pointer_range", 32])
         if known:
             attributes[place,] = known
@@ -166,7 +161,7 @@ def facts(case: Case, arch: str) -> dict[str, Any]:
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         # A cached result comes without the report of ptxas.
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
-        options = {"num_warps": case.row.warps, "num_stages": case.row.stages}
+        options = {"num_warps": case.launch.warps, "num_stages": case.launch.stages}
         compiled = triton.compile(source(case, arch), target=CHIPS[arch].target, options=options)
     if "ptx" in compiled.asm:
         text, report = compiled.asm["ptx"], log.getvalue()
@@ -182,7 +177,7 @@ def facts(case: Case, arch: str) -> dict[str, Any]:
     return {
         "registers": registers, "stack": stack, "spills": spills, "shared": shared, "tensor_columns": columns,
         "instructions": [name for name, pattern in INSTRUCTIONS.items() if pattern.search(text)],
-        "occupancy": occupancy(CHIPS[arch], registers, case.row.warps, shared, columns),
+        "occupancy": occupancy(CHIPS[arch], registers, case.launch.warps, shared, columns),
     }  # fmt: skip
 
 
@@ -224,16 +219,16 @@ def broken(case: Case, arch: str, limit: int, found: Mapping[str, Any]) -> list[
 
 
 def entry(module: Any, arch: str, name: str) -> dict[str, Any]:
-    """One row of the report; a failure to compile is told in it, not raised."""
+    """One line of the report; a failure to compile is told in it, not raised."""
     case, limit = cases(module, arch)[name]
-    row = {"case": name, "arch": arch, "warps": case.row.warps, "stages": case.row.stages, "limit": limit}
+    line = {"case": name, "arch": arch, "warps": case.launch.warps, "stages": case.launch.stages, "limit": limit}
     began = time.monotonic()
     try:
         found = facts(case, arch)
         found["broken"] = broken(case, arch, limit, found)
     except Exception as error:
         found = {"error": first_line(error)}
-    return row | found | {"seconds": round(time.monotonic() - began, 2)}
+    return line | found | {"seconds": round(time.monotonic() - began, 2)}
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+# What both hashes start from. The kernels start from the same two.
+START = (33350994, 520022130)
 
 
 def _mix(x: Tensor | int) -> Tensor | int:
@@ -17,41 +19,32 @@ def _mix(x: Tensor | int) -> Tensor | int:
     return x ^ (x >> 16)
 
 
-def mixed_seed(seed: int) -> tuple[int, int]:
-    """The two numbers in [0, 2^32) that `row_hash` starts from.
-
-    Mixed on the host, as a tensor made of a seed would be a copy to the device.
-    """
-    return _mix(seed & _LOW ^ 0x9E3779B9), _mix(seed >> 32 & _LOW ^ 0x85EBCA6B)
-
-
-def row_hash(seed: int, row_keys: Tensor) -> tuple[Tensor, Tensor]:
+def row_hash(row_keys: Tensor) -> tuple[Tensor, Tensor]:
     """Two 32-bit hashes per row, [R] int64 in [0, 2^32).
 
     Args:
-        seed: any Python integer; its low 64 bits count.
-        row_keys: [R, K] int64, K at least 1, what tells one row from another: prompt, position, step.
+        row_keys: [R, K] int64, K at least 1, what tells one row from another: seed, prompt, position, step.
     """
-    a, b = mixed_seed(seed)
+    a, b = START
     for key in row_keys.unbind(-1):
         for half in (key & _LOW, key >> 32 & _LOW):
             a, b = (_mix(a ^ half) + 0x68BC21EB) & _LOW, (_mix(b ^ half) + 0x02E5BE93) & _LOW
     return a, b
 
 
-def uniform(seed: int, row_keys: Tensor, columns: int, start: int = 0) -> Tensor:
-    """Uniform numbers in (0, 1), float32 [R, columns], a pure function of (seed, row key, column).
+def uniform(row_keys: Tensor, columns: int, start: int = 0) -> Tensor:
+    """Uniform numbers in (0, 1), float32 [R, columns], a pure function of (row key, column).
 
     The columns are `start` to `start + columns - 1`. The smallest number is 2^-33 and the spacing near
     0 is 2^-32, so that a logarithm of it has a tail.
     """
-    a, b = (x.unsqueeze(1) for x in row_hash(seed, row_keys))
+    a, b = (x.unsqueeze(1) for x in row_hash(row_keys))
     column = torch.arange(start, start + columns, device=row_keys.device)
     bits = _mix(_mix((a + column) & _LOW) ^ b)
     # In float32 the largest of the sums is 2^32; the factor is just below 2^-32 and keeps it from giving 1.
     return (bits.float() + 0.5) * (2.0**-32 - 2.0**-56)
 
 
-def gumbel(seed: int, row_keys: Tensor, columns: int, start: int = 0) -> Tensor:
+def gumbel(row_keys: Tensor, columns: int, start: int = 0) -> Tensor:
     """Standard Gumbel noise, float32 [R, columns]: argmax(logits + noise) samples the softmax."""
-    return -torch.log(-torch.log1p(-uniform(seed, row_keys, columns, start)))
+    return -torch.log(-torch.log1p(-uniform(row_keys, columns, start)))

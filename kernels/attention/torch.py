@@ -1,6 +1,6 @@
 """Attention over the buffer in fast PyTorch: SDPA, or plain products where they are faster.
 
-What is hidden is taken out before anything is multiplied, as 0 times NaN is NaN. Nothing here reads a value back
+What is hidden is set to 0 before anything is multiplied, as 0 times NaN is NaN. Nothing here reads a value back
 from a device other than the CPU.
 """
 
@@ -8,25 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dkv.kernels import reference
-from dkv.kernels.workspace import Workspace
+from dkv.kernels.attention.rules import Rules
+from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.workspace import Workspace
 
-# Scores that SDPA on a CPU compares one by one, which leaves NaN out, rather than as a vector.
+# SDPA on a CPU takes the maximum of fewer scores than this one by one, in a way that skips NaN.
 LANES = 16
-# Scores of all heads held at once by attention in plain products.
+# Rows of queries for which two plain products are taken to beat SDPA on a CPU, which cuts fewer than 192 of them into
+# tiles of 32 (ATen's FlashAttentionKernel.cpp). No measurement of the two bounds has been kept.
+PRODUCTS = range(33, 192)
+# The most scores of all heads at once, 16 MiB, so that they stay near the CPU. Not timed.
 MOST_SCORES = 1 << 22
 
 
 def cached_attention(
-    q, k_buf, v_buf, *, query_lengths=None, key_ranges=None, key_mask=None, mask=None, block_ids=None, scale=None,
-    return_lse=False, workspace=None,
-):  # fmt: skip
-    pairs = mask is not None or block_ids is not None
-    only_lengths = not (pairs or key_mask is not None or return_lse)
-    if only_lengths and q.device.type == "cpu" and not (query_lengths is None and key_ranges is None):
-        return _row_by_row(q, k_buf, v_buf, query_lengths, key_ranges, scale, workspace)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    visible = reference.visibility(q, k_buf, query_lengths, key_ranges, key_mask, mask, block_ids)
+    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, workspace=None
+) -> tuple[Tensor, Tensor | None]:
+    """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for."""
+    by_length = rules.query_lengths is not None or rules.key_ranges is not None
+    if by_length and not (rules.of_pairs or rules.key_mask is not None or return_lse) and q.device.type == "cpu":
+        return _each_row_alone(q, k_buf, v_buf, rules, scale, workspace), None
+    visible = rules.visible(q.shape[1], k_buf.shape[1])
     if visible is None:
         return _attend(q, k_buf, v_buf, None, scale, return_lse, workspace)
     blind, unseen = ~visible.any(-1), ~visible.any(1)  # [B, N or 1], [B, S]
@@ -35,17 +37,16 @@ def cached_attention(
     # A query that sees nothing is given everything, so that its softmax has a gradient; its result is dropped.
     bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~(visible | blind.unsqueeze(-1)), -torch.inf)
     bias, strange = bias.unsqueeze(1), None
-    if pairs:
-        key, value, bias, strange = _told_apart(key, value, bias, visible)
-    out = _attend(q, key, value, bias, scale, return_lse, workspace)
-    out, lse = out if return_lse else (out, None)
+    if rules.of_pairs:
+        key, value, bias, strange = _finite(key, value, bias, visible)
+    out, lse = _attend(q, key, value, bias, scale, return_lse, workspace)
     if strange is not None:
         out = out.masked_fill(strange.repeat_interleave(q.shape[2] // k_buf.shape[2], 2), torch.nan)
     out = out.masked_fill(blind[:, :, None, None], 0)
-    return (out, lse.masked_fill(blind.unsqueeze(-1), -torch.inf)) if return_lse else out
+    return out, lse.masked_fill(blind.unsqueeze(-1), -torch.inf) if return_lse else None
 
 
-def _told_apart(key: Tensor, value: Tensor, bias: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _finite(key: Tensor, value: Tensor, bias: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values that are finite, and who sees those that were not.
 
     Returns:
@@ -60,7 +61,7 @@ def _told_apart(key: Tensor, value: Tensor, bias: Tensor, visible: Tensor) -> tu
     return key.masked_fill(bad_key.unsqueeze(-1), 0), value.masked_fill(bad_value, 0), bias, strange
 
 
-def _attend(q, key, value, bias, scale, return_lse, workspace):
+def _attend(q, key, value, bias, scale, return_lse, workspace) -> tuple[Tensor, Tensor | None]:
     """Attention with a bias on the scores, [B, Hkv or 1, N or 1, S] or None."""
     if return_lse:
         return _with_lse(q, key, value, bias, scale)
@@ -81,7 +82,7 @@ def _attend(q, key, value, bias, scale, return_lse, workspace):
     out = out.transpose(1, 2) if group == 1 else out.unflatten(2, (n, group)).transpose(1, 2).reshape(q.shape)
     if q.device.type == "cpu" and (q.element_size() < 4 or key.shape[1] < LANES):
         out = out + _unseen_by_sdpa(q, key)
-    return out
+    return out, None
 
 
 def _unseen_by_sdpa(q: Tensor, key: Tensor) -> Tensor:
@@ -94,8 +95,8 @@ def _unseen_by_sdpa(q: Tensor, key: Tensor) -> Tensor:
 
 
 def _with_lse(q, key, value, bias, scale) -> tuple[Tensor, Tensor]:
-    key, value = reference.wide(key), reference.wide(value)
-    query = reference.wide(q).unflatten(2, (key.shape[2], -1))
+    key, value = wide(key), wide(value)
+    query = wide(q).unflatten(2, (key.shape[2], -1))
     scores = torch.einsum("bnhgd,bshd->bhgns", query, key) * scale
     if bias is not None:
         scores = scores + bias.unsqueeze(2)
@@ -105,27 +106,27 @@ def _with_lse(q, key, value, bias, scale) -> tuple[Tensor, Tensor]:
     return out, lse.squeeze(-1).flatten(1, 2).transpose(1, 2)
 
 
-def _row_by_row(q, k_buf, v_buf, query_lengths, key_ranges, scale, workspace) -> Tensor:
-    """Rows of different lengths, each as it is alone: nothing is computed for what fills it up, and no mask is made."""
-    lengths = [q.shape[1]] * len(q) if query_lengths is None else query_lengths.tolist()
-    ranges = [(0, k_buf.shape[1])] * len(q) if key_ranges is None else key_ranges.tolist()
-    rows = []
+def _each_row_alone(q, k_buf, v_buf, rules: Rules, scale, workspace) -> Tensor:
+    """Attention where rows differ in length alone: each over its own slots, without padding and without a mask."""
+    lengths = [q.shape[1]] * len(q) if rules.query_lengths is None else rules.query_lengths.tolist()
+    ranges = [(0, k_buf.shape[1])] * len(q) if rules.key_ranges is None else rules.key_ranges.tolist()
+    outputs = []
     for row, (length, (start, stop)) in enumerate(zip(lengths, ranges, strict=True)):
-        some = (slice(row, row + 1), slice(max(start, 0), max(stop, 0)))
-        query, key, value = q[row : row + 1, : max(length, 0)], k_buf[some], v_buf[some]
+        slots = slice(row, row + 1), slice(max(start, 0), max(stop, 0))
+        query, key, value = q[row : row + 1, : max(length, 0)], k_buf[slots], v_buf[slots]
         if query.shape[1] and key.shape[1]:
-            out = cached_attention(query, key, value, scale=scale, workspace=workspace)
-            rows.append(F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
+            out, _ = _attend(query, key, value, None, scale, False, workspace)
+            outputs.append(F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
         else:
-            rows.append(torch.zeros_like(q[row : row + 1]))
-    return torch.cat(rows) if rows else q.clone()
+            outputs.append(torch.zeros_like(q[row : row + 1]))
+    return torch.cat(outputs) if outputs else q.clone()
 
 
 def _few_queries(query: Tensor, k_buf: Tensor, v_buf: Tensor) -> bool:
-    """Whether two plain products beat SDPA, which on a CPU cuts fewer than 192 queries into tiles of 32."""
+    """Whether two plain products beat SDPA, for query [B, H, M, D]."""
     heads, rows = query.shape[1:3]
     plain = query.device.type == "cpu" and query.dtype == torch.float32
-    fits = 32 < rows < 192 and heads * rows * k_buf.shape[1] <= MOST_SCORES
+    fits = rows in PRODUCTS and heads * rows * k_buf.shape[1] <= MOST_SCORES
     return plain and fits and not any(x.requires_grad for x in (query, k_buf, v_buf))
 
 

@@ -1,8 +1,44 @@
-"""Bias, head norms, rotation and the write into the buffer, as one operation."""
+"""`rope_scatter_`: its arguments, their checks, and its custom op."""
 
-from torch import Tensor
+from torch import Tensor, library
 
-from dkv.kernels import checks, ops
+from dkv.kernels.common import checks
+from dkv.kernels.common.dtypes import FLOATS, INTEGERS
+from dkv.kernels.common.operation import Operation
+
+
+@library.custom_op("dkv::rope_scatter_", mutates_args=("k_buf", "v_buf"))
+def _recorded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    query_positions: Tensor | None,
+    q_gain: Tensor | None,
+    q_eps: float,
+    k_gain: Tensor | None,
+    k_eps: float,
+) -> Tensor:
+    norms = (None if gain is None else (gain, eps) for gain, eps in ((q_gain, q_eps), (k_gain, k_eps)))
+    run = ROPE_SCATTER.current(q)
+    return run(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, *norms).contiguous()
+
+
+@_recorded.register_fake
+def _(q, *_):
+    return q.new_empty(q.shape)
+
+
+def _record(*args):
+    *tensors, q_norm, k_norm = args
+    return _recorded(*tensors, *(q_norm or (None, 0.0)), *(k_norm or (None, 0.0)))
+
+
+ROPE_SCATTER = Operation("rope_scatter", "rope_scatter_", _record)
 
 
 def rope_scatter_(
@@ -16,10 +52,6 @@ def rope_scatter_(
     v_buf: Tensor,
     *,
     query_positions: Tensor | None = None,
-    lengths: Tensor | None = None,
-    q_bias: Tensor | None = None,
-    k_bias: Tensor | None = None,
-    v_bias: Tensor | None = None,
     q_norm: tuple[Tensor, float] | None = None,
     k_norm: tuple[Tensor, float] | None = None,
     validate: bool = True,
@@ -31,13 +63,10 @@ def rope_scatter_(
         k, v: [B, N, Hkv, D], dtype of q.
         cos, sin: [P, D / 2]. The rotation ("rotate half" layout) is computed in the wider of their
             dtype and that of q, by the kernels in float32, and cast back.
-        positions: [B, N] int32 or int64, slots of the buffer and rows of the tables. A row must not
+        positions: [B, N] int32 or int64, slots of the buffer and places in the tables. A row must not
             name a slot twice, unless what is written there does not matter.
         k_buf, v_buf: [B, S, Hkv, D], written in place in their own dtype.
         query_positions: [B, R], where the queries stand if not where the keys do.
-        lengths: [B], how many of the N entries of a row are written; the rest is ignored.
-        q_bias: [Hq, D], dtype of q; added before the norm.
-        k_bias, v_bias: [Hkv, D], dtype of q.
         q_norm, k_norm: (gain [D], eps) of an RMS norm per head before the rotation.
         validate: check that the positions are in range.
 
@@ -54,41 +83,28 @@ def rope_scatter_(
     checks.shape("k", k, b, None, None, d)
     n, hkv = k.shape[1:3]
     checks.shape("v", v, b, n, hkv, d)
-    checks.dtype("q", q, checks.FLOATS)
+    checks.dtype("q", q, FLOATS)
     checks.same_dtype(q=q, k=k, v=v)
-    biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias}
-    for name, bias in biases.items():
-        if bias is not None:
-            checks.shape(name, bias, hq if name == "q_bias" else hkv, d)
-            checks.same_dtype(q=q, **{name: bias})
     checks.shape("cos", cos, None, d // 2)
     checks.shape("sin", sin, len(cos), d // 2)
     checks.shape("positions", positions, b, n)
-    checks.dtype("positions", positions, checks.INTEGERS)
+    checks.dtype("positions", positions, INTEGERS)
     checks.shape("k_buf", k_buf, b, None, hkv, d)
     checks.shape("v_buf", v_buf, *k_buf.shape)
     if query_positions is not None:
         checks.shape("query_positions", query_positions, b, r)
-        checks.dtype("query_positions", query_positions, checks.INTEGERS)
+        checks.dtype("query_positions", query_positions, INTEGERS)
     elif r != n:
         raise ValueError(f"q has {r} entries and k has {n}: give query_positions, the places of the queries")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             checks.shape(f"{name}[0]", norm[0], d)
-    if lengths is not None:
-        checks.shape("lengths", lengths, b)
-        checks.dtype("lengths", lengths, checks.INTEGERS)
-    checks.same_device(
-        q=q, k=k, v=v, cos=cos, sin=sin, positions=positions, k_buf=k_buf, v_buf=v_buf,
-        query_positions=query_positions, lengths=lengths, **biases,
-        **{"q_norm[0]": q_norm and q_norm[0], "k_norm[0]": k_norm and k_norm[0]},
-    )  # fmt: skip
+    gains = {"q_norm[0]": q_norm and q_norm[0], "k_norm[0]": k_norm and k_norm[0]}
+    placed = {"cos": cos, "sin": sin, "positions": positions, "k_buf": k_buf, "v_buf": v_buf}
+    checks.same_device(q=q, k=k, v=v, **placed, query_positions=query_positions, **gains)
     if validate:
-        checks.index_range("positions", positions, min(k_buf.shape[1], len(cos)), lengths)
+        checks.index_range("positions", positions, min(k_buf.shape[1], len(cos)))
         if query_positions is not None:
             checks.index_range("query_positions", query_positions, len(cos))
-    return ops.run(
-        "rope_scatter_", q, k, v, cos, sin, positions.long(), k_buf, v_buf,
-        query_positions=None if query_positions is None else query_positions.long(), lengths=lengths, **biases,
-        q_norm=q_norm, k_norm=k_norm,
-    )  # fmt: skip
+    query_positions = None if query_positions is None else query_positions.long()
+    return ROPE_SCATTER(q, k, v, cos, sin, positions.long(), k_buf, v_buf, query_positions, q_norm, k_norm)

@@ -4,14 +4,17 @@ The tile is (packed queries, slots). A regime is how many packed queries there a
 up to 64, or "many"), whether a mask per slot or pair is given ("masked", else "plain"), the bytes of a
 number, and the head size up to which the launch holds. A line lists (queries, slots, warps, stages) for each
 pair of the last two.
+
+No entry has been timed on a GPU. They are the largest tiles, with as many loads in flight as fit, that `dkv audit`
+compiles for the architecture without spilled registers and within its shared memory.
 """
 
-from dkv.kernels.triton_backend.launch import Launch, LaunchTable
+from dkv.kernels.common.launch import Launch, LaunchTable
 
 _COLUMNS = ((2, 64), (2, 128), (2, 256), (4, 64), (4, 128), (4, 256))
 
 
-def _rows(*lines: list) -> dict[tuple, Launch]:
+def _entries(*lines: list) -> dict[tuple, Launch]:
     return {
         (many, rules, *column): Launch((m, n), warps, stages)
         for many, rules, *launches in lines
@@ -19,8 +22,8 @@ def _rows(*lines: list) -> dict[tuple, Launch]:
     }
 
 
-_ROWS = {}
-_ROWS["default"] = _rows(
+_ENTRIES = {}
+_ENTRIES["default"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 1), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
     ["few", "masked", (16, 32, 4, 2), (16, 32, 4, 1), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)],
     ["some", "plain", (32, 64, 4, 3), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
@@ -28,42 +31,42 @@ _ROWS["default"] = _rows(
     ["many", "plain", (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
     ["many", "masked", (32, 32, 8, 1), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
 )  # fmt: skip
-_ROWS["sm_80"] = _rows(
+_ENTRIES["sm_80"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
     ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)],
     ["some", "masked", (32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 1)],
     ["many", "plain", (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1)],
     ["many", "masked", (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
 )  # fmt: skip
-_ROWS["sm_90"] = _rows(
+_ENTRIES["sm_90"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
     ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)],
     ["some", "masked", (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)],
     ["many", "plain", (128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
     ["many", "masked", (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)],
 )  # fmt: skip
-_ROWS["sm_100"] = _rows(
+_ENTRIES["sm_100"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
     ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 8, 3)],
     ["some", "masked", (32, 64, 4, 2), (32, 32, 4, 2)],
     ["many", "plain", (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
     ["many", "masked", (64, 64, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2)],
 )  # fmt: skip
-_ROWS["gfx942"] = _rows(
+_ENTRIES["gfx942"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3)],
     ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2), (32, 32, 4, 2)],
     ["some", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
     ["many", "plain", (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (32, 16, 8, 2)],
     ["many", "masked", (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
 )  # fmt: skip
-_ROWS["interpreter"] = _rows(
+_ENTRIES["interpreter"] = _entries(
     *([many, rules, *[(m, 128, 4, 1)] * 6] for many, m in (("few", 16), ("some", 64), ("many", 128))
       for rules in ("plain", "masked")),
 )  # fmt: skip
 
 TABLE = LaunchTable(
     "cached_attention",
-    _ROWS,
+    _ENTRIES,
     candidates=tuple(
         Launch((m, n), warps, stages)
         for m in (16, 32, 64, 128) for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3)

@@ -12,29 +12,38 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# Loaded at first use: importing Triton takes time, and it is not there on every platform.
+# Each is a module of every operation's package, such as `dkv.kernels.attention.torch`.
 BACKENDS = {
-    "triton": "dkv.kernels.triton_backend",
-    "torch": "dkv.kernels.torch_backend",
-    "reference": "dkv.kernels.reference",
+    "triton": "fused Triton kernels, on CUDA and ROCm",
+    "torch": "fast PyTorch, on any device",
+    "reference": "the eager definition of every operation, in few lines",
 }
 
 _chosen: ContextVar[str | None] = ContextVar("dkv_backend", default=None)
 
 
 @functools.cache
-def load(name: str) -> ModuleType:
-    """The module of a backend.
+def load(operation: str, name: str) -> ModuleType:
+    """A backend of an operation's package. Loaded at first use: importing Triton takes time, and it may be missing.
 
     Raises:
         ImportError: Triton is not installed.
     """
-    return importlib.import_module(BACKENDS[name])
+    return importlib.import_module(f"dkv.kernels.{operation}.{name}")
 
 
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether this process runs the Triton kernels in Triton's interpreter, on CPU tensors."""
+    if not has_triton():
+        return False
+    from dkv.kernels.common import launch
+
+    return launch.INTERPRETED
 
 
 def named(name: str, source: str) -> str:
@@ -61,7 +70,7 @@ def default(device: torch.device) -> str:
     return "triton" if device.type == "cuda" and has_triton() else "torch"
 
 
-def current(x: Tensor) -> ModuleType:
+def current(x: Tensor) -> str:
     """The backend that runs an operation on `x`.
 
     float64 is for checking and runs on "torch" where "triton" would run.
@@ -71,14 +80,13 @@ def current(x: Tensor) -> ModuleType:
     """
     name = chosen() or default(x.device)
     if name != "triton":
-        return load(name)
-    module = load("triton")
-    if x.device.type != "cuda" and not module.INTERPRETED:
+        return name
+    if x.device.type != "cuda" and not interpreted():
         raise ValueError(
             f"backend 'triton' was chosen, but the tensors are on {x.device}: move them to a GPU, or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
         )
-    return load("torch") if x.dtype == torch.float64 else module
+    return "torch" if x.dtype == torch.float64 else "triton"
 
 
 @contextlib.contextmanager
