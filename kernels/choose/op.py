@@ -1,34 +1,69 @@
-"""The choice of a token and its confidence, from logits or from hidden states."""
+"""`choose_token` and `choose_token_fused`: their arguments, their checks, and their custom ops."""
 
-from collections.abc import Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from dkv.kernels import checks, ops
-from dkv.kernels.workspace import Workspace
+from dkv.kernels.choose.choice import Choice
+from dkv.kernels.common import checks
+from dkv.kernels.common.dtypes import FLOATS
+from dkv.kernels.common.operation import Operation
+from dkv.kernels.common.workspace import Workspace
 
-RULES = ("probability", "margin", "entropy")
-CONFIDENCE_DTYPES = ("exact", "model")
+BEST = Choice()
+# The fields of a `Choice`, as `astuple` gives them.
+SETTINGS = """str rule, float temperature, float confidence_temperature, str confidence_dtype, int? top_k, float? top_p,
+    int[] banned, int? vocab_limit"""
+
+
+@library.custom_op(
+    "dkv::choose_token", mutates_args=(), schema=f"(Tensor logits, Tensor? row_keys, {SETTINGS}) -> (Tensor, Tensor)"
+)
+def _recorded(logits, row_keys, *settings):
+    return CHOOSE.current(logits)(logits, Choice(*settings), row_keys)
+
+
+@library.custom_op(
+    "dkv::choose_token_fused",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor? row_keys, {SETTINGS}) -> (Tensor, Tensor)",
+)
+def _recorded_fused(hidden, head_weight, head_bias, row_keys, *settings):
+    return CHOOSE_FUSED.current(hidden)(hidden, head_weight, Choice(*settings), head_bias, row_keys)
+
+
+@_recorded.register_fake
+@_recorded_fused.register_fake
+def _(x, *_):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=wide)
+
+
+def _record(logits, choice, row_keys, overwrite, workspace):
+    return _recorded(logits, row_keys, *astuple(choice))
+
+
+def _record_fused(hidden, head_weight, choice, head_bias, row_keys, workspace):
+    if not isinstance(head_weight, Tensor):
+        return _recorded(head_weight(hidden), row_keys, *astuple(choice))
+    return _recorded_fused(hidden, head_weight, head_bias, row_keys, *astuple(choice))
+
+
+CHOOSE = Operation("choose", "choose_token", _record, differentiable=False)
+CHOOSE_FUSED = Operation("choose", "choose_token_fused", _record_fused, differentiable=False)
 
 
 def choose_token(
     logits: Tensor,
+    choice: Choice = BEST,
     *,
-    rule: str = "probability",
-    temperature: float = 0.0,
-    confidence_temperature: float = 1.0,
-    confidence_dtype: str = "exact",
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     row_keys: Tensor | None = None,
-    banned: Sequence[int] = (),
-    vocab_limit: int | None = None,
     overwrite: bool = False,
     workspace: Workspace | None = None,
     validate: bool = True,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """The token of every row, and how sure the model is of it.
 
@@ -40,23 +75,12 @@ def choose_token(
 
     Args:
         logits: [R, V], V at least 1; half precision is computed in float32.
-        rule: "probability" (log p of the token), "margin" (log of best minus second best) or
-            "entropy" (sum of p log p).
-        temperature: 0 takes the best id; above 0 the id is drawn from softmax(logits / temperature). A temperature
-            so low that it does not tell logits apart takes the best id, of equal ones the lowest.
-        confidence_temperature: divides the logits before filters and confidence: 1 as LLaDA does,
-            the temperature as Dream does.
-        confidence_dtype: "exact", or "model": logits are divided, filtered, softmaxed and compared in their own dtype
-            and the confidence is the logarithm of a rounded number, as in the code that Dream published. In bfloat16
-            many confidences are then equal.
-        top_k, top_p: ids outside are neither drawn nor counted; the best allowed id always stays.
-        seed, row_keys: integer and [R, K] int64 (default: the row number): the noise of a row is a
-            function of these and of nothing else.
-        banned: ids that must not be chosen, for instance the mask.
-        vocab_limit: ids from here on must not be chosen (embeddings wider than the tokenizer).
+        choice: how the token is chosen.
+        row_keys: [R, K] int64 (default: the row number): the noise of a row is a function of these and of nothing else.
         overwrite: the logits may be destroyed, which saves a copy of them.
         workspace: scratch to use again between calls.
         validate: check for NaN and for rows without a candidate.
+        settings: fields of `Choice`, which replace those of `choice`.
 
     Returns:
         token [R] int64 and log-confidence [R], float32 (float64 for float64). Ties go to the lowest id.
@@ -66,34 +90,23 @@ def choose_token(
             asked for: there is none, so call it under `torch.no_grad()` or on detached tensors.
     """
     r, v = checks.shape("logits", logits, None, None)
-    checks.dtype("logits", logits, checks.FLOATS)
-    how = _choice(
-        v, rule, temperature, confidence_temperature, confidence_dtype, top_k, top_p, seed, banned, vocab_limit
-    )
-    row_keys = _row_keys(row_keys, r, temperature, logits)
-    choice = ops.run(
-        "choose_token", logits, row_keys=row_keys, overwrite=overwrite, workspace=workspace, differentiable=False, **how
-    )
-    return _valid(choice, validate)
+    checks.dtype("logits", logits, FLOATS)
+    choice = replace(choice, **settings)
+    choice.check(v)
+    row_keys = _row_keys(row_keys, r, choice, logits)
+    return _valid(CHOOSE(logits, choice, row_keys, overwrite, workspace), validate)
 
 
 def choose_token_fused(
     hidden: Tensor,
     head_weight: Any,
+    choice: Choice = BEST,
     *,
     head_bias: Tensor | None = None,
-    rule: str = "probability",
-    temperature: float = 0.0,
-    confidence_temperature: float = 1.0,
-    confidence_dtype: str = "exact",
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     row_keys: Tensor | None = None,
-    banned: Sequence[int] = (),
-    vocab_limit: int | None = None,
     workspace: Workspace | None = None,
     validate: bool = True,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """`choose_token` of `hidden @ head_weight.T + head_bias`; no more than a scratch of logits is held.
 
@@ -110,7 +123,7 @@ def choose_token_fused(
     The other arguments, the result and the errors are those of `choose_token`.
     """
     r, d = checks.shape("hidden", hidden, None, None)
-    checks.dtype("hidden", hidden, checks.FLOATS)
+    checks.dtype("hidden", hidden, FLOATS)
     if isinstance(head_weight, Tensor):
         checks.shape("head_weight", head_weight, None, d)
         v = len(head_weight)
@@ -124,53 +137,14 @@ def choose_token_fused(
         v = head_weight.out_features
         if head_bias is not None:
             raise ValueError("head_bias goes with a head_weight that is a tensor: a layer adds its own")
-    how = _choice(
-        v, rule, temperature, confidence_temperature, confidence_dtype, top_k, top_p, seed, banned, vocab_limit
-    )
-    row_keys = _row_keys(row_keys, r, temperature, hidden)
-    choice = ops.run(
-        "choose_token_fused", hidden, head_weight, head_bias=head_bias, row_keys=row_keys, workspace=workspace,
-        differentiable=False, **how,
-    )  # fmt: skip
-    return _valid(choice, validate)
+    choice = replace(choice, **settings)
+    choice.check(v)
+    row_keys = _row_keys(row_keys, r, choice, hidden)
+    return _valid(CHOOSE_FUSED(hidden, head_weight, choice, head_bias, row_keys, workspace), validate)
 
 
-def _choice(
-    vocabulary, rule, temperature, confidence_temperature, confidence_dtype, top_k, top_p, seed, banned, vocab_limit
-):
-    """The checked settings of a choice, all present."""
-    if vocabulary == 0:
-        raise ValueError("logits must have at least one id, got a vocabulary of 0")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or a positive number, got {temperature}")
-    if not 0 < confidence_temperature < float("inf"):
-        raise ValueError(f"confidence_temperature must be a positive number, got {confidence_temperature}")
-    if confidence_dtype not in CONFIDENCE_DTYPES:
-        raise ValueError(f"confidence_dtype must be one of {', '.join(CONFIDENCE_DTYPES)}, got {confidence_dtype!r}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must be between 0 and 1 or None, got {top_p}")
-    if vocab_limit is not None and not 1 <= vocab_limit <= vocabulary:
-        raise ValueError(f"vocab_limit must be in 1..{vocabulary}, the size of the vocabulary, got {vocab_limit}")
-    banned = tuple(dict.fromkeys(banned))
-    for token in banned:
-        if not 0 <= token < vocabulary:
-            raise IndexError(f"banned ids must be in 0..{vocabulary - 1}, got {token}")
-    limit = vocabulary if vocab_limit is None else vocab_limit
-    if sum(token < limit for token in banned) == limit:
-        raise ValueError("banned leaves no id to choose")
-    return {
-        "rule": rule, "temperature": float(temperature), "confidence_temperature": float(confidence_temperature),
-        "confidence_dtype": confidence_dtype, "top_k": top_k, "top_p": top_p, "seed": seed, "banned": banned,
-        "vocab_limit": vocab_limit,
-    }  # fmt: skip
-
-
-def _row_keys(row_keys: Tensor | None, rows: int, temperature: float, like: Tensor) -> Tensor | None:
-    if temperature == 0:
+def _row_keys(row_keys: Tensor | None, rows: int, choice: Choice, like: Tensor) -> Tensor | None:
+    if choice.temperature == 0:
         return None
     if row_keys is None:
         return torch.arange(rows, device=like.device).unsqueeze(1)

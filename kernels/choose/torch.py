@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dkv.kernels import reference
-from dkv.kernels.noise import gumbel
-from dkv.kernels.workspace import Workspace
+from dkv.kernels.choose import reference
+from dkv.kernels.choose.choice import Choice
+from dkv.kernels.choose.temperature import computable, shares, tempered
+from dkv.kernels.common.noise import gumbel
+from dkv.kernels.common.workspace import Workspace
 
-# Columns of a strip. The number does not depend on the rows, so that sums are the same in any batch.
+# Columns of a strip. The number does not depend on the rows, so that sums are the same in any batch. No measurement of
+# this number and of those below has been kept.
 STRIP = 8192
 # Logits held at a time where all of a row's are needed.
 SCRATCH_BYTES = 64 << 20
@@ -26,7 +29,7 @@ LOG2_E = 1.4426950408889634
 VECTOR = 32
 
 
-def choose_token(logits, *, overwrite=False, workspace=None, row_keys=None, **how):
+def choose_token(logits, choice: Choice, row_keys=None, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
     work = Workspace() if workspace is None else workspace
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
@@ -35,15 +38,16 @@ def choose_token(logits, *, overwrite=False, workspace=None, row_keys=None, **ho
             free = overwrite and part.dtype == dtype
             yield part if free else work.take("strip", part.shape, dtype, part.device).copy_(part)
 
-    return _by_rows(strips, *logits.shape, logits.dtype, row_keys, **how)
+    return _by_rows(strips, *logits.shape, logits.dtype, choice, row_keys)
 
 
-def choose_token_fused(hidden, head_weight, *, head_bias=None, workspace=None, row_keys=None, **how):
+def choose_token_fused(hidden, head_weight, choice: Choice, head_bias=None, row_keys=None, workspace=None):
     if not isinstance(head_weight, Tensor):
-        return _by_rows(
-            lambda rows: head_weight.strips(hidden[rows]), len(hidden), head_weight.out_features, hidden.dtype,
-            row_keys, **how,
-        )  # fmt: skip
+
+        def strips(rows: slice) -> Iterator[Tensor]:
+            return head_weight.strips(hidden[rows])
+
+        return _by_rows(strips, len(hidden), head_weight.out_features, hidden.dtype, choice, row_keys)
     work = Workspace() if workspace is None else workspace
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
@@ -60,16 +64,20 @@ def choose_token_fused(hidden, head_weight, *, head_bias=None, workspace=None, r
                 logits.add_(head_bias[start : start + STRIP])
             yield logits if logits.dtype == dtype else work.take("strip", shape, dtype, part.device).copy_(logits)
 
-    return _by_rows(strips, len(hidden), len(head_weight), hidden.dtype, row_keys, **how)
+    return _by_rows(strips, len(hidden), len(head_weight), hidden.dtype, choice, row_keys)
 
 
 def _by_rows(
-    strips: Callable[[slice], Iterable[Tensor]], rows: int, vocabulary: int, dtype: torch.dtype, row_keys,
-    *, confidence_dtype, **how,
-):  # fmt: skip
+    strips: Callable[[slice], Iterable[Tensor]],
+    rows: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    choice: Choice,
+    row_keys,
+) -> tuple[Tensor, Tensor]:
     """Choose for all rows, with no more than `SCRATCH_BYTES` of logits held at a time; they are of `dtype`."""
-    rounded = confidence_dtype == "model"
-    columns = vocabulary if rounded or _filters(vocabulary, how) else min(vocabulary, STRIP)
+    rounded = choice.confidence_dtype == "model"
+    columns = vocabulary if rounded or choice.filters(vocabulary) else min(vocabulary, STRIP)
     step = max(1, SCRATCH_BYTES // (4 * columns))
     parts = []
     for start in range(0, max(rows, 1), step):
@@ -77,38 +85,31 @@ def _by_rows(
         keys = None if row_keys is None else row_keys[part]
         if rounded:
             logits = torch.cat([strip.to(dtype, copy=True) for strip in strips(part)], 1)
-            parts.append(reference.choose_token(logits, row_keys=keys, confidence_dtype=confidence_dtype, **how))
+            parts.append(reference.choose_token(logits, choice, keys))
         else:
-            parts.append(_choose_in_strips(strips(part), vocabulary, keys, **how))
+            parts.append(_choose_in_strips(strips(part), vocabulary, choice, keys))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
-def _filters(vocabulary: int, how: dict) -> bool:
-    top_k, top_p = how["top_k"], how["top_p"]
-    return (top_k is not None and top_k < vocabulary) or (top_p is not None and top_p < 1)
-
-
-def _choose_in_strips(
-    strips: Iterable[Tensor], vocabulary: int, row_keys, *, rule, temperature, confidence_temperature, seed, banned,
-    vocab_limit, **filters,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _choose_in_strips(strips: Iterable[Tensor], vocabulary: int, choice: Choice, row_keys) -> tuple[Tensor, Tensor]:
     """Tokens and log-confidences [R] of logits that come as strips of columns [R, C] and are destroyed.
 
     A strip is used up before the next one is asked for.
     """
-    limit = vocabulary if vocab_limit is None else vocab_limit
-    if _filters(vocabulary, filters):
-        strips = _filtered(strips, confidence_temperature, banned, limit, **filters)
+    limit = choice.limit(vocabulary)
+    if choice.filters(vocabulary):
+        strips = _filtered(strips, choice, limit)
 
     def draw(x: Tensor, start: int) -> Tensor:
-        own, noisy = reference.shares(temperature, x.dtype)
-        noise = gumbel(seed, row_keys, x.shape[1], start).to(x.dtype)
+        own, noisy = shares(choice.temperature, x.dtype)
+        noise = gumbel(row_keys, x.shape[1], start).to(x.dtype)
         return noise.mul_(noisy).add_(x, alpha=own)
 
-    found, closed, start = _Found(rule, confidence_temperature, draw if temperature > 0 else None), [], 0
-    for x in map(_row_by_row, strips):
+    found = _Strips(choice.rule, choice.confidence_temperature, draw if choice.temperature > 0 else None)
+    closed, start = [], 0
+    for x in map(_padded, strips):
         stop = start + x.shape[1]
-        for token in banned:
+        for token in choice.banned:
             if start <= token < min(stop, limit):
                 closed.append(x[:, token - start, None].clone())
                 x[:, token - start] = -torch.inf
@@ -122,7 +123,7 @@ def _choose_in_strips(
     return found.choice()
 
 
-def _row_by_row(x: Tensor) -> Tensor:
+def _padded(x: Tensor) -> Tensor:
     """x [R, C], laid out so that a row begins anew for vector instructions.
 
     What is left over at the end of a tensor is computed otherwise than the rest, in the last bit of exp2; a row
@@ -132,8 +133,8 @@ def _row_by_row(x: Tensor) -> Tensor:
     return F.pad(x, (0, spare))[:, : x.shape[1]] if spare else x
 
 
-class _Found:
-    """What the strips of R rows had, each [R, 1], and the choice that follows from all of them.
+class _Strips:
+    """What is kept of the strips of R rows, [R, 1] of each, and the choice that follows from all of them.
 
     Of each strip: its largest logit (`tops`) and the sum of exp((logit - top) / temperature) over its others: a sum
     without its largest term keeps its precision when the probability of that is almost 1, and a difference divided
@@ -178,7 +179,7 @@ class _Found:
         """A difference of logits divided by the temperature, in place."""
         if self.temperature == 1:
             return difference
-        return difference.div_(reference.computable(self.temperature, difference.dtype))
+        return difference.div_(computable(self.temperature, difference.dtype))
 
     def choice(self) -> tuple[Tensor, Tensor]:
         tops, best = torch.cat(self.tops, 1), torch.cat(self.best, 1)
@@ -226,12 +227,12 @@ def _best(x: Tensor) -> tuple[Tensor, Tensor]:
     return first, start + place
 
 
-def _filtered(strips: Iterable[Tensor], confidence_temperature: float, banned, limit: int, *, top_k, top_p):
+def _filtered(strips: Iterable[Tensor], choice: Choice, limit: int) -> tuple[Tensor, ...]:
     """The strips, with the ids outside top-p and top-k at -inf."""
     x = torch.cat([strip.clone() for strip in strips], 1)
     allowed = x.clone()
-    for token in banned:
+    for token in choice.banned:
         allowed[:, token] = -torch.inf
     allowed[:, limit:] = -torch.inf
-    gone = reference.dropped(reference.tempered(x, confidence_temperature), allowed.argmax(-1), top_k, top_p)
+    gone = reference.dropped(tempered(x, choice.confidence_temperature), allowed.argmax(-1), choice)
     return x.masked_fill_(gone, -torch.inf).split(STRIP, 1)

@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dkv.kernels.dev.cases import Case
 from dkv.kernels.common.launch import LaunchTable
+from dkv.kernels.dev.cases import Case
 
 OPERATIONS = ("attention", "choose", "commit", "rope_scatter")
 KB = 1024

@@ -47,11 +47,24 @@ def rules(shape) -> dict[str, dict]:
     }
 
 
+# Every shape with two launches at least, and every launch with shapes that fill its tile and that do not.
+LAUNCHES = {
+    SHAPES[0]: [(SMALL[0], 4), (SMALL[2], 2)],
+    SHAPES[1]: [(SMALL[0], 4), (SMALL[1], 1), (SMALL[2], 2)],
+    SHAPES[2]: [(SMALL[0], 1), (SMALL[1], 1)],
+    SHAPES[3]: [(SMALL[0], 4), (SMALL[1], 1)],
+    SHAPES[4]: [(SMALL[0], 4), (SMALL[2], 2)],
+}
+
+
 @pytest.mark.parametrize(
-    ("row", "parts"), [(SMALL[0], 1), (SMALL[0], 4), (SMALL[1], 1), (SMALL[2], 2)],
-    ids=lambda x: f"{x}-parts" if isinstance(x, int) else row_id(x),
-)  # fmt: skip
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+    ("shape", "row", "parts"),
+    [
+        pytest.param(shape, row, parts, id=f"{shape_id(shape)}-{row_id(row)}-{parts}-parts")
+        for shape, launches in LAUNCHES.items()
+        for row, parts in launches
+    ],
+)
 def test_tiles_and_parts(shape, row, parts, interpreted, assert_close):
     q, k, v = inputs(shape)
     for options in rules(shape).values():

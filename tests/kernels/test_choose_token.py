@@ -98,7 +98,7 @@ def test_any_settings(name, choice, dtype, seed):
         check(torch.tensor(rows, dtype=dtype), seed, **how)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 257), (3, 4099), (2, 20001)], ids="R{0[0]}-V{0[1]}".format)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 257), (2, 4099), (1, 20001)], ids="R{0[0]}-V{0[1]}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -220,7 +220,7 @@ def test_B22_surplus_ids_are_never_chosen(temperature, backend):
     assert (choose_token(logits)[0] == 70).all()
 
 
-def frequencies(logits: list[float], dtype=torch.float32, draws: int = 20_000, **how) -> list[float]:
+def frequencies(logits: list[float], dtype=torch.float32, draws: int = 6_000, **how) -> list[float]:
     rows = torch.tensor(logits, dtype=dtype).expand(draws, -1)
     token, _ = choose_token(rows, row_keys=torch.arange(draws)[:, None], **how)
     return (token.bincount(minlength=len(logits)) / draws).tolist()

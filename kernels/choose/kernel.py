@@ -1,4 +1,4 @@
-"""What both forms of the choice of a token share: its noise, a running state per row, the merge of the parts.
+"""The kernels of the choice: of logits, of hidden states, and the merge of the parts of the vocabulary.
 
 The state of a row, over the columns seen so far, is a tuple of [R] tensors:
     top        the largest logit, of ids that may be chosen and of others
@@ -12,19 +12,12 @@ The state of a row, over the columns seen so far, is a tuple of [R] tensors:
     drawn_x    its logit
 """
 
-from collections.abc import Iterator
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from dkv.kernels.choose import RULES
-from dkv.kernels.noise import mixed_seed
-from dkv.kernels.triton_backend.cases import Case, case
-from dkv.kernels.triton_backend.launch import Launch, power_of_two
-from dkv.kernels.workspace import Workspace
+from dkv.kernels.common.noise import START
 
+START_A, START_B = (tl.constexpr(start) for start in START)
 FLOATS = tl.constexpr(6)  # of a state in memory: top, tail, extra, best, noisy, drawn_x
 IDS = tl.constexpr(2)  # token, drawn
 LAST = tl.constexpr(2**31 - 1)
@@ -41,16 +34,16 @@ def log1p(x):
 
 @triton.jit
 def mix(x):
-    """`dkv.kernels.noise._mix` on uint32."""
+    """`dkv.kernels.common.noise._mix` on uint32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
 
 @triton.jit
-def row_hash(row_keys, r, inside, seed_a, seed_b, stride_kr, stride_kk, KEYS: tl.constexpr):
-    """`dkv.kernels.noise.row_hash` of the rows r [R] as uint32, from the mixed halves of the seed."""
-    a, b = seed_a.to(tl.uint32), seed_b.to(tl.uint32)
+def row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS: tl.constexpr):
+    """`dkv.kernels.common.noise.row_hash` of the rows r [R] as uint32."""
+    a, b = tl.full(r.shape, START_A, tl.uint32), tl.full(r.shape, START_B, tl.uint32)
     for place in tl.static_range(KEYS):
         key = tl.load(row_keys + r * stride_kr + place * stride_kk, mask=inside, other=0)  # [R]
         low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -61,7 +54,7 @@ def row_hash(row_keys, r, inside, seed_a, seed_b, stride_kr, stride_kk, KEYS: tl
 
 @triton.jit
 def uniform(a, b, column):
-    """`dkv.kernels.noise.uniform` [R, V] of the hashes a and b [R] and the columns [V]: the same numbers."""
+    """`dkv.kernels.common.noise.uniform` [R, V] of the hashes a and b [R] and the columns [V]: the same numbers."""
     bits = mix(mix(a[:, None] + column.to(tl.uint32)[None, :]) ^ b[:, None])
     return (bits.to(tl.float32) + 0.5) * (2.0**-32 - 2.0**-56)
 
@@ -194,46 +187,58 @@ def merge_kernel(
     tl.store(confidence_out + r, tl.where(usable, confidence, float("nan")), mask=r < rows)
 
 
-# States in a tile of the merge: as many rows as fit beside the parts.
-MERGE_SIZE = 1024
-MERGE = Launch((MERGE_SIZE,), 4)
+@triton.jit
+def logits_kernel(
+    logits, row_keys, floats, ids, rows, vocabulary, limit, tiles, temperature, scale, noise_scale,
+    stride_r, stride_v, stride_kr, stride_kk,
+    RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, PARTS)."""
+    r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
+    inside = r < rows
+    a, b = row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS)
+    state = fresh(RULE, BLOCK_R)
+    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, BLOCK_V))):
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)  # [V]
+        at = logits + r[:, None] * stride_r + column.to(tl.int64)[None, :] * stride_v
+        seen = inside[:, None] & (column < vocabulary)[None, :]
+        x = tl.load(at, mask=seen, other=float("-inf")).to(tl.float32)  # [R, V]
+        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
+    store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)
 
 
-def scratch(work: Workspace, rows: int, parts: int, device: torch.device) -> dict[str, Tensor]:
-    """Memory for the states of the parts, as the kernels name it."""
-    return {
-        "floats": work.take("choice", (rows, parts, FLOATS.value), torch.float32, device),
-        "ids": work.take("choice", (rows, parts, IDS.value), torch.int32, device),
-    }
-
-
-def merge(
-    states: dict[str, Tensor], token: Tensor, confidence: Tensor, rule: str, noise: bool, parts: int,
-    temperature: float, tempered: bool,
-) -> None:  # fmt: skip
-    """Write the tokens and confidences that the states of the parts come to."""
-    block_r, block_p = _merge_tile(parts)
-    merge_kernel[(triton.cdiv(len(token), block_r),)](
-        **states, token_out=token, confidence_out=confidence, rows=len(token),
-        temperature=temperature, RULE=rule, NOISE=noise, TEMPERED=tempered, PARTS=parts, BLOCK_P=block_p,
-        BLOCK_R=block_r, num_warps=MERGE.warps,
-    )  # fmt: skip
-
-
-def _merge_tile(parts: int) -> tuple[int, int]:
-    block_p = power_of_two(parts)
-    return max(1, MERGE_SIZE // block_p), block_p
-
-
-def merge_cases(parts: int) -> Iterator[Case]:
-    types = {"floats": "*fp32", "ids": "*i32", "token_out": "*i64", "confidence_out": "*fp32", "temperature": "fp32"}
-    block_r, block_p = _merge_tile(parts)
-    for rule in RULES:
-        constants = {"RULE": rule, "NOISE": True, "TEMPERED": True, "PARTS": parts}
-        constants |= {"BLOCK_P": block_p, "BLOCK_R": block_r}
-        yield case(f"choose_token merge of {parts} {rule}", merge_kernel, MERGE, types, constants)
-
-
-def seed_halves(seed: int) -> tuple[int, int]:
-    """What `row_hash` starts from, as int32: numbers of one type, whatever the seed, need one compilation."""
-    return tuple(half - (half >> 31 << 32) for half in mixed_seed(seed))
+@triton.jit
+def hidden_kernel(
+    hidden, weight, bias, row_keys, floats, ids, rows, vocabulary, size, limit, tiles, temperature, scale,
+    noise_scale, stride_hr, stride_hd, stride_wv, stride_wd, stride_b, stride_kr, stride_kk,
+    RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`logits_kernel` of hidden @ weight.T + bias; EVEN: size is a multiple of BLOCK_D."""
+    r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
+    inside = r < rows
+    a, b = row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS)
+    d = tl.arange(0, BLOCK_D)
+    far_d = d.to(tl.int64)
+    state = fresh(RULE, BLOCK_R)
+    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, BLOCK_V))):
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)  # [V]
+        known = column < vocabulary
+        hidden_at = hidden + r[:, None] * stride_hr + far_d[None, :] * stride_hd  # [R, D]
+        weight_at = weight + column.to(tl.int64)[None, :] * stride_wv + far_d[:, None] * stride_wd  # [D, V]
+        x = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+        for start in tl.range(0, size, BLOCK_D, num_stages=STAGES):
+            of_rows, of_ids = inside[:, None], known[None, :]
+            if not EVEN:
+                of_rows, of_ids = of_rows & (d < size - start)[None, :], of_ids & (d < size - start)[:, None]
+            h, w = tl.load(hidden_at, mask=of_rows, other=0.0), tl.load(weight_at, mask=of_ids, other=0.0)
+            x = tl.dot(h, w, x, input_precision=PRECISION)
+            hidden_at += BLOCK_D * stride_hd
+            weight_at += BLOCK_D * stride_wd
+        if bias is not None:
+            x += tl.load(bias + column.to(tl.int64) * stride_b, mask=known, other=0.0).to(tl.float32)[None, :]
+        x = tl.where(known[None, :], x, float("-inf"))
+        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
+    store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)
