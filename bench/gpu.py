@@ -68,7 +68,7 @@ def backends_on(device: torch.device) -> list[str]:
     Raises:
         RuntimeError: the kernels cannot run on the GPU.
     """
-    from dkv.kernels import backend
+    from dkv.kernels.common import backend
 
     runs = backend.has_triton()
     if device.type == "cuda":

@@ -12,7 +12,7 @@ from dkv import kernels
 from dkv.bench.gpu_tools import Skipped, check, check_each, close, distinct, need_gpu, randn, same
 from dkv.bench.gpu_work import SHAPE_OF
 from dkv.bench.shapes import random_model, shape, tiny
-from dkv.kernels import backend
+from dkv.kernels.common import backend
 
 
 def _all_ops(device: torch.device) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:

@@ -11,7 +11,7 @@ from dkv.bench.gpu_report import short
 from dkv.bench.ops.cases import DTYPE, Case, running, sizes, title
 from dkv.bench.ops.report import floor_seconds, timed
 from dkv.bench.rates import rates
-from dkv.kernels.backend import has_triton
+from dkv.kernels.common.backend import has_triton
 
 # Flex attention compiles for every shape; this bounds what it takes of a run.
 COMPILE_SECONDS = {"cpu": 20, "cuda": 180}

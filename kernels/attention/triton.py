@@ -1,4 +1,4 @@
-"""Attention of the active queries over the buffer, in Triton; the kernels are in `kernel`, their launches in `launch`."""
+"""Attention of the active queries over the buffer, in Triton; `kernel` has the kernels, `launch` their launches."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -40,7 +40,8 @@ def _norm_and_rotate(
 
 @triton.jit
 def rope_scatter_kernel(
-    q, k, v, cos, sin, positions, query_positions, k_buf, v_buf, out, q_gain, k_gain, q_eps, k_eps, query_tokens, tokens,
+    q, k, v, cos, sin, positions, query_positions, k_buf, v_buf, out, q_gain, k_gain, q_eps, k_eps,
+    query_tokens, tokens,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_cp, stride_sp, stride_pb, stride_pn, stride_qpb, stride_qpn,
     stride_kbb, stride_kbs, stride_kbh, stride_kbd, stride_vbb, stride_vbs, stride_vbh, stride_vbd,

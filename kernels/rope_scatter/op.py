@@ -77,7 +77,7 @@ def rope_scatter_(
         ValueError: shapes, dtypes or devices do not fit.
         IndexError: a position is outside the buffer or the tables.
     """
-    b, r, hq, d = checks.shape("q", q, None, None, None, None)
+    b, r, _, d = checks.shape("q", q, None, None, None, None)
     if d % 2:
         raise ValueError(f"q must have an even head size, got {d}")
     checks.shape("k", k, b, None, None, d)

@@ -51,7 +51,8 @@ def audit_cases(arch: str) -> Iterator[Case]:
     """Every launch with nothing optional and with everything, and a head size that is no power of two."""
     for size, launch in TABLE.on(arch):
         for dtype, full, head_size in (
-            (torch.bfloat16, False, size), (torch.bfloat16, True, size), (torch.float32, True, size - 16 if size > 32 else 24),
+            (torch.bfloat16, False, size), (torch.bfloat16, True, size),
+            (torch.float32, True, size - 16 if size > 32 else 24),
         ):  # fmt: skip
             tokens = 33
             q, kv = meta(2, tokens, 28, head_size, dtype=dtype), meta(2, tokens, 4, head_size, dtype=dtype)

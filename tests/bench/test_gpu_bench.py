@@ -13,7 +13,7 @@ from dkv.bench import gpu, gpu_report
 from dkv.bench.gpu_checks import CHECKS, run_check
 from dkv.bench.gpu_tools import Skipped, close
 from dkv.kernels import torch_backend, torch_choice
-from dkv.kernels.backend import has_triton, load
+from dkv.kernels.common.backend import interpreted
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def test_close_takes_no_nan():
     ],
 )  # fmt: skip
 def test_checks_pass_in_the_interpreter(name):
-    if not (has_triton() and load("triton").INTERPRETED):
+    if not interpreted():
         pytest.skip("needs TRITON_INTERPRET=1")
     try:
         run_check(name, CPU, "triton")

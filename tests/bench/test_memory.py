@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from dkv.bench import memory
 from dkv.bench.options import Options
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
-from dkv.kernels import torch_choice
+from dkv.kernels.choose import torch as torch_choice
 from dkv.models.packing import can_pack, pack_
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dkv.kernels import backend
+from dkv.kernels.common import backend
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 
 from dkv.cli import main
 from dkv.common import process
-from dkv.kernels.backend import has_triton
+from dkv.kernels.common.backend import has_triton
 from dkv.tools.streaming import drawable
 
 ROOT = Path(__file__).parents[3]
