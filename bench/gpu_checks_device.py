@@ -20,7 +20,7 @@ from dkv.bench.gpu_tools import (
     surrounded,
     visible,
 )  # fmt: skip
-from dkv.kernels import reference
+from dkv.kernels.choose import reference
 
 
 @check_each("nothing_beside_a_tensor_is_used", (torch.float32, torch.bfloat16))

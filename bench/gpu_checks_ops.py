@@ -21,7 +21,8 @@ from dkv.bench.gpu_tools import (
     thin,
     visible,
 )  # fmt: skip
-from dkv.kernels import noise, reference
+from dkv.kernels.choose import reference
+from dkv.kernels.common import noise
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 4, 7)

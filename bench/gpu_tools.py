@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dkv.kernels import reference
+from dkv.kernels.choose import reference
 
 Check = Callable[[torch.device], None]
 CHECKS: dict[str, Check] = {}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dkv import kernels
 from dkv.bench import gpu_baselines as eager
-from dkv.kernels import reference
+from dkv.kernels.choose import reference
 from dkv.models import ModelSpec
 
 SHAPE_OF = {"llada": "llada-8b", "dream": "dream-7b"}

@@ -12,7 +12,8 @@ import torch
 from dkv.bench import gpu, gpu_report
 from dkv.bench.gpu_checks import CHECKS, run_check
 from dkv.bench.gpu_tools import Skipped, close
-from dkv.kernels import torch_backend, torch_choice
+from dkv.kernels.choose import torch as torch_choice
+from dkv.kernels.commit import torch as torch_backend
 from dkv.kernels.common.backend import interpreted
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ from dkv.bench.ops import (
 )
 from dkv.bench.ops.cases import STEPS, sizes, title
 from dkv.bench.shapes import shape, tiny
-from dkv.kernels import torch_backend
+from dkv.kernels.commit import torch as torch_backend
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dkv.kernels import BACKENDS, RULES, choose_token, noise, use_backend
+from dkv.kernels import BACKENDS, RULES, choose_token, use_backend
+from dkv.kernels.common import noise
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INF = float("inf")
