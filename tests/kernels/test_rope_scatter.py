@@ -38,7 +38,7 @@ def inputs(shape: tuple[int, ...], dtype=torch.float32, table=torch.float32, buf
 
 
 def options(shape: tuple[int, ...], names: list[str], dtype=torch.float32) -> dict:
-    b, n, s, hq, hkv, d = shape
+    b, n, s, *_, d = shape
     every = {
         "query_positions": torch.randint(0, s + 3, (b, n)),
         "q_norm": (torch.randn(d).to(dtype), 1e-5),
