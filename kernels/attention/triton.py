@@ -75,8 +75,7 @@ def _calls(q, k, v, out, lse, rules: Rules, scale, work: Workspace, parts, launc
         # Every tile is tested where a rule asks for it, or where a loop that tests and one that does not would not fit
         # the registers together: counted by `dkv audit`, from 512 bytes a head on.
         "TESTED": masked or bits // 8 * block_d > 512,
-        # The three TF32 products of a float32 one take registers, too.
-        "PRECISION": precision(q) if block_d <= (64 if masked else 128) else "ieee",
+        "PRECISION": precision(q) if _tf32_fits(block_d, masked) else "ieee",
         "WIDE": _wide(launch, k, v, rules),
     }  # fmt: skip
     arguments |= strides(
@@ -113,6 +112,11 @@ def _block_d(size: int) -> int:
 
 def _kind(rules: Rules) -> str:
     return "masked" if rules.of_pairs or rules.key_mask is not None else "plain"
+
+
+def _tf32_fits(block_d: int, masked: bool) -> bool:
+    """Whether the registers hold the three TF32 products that stand for a float32 one."""
+    return block_d <= (64 if masked else 128)
 
 
 def _wide(launch: Launch, k: Tensor, v: Tensor, rules: Rules) -> bool:
@@ -182,9 +186,10 @@ def _expected(regime: tuple[str, str, int, int], call: Call) -> list[str]:
     """Families of instructions that an attention kernel must have."""
     if call.kernel is merge_kernel:
         return []
-    _, _, width, _ = regime
+    _, masking, width, size = regime
     families = {
-        "tensor core": width == 2 or call.arguments["PRECISION"] != "ieee",
+        # On AMD also in float32, which its matrix instructions multiply as it is.
+        "tensor core": width == 2 or _tf32_fits(size, masking == "masked"),
         "wgmma": width == 2 and call.launch.tile[0] >= 64 and not call.rare,
         "async copy": call.launch.stages > 1 and not call.rare,
     }
