@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, library
 
+from dkv.kernels.attention import torch as fast
 from dkv.kernels.attention.rules import Rules
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
@@ -32,7 +33,7 @@ def _record(q, k_buf, v_buf, rules, scale, return_lse, workspace):
     return _recorded(q, k_buf, v_buf, *rules, scale, return_lse)
 
 
-ATTENTION = Operation("attention", "cached_attention", _record)
+ATTENTION = Operation("attention", "cached_attention", _record, fast.cached_attention)
 
 
 def cached_attention(

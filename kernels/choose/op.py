@@ -51,8 +51,8 @@ def _record_fused(hidden, head_weight, choice, head_bias, row_keys, workspace):
     return _recorded_fused(hidden, head_weight, head_bias, row_keys, *astuple(choice))
 
 
-CHOOSE = Operation("choose", "choose_token", _record, differentiable=False)
-CHOOSE_FUSED = Operation("choose", "choose_token_fused", _record_fused, differentiable=False)
+CHOOSE = Operation("choose", "choose_token", _record, with_gradient=None)
+CHOOSE_FUSED = Operation("choose", "choose_token_fused", _record_fused, with_gradient=None)
 
 
 def choose_token(

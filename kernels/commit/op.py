@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, library
 
+from dkv.kernels.commit import torch as fast
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
@@ -20,7 +21,7 @@ def _(canvas, token, log_confidence, eligible, count, positions):
     return eligible.new_empty(eligible.shape)
 
 
-COMMIT = Operation("commit", "commit_", _record)
+COMMIT = Operation("commit", "commit_", _record, fast.commit_)
 
 
 def commit_(

@@ -24,22 +24,18 @@ class Operation:
         package: the folder of `dkv.kernels` that holds its backends.
         name: of the function in each of them.
         record: the same function as a custom op, for tensors that only stand for others.
-        differentiable: whether PyTorch may compute it where a gradient is asked for: the kernels have no backward
-            pass.
+        with_gradient: the same function in PyTorch, for where a gradient is asked for: the kernels have no backward
+            pass. None: there is no gradient.
     """
 
     package: str
     name: str
     record: Callable[..., Any]
-    differentiable: bool = True
-
-    def of(self, name: str) -> Callable[..., Any]:
-        """The function of a backend."""
-        return getattr(backend.load(self.package, name), self.name)
+    with_gradient: Callable[..., Any] | None
 
     def current(self, like: Tensor) -> Callable[..., Any]:
         """The function of the backend that runs tensors such as `like`."""
-        return self.of(backend.current(like))
+        return getattr(backend.load(self.package, backend.current(like)), self.name)
 
     def __call__(self, like: Tensor, *args: Any) -> Any:
         """Run or record the operation; device and dtype of `like`, its first argument, choose the backend.
@@ -50,9 +46,9 @@ class Operation:
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((like, args))
         ):
-            if not self.differentiable:
+            if self.with_gradient is None:
                 raise ValueError(f"{self.name} has no gradient: call it under torch.no_grad(), or detach its arguments")
-            return self.of("torch")(like, *args)
+            return self.with_gradient(like, *args)
         if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
             return self.record(like, *args)
         return self.current(like)(like, *args)

@@ -5,6 +5,7 @@ from torch import Tensor, library
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
+from dkv.kernels.rope_scatter import torch as fast
 
 
 @library.custom_op("dkv::rope_scatter_", mutates_args=("k_buf", "v_buf"))
@@ -38,7 +39,7 @@ def _record(*args):
     return _recorded(*tensors, *(q_norm or (None, 0.0)), *(k_norm or (None, 0.0)))
 
 
-ROPE_SCATTER = Operation("rope_scatter", "rope_scatter_", _record)
+ROPE_SCATTER = Operation("rope_scatter", "rope_scatter_", _record, fast.rope_scatter_)
 
 
 def rope_scatter_(
