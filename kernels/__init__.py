@@ -9,26 +9,23 @@ back from the device; `validate=False` leaves them out, for a caller that owns i
 """
 
 from dkv.kernels.attention import cached_attention
-from dkv.kernels.backend import BACKENDS, use_backend
-from dkv.kernels.choose import RULES, choose_token, choose_token_fused
+from dkv.kernels.choose import RULES, Choice, choose_token, choose_token_fused
 from dkv.kernels.commit import commit_
-from dkv.kernels.reference import head_norm, rotate
-from dkv.kernels.rope_scatter import rope_scatter_
-from dkv.kernels.rows import gather_rows, scatter_rows_
-from dkv.kernels.workspace import Workspace
+from dkv.kernels.common.backend import BACKENDS, use_backend
+from dkv.kernels.common.workspace import Workspace
+from dkv.kernels.rope_scatter import head_norm, rope_scatter_, rotate
 
 __all__ = [
     "BACKENDS",
     "RULES",
+    "Choice",
     "Workspace",
     "cached_attention",
     "choose_token",
     "choose_token_fused",
     "commit_",
-    "gather_rows",
     "head_norm",
     "rope_scatter_",
     "rotate",
-    "scatter_rows_",
     "use_backend",
 ]

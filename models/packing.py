@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkv.kernels import torch_choice
+from dkv.kernels.choose import torch as torch_choice
 from dkv.models.transformer import Attend, Layer
 
 UNPACK = "call dkv.unpack(model), which gives back the plain layers (or load it with pack=False)"

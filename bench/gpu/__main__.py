@@ -66,16 +66,16 @@ def backends_on(device: torch.device) -> list[str]:
     Raises:
         RuntimeError: the kernels cannot run on the GPU.
     """
-    from dkv.kernels import backend
+    from dkv.kernels.common import backend
 
     runs = backend.has_triton()
     if device.type == "cuda":
         if not runs:
             raise RuntimeError("the package triton is not installed: nothing to check or time")
-        if backend.load("triton").INTERPRETED:
+        if backend.interpreted():
             raise RuntimeError("TRITON_INTERPRET is set, which runs the kernels on the host: unset it")
     elif runs:
-        runs = backend.load("triton").INTERPRETED
+        runs = backend.interpreted()
     return ["triton", "torch"] if runs else ["torch"]
 
 

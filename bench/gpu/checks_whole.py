@@ -14,7 +14,7 @@ from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Inputs, distinct, mapped
 from dkv.bench.gpu.tools import Skipped, all_of, check, every_operation, need_gpu, same, small, thin
 from dkv.bench.shapes import random_model, shape, tiny
-from dkv.kernels import backend
+from dkv.kernels.common import backend
 
 
 def together(device: torch.device) -> tuple[Callable[[list[Inputs]], list[Tensor]], list[Inputs]]:

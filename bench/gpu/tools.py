@@ -13,7 +13,7 @@ import torch
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Case, Sizes
 from dkv.bench.shapes import shape, tiny
-from dkv.kernels.backend import chosen
+from dkv.kernels.common.backend import chosen
 
 Check = Callable[[torch.device, bool], None]
 CHECKS: dict[str, Check] = {}

@@ -14,7 +14,7 @@ from dkv.bench.machine import rates
 from dkv.bench.ops.report import floor_seconds, timed
 from dkv.bench.ops.sizes import DTYPE, sizes, title
 from dkv.bench.timing import synchronise
-from dkv.kernels.backend import has_triton
+from dkv.kernels.common.backend import has_triton
 
 # Flex attention compiles for every shape; this bounds what it takes of a run.
 COMPILE_SECONDS = {"cpu": 20, "cuda": 180}

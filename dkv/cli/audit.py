@@ -39,7 +39,7 @@ sm_100 the tensor cores are driven by tcgen05, on gfx942 by v_mfma, elsewhere by
 """
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-WORKER = "dkv.kernels.triton_backend.audit"
+WORKER = "dkv.kernels.dev.audit"
 # Fixed when the kernels are imported, in any process: those that compile start without it.
 INTERPRET = "TRITON_INTERPRET"
 
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS, metavar="NAME",
                         help=f"architectures: {', '.join(ARCHS[:-1])} or {ARCHS[-1]} (default: all)")  # fmt: skip
     parser.add_argument("--op", nargs="+", metavar="NAME",
-                        help="files of kernels/triton_backend, such as attention or rows, or the import path of a "
-                        "module of yours that has audit_cases(arch) (default: all files)")  # fmt: skip
+                        help="operations, such as attention or commit, or the import path of a "
+                        "module of yours that has audit_cases(arch) (default: all)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one case of every operation and architecture")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one per core)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dkv.common.bar import Bar, counted
-    from dkv.kernels.backend import has_triton
+    from dkv.kernels.common.backend import has_triton
     from dkv.version import versions
 
     jobs = len(os.sched_getaffinity(0)) if args.jobs is None else args.jobs

@@ -54,15 +54,14 @@ def backends(names: list[str]) -> dict[str, Any]:
     """Which implementation of the operations runs on every device, who chose it, and which there are."""
     import torch
 
-    from dkv.kernels.backend import BACKENDS, chosen, default, has_triton, load
+    from dkv.kernels.common.backend import BACKENDS, chosen, default, has_triton, interpreted
 
-    known = {}
-    for name in BACKENDS:
-        missing = name == "triton" and not has_triton()
-        known[name] = "not installed: pip install triton" if missing else load(name).__doc__.partition("\n")[0]
+    known = dict(BACKENDS)
+    if not has_triton():
+        known["triton"] = "not installed: pip install triton"
     choice = chosen()
     used: dict[str, str | None] = {name: choice or default(torch.device(name)) for name in names}
-    if used["cpu"] == "triton" and not load("triton").INTERPRETED:
+    if used["cpu"] == "triton" and not interpreted():
         used["cpu"] = None  # its tensors would be refused
     return {"chosen": choice, "used": used, "triton_installed": has_triton(), "known": known}
 

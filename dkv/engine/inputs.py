@@ -10,7 +10,8 @@ from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import unwanted_ends
 from dkv.engine.published_names import NO_EFFECT
 from dkv.engine.settings import BY_ROW, DEFAULTS
-from dkv.kernels import checks
+from dkv.kernels.common import checks
+from dkv.kernels.common.dtypes import INTEGERS
 
 # Ids that must be in the vocabulary, or with it.
 IDS = ("mask_token_id", "vocab_limit", "eos_token_id", "eot_token_id", "pad_token_id")
@@ -76,7 +77,7 @@ def _checked_ids(model: Any, input_ids: Tensor) -> Tensor:
             'tokenizer(texts, return_tensors="pt"), or torch.tensor([[...]])'
         )
     checks.shape("input_ids", input_ids, None, None)
-    checks.dtype("input_ids", input_ids, checks.INTEGERS)
+    checks.dtype("input_ids", input_ids, INTEGERS)
     if len(input_ids) == 0:
         raise ValueError("input_ids holds no rows")
     if input_ids.device != model.device:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dkv.core.sequences import Sequences
-from dkv.kernels import noise
+from dkv.kernels.common import noise
 
 # Where the keys of tokens have their slot: different uses of noise at one step must not share numbers.
 _ORDER, _SELECTION = -1, -2
@@ -37,11 +37,11 @@ class Noise:
 
     def order(self, step: Tensor) -> Tensor:
         """Uniform numbers [B, S] by which slots are ordered; `step` int64 [B, 1] is the number of every row's step."""
-        return noise.uniform(0, self._step_keys(_ORDER, step), self._size)
+        return noise.uniform(self._step_keys(_ORDER, step), self._size)
 
     def selection(self, step: Tensor) -> Tensor:
         """Gumbel noise [B, S] for drawing slots by their confidence."""
-        return noise.gumbel(0, self._step_keys(_SELECTION, step), self._size)
+        return noise.gumbel(self._step_keys(_SELECTION, step), self._size)
 
     def token_keys(self, slots: Tensor, step: Tensor) -> Tensor:
         """Keys [B, R, 4] for drawing the tokens of `slots` [B, R]."""

@@ -11,7 +11,7 @@ from dkv.engine.commit import confident_counts, first_slots
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.noise import Noise
 from dkv.engine.stages import StepPlan
-from dkv.kernels.reference import shares
+from dkv.kernels.choose.temperature import shares
 from dkv.policies.base import View
 
 

@@ -46,7 +46,6 @@ class Sampler:
             "confidence_dtype": config.confidence_dtype,
             "top_k": config.top_k,
             "top_p": config.top_p,
-            "seed": 0,
             "banned": (mask_id,),
             "vocab_limit": model.spec.vocab_limit if config.vocab_limit is None else config.vocab_limit,
             "validate": False,

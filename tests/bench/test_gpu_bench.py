@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from dkv.bench.gpu import __main__ as gpu
 from dkv.bench.gpu import cases, report
 from dkv.bench.gpu.checks import CHECKS, run_check
 from dkv.bench.gpu.tools import Skipped
-from dkv.kernels.backend import has_triton, load
+from dkv.kernels.common.backend import interpreted
+from tests.bench.conftest import fast
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -88,7 +90,7 @@ def test_an_error_stays_in_its_row(torch_alone, monkeypatch, tmp_path, capsys):
     def broken(*_, **__):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(load("torch"), "rope_scatter_", broken)
+    monkeypatch.setattr(fast("rope_scatter_"), "rope_scatter_", broken)
     path = tmp_path / "result.json"
     words = ["--device", "cpu", "--json", str(path), "--model", "llada", "--only", "cached LLaDA-8B B1", "ops"]
     assert gpu.main(words) == 1
@@ -113,7 +115,7 @@ def test_a_killed_run_leaves_its_rows(tmp_path):
 
 def wrong(operation: str):
     """A torch operation that is off in its last row."""
-    right = getattr(load("torch"), operation)
+    right = getattr(fast(operation), operation)
 
     def run(*args, **kwargs):
         found = right(*args, **kwargs)
@@ -143,32 +145,32 @@ def wrong(operation: str):
 )
 def test_a_wrong_operation_is_noticed(monkeypatch, operation, check):
     run_check(check, CPU, "torch")
-    monkeypatch.setattr(load("torch"), operation, wrong(operation))
+    monkeypatch.setattr(fast(operation), operation, wrong(operation))
     with pytest.raises((AssertionError, RuntimeError)):
         run_check(check, CPU, "torch")
 
 
 @pytest.mark.parametrize("operation", ["cached_attention", "rope_scatter_"])
 def test_what_is_read_or_written_beside_a_tensor_is_noticed(monkeypatch, operation):
-    right = getattr(load("torch"), operation)
+    right = getattr(fast(operation), operation)
 
-    def careless(q, *tensors, **how):
-        found = right(q, *tensors, **how)
+    def careless(*given):
+        found, q = right(*given), given[0]
         if operation == "cached_attention" and q._base is not None:
-            found += q._base.flatten()[0]
-        elif operation == "rope_scatter_" and tensors[-1]._base is not None:
-            tensors[-1]._base.flatten()[0] = 0
+            found[0].add_(q._base.flatten()[0])
+        elif operation == "rope_scatter_" and (v_buf := given[7])._base is not None:
+            v_buf._base.flatten()[0] = 0
         return found
 
-    monkeypatch.setattr(load("torch"), operation, careless)
+    monkeypatch.setattr(fast(operation), operation, careless)
     with pytest.raises(AssertionError, match="differ"):
         run_check("nothing_beside_a_tensor_is_used_float32", CPU, "torch")
 
 
 def test_tokens_that_are_not_drawn_are_noticed(monkeypatch):
-    right = load("torch").choose_token
+    right = fast("choose_token").choose_token
     monkeypatch.setattr(
-        load("torch"), "choose_token", lambda logits, **how: right(logits, **{**how, "temperature": 0.0})
+        fast("choose_token"), "choose_token", lambda logits, choice, *_: right(logits, replace(choice, temperature=0.0))
     )
     for name in ("sampling_distribution", "drawn_tokens_are_those_of_the_definition"):
         with pytest.raises(AssertionError):
@@ -197,7 +199,7 @@ def test_error_is_a_share_of_the_largest_value_and_takes_no_nan():
     ],
 )
 def test_checks_pass_in_the_interpreter(name):
-    if not (has_triton() and load("triton").INTERPRETED):
+    if not interpreted():
         pytest.skip("needs TRITON_INTERPRET=1")
     try:
         run_check(name, CPU, "triton")

@@ -13,7 +13,7 @@ from dkv.bench.options import Options
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
 from dkv.bench.speed import memory
 from dkv.bench.speed.allocations import peak, record
-from dkv.kernels import torch_choice
+from dkv.kernels.choose import torch as torch_choice
 from dkv.models.packing import can_pack, pack_
 
 CPU = torch.device("cpu")

@@ -1,7 +1,7 @@
 """What the tests of the operations share."""
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkv.kernels import use_backend
-from dkv.kernels.backend import has_triton, load
+from dkv.kernels.attention.rules import Rules
+from dkv.kernels.common.backend import interpreted as in_interpreter
 
 # Shapes are small: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -30,18 +31,28 @@ def seed() -> None:
 @pytest.fixture(scope="module", params=["torch", "reference", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that runs on CPU tensors, in use during the test; the kernels in the interpreter."""
-    if request.param == "triton" and not (has_triton() and load("triton").INTERPRETED):
+    if request.param == "triton" and not in_interpreter():
         pytest.skip("needs TRITON_INTERPRET=1")
     with use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture
-def interpreted() -> ModuleType:
-    """The Triton backend, to start a kernel with a launch of the test's own."""
-    if not (has_triton() and load("triton").INTERPRETED):
+def interpreted() -> SimpleNamespace:
+    """The operations in Triton, which also take a launch of the test's own."""
+    if not in_interpreter():
         pytest.skip("needs TRITON_INTERPRET=1")
-    return load("triton")
+    from dkv.kernels.attention.triton import cached_attention
+    from dkv.kernels.commit.triton import commit_
+    from dkv.kernels.rope_scatter.triton import rope_scatter_
+
+    def attend(q, k, v, *, return_lse=False, parts=None, launch=None, workspace=None, block_ids=None, **rules):
+        rules = Rules(*(rules.get(name) for name in Rules._fields[:4]), *(block_ids or (None, None)))
+        scale = q.shape[-1] ** -0.5
+        out, lse = cached_attention(q, k, v, rules, scale, return_lse, workspace, parts=parts, launch=launch)
+        return (out, lse) if return_lse else out
+
+    return SimpleNamespace(cached_attention=attend, commit_=commit_, rope_scatter_=rope_scatter_)
 
 
 def _assert_close(actual: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from dkv.kernels import cached_attention, use_backend
-from dkv.kernels.backend import has_triton, load
 
 NAN, INF = float("nan"), float("inf")
 B, N, S, HQ, HKV, D = 2, 4, 9, 4, 2, 16
@@ -133,13 +132,11 @@ def test_a_query_without_a_key_among_nan_is_zero(name, backend):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_parts_of_the_slots_are_merged_with_their_nan(parts):
-    if not (has_triton() and load("triton").INTERPRETED):
-        pytest.skip("needs TRITON_INTERPRET=1")
+def test_parts_of_the_slots_are_merged_with_their_nan(parts, interpreted):
     q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 300, 1, 16), torch.randn(1, 300, 1, 16)
     mask = torch.ones(1, 2, 300, dtype=torch.bool)
     mask[0, 0, 260:] = False
-    attend = load("triton").cached_attention
+    attend = interpreted.cached_attention
     clean = attend(q, k, v, mask=mask, parts=parts, return_lse=True)
     v[0, 270] = NAN
     out, lse = attend(q, k, v, mask=mask, parts=parts, return_lse=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dkv.kernels import Workspace, reference
-from dkv.kernels.triton_backend.attention_table import TABLE
-from dkv.kernels.triton_backend.launch import Launch
+from dkv.kernels import Workspace, cached_attention, use_backend
+from dkv.kernels.attention.launch import TABLE
+from dkv.kernels.common.launch import Launch
 
 SMALL = [Launch((16, 16), 4), Launch((32, 16), 4), Launch((16, 64), 4)]
 # B rows, N queries, S slots, Hq and Hkv heads, D head size: tiles that fill up and that do not, G in 1, 2, 4, 7.
@@ -21,6 +21,11 @@ SHAPES = [
 
 def shape_id(x) -> str:
     return "B{}-N{}-S{}-H{}/{}-D{}".format(*x)
+
+
+def definition(*args, **options):
+    with use_backend("reference"):
+        return cached_attention(*args, **options)
 
 
 def row_id(x) -> str:
@@ -68,9 +73,9 @@ LAUNCHES = {
 def test_tiles_and_parts(shape, row, parts, interpreted, assert_close):
     q, k, v = inputs(shape)
     for options in rules(shape).values():
-        out, lse = interpreted.cached_attention(q, k, v, row=row, parts=parts, return_lse=True, **options)
-        exact, exact_lse = reference.cached_attention(*(x.double() for x in (q, k, v)), return_lse=True, **options)
-        plain, plain_lse = reference.cached_attention(q, k, v, return_lse=True, **options)
+        out, lse = interpreted.cached_attention(q, k, v, launch=row, parts=parts, return_lse=True, **options)
+        exact, exact_lse = definition(*(x.double() for x in (q, k, v)), return_lse=True, **options)
+        plain, plain_lse = definition(q, k, v, return_lse=True, **options)
         assert_close(out, exact, plain)
         assert_close(lse, exact_lse, plain_lse)
 
@@ -80,11 +85,11 @@ def test_scratch_may_hold_anything(interpreted):
     q, k, v = inputs(shape)
     options = rules(shape)["ranges"]
     work = Workspace()
-    first = interpreted.cached_attention(q, k, v, row=SMALL[0], parts=2, workspace=work, **options)
+    first = interpreted.cached_attention(q, k, v, launch=SMALL[0], parts=2, workspace=work, **options)
     assert work.nbytes > 0
     for memory in work._memory.values():
         memory.fill_(torch.nan)
-    second = interpreted.cached_attention(q, k, v, row=SMALL[0], parts=2, workspace=work, **options)
+    second = interpreted.cached_attention(q, k, v, launch=SMALL[0], parts=2, workspace=work, **options)
     assert torch.equal(first, second)
 
 
@@ -104,8 +109,8 @@ def test_batch_invariance_on_request(interpreted, monkeypatch):
     """Without fixed parts a batch of 8 is divided less than a row alone; the variable makes them equal."""
     q, k, v = inputs((8, 2, 300, 1, 1, 16))
     monkeypatch.setenv("DKV_BATCH_INVARIANT", "1")
-    together = interpreted.cached_attention(q, k, v, row=SMALL[0])
-    assert torch.equal(interpreted.cached_attention(q[3:4], k[3:4], v[3:4], row=SMALL[0]), together[3:4])
+    together = interpreted.cached_attention(q, k, v, launch=SMALL[0])
+    assert torch.equal(interpreted.cached_attention(q[3:4], k[3:4], v[3:4], launch=SMALL[0]), together[3:4])
 
 
 def test_same_bits_every_time(interpreted):
@@ -137,21 +142,21 @@ def test_offsets_within_a_tile_of_more_than_32_bits(interpreted):
     q = torch.randn(1, 3, 1, 16, dtype=torch.float16)
     k.normal_(), v.normal_()
     options = {"mask": torch.rand(1, 3, 20) < 0.7}
-    out = interpreted.cached_attention(q, k, v, row=SMALL[0], **options)
-    assert torch.equal(out, interpreted.cached_attention(q, k.contiguous(), v.contiguous(), row=SMALL[0], **options))
+    out = interpreted.cached_attention(q, k, v, launch=SMALL[0], **options)
+    assert torch.equal(out, interpreted.cached_attention(q, k.contiguous(), v.contiguous(), launch=SMALL[0], **options))
 
 
 def test_A11_bfloat16_in_the_interpreter(interpreted):
     q, k, v = (torch.randint(-2, 3, (1, 16, 1, 16)).bfloat16() for _ in range(3))
     out = interpreted.cached_attention(q, k, v)
     assert out.dtype == torch.bfloat16
-    exact = reference.cached_attention(*(x.double() for x in (q, k, v)))
+    exact = definition(*(x.double() for x in (q, k, v)))
     assert (out - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
 def test_every_regime_has_a_row_on_every_chip():
-    regimes = set(TABLE.rows["default"])
+    regimes = set(TABLE.entries["default"])
     assert len(regimes) == 3 * 2 * 6
-    for rows in TABLE.rows.values():
+    for rows in TABLE.entries.values():
         assert set(rows) <= regimes
         assert all(min(row.tile) >= 16 for row in rows.values())

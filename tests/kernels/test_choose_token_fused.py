@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from dkv.kernels import RULES, Workspace, choose_token, choose_token_fused, torch_choice, use_backend
-from dkv.kernels.backend import has_triton
+from dkv.kernels import RULES, Workspace, choose_token, choose_token_fused, use_backend
+from dkv.kernels.choose import torch as torch_choice
+from dkv.kernels.common.backend import has_triton
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SETTINGS = [

@@ -28,7 +28,6 @@ def steps(draw) -> dict:
         "confidence": grid(level),
         "eligible": grid(st.booleans()),
         "count": [draw(st.integers(-1, n + 1)) for _ in range(b)],
-        "threshold": draw(st.none() | level),
     }
 
 
@@ -41,15 +40,13 @@ def test_any_step(name, step, dtype):
         committed = commit_(
             canvas, torch.tensor(step["token"]), torch.tensor(step["confidence"], dtype=dtype),
             torch.tensor(step["eligible"]), torch.tensor(step["count"]),
-            positions=None if slots is None else torch.tensor(slots), threshold=step["threshold"],
+            positions=None if slots is None else torch.tensor(slots),
         )  # fmt: skip
     for row in range(b):
         places = range(s) if slots is None else slots[row]
         entries = [i for i, open_ in enumerate(step["eligible"][row]) if open_]
         entries.sort(key=lambda i: -step["confidence"][row][i])  # stable: the lower slot first
         best = set(entries[: max(step["count"][row], 0)])
-        if step["threshold"] is not None:
-            best |= {i for i in entries if step["confidence"][row][i] >= step["threshold"]}
         assert {i for i, done in enumerate(committed[row].tolist()) if done} == best
         written = {places[i]: step["token"][row][i] for i in best}
         assert canvas[row].tolist() == [written.get(slot, MASK) for slot in range(s)]
@@ -102,43 +99,15 @@ def test_nothing_is_read_back(by_position, no_readback):
         commit_(canvas, canvas.clone(), torch.zeros(2, 5), eligible, count, positions=positions, validate=False)
 
 
-@pytest.mark.parametrize(
-    ("count", "threshold", "expected"),
-    [
-        (0, -0.5, [1, 3]),
-        (1, -0.5, [1, 3]),
-        (3, -0.5, [0, 1, 3]),
-        (0, 0.0, []),
-        (-2, -9.0, [0, 1, 3, 4]),
-        (2, 1, [1, 3]),
-    ],
-)
-def test_threshold_is_of_eligible_entries_and_count_the_least(count, threshold, expected, backend):
-    eligible = torch.tensor([[True, True, False, True, True]])
-    canvas, committed = one_row([-0.75, -0.25, 0.0, -0.5, -2.0], count, eligible=eligible, threshold=threshold)
-    assert committed == expected
-    assert canvas == [i if i in expected else MASK for i in range(5)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_threshold_of_half_precision_is_compared_in_float32(dtype, backend):
-    confidence = torch.tensor([-0.1, -0.2], dtype=dtype)
-    at_most, above = (float(confidence[0]) + off for off in (0, 1e-7))
-    assert one_row(confidence, 0, threshold=at_most)[1] == [0]
-    assert one_row(confidence, 0, threshold=above)[1] == []
-
-
 def test_float64_is_ranked_in_float64(backend):
     confidence = torch.tensor([-0.5, -0.5 + 1e-12, -0.5 - 1e-12], dtype=torch.float64)
     assert one_row(confidence, 1)[1] == [1]
-    assert one_row(confidence, 0, threshold=-0.5)[1] == [0, 1]
 
 
 def test_nan_ranks_as_no_confidence(backend):
     confidence = [torch.nan, -torch.inf, -3.0, torch.nan]
     for count, expected in enumerate(([], [2], [0, 2], [0, 1, 2], [0, 1, 2, 3])):
         assert one_row(confidence, count, validate=False)[1] == expected
-    assert one_row(confidence, 0, threshold=-5.0, validate=False)[1] == [2]
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
@@ -164,12 +133,13 @@ def ranking(n: int, b: int = 3) -> dict:
 @pytest.mark.parametrize("n", [3, 4, 5, 9])
 def test_around_one_tile(tile, n, interpreted):
     """As many entries as a tile has, one fewer and one more, as those that are ranked and as the others."""
+    from dkv.kernels.common.launch import Launch
+
     args = ranking(n)
     canvas, expected = torch.full((3, n + 3), MASK), torch.full((3, n + 3), MASK)
     with use_backend("reference"):
-        best = commit_(expected, **args, threshold=-0.5)
-    row = interpreted.launch.Launch(tile, 1)
-    assert torch.equal(interpreted.commit_(canvas, **args, threshold=-0.5, row=row), best)
+        best = commit_(expected, **args)
+    assert torch.equal(interpreted.commit_(canvas, **args, launch=Launch(tile, 1)), best)
     assert torch.equal(canvas, expected)
 
 

@@ -143,7 +143,7 @@ def test_strips_are_rounded_to_the_dtype_of_the_hidden_states(backend):
 
 
 def test_rows_do_not_depend_on_their_neighbours(backend, monkeypatch):
-    from dkv.kernels import torch_choice
+    from dkv.kernels.choose import torch as torch_choice
 
     logits = torch.randn(7, 40).bfloat16()
     how = {"temperature": 0.2, "confidence_temperature": 0.2, "rule": "entropy", **MODEL}

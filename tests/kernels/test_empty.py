@@ -45,22 +45,14 @@ def test_attention(names, size, backend):
 def test_rows_and_writes(size, backend):
     b, n, s = size
     index = longs(b, n)
-    for rest in ((), (3,), (0,)):
-        x = torch.randn(b, s, *rest)
-        assert kernels.gather_rows(x, index).shape == (b, n, *rest)
-        assert kernels.scatter_rows_(x, index, torch.randn(b, n, *rest)) is x
     q, k, tables = torch.randn(b, n, 4, 16), torch.randn(b, n, 2, 16), torch.randn(2, 7, 8)
-    for lengths in (None, longs(b)):
-        buffers = torch.randn(2, b, s, 2, 16)
-        before = buffers.clone()
-        assert kernels.rope_scatter_(q, k, k, *tables, index, *buffers, lengths=lengths).shape == q.shape
-        assert torch.equal(buffers, before)
+    buffers = torch.randn(2, b, s, 2, 16)
+    before = buffers.clone()
+    assert kernels.rope_scatter_(q, k, k, *tables, index, *buffers).shape == q.shape
+    assert torch.equal(buffers, before)
     eligible = torch.ones(b, n, dtype=torch.bool)
-    for threshold in (None, -0.1):
-        committed = kernels.commit_(
-            longs(b, s), index, torch.zeros(b, n), eligible, longs(b), positions=index, threshold=threshold
-        )
-        assert committed.shape == (b, n)
+    committed = kernels.commit_(longs(b, s), index, torch.zeros(b, n), eligible, longs(b), positions=index)
+    assert committed.shape == (b, n)
 
 
 @pytest.mark.parametrize("how", CHOICES, ids=str)
@@ -85,15 +77,15 @@ def _attend(q, k, ranges):
     return kernels.cached_attention(q, k, k, key_ranges=ranges)
 
 
-def _gather(x, index):
-    return kernels.gather_rows(x, index, validate=False)
+def _commit(canvas, confidence, eligible, count):
+    return kernels.commit_(canvas, canvas, confidence, eligible, count, validate=False)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["fake", "compiled"])
 def test_recorded(compiled, backend):
     for function, args in (
         (_attend, (torch.randn(0, 3, 4, 16), torch.randn(0, 5, 2, 16), longs(0, 2))),
-        (_gather, (torch.randn(0, 5, 3), longs(0, 2))),
+        (_commit, (longs(0, 5), torch.randn(0, 5), longs(0, 5).bool(), longs(0))),
     ):
         real = function(*args)
         if compiled:

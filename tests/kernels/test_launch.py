@@ -1,7 +1,6 @@
 """Launch tables, the search of DKV_AUTOTUNE=1, and the arithmetic of an audit."""
 
 import importlib
-import pkgutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,19 +11,19 @@ pytest.importorskip("triton")
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from dkv.kernels import triton_backend
-from dkv.kernels.triton_backend import audit, launch
-from dkv.kernels.triton_backend.autotune import search
-from dkv.kernels.triton_backend.cases import Case
-from dkv.kernels.triton_backend.launch import Launch, LaunchTable
+from dkv.kernels.common import launch
+from dkv.kernels.common.launch import Launch, LaunchTable
+from dkv.kernels.dev import audit
+from dkv.kernels.dev.autotune import search
+from dkv.kernels.dev.cases import Case
 
 CPU = torch.device("cpu")
 SMALL, MIDDLE, LARGE, HUGE = Launch((16, 32), 4), Launch((64, 64), 4, 2), Launch((128, 64), 8, 3), Launch((512, 512), 8)
 FEW, MANY = ("few", 2), ("many", 2)
 TABLES = {
     table.name: table
-    for module in pkgutil.iter_modules(triton_backend.__path__, f"{triton_backend.__name__}.")
-    for table in vars(importlib.import_module(module.name)).values()
+    for operation in audit.OPERATIONS
+    for table in vars(importlib.import_module(f"dkv.kernels.{operation}.launch")).values()
     if isinstance(table, LaunchTable)
 }
 
@@ -48,9 +47,13 @@ def timer_of(times: dict[Launch, float]):
 
 def test_rows_of_an_architecture():
     table = made()
-    assert table.row("sm_90", MANY) == LARGE and table.row("sm_90", FEW) == SMALL and table.row("sm_80", MANY) == MIDDLE
+    assert (
+        table.launch("sm_90", MANY) == LARGE
+        and table.launch("sm_90", FEW) == SMALL
+        and table.launch("sm_80", MANY) == MIDDLE
+    )
     with pytest.raises(KeyError):
-        table.row("sm_90", "none")
+        table.launch("sm_90", "none")
     assert list(table.on("sm_80")) == [(FEW, SMALL), (MANY, MIDDLE)]
     # The default too: some other chip runs it.
     assert list(table.on("sm_90")) == [(FEW, SMALL), (MANY, LARGE), (MANY, MIDDLE)]
@@ -58,7 +61,7 @@ def test_rows_of_an_architecture():
 
 def test_tables_are_frozen():
     table = made()
-    for change in (table.rows, table.rows["default"]):
+    for change in (table.entries, table.entries["default"]):
         with pytest.raises(TypeError):
             change["x"] = SMALL
     with pytest.raises(AttributeError):
@@ -72,10 +75,10 @@ def test_there_are_tables():
 @pytest.mark.parametrize("name", TABLES)
 def test_shipped_tables(name):
     table = TABLES[name]
-    assert set(table.rows) <= {"default", "interpreter", *audit.CHIPS}
-    rows = [row for rows in table.rows.values() for row in rows.values()]
-    for rows_of_arch in table.rows.values():
-        assert set(rows_of_arch) <= set(table.rows["default"])  # or it would never run
+    assert set(table.entries) <= {"default", "interpreter", *audit.CHIPS}
+    rows = [row for rows in table.entries.values() for row in rows.values()]
+    for rows_of_arch in table.entries.values():
+        assert set(rows_of_arch) <= set(table.entries["default"])  # or it would never run
     for row in (*rows, *table.candidates):
         assert row.warps in (1, 2, 4, 8, 16) and row.stages >= 1
         assert all(size > 0 and size & (size - 1) == 0 for size in row.tile)
@@ -132,16 +135,21 @@ def gpu(monkeypatch):
         searched.append((arch, regime))
         return MIDDLE
 
-    monkeypatch.setattr(launch, "chip", lambda device: ("sm_90", 132))
+    monkeypatch.setattr(launch, "chip", lambda device: launch.Chip("sm_90", 132))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr("dkv.kernels.triton_backend.autotune.search", fake)
+    monkeypatch.setattr("dkv.kernels.dev.autotune.search", fake)
     monkeypatch.setenv("DKV_AUTOTUNE", "1")
     return searched
 
 
 def started(table: LaunchTable, regime, row: Launch | None = None) -> list[Launch]:
     ran = []
-    table.start(CPU, regime, ran.append, row)
+
+    def calls(row: Launch) -> list:
+        ran.append(row)
+        return []
+
+    table.start(CPU, regime, calls, row)
     return ran
 
 
@@ -163,7 +171,7 @@ def test_start_does_not_search(gpu, monkeypatch):
     assert started(made(), MANY) == [LARGE]  # no candidates
     assert started(made(SMALL), MANY, HUGE) == [HUGE]  # the caller's row
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "chip", lambda device: ("interpreter", 4))
+        patch.setattr(launch, "chip", lambda device: launch.Chip("interpreter", 4))
         assert started(made(SMALL), MANY) == [MIDDLE]
     monkeypatch.setenv("DKV_AUTOTUNE", "0")
     assert started(made(SMALL), MANY) == [LARGE]

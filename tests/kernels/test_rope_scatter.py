@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dkv.kernels import cached_attention, rope_scatter_, rotate, use_backend
+from dkv.kernels import rope_scatter_, rotate, use_backend
 
 # B rows, N active slots, S slots, Hq and Hkv heads, D head size
 SHAPES = [
@@ -16,7 +16,7 @@ SHAPES = [
     (2, 3, 6, 14, 2, 128),
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-OPTIONS = ["lengths", "query_positions", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias"]
+OPTIONS = ["query_positions", "q_norm", "k_norm"]
 
 
 def shape_id(shape: tuple[int, ...]) -> str:
@@ -38,28 +38,20 @@ def inputs(shape: tuple[int, ...], dtype=torch.float32, table=torch.float32, buf
 
 
 def options(shape: tuple[int, ...], names: list[str], dtype=torch.float32) -> dict:
-    b, n, s, hq, hkv, d = shape
+    b, n, s, *_, d = shape
     every = {
-        "lengths": torch.randint(1, n + 1, (b,)) * (torch.arange(b) < max(b - 1, 1)),  # the last of several has none
         "query_positions": torch.randint(0, s + 3, (b, n)),
         "q_norm": (torch.randn(d).to(dtype), 1e-5),
         "k_norm": (torch.randn(d).to(dtype), 1e-6),
-        "q_bias": torch.randn(hq, d).to(dtype),
-        "k_bias": torch.randn(hkv, d).to(dtype),
-        "v_bias": torch.randn(hkv, d).to(dtype),
     }
     return {name: every[name] for name in names}
 
 
-def plain(
-    q, k, v, cos, sin, positions, k_buf, v_buf, lengths=None, query_positions=None, q_norm=None, k_norm=None,
-    q_bias=None, k_bias=None, v_bias=None,
-):  # fmt: skip
+def plain(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions=None, q_norm=None, k_norm=None):
     """The rotated queries and both buffers, one entry at a time, at the dtypes given."""
     b, n = positions.shape
     k_buf, v_buf, out = k_buf.clone(), v_buf.clone(), torch.empty_like(q)
     query_positions = positions if query_positions is None else query_positions
-    q, k, v = (x if bias is None else x + bias for x, bias in ((q, q_bias), (k, k_bias), (v, v_bias)))
 
     def turn(x: Tensor, norm: tuple[Tensor, float] | None, place: Tensor) -> Tensor:
         if norm is not None:
@@ -70,7 +62,7 @@ def plain(
         return torch.cat((first * c - second * s, first * s + second * c), -1)
 
     for row in range(b):
-        for i in range(n if lengths is None else lengths[row]):
+        for i in range(n):
             k_buf[row, positions[row, i]] = turn(k[row, i], k_norm, positions[row, i]).to(k.dtype).to(k_buf.dtype)
             v_buf[row, positions[row, i]] = v[row, i].to(v_buf.dtype)
         for i in range(q.shape[1]):
@@ -94,13 +86,10 @@ def compare(assert_close, args: dict, extra: dict) -> None:
     rough = plain(**cast(args, torch.float32), **cast(extra, torch.float32)) if double else plain(**args, **extra)
     out = rope_scatter_(**args, **extra)
     assert out.dtype == args["q"].dtype
-    used = torch.ones(out.shape[:2], dtype=torch.bool)
-    if "lengths" in extra and "query_positions" not in extra:  # what is not used has no place to be rotated to
-        used = torch.arange(out.shape[1]) < extra["lengths"][:, None]
-    assert_close(out[used], exact[0][used], rough[0][used])
+    assert_close(out, exact[0], rough[0])
     assert_close(args["k_buf"], exact[1], rough[1])
     assert_close(args["v_buf"], exact[2], rough[2])
-    if not double and "v_bias" not in extra:
+    if not double:
         assert torch.equal(args["v_buf"], rough[2])
 
 
@@ -121,7 +110,7 @@ def test_options(shape, names, dtype, backend, assert_close):
 @pytest.mark.parametrize(("dtype", "buffer"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_buffer_of_another_dtype(dtype, buffer, backend, assert_close):
     args = inputs(SHAPES[1], dtype, buffer=buffer)
-    compare(assert_close, args, options(SHAPES[1], ["lengths"]))
+    compare(assert_close, args, options(SHAPES[1], ["q_norm"]))
     assert args["k_buf"].dtype == args["v_buf"].dtype == buffer
 
 
@@ -136,21 +125,6 @@ def test_fewer_queries_than_keys(backend):
     expected = rope_scatter_(**args)
     args["q"] = args["q"][:, [3, 1]]
     assert torch.equal(rope_scatter_(**args, query_positions=args["positions"][:, [3, 1]]), expected[:, [3, 1]])
-
-
-@pytest.mark.parametrize("garbage", [-5, 10**6])
-@pytest.mark.parametrize("lengths", [[2, 4], [0, 5], [0, 0]], ids=str)
-def test_entries_beyond_lengths_may_hold_anything(garbage, lengths, backend):
-    args, lengths = inputs(SHAPES[1]), torch.tensor(lengths)
-    unused = torch.arange(5) >= lengths[:, None]
-    expected = plain(**args, lengths=lengths)
-    args["positions"] = args["positions"].masked_fill(unused, garbage)
-    for name in ("q", "k", "v"):
-        args[name][unused] = torch.nan
-    out = rope_scatter_(**args, lengths=lengths)
-    torch.testing.assert_close(out[~unused], expected[0][~unused])
-    torch.testing.assert_close(args["k_buf"], expected[1])
-    torch.testing.assert_close(args["v_buf"], expected[2])
 
 
 def test_strides(restride, backend):
@@ -180,7 +154,7 @@ def test_rotation_is_a_product_of_complex_numbers():
     torch.testing.assert_close(rotate(q, cos, sin), expected)
 
 
-@pytest.mark.parametrize("names", [[], ["lengths"], OPTIONS], ids=["plain", "lengths", "all"])
+@pytest.mark.parametrize("names", [[], OPTIONS], ids=["plain", "all"])
 def test_nothing_is_read_back(names, no_readback):
     args, extra = inputs(SHAPES[1]), options(SHAPES[1], names)
     with use_backend("torch"), no_readback():
@@ -193,11 +167,13 @@ ODD = (2, 5, 11, 3, 2, 24)
 @pytest.mark.parametrize("rows", [1, 2, 8, 64])
 @pytest.mark.parametrize("names", [[], OPTIONS], ids=["plain", "all"])
 def test_any_tile_gives_the_same_bits(rows, names, interpreted):
+    from dkv.kernels.common.launch import Launch
+
     args, extra = inputs(ODD), options(ODD, names)
     other = {name: x.clone() for name, x in args.items()}
     expected = interpreted.rope_scatter_(**args, **extra)
-    row = interpreted.launch.Launch((rows,), 1)
-    assert torch.equal(interpreted.rope_scatter_(**other, **extra, row=row), expected)
+    launch = Launch((rows,), 1)
+    assert torch.equal(interpreted.rope_scatter_(**other, **extra, launch=launch), expected)
     for name in ("k_buf", "v_buf"):
         assert torch.equal(other[name], args[name])
 
@@ -206,11 +182,13 @@ def test_any_tile_gives_the_same_bits(rows, names, interpreted):
 @pytest.mark.parametrize("r", [1, 4, 7])
 def test_around_one_tile(n, r, interpreted, assert_close):
     """As many heads as a tile has, one fewer and one more, of the queries and of the keys."""
+    from dkv.kernels.common.launch import Launch
+
     args = inputs((2, n, 9, 1, 1, 16))
     args["q"], place = torch.randn(2, r, 1, 16), torch.randint(9, (2, r))
     k_buf, v_buf = args["k_buf"].clone(), args["v_buf"].clone()
-    row = interpreted.launch.Launch((4,), 1)
-    out = interpreted.rope_scatter_(**args, query_positions=place, row=row)
+    launch = Launch((4,), 1)
+    out = interpreted.rope_scatter_(**args, query_positions=place, launch=launch)
     before = args | {"k_buf": k_buf, "v_buf": v_buf}
     exact = plain(**cast(before, torch.float64), query_positions=place)
     rough = plain(**before, query_positions=place)
@@ -219,33 +197,31 @@ def test_around_one_tile(n, r, interpreted, assert_close):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("names", [["lengths"], OPTIONS], ids=["lengths", "all"])
+@pytest.mark.parametrize("names", [[], OPTIONS], ids=["plain", "all"])
 def test_a_row_alone_and_in_company_gives_the_same_bits(dtype, names, backend):
     shape = (8, 3, 7, 4, 2, 16)
     args, extra = inputs(shape, dtype), options(shape, names, dtype)
-    per_row = [name for name in (*args, "lengths", "query_positions") if name not in ("cos", "sin")]
+    per_row = [name for name in (*args, "query_positions") if name not in ("cos", "sin")]
     alone = [
         {name: x[i : i + 1].clone() if name in per_row else x for name, x in (args | extra).items()} for i in range(8)
     ]
     out = rope_scatter_(**args, **extra)
     for i, own in enumerate(alone):
         found = rope_scatter_(**own)
-        used = 3 if "query_positions" in extra else int(extra["lengths"][i])
-        assert torch.equal(found[0, :used], out[i, :used])
+        assert torch.equal(found[0], out[i])
         for name in ("k_buf", "v_buf"):
             assert torch.equal(own[name][0], args[name][i])
 
 
 def test_only_the_named_slots_are_written(backend):
-    """Buffers of NaN, also around the slices that are given, and entries beyond `lengths`."""
+    """Buffers of NaN, also around the slices that are given."""
     args, extra = inputs(SHAPES[1]), options(SHAPES[1], OPTIONS)
     for name in ("k_buf", "v_buf"):
         whole = torch.full([size + 2 for size in args[name].shape], torch.nan)
         args[name] = whole[1:-1, 1:-1, 1:-1, 1:-1]
         rope_scatter_(**args, **extra)
         written = torch.zeros(args[name].shape[:2], dtype=torch.bool)
-        for row, length in enumerate(extra["lengths"]):
-            written[row, args["positions"][row, :length]] = True
+        written.scatter_(1, args["positions"], True)
         assert torch.equal(args[name].isfinite().all((2, 3)), written)
         assert whole.isfinite().sum() == written.sum() * args[name][0, 0].numel()
 
@@ -273,9 +249,8 @@ def test_A11_whole_numbers_in_bfloat16(backend):
     )
     for name in ("q", "k", "v"):
         args[name] = torch.randint(-2, 3, args[name].shape).bfloat16()
-    bias = {name: torch.randint(-2, 3, (h, 16)).bfloat16() for name, h in (("q_bias", 4), ("k_bias", 2), ("v_bias", 2))}
-    exact = plain(**cast(args, torch.float64), **cast(bias, torch.float64))
-    found = rope_scatter_(**args, **bias), args["k_buf"], args["v_buf"]
+    exact = plain(**cast(args, torch.float64))
+    found = rope_scatter_(**args), args["k_buf"], args["v_buf"]
     for x, expected in zip(found, exact, strict=True):
         assert torch.equal(x.double(), expected)
 
@@ -283,7 +258,7 @@ def test_A11_whole_numbers_in_bfloat16(backend):
 def test_A10_int32_and_int64_give_the_same(backend):
     args, extra = inputs(SHAPES[1]), options(SHAPES[1], OPTIONS)
     narrow = {name: x.clone().int() if name == "positions" else x.clone() for name, x in args.items()}
-    short = {name: x.int() if name in OPTIONS[:2] else x for name, x in extra.items()}
+    short = {name: x.int() if name in OPTIONS[:1] else x for name, x in extra.items()}
     assert torch.equal(rope_scatter_(**narrow, **short), rope_scatter_(**args, **extra))
     assert torch.equal(narrow["k_buf"], args["k_buf"])
 
@@ -314,25 +289,6 @@ def test_A19_tables_shorter_than_the_buffer(backend):
         rope_scatter_(**args)
 
 
-@pytest.mark.parametrize("counts", [(2, 4), (0, 5), (2, 3)], ids=str)
-def test_B07_rows_at_different_steps(counts, backend):
-    """A cached step of two rows, padded to the longer, is the step of each row alone."""
-    shape = (2, max(counts), 5, 4, 2, 16)
-    args = inputs(shape)
-    alone = [{name: x if name in ("cos", "sin") else x[row : row + 1].clone() for name, x in args.items()}
-             for row in range(2)]  # fmt: skip
-    lengths = torch.tensor(counts)
-    query = rope_scatter_(**args, lengths=lengths)
-    out = cached_attention(query, args["k_buf"], args["v_buf"], query_lengths=lengths)
-    for row, (count, own) in enumerate(zip(counts, alone, strict=True)):
-        own |= {name: own[name][:, :count] for name in ("q", "k", "v", "positions")}
-        expected = cached_attention(rope_scatter_(**own), own["k_buf"], own["v_buf"])
-        torch.testing.assert_close(out[row, :count], expected[0], atol=1e-5, rtol=0)
-        assert (out[row, count:] == 0).all()
-        torch.testing.assert_close(args["k_buf"][row], own["k_buf"][0], atol=1e-6, rtol=0)
-        assert torch.equal(args["v_buf"][row], own["v_buf"][0])
-
-
 def call(**changes):
     args = inputs((2, 3, 5, 4, 2, 16)) | changes
     return rope_scatter_(**args)
@@ -361,14 +317,8 @@ def zeros(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         ({"v_buf": zeros(2, 6, 2, 16)}, r"^v_buf must have shape"),
         ({"query_positions": zeros(2, 4, dtype=torch.int64)}, r"^query_positions must have shape"),
         ({"query_positions": zeros(2, 3)}, r"^query_positions must be int32"),
-        ({"lengths": zeros(3, dtype=torch.int64)}, r"^lengths must have shape"),
-        ({"lengths": zeros(2)}, r"^lengths must be int32"),
         ({"q_norm": (zeros(8), 1e-6)}, r"^q_norm\[0\] must have shape"),
         ({"k_norm": (zeros(8), 1e-6)}, r"^k_norm\[0\] must have shape"),
-        ({"q_bias": zeros(2, 16)}, r"^q_bias must have shape \[4, 16\]"),
-        ({"k_bias": zeros(4, 16)}, r"^k_bias must have shape \[2, 16\]"),
-        ({"v_bias": zeros(2, 16, dtype=torch.float16)}, r"^v_bias is torch.float16 but q is torch.float32"),
-        ({"v_bias": zeros(2, 16, device="meta")}, r"^v_bias is on meta but q is on cpu"),
         ({"k_norm": (zeros(16, device="meta"), 1e-6)}, r"^k_norm\[0\] is on meta but q is on cpu"),
     ],
 )
@@ -378,8 +328,8 @@ def test_arguments_are_checked(changes, message):
         call(**changes)
 
 
-@pytest.mark.parametrize("name", ["k", "v", "cos", "sin", "positions", "k_buf", "v_buf", "query_positions", "lengths"])
+@pytest.mark.parametrize("name", ["k", "v", "cos", "sin", "positions", "k_buf", "v_buf", "query_positions"])
 def test_A14_two_devices(name):
-    args = inputs((2, 3, 5, 4, 2, 16)) | options((2, 3, 5, 4, 2, 16), ["query_positions", "lengths"])
+    args = inputs((2, 3, 5, 4, 2, 16)) | options((2, 3, 5, 4, 2, 16), ["query_positions"])
     with pytest.raises(ValueError, match=f"^{name} is on meta but q is on cpu"):
         rope_scatter_(**args | {name: args[name].to("meta")})

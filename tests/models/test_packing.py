@@ -10,7 +10,7 @@ from torch import nn
 
 import dkv
 from dkv.bench.shapes import random_model, shape, tiny
-from dkv.kernels import torch_choice
+from dkv.kernels.choose import torch as torch_choice
 from dkv.models.export import save_model
 from dkv.models.packing import PackedHead, PackedLayer, PackedLinear, can_pack, pack_
 

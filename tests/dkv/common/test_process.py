@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dkv.common import process
-from dkv.kernels.backend import has_triton
+from dkv.kernels.common.backend import has_triton
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "+1 +2 -3="

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 import dkv
 from dkv import kernels
 from dkv.integrations.lm_eval.settings import stated
-from dkv.kernels.backend import has_triton, load
+from dkv.kernels.common.backend import interpreted
 from dkv.tools.text import turn_end_ids
 from tests.dkv.conftest import EOS, MASK, pad_rows
 
@@ -125,7 +125,7 @@ def test_tokens_are_those_of_the_published_loop(build):
 @pytest.mark.parametrize("drawn", [{}, {"temperature": 0.8, "top_k": 12, "top_p": 0.9}], ids=str)
 def test_confidences_are_those_without_end_tokens(model, backend, rule, drawn):
     """Against the definition, from the raw logits of the same pass."""
-    if backend == "triton" and not (has_triton() and load("triton").INTERPRETED):
+    if backend == "triton" and not interpreted():
         pytest.skip("needs TRITON_INTERPRET=1")
     if backend == "triton" and not model.spec.shifted:
         pytest.skip("one family is enough for the interpreter")

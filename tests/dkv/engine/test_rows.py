@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import dkv
 from dkv.core.sequences import Sequences
 from dkv.engine.noise import _SELECTION, Noise
-from dkv.kernels import noise
+from dkv.kernels.common import noise
 
 MASK = 63
 POLICIES = [
@@ -150,8 +150,8 @@ def test_uses_of_noise_do_not_share_numbers(llada):
     canvas = Sequences.after_prompts(torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool), [8], MASK)
     randomness = Noise([1], canvas)
     step = torch.tensor([[3]])
-    tokens = noise.uniform(0, randomness.token_keys(torch.arange(9)[None], step)[0], 9)
-    for other in (randomness.order(step), noise.uniform(0, randomness._step_keys(_SELECTION, step), 9)):
+    tokens = noise.uniform(randomness.token_keys(torch.arange(9)[None], step)[0], 9)
+    for other in (randomness.order(step), noise.uniform(randomness._step_keys(_SELECTION, step), 9)):
         assert not (tokens == other).all(1).any()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dkv
-from dkv.kernels.backend import has_triton, load
+from dkv.kernels.common import backend as kernel_backend
 
 POLICIES = [
     dkv.NoCache(),
@@ -20,7 +20,7 @@ POLICIES = [
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    if not (has_triton() and load("triton").INTERPRETED):
+    if not kernel_backend.interpreted():
         pytest.skip("needs TRITON_INTERPRET=1")
 
 

@@ -46,8 +46,8 @@ def registered() -> None:
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     if request.param == "triton":
-        pytest.importorskip("dkv.kernels.triton_backend")
-        from dkv.kernels.triton_backend import INTERPRETED
+        pytest.importorskip("triton")
+        from dkv.kernels.common.launch import INTERPRETED
 
         if not INTERPRETED:
             pytest.skip("needs TRITON_INTERPRET=1")

@@ -1,0 +1,244 @@
+"""The kernels of the choice: of logits, of hidden states, and the merge of the parts of the vocabulary.
+
+The state of a row, over the columns seen so far, is a tuple of [R] tensors:
+    top        the largest logit, of ids that may be chosen and of others
+    tail       the sum of exp(f) without one largest, where f = (x - top) / temperature: next to a probability of
+               almost 1 it keeps its digits
+    extra      "entropy": the sum of f * exp(f); "margin": the second best logit that may be chosen
+    best       the largest logit that may be chosen
+    token      its lowest id
+    noisy      with noise, the largest sum of a scaled logit and scaled noise
+    drawn      its lowest id
+    drawn_x    its logit
+"""
+
+import triton
+import triton.language as tl
+
+from dkv.kernels.common.noise import START
+
+START_A, START_B = (tl.constexpr(start) for start in START)
+FLOATS = tl.constexpr(6)  # of a state in memory: top, tail, extra, best, noisy, drawn_x
+IDS = tl.constexpr(2)  # token, drawn
+LAST = tl.constexpr(2**31 - 1)
+FAR = tl.constexpr(-1e4)  # its exponential is 0, and 0 times it is 0, unlike -inf
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) with the digits of a small x: the rounding of 1 + x is divided out again."""
+    one_more = 1.0 + x
+    rounded = one_more - 1.0
+    return tl.where(rounded == 0.0, x, tl.log(one_more) * (x / tl.where(rounded == 0.0, 1.0, rounded)))
+
+
+@triton.jit
+def mix(x):
+    """`dkv.kernels.common.noise._mix` on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS: tl.constexpr):
+    """`dkv.kernels.common.noise.row_hash` of the rows r [R] as uint32."""
+    a, b = tl.full(r.shape, START_A, tl.uint32), tl.full(r.shape, START_B, tl.uint32)
+    for place in tl.static_range(KEYS):
+        key = tl.load(row_keys + r * stride_kr + place * stride_kk, mask=inside, other=0)  # [R]
+        low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+        a, b = mix(a ^ low) + 0x68BC21EB, mix(b ^ low) + 0x02E5BE93
+        a, b = mix(a ^ high) + 0x68BC21EB, mix(b ^ high) + 0x02E5BE93
+    return a, b
+
+
+@triton.jit
+def uniform(a, b, column):
+    """`dkv.kernels.common.noise.uniform` [R, V] of the hashes a and b [R] and the columns [V]: the same numbers."""
+    bits = mix(mix(a[:, None] + column.to(tl.uint32)[None, :]) ^ b[:, None])
+    return (bits.to(tl.float32) + 0.5) * (2.0**-32 - 2.0**-56)
+
+
+@triton.jit
+def gumbel(a, b, column):
+    return -tl.log(-log1p(-uniform(a, b, column)))
+
+
+@triton.jit
+def fresh(RULE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The state of rows of which nothing has been seen."""
+    nothing, zero = tl.full((BLOCK_R,), float("-inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    none = tl.zeros((BLOCK_R,), tl.int32)
+    return nothing, zero, nothing if RULE == "margin" else zero, nothing, none, nothing, none, nothing
+
+
+@triton.jit
+def cooled(difference, temperature, TEMPERED: tl.constexpr):
+    """A difference of logits over the temperature, which may overflow to -inf where logits would to +inf."""
+    if TEMPERED:
+        difference = tl.div_rn(difference, temperature)
+    return difference
+
+
+@triton.jit
+def absorb(
+    state, x, column, limit, temperature, scale, noise_scale, a, b,
+    RULE: tl.constexpr, BANNED: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
+    """The state after the logits x [R, V] of ids `column` [V], each greater than all before it; -inf for no id."""
+    top, tail, extra, best, token, noisy, drawn, drawn_x = state
+    x = tl.where(x == x, x, float("inf"))  # a maximum may drop NaN, and +inf ends as NaN
+    allowed = column < limit
+    for i in tl.static_range(len(BANNED)):
+        allowed = allowed & (column != BANNED[i])
+    open_x = tl.where(allowed[None, :], x, float("-inf"))  # [R, V]
+    here = tl.max(open_x, 1)
+    place = tl.min(tl.where(open_x == here[:, None], column[None, :], LAST), 1)
+    if NOISE:
+        score = tl.where(open_x > float("-inf"), open_x * scale + gumbel(a, b, column) * noise_scale, float("-inf"))
+        score_here = tl.max(score, 1)
+        drawn_here = tl.min(tl.where(score == score_here[:, None], column[None, :], LAST), 1)
+        x_here = tl.max(tl.where(column[None, :] == drawn_here[:, None], open_x, float("-inf")), 1)
+        wins = score_here > noisy
+        drawn, drawn_x = tl.where(wins, drawn_here, drawn), tl.where(wins, x_here, drawn_x)
+        noisy = tl.where(wins, score_here, noisy)
+    if RULE == "margin":
+        second = tl.max(tl.where(column[None, :] == place[:, None], float("-inf"), open_x), 1)
+        extra = tl.maximum(tl.maximum(extra, second), tl.minimum(best, here))
+    token, best = tl.where(here > best, place, token), tl.maximum(best, here)
+
+    high = tl.maximum(top, tl.max(x, 1))
+    shift = tl.where(tl.abs(high) == float("inf"), 0.0, high)
+    far = tl.maximum(cooled(x - shift[:, None], temperature, TEMPERED), FAR)  # [R, V]
+    fell = tl.maximum(cooled(top - shift, temperature, TEMPERED), FAR)  # [R]
+    # Those equal to the top are counted, so that one of them can be left out without a subtraction from the sum.
+    is_top, lost = x == shift[:, None], high > top
+    weight, keep = tl.where(is_top, 0.0, tl.exp(far)), tl.exp(fell)
+    if RULE == "entropy":
+        extra = keep * (extra + fell * (1.0 + tail)) + tl.sum(weight * far, 1)
+    others = tl.sum(tl.where(is_top, 1, 0), 1) - tl.where(lost, 1, 0)
+    tail = tl.where(lost, keep * (1.0 + tail), tail) + tl.sum(weight, 1) + others.to(tl.float32)
+    return high, tail, extra, best, token, noisy, drawn, drawn_x
+
+
+@triton.jit
+def store(state, floats, ids, r, inside, part, PARTS: tl.constexpr, NOISE: tl.constexpr):
+    """Write the state of the rows r over one part of the vocabulary."""
+    top, tail, extra, best, token, noisy, drawn, drawn_x = state
+    at = r * PARTS + part
+    tl.store(floats + at * FLOATS, top, mask=inside)
+    tl.store(floats + at * FLOATS + 1, tail, mask=inside)
+    tl.store(floats + at * FLOATS + 2, extra, mask=inside)
+    tl.store(floats + at * FLOATS + 3, best, mask=inside)
+    tl.store(ids + at * IDS, token, mask=inside)
+    if NOISE:
+        tl.store(floats + at * FLOATS + 4, noisy, mask=inside)
+        tl.store(floats + at * FLOATS + 5, drawn_x, mask=inside)
+        tl.store(ids + at * IDS + 1, drawn, mask=inside)
+
+
+@triton.jit
+def merge_kernel(
+    floats, ids, token_out, confidence_out, rows, temperature,
+    RULE: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Token and log-confidence of the rows from the states of the parts of the vocabulary; grid (tiles of rows,)."""
+    r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    inside = (r < rows)[:, None] & (part < PARTS)[None, :]  # [R, P], as is all that is loaded
+    at = r[:, None] * PARTS + part[None, :]
+    floats, ids = floats + at * FLOATS, ids + at * IDS
+    top = tl.load(floats, mask=inside, other=float("-inf"))
+    tail = tl.load(floats + 1, mask=inside, other=0.0)
+    extra = tl.load(floats + 2, mask=inside, other=float("-inf") if RULE == "margin" else 0.0)
+    best = tl.load(floats + 3, mask=inside, other=float("-inf"))
+    token = tl.load(ids, mask=inside, other=LAST)
+
+    high, first = tl.max(top, 1), tl.max(best, 1)  # [R]
+    chosen, place = first, tl.min(tl.where(best == first[:, None], token, LAST), 1)
+    is_first = token == place[:, None]
+    if NOISE:
+        noisy = tl.load(floats + 4, mask=inside, other=float("-inf"))
+        drawn = tl.load(ids + 1, mask=inside, other=LAST)
+        drawn_x = tl.load(floats + 5, mask=inside, other=float("-inf"))
+        highest = tl.max(noisy, 1)
+        place = tl.min(tl.where(noisy == highest[:, None], drawn, LAST), 1)
+        is_drawn = (noisy == highest[:, None]) & (drawn == place[:, None])
+        chosen = tl.max(tl.where(is_drawn, drawn_x, float("-inf")), 1)
+
+    shift = tl.where(tl.abs(high) == float("inf"), 0.0, high)
+    fell = tl.maximum(cooled(top - shift[:, None], temperature, TEMPERED), FAR)
+    keep = tl.exp(fell)
+    winner = tl.min(tl.where(top == high[:, None], part[None, :], LAST), 1)
+    total = tl.sum(tl.where(part[None, :] == winner[:, None], tail, keep * (1.0 + tail)), 1)
+    log_total = log1p(total)
+    # NaN where nothing can be chosen, or a logit is +inf or NaN; infinities are not subtracted.
+    usable = (first > float("-inf")) & (high < float("inf"))
+    first, chosen, high = tl.where(usable, first, 0.0), tl.where(usable, chosen, 0.0), tl.where(usable, high, 0.0)
+    if RULE == "entropy":
+        confidence = tl.sum(keep * (extra + fell * (1.0 + tail)), 1) / (1.0 + total) - log_total
+    elif RULE == "margin":
+        second = tl.maximum(tl.max(extra, 1), tl.max(tl.where(is_first, float("-inf"), best), 1))
+        apart = log1p(-tl.exp(cooled(second - first, temperature, TEMPERED)))
+        confidence = cooled(first - high, temperature, TEMPERED) - log_total + apart
+    else:
+        confidence = cooled(chosen - high, temperature, TEMPERED) - log_total
+    tl.store(token_out + r, place.to(tl.int64), mask=r < rows)
+    tl.store(confidence_out + r, tl.where(usable, confidence, float("nan")), mask=r < rows)
+
+
+@triton.jit
+def logits_kernel(
+    logits, row_keys, floats, ids, rows, vocabulary, limit, tiles, temperature, scale, noise_scale,
+    stride_r, stride_v, stride_kr, stride_kk,
+    RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, PARTS)."""
+    r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
+    inside = r < rows
+    a, b = row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS)
+    state = fresh(RULE, BLOCK_R)
+    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, BLOCK_V))):
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)  # [V]
+        at = logits + r[:, None] * stride_r + column.to(tl.int64)[None, :] * stride_v
+        seen = inside[:, None] & (column < vocabulary)[None, :]
+        x = tl.load(at, mask=seen, other=float("-inf")).to(tl.float32)  # [R, V]
+        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
+    store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)
+
+
+@triton.jit
+def hidden_kernel(
+    hidden, weight, bias, row_keys, floats, ids, rows, vocabulary, size, limit, tiles, temperature, scale,
+    noise_scale, stride_hr, stride_hd, stride_wv, stride_wd, stride_b, stride_kr, stride_kk,
+    RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`logits_kernel` of hidden @ weight.T + bias; EVEN: size is a multiple of BLOCK_D."""
+    r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
+    inside = r < rows
+    a, b = row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS)
+    d = tl.arange(0, BLOCK_D)
+    far_d = d.to(tl.int64)
+    state = fresh(RULE, BLOCK_R)
+    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, BLOCK_V))):
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)  # [V]
+        known = column < vocabulary
+        hidden_at = hidden + r[:, None] * stride_hr + far_d[None, :] * stride_hd  # [R, D]
+        weight_at = weight + column.to(tl.int64)[None, :] * stride_wv + far_d[:, None] * stride_wd  # [D, V]
+        x = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+        for start in tl.range(0, size, BLOCK_D, num_stages=STAGES):
+            of_rows, of_ids = inside[:, None], known[None, :]
+            if not EVEN:
+                of_rows, of_ids = of_rows & (d < size - start)[None, :], of_ids & (d < size - start)[:, None]
+            h, w = tl.load(hidden_at, mask=of_rows, other=0.0), tl.load(weight_at, mask=of_ids, other=0.0)
+            x = tl.dot(h, w, x, input_precision=PRECISION)
+            hidden_at += BLOCK_D * stride_hd
+            weight_at += BLOCK_D * stride_wd
+        if bias is not None:
+            x += tl.load(bias + column.to(tl.int64) * stride_b, mask=known, other=0.0).to(tl.float32)[None, :]
+        x = tl.where(known[None, :], x, float("-inf"))
+        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
+    store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)

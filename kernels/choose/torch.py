@@ -1,0 +1,238 @@
+"""The choice of a token in fast PyTorch, strip by strip over the vocabulary.
+
+A strip of logits is made, used while it is in the cache, and forgotten: rows of the whole vocabulary are
+never held. Only top-k and top-p need them, to sort, and confidences in the dtype of the model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dkv.kernels.choose import reference
+from dkv.kernels.choose.choice import Choice
+from dkv.kernels.choose.temperature import computable, shares, tempered
+from dkv.kernels.common.noise import gumbel
+from dkv.kernels.common.workspace import Workspace
+
+# Columns of a strip. The number does not depend on the rows, so that sums are the same in any batch. No measurement of
+# this number and of those below has been kept.
+STRIP = 8192
+# Logits held at a time where all of a row's are needed.
+SCRATCH_BYTES = 64 << 20
+# Rows of the head at a time: a CPU re-orders the matrix for every product, and is faster with less of it at once.
+PIECE = 1024
+BLOCK = 128
+LOG2_E = 1.4426950408889634
+# Numbers that PyTorch's loops over a CPU's vectors take at a time.
+VECTOR = 32
+
+
+def choose_token(logits, choice: Choice, row_keys=None, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
+    work = Workspace() if workspace is None else workspace
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+
+    def strips(rows: slice) -> Iterator[Tensor]:
+        for part in logits[rows].split(STRIP, 1):
+            free = overwrite and part.dtype == dtype
+            yield part if free else work.take("strip", part.shape, dtype, part.device).copy_(part)
+
+    return _by_rows(strips, *logits.shape, logits.dtype, choice, row_keys)
+
+
+def choose_token_fused(hidden, head_weight, choice: Choice, head_bias=None, row_keys=None, workspace=None):
+    if not isinstance(head_weight, Tensor):
+
+        def strips(rows: slice) -> Iterator[Tensor]:
+            return head_weight.strips(hidden[rows])
+
+        return _by_rows(strips, len(hidden), head_weight.out_features, hidden.dtype, choice, row_keys)
+    work = Workspace() if workspace is None else workspace
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+    def strips(rows: slice) -> Iterator[Tensor]:
+        part = hidden[rows]
+        for start in range(0, len(head_weight), STRIP):
+            weight = head_weight[start : start + STRIP]
+            shape = (len(part), len(weight))
+            logits = work.take("product", shape, part.dtype, part.device)
+            piece = PIECE if part.device.type == "cpu" else STRIP
+            for some, out in zip(weight.split(piece), logits.split(piece, 1), strict=True):
+                torch.mm(part, some.T, out=out)
+            if head_bias is not None:
+                logits.add_(head_bias[start : start + STRIP])
+            yield logits if logits.dtype == dtype else work.take("strip", shape, dtype, part.device).copy_(logits)
+
+    return _by_rows(strips, len(hidden), len(head_weight), hidden.dtype, choice, row_keys)
+
+
+def _by_rows(
+    strips: Callable[[slice], Iterable[Tensor]],
+    rows: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    choice: Choice,
+    row_keys,
+) -> tuple[Tensor, Tensor]:
+    """Choose for all rows, with no more than `SCRATCH_BYTES` of logits held at a time; they are of `dtype`."""
+    rounded = choice.confidence_dtype == "model"
+    columns = vocabulary if rounded or choice.filters(vocabulary) else min(vocabulary, STRIP)
+    step = max(1, SCRATCH_BYTES // (4 * columns))
+    parts = []
+    for start in range(0, max(rows, 1), step):
+        part = slice(start, start + step)
+        keys = None if row_keys is None else row_keys[part]
+        if rounded:
+            logits = torch.cat([strip.to(dtype, copy=True) for strip in strips(part)], 1)
+            parts.append(reference.choose_token(logits, choice, keys))
+        else:
+            parts.append(_choose_in_strips(strips(part), vocabulary, choice, keys))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
+
+def _choose_in_strips(strips: Iterable[Tensor], vocabulary: int, choice: Choice, row_keys) -> tuple[Tensor, Tensor]:
+    """Tokens and log-confidences [R] of logits that come as strips of columns [R, C] and are destroyed.
+
+    A strip is used up before the next one is asked for.
+    """
+    limit = choice.limit(vocabulary)
+    if choice.filters(vocabulary):
+        strips = _filtered(strips, choice, limit)
+
+    def draw(x: Tensor, start: int) -> Tensor:
+        own, noisy = shares(choice.temperature, x.dtype)
+        noise = gumbel(row_keys, x.shape[1], start).to(x.dtype)
+        return noise.mul_(noisy).add_(x, alpha=own)
+
+    found = _Strips(choice.rule, choice.confidence_temperature, draw if choice.temperature > 0 else None)
+    closed, start = [], 0
+    for x in map(_padded, strips):
+        stop = start + x.shape[1]
+        for token in choice.banned:
+            if start <= token < min(stop, limit):
+                closed.append(x[:, token - start, None].clone())
+                x[:, token - start] = -torch.inf
+        if start < limit:
+            found.add(x[:, : limit - start], start)
+        if stop > limit:
+            found.add_closed(x[:, max(limit - start, 0) :])
+        start = stop
+    if closed:
+        found.add_closed(torch.cat(closed, 1))
+    return found.choice()
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x [R, C], laid out so that a row begins anew for vector instructions.
+
+    What is left over at the end of a tensor is computed otherwise than the rest, in the last bit of exp2; a row
+    must not depend on how many there are.
+    """
+    spare = -x.shape[1] % VECTOR
+    return F.pad(x, (0, spare))[:, : x.shape[1]] if spare else x
+
+
+class _Strips:
+    """What is kept of the strips of R rows, [R, 1] of each, and the choice that follows from all of them.
+
+    Of each strip: its largest logit (`tops`) and the sum of exp((logit - top) / temperature) over its others: a sum
+    without its largest term keeps its precision when the probability of that is almost 1, and a difference divided
+    by a low temperature overflows to what counts for nothing. For the entropy also the sum of those terms times their
+    exponents (`weighted`).
+
+    Args:
+        rule: what the confidence is.
+        temperature: of the confidence.
+        draw: (strip, its first column) -> values whose largest is drawn; None: the best id is taken.
+    """
+
+    def __init__(self, rule: str, temperature: float, draw: Callable[[Tensor, int], Tensor] | None):
+        self.rule, self.temperature, self.draw = rule, temperature, draw
+        self.tops, self.others, self.weighted = [], [], []
+        self.best, self.pairs, self.drawn = [], [], []
+
+    def add(self, x: Tensor, start: int) -> None:
+        """Columns from `start` on that may be chosen, those among them that may not at -inf; x is destroyed."""
+        if self.draw is not None:
+            value, place = _best(self.draw(x, start))
+            self.drawn.append((value, place + start, x.gather(1, place)))
+        if self.rule == "margin":
+            self.pairs.append(x.topk(min(2, x.shape[1])).values)
+        self.best.append(self.add_closed(x) + start)
+
+    def add_closed(self, x: Tensor) -> Tensor:
+        """Columns that cannot be chosen, but have their share of the probability; the place of the largest."""
+        top, place = _best(x)
+        self._cool(x.scatter_(1, place, -torch.inf).sub_(top.masked_fill(top == -torch.inf, 0)))
+        if self.rule == "entropy":
+            weight = x.clamp_(min=-1e4).exp()
+            self.others.append(weight.sum(1, keepdim=True))
+            self.weighted.append(weight.mul_(x).sum(1, keepdim=True))
+        else:
+            # A power of two, as its exp2 is three times as fast as exp on a CPU.
+            self.others.append(x.mul_(LOG2_E).exp2_().sum(1, keepdim=True))
+        self.tops.append(top)
+        return place
+
+    def _cool(self, difference: Tensor) -> Tensor:
+        """A difference of logits divided by the temperature, in place."""
+        if self.temperature == 1:
+            return difference
+        return difference.div_(computable(self.temperature, difference.dtype))
+
+    def choice(self) -> tuple[Tensor, Tensor]:
+        tops, best = torch.cat(self.tops, 1), torch.cat(self.best, 1)
+        first, strip = tops[:, : best.shape[1]].max(1, keepdim=True)
+        top, top_strip = tops.max(1, keepdim=True)
+        # Nothing to choose from, or +inf.
+        top = top.masked_fill((first == -torch.inf) | (top == torch.inf), torch.nan)
+        down = self._cool(tops - top)
+        counted = torch.ones_like(tops).scatter_(1, top_strip, 0)
+        others = torch.cat(self.others, 1)
+        log_total = torch.log1p(((others + counted) * down.exp()).sum(1, keepdim=True))
+        token, chosen = best.gather(1, strip), first
+        if self.draw is not None:
+            value, drawn, logit = (torch.cat(x, 1) for x in zip(*self.drawn, strict=True))
+            strip = value.argmax(1, keepdim=True)
+            token, chosen = drawn.gather(1, strip), logit.gather(1, strip)
+        if self.rule == "entropy":
+            weighted = torch.cat(self.weighted, 1) + down.clamp(min=-1e4) * (1 + others)
+            confidence = (weighted * down.exp()).sum(1, keepdim=True) * torch.exp(-log_total) - log_total
+        elif self.rule == "margin":
+            pairs = torch.cat([*self.pairs, torch.full_like(first, -torch.inf)], 1).topk(2).values
+            apart = torch.log1p(-torch.exp(self._cool(pairs[:, 1:] - first)))
+            confidence = self._cool(first - top) - log_total + apart
+        else:
+            confidence = self._cool(chosen - top) - log_total
+        return token.squeeze(1), confidence.squeeze(1)
+
+
+def _best(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of each row [R, C] and its lowest index, both [R, 1].
+
+    `max` with an index goes through a CPU's values one by one: it gets only the winners of blocks, and then the
+    block of the winner.
+    """
+    columns = x.shape[1]
+    if columns <= 2 * BLOCK:
+        return x.max(-1, keepdim=True)
+    whole = columns // BLOCK * BLOCK
+    winners = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1)
+    if whole < columns:
+        winners = torch.cat((winners, x[:, whole:].amax(-1, keepdim=True)), 1)
+    # The last block may begin before its first column, but then that holds nothing larger.
+    start = (winners.argmax(-1, keepdim=True) * BLOCK).clamp_(max=columns - BLOCK)
+    first, place = x.gather(1, start + torch.arange(BLOCK, device=x.device)).max(-1, keepdim=True)
+    return first, start + place
+
+
+def _filtered(strips: Iterable[Tensor], choice: Choice, limit: int) -> tuple[Tensor, ...]:
+    """The strips, with the ids outside top-p and top-k at -inf."""
+    x = torch.cat([strip.clone() for strip in strips], 1)
+    allowed = x.clone()
+    for token in choice.banned:
+        allowed[:, token] = -torch.inf
+    allowed[:, limit:] = -torch.inf
+    gone = reference.dropped(tempered(x, choice.confidence_temperature), allowed.argmax(-1), choice)
+    return x.masked_fill_(gone, -torch.inf).split(STRIP, 1)

@@ -1,0 +1,1 @@
+"""What all operations share: backends, checks of arguments, noise, scratch memory, launches."""

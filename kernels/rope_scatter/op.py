@@ -1,0 +1,111 @@
+"""`rope_scatter_`: its arguments, their checks, and its custom op."""
+
+from torch import Tensor, library
+
+from dkv.kernels.common import checks
+from dkv.kernels.common.dtypes import FLOATS, INTEGERS
+from dkv.kernels.common.operation import Operation
+from dkv.kernels.rope_scatter import torch as fast
+
+
+@library.custom_op("dkv::rope_scatter_", mutates_args=("k_buf", "v_buf"))
+def _recorded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    query_positions: Tensor | None,
+    q_gain: Tensor | None,
+    q_eps: float,
+    k_gain: Tensor | None,
+    k_eps: float,
+) -> Tensor:
+    norms = (None if gain is None else (gain, eps) for gain, eps in ((q_gain, q_eps), (k_gain, k_eps)))
+    run = ROPE_SCATTER.current(q)
+    return run(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, *norms).contiguous()
+
+
+@_recorded.register_fake
+def _(q, *_):
+    return q.new_empty(q.shape)
+
+
+def _record(*args):
+    *tensors, q_norm, k_norm = args
+    return _recorded(*tensors, *(q_norm or (None, 0.0)), *(k_norm or (None, 0.0)))
+
+
+ROPE_SCATTER = Operation("rope_scatter", "rope_scatter_", _record, fast.rope_scatter_)
+
+
+def rope_scatter_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    *,
+    query_positions: Tensor | None = None,
+    q_norm: tuple[Tensor, float] | None = None,
+    k_norm: tuple[Tensor, float] | None = None,
+    validate: bool = True,
+) -> Tensor:
+    """Rotate queries and keys at their positions and write keys and values into their slots.
+
+    Args:
+        q: [B, R, Hq, D]; R = N unless `query_positions` is given.
+        k, v: [B, N, Hkv, D], dtype of q.
+        cos, sin: [P, D / 2]. The rotation ("rotate half" layout) is computed in the wider of their
+            dtype and that of q, by the kernels in float32, and cast back.
+        positions: [B, N] int32 or int64, slots of the buffer and places in the tables. A row must not
+            name a slot twice, unless what is written there does not matter.
+        k_buf, v_buf: [B, S, Hkv, D], written in place in their own dtype.
+        query_positions: [B, R], where the queries stand if not where the keys do.
+        q_norm, k_norm: (gain [D], eps) of an RMS norm per head before the rotation.
+        validate: check that the positions are in range.
+
+    Returns:
+        The rotated queries [B, R, Hq, D].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        IndexError: a position is outside the buffer or the tables.
+    """
+    b, r, _, d = checks.shape("q", q, None, None, None, None)
+    if d % 2:
+        raise ValueError(f"q must have an even head size, got {d}")
+    checks.shape("k", k, b, None, None, d)
+    n, hkv = k.shape[1:3]
+    checks.shape("v", v, b, n, hkv, d)
+    checks.dtype("q", q, FLOATS)
+    checks.same_dtype(q=q, k=k, v=v)
+    checks.shape("cos", cos, None, d // 2)
+    checks.shape("sin", sin, len(cos), d // 2)
+    checks.shape("positions", positions, b, n)
+    checks.dtype("positions", positions, INTEGERS)
+    checks.shape("k_buf", k_buf, b, None, hkv, d)
+    checks.shape("v_buf", v_buf, *k_buf.shape)
+    if query_positions is not None:
+        checks.shape("query_positions", query_positions, b, r)
+        checks.dtype("query_positions", query_positions, INTEGERS)
+    elif r != n:
+        raise ValueError(f"q has {r} entries and k has {n}: give query_positions, the places of the queries")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            checks.shape(f"{name}[0]", norm[0], d)
+    gains = {"q_norm[0]": q_norm and q_norm[0], "k_norm[0]": k_norm and k_norm[0]}
+    placed = {"cos": cos, "sin": sin, "positions": positions, "k_buf": k_buf, "v_buf": v_buf}
+    checks.same_device(q=q, k=k, v=v, **placed, query_positions=query_positions, **gains)
+    if validate:
+        checks.index_range("positions", positions, min(k_buf.shape[1], len(cos)))
+        if query_positions is not None:
+            checks.index_range("query_positions", query_positions, len(cos))
+    query_positions = None if query_positions is None else query_positions.long()
+    return ROPE_SCATTER(q, k, v, cos, sin, positions.long(), k_buf, v_buf, query_positions, q_norm, k_norm)

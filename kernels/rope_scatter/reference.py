@@ -1,0 +1,36 @@
+"""Head norms, rotation and the write into the buffer, eager: what is right."""
+
+import torch
+from torch import Tensor
+
+from dkv.kernels.common.dtypes import wide
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, "rotate half" layout, in the wider of the dtypes of x and the tables.
+
+    Args:
+        x: [B, N, H, D].
+        cos, sin: [N, D / 2] or [B, N, D / 2].
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def head_norm(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
+    """RMS norm over the head size; `norm` is (gain [D], eps) or None for none."""
+    if norm is None:
+        return x
+    gain, eps = norm
+    normed = (wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (normed * gain).to(x.dtype)
+
+
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions=None, q_norm=None, k_norm=None):
+    query_positions = positions if query_positions is None else query_positions
+    key = rotate(head_norm(k, k_norm), cos[positions], sin[positions])
+    for b in range(len(positions)):
+        k_buf[b, positions[b]] = key[b].to(k_buf.dtype)
+        v_buf[b, positions[b]] = v[b].to(v_buf.dtype)
+    return rotate(head_norm(q, q_norm), cos[query_positions], sin[query_positions])

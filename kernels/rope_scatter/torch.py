@@ -1,0 +1,30 @@
+"""Head norms, rotation and the write into the buffer in fast PyTorch, without reading a value back to the host."""
+
+import torch
+from torch import Tensor
+
+from dkv.kernels.rope_scatter.reference import head_norm, rotate
+
+
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions=None, q_norm=None, k_norm=None):
+    tables = cos[positions], sin[positions]
+    key = _rotate(head_norm(k, k_norm), *tables)
+    if query_positions is not None:
+        tables = cos[query_positions], sin[query_positions]
+    query = _rotate(head_norm(q, q_norm), *tables)
+    batch = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+    for buffer, entries in ((k_buf, key), (v_buf, v)):
+        buffer.index_put_((batch, positions), entries.to(buffer.dtype))
+    return query
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` without temporaries, where the dtypes agree and no gradient is asked for."""
+    if x.dtype != cos.dtype or any(t.requires_grad for t in (x, cos, sin)):
+        return rotate(x, cos, sin)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    (a, b), out = x.chunk(2, -1), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    left, right = out.chunk(2, -1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return out
