@@ -167,11 +167,12 @@ def audit_cases(arch: str) -> Iterator[Case]:
 def _samples(arch: str) -> Iterator[tuple[str, Any, Launch, Callable[[], Any], tuple[str, ...]]]:
     """Name, regime, launch, a call, and the instructions that its kernel must have."""
     for regime, launch in TABLE.on(arch):
-        for number, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        # A few rows, for which the vocabulary is divided, and many.
+        for number, dtype, rows in (("bf16", torch.bfloat16, 5), ("fp32", torch.float32, 1001)):
             for rule in RULES:
-                choice, keys = _sample(rule, regime == "drawn", 1001)
-                logits = meta(1001, _VOCABULARY, dtype=dtype)
-                run = _later(choose_token, logits, choice, keys, parts=MOST_PARTS, launch=launch)
+                choice, keys = _sample(rule, regime == "drawn", rows)
+                logits = meta(rows, _VOCABULARY, dtype=dtype)
+                run = _later(choose_token, logits, choice, keys, launch=launch)
                 yield f"choose_token {regime} {rule} {number}", regime, launch, run, ()
     for regime, launch in FUSED_TABLE.on(arch):
         many, width = regime
@@ -182,8 +183,7 @@ def _samples(arch: str) -> Iterator[tuple[str, Any, Launch, Callable[[], Any], t
             choice, keys = _sample(rule, full, rows)
             hidden, weight = meta(rows, size, dtype=dtype), meta(_VOCABULARY, size, dtype=dtype)
             bias = meta(_VOCABULARY, dtype=dtype) if full else None
-            parts = MOST_PARTS if full else FUSED_MOST_PARTS
-            run = _later(choose_token_fused, hidden, weight, choice, bias, keys, parts=parts, launch=launch)
+            run = _later(choose_token_fused, hidden, weight, choice, bias, keys, launch=launch)
             yield f"choose_token_fused {many} {rule} {number}", regime, launch, run, expect
 
 

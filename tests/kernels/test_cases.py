@@ -118,7 +118,7 @@ def cases(module, kernel: str, arch: str) -> list[Case]:
         (attention, "precision", lambda x: "tf32", "attention_kernel", "PRECISION", "tf32"),
         (attention, "MERGE", Launch((32,), 8), "merge_kernel", "ROWS", 32),
         (choose, "precision", lambda x: "tf32", "hidden_kernel", "PRECISION", "tf32"),
-        (choose, "MERGE", Launch((4096,), 8), "merge_kernel", "BLOCK_R", 64),
+        (choose, "MERGE", Launch((4096,), 8), "merge_kernel", "BLOCK_R", 128),
         (commit, "strides", lambda **_: {}, "commit_kernel", "stride_cs", "missing"),
         (rope_scatter, "computable", lambda x: x.half(), "rope_scatter_kernel", "k_buf", "*fp16"),
     ],
