@@ -25,7 +25,7 @@ EXAMPLES = """\
 examples:
   dkv audit                                   everything: several minutes
   dkv audit --quick                           one case of every operation and architecture: under a minute
-  dkv audit --arch sm_90 gfx942 --op rows     a part of it
+  dkv audit --arch sm_90 gfx942 --op commit   a part of it
   dkv audit --json > audit.json               the same for a program
 
 A row breaks its budget with a stack, with spilled registers, with more shared memory than the

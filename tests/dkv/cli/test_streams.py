@@ -33,7 +33,7 @@ SHORT = {
     "bench": "bench --shape d128x4 --prompt 4 --new 4 --rounds 1 --no-eager --policies plain",
     "eval": "eval --tasks balance --problems 1 --run steps=quarter",
     "verify": f"verify {ROOT / 'tests/golden/llada_maskpred'}",
-    "audit": "audit --quick --op rows --arch sm_80 --jobs 1",
+    "audit": "audit --quick --op commit --arch sm_80 --jobs 1",
 }
 # What a process does with its streams is the same for all commands; what each writes into them is not, and is below.
 STREAMS = pytest.mark.parametrize(("command", "unbuffered"), [("help", ""), ("help", "1"), ("generate", "")])
