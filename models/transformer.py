@@ -11,6 +11,9 @@ from dkv.core.kv_cache import KVCache
 from dkv.core.varlen import Varlen
 from dkv.models.spec import ModelSpec
 
+# Positions of the smallest rotary table: texts that grow from a few slots on do not make it anew each time.
+LEAST_ROTARY = 256
+
 # (layer, query [..., R, Hq, D], key and value [..., N, Hkv, D]) -> [..., R, Hq, D]
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
@@ -110,7 +113,7 @@ class Transformer(nn.Module):
         dtype = torch.promote_types(self.dtype, torch.float32) if spec.rope_float32 else self.dtype
         table = self._rope
         if table is None or table[0].shape[0] < length or table[0].dtype != dtype or table[0].device != self.device:
-            rows = max(length, 256)
+            rows = max(length, LEAST_ROTARY)
             wide = torch.promote_types(dtype, torch.float32)
             exponent = torch.arange(0, spec.head_dim, 2, device=self.device, dtype=torch.int64).to(wide)
             frequency = 1.0 / spec.rope_theta ** (exponent / spec.head_dim)

@@ -46,8 +46,8 @@ class Ending:
         eos: end ids.
         criteria: of transformers. They see a row alone, without padding and up to its first mask, as if it
             had grown by one token at a time: the first length for which one of them holds is the end. They
-            are also asked in steps that do not add to it, and get None for scores. Of a prompt without a new
-            token only `MaxTimeCriteria` is asked.
+            are also asked in steps that do not add to it, and get None for scores. As long as nothing is decoded
+            right after the prompt, only `MaxTimeCriteria` is asked: the others judge new tokens.
         rows: of the batch.
     """
 
