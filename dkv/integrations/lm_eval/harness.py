@@ -228,8 +228,12 @@ class DkvLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused: what a diffusion model bounds is an answer after a prompt; LLaDA's authors refuse it, too."""
-        raise NotImplementedError(
+        """Perplexity, which a model that fills masks does not have: LLaDA's authors refuse it, too.
+
+        Raises:
+            ValueError: always, before anything is computed.
+        """
+        raise ValueError(
             "a diffusion model has no perplexity token by token: dkv offers generation and multiple choice"
         )
 

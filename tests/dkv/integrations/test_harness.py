@@ -261,7 +261,7 @@ def test_results_are_handed_to_the_cache_of_lm_eval(lm):
 
 
 def test_perplexities_are_refused(lm):
-    with pytest.raises(NotImplementedError, match="generation and multiple choice"):
+    with pytest.raises(ValueError, match="generation and multiple choice"):
         lm().loglikelihood_rolling(asked(("12",), kind="loglikelihood_rolling"))
 
 
