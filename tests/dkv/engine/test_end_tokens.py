@@ -160,12 +160,14 @@ def test_confidences_are_those_without_end_tokens(model, backend, rule, drawn):
     assert held.any() and not held.all()
 
 
-def test_every_way_to_the_logits_agrees(llada, build):
+def test_every_way_to_the_logits_agrees(llada, build, monkeypatch):
     """A plain head, one in strips (packed), one behind a logits processor, guidance, and a bias."""
     from dkv.models.packing import can_pack, pack_
 
+    # Strips of 8 ids: end tokens in the first, in the second, and at the border of it.
+    monkeypatch.setattr("dkv.kernels.choose.torch.STRIP", 8)
     same = LogitsProcessorList([TemperatureLogitsWarper(1.0)])
-    call = {"max_new_tokens": 12, "eos_token_id": [7, 9, 11], "eot_token_id": 5, "pad_token_id": 0}
+    call = {"max_new_tokens": 12, "eos_token_id": [7, 8, 11], "eot_token_id": 5, "pad_token_id": 0}
     for flags in ({"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}):
         expected = dkv.generate(llada, IDS, **call, **flags)
         processed = dkv.generate(llada, IDS, **call, **flags, logits_processor=same)
@@ -175,7 +177,7 @@ def test_every_way_to_the_logits_agrees(llada, build):
         for output in outputs:
             assert torch.equal(output.sequences, expected.sequences), flags
         guided = dkv.generate(llada, IDS, **call, **flags, cfg_scale=1.0)
-        assert "logits_eos_inf" not in flags or not torch.isin(guided.sequences[:, 3:], torch.tensor([7, 9, 11])).any()
+        assert "logits_eos_inf" not in flags or not torch.isin(guided.sequences[:, 3:], torch.tensor([7, 8, 11])).any()
 
 
 def test_rows_are_what_they_are_alone(model):
