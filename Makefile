@@ -13,8 +13,8 @@ help:  ## list the targets
 demo: $(STAMP)  ## decode with the bundled model
 	$(BIN)/dkv demo $(ARGS)
 
-test: $(STAMP)  ## run the tests, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(STAMP)  ## run the tests, two at a time, without the broad ones: these with ARGS="-m slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 bench: $(STAMP)  ## measure everything into bench/results: 12 minutes on 2 idle cores
 	$(BIN)/dkv bench --all --out bench/results $(ARGS)
