@@ -119,6 +119,12 @@ class Now:
         self._numbers, self.chance = numbers, chance
         self.index, self.in_block, self.start, self.stop, self.left, self.next_block = numbers.split(1, 1)
 
+    def copy_(self, other: "Now") -> None:
+        """Take over the steps of as many rows, in place."""
+        self._numbers.copy_(other._numbers)
+        if self.chance is not None:
+            self.chance.copy_(other.chance)
+
     def __getitem__(self, rows: Tensor) -> "Now":
         """The steps of these rows, in this order."""
         return Now(self._numbers[rows], None if self.chance is None else self.chance[rows])
@@ -152,6 +158,11 @@ class Timetable:
         self.by_chance = any(step.count is None for plan in plans for step in plan)
         self.at = torch.zeros(len(plans), dtype=torch.int64, device=device)
         self._table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
+
+    @property
+    def longest(self) -> int:
+        """Steps of the longest schedule."""
+        return self._table.shape[1]
 
     def now(self) -> Now:
         """The steps that come next."""

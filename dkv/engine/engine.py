@@ -11,21 +11,22 @@ from torch import Tensor
 from dkv import kernels
 from dkv.core.kv_cache import KVCache
 from dkv.core.sequences import Sequences, slots_of
-from dkv.core.varlen import Varlen
+from dkv.core.varlen import Padding, Varlen
 from dkv.engine.commit import confident_counts
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending
+from dkv.engine.graphs import runner_of
 from dkv.engine.guidance import guided, twice, with_and_without_text
 from dkv.engine.noise import Noise
 from dkv.engine.output import Stats
 from dkv.engine.plan import Planner
 from dkv.engine.reuse import take_over
 from dkv.engine.sampler import Sampler
-from dkv.engine.stages import Choice, Forward, Status, StepPlan, StepResult
+from dkv.engine.stages import Choice, Forward, Shape, Status, StepPlan, StepResult
 
-# By the kind of device, what the entries of a row in a pass are filled up to a multiple of. oneDNN compiles a product
-# anew for a shape that it has not met, and every step would have another one.
-FILL_UP = {"cpu": 4}
+# By the kind of device. oneDNN compiles a product anew for a shape that it has not met, and every step would have
+# another one. On a GPU rows cost next to nothing up to some 200, and each shape is a graph.
+PADDINGS = {"cpu": Padding(4), "cuda": Padding(64, (16, 32, 64, 96, 128, 192, 256), alike=True)}
 
 
 # Called after every step.
@@ -81,37 +82,56 @@ class Engine:
         self._final = (rows.tokens[:, :-1].clone(), torch.zeros_like(rows.masked))
         self._invalid = torch.zeros((), dtype=torch.bool, device=device)
         self._cut = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.padding = PADDINGS.get(device.type, PADDINGS["cuda"])
+        self.next_plan: StepPlan | None = None
         self.stats, self._start = Stats(), time.perf_counter()
         self._wanted, self._given_up = sum(rows.to_fill), 0
         if past is not None:
             self.stats.reused_slots = take_over(self, past)
+        self.runner = runner_of(self)
         if self.numbers:
-            self.prepare()
+            self._plan_next()
+            self._read_status()
 
     def step(self) -> None:
         """Take a step with every row that is not finished."""
-        plan, status = self.next_plan, self.status
-        forward = self._forward(plan, status) if any(status.active) else None
+        most, status = self.rows.size, self.status
+        shape = Shape(self.padding.filled(status.active, most), self.padding.filled(status.scored, most))
+        self._count(status.active)
+        result = self.advance(shape) if self.runner is None else self.runner.advance(shape)
+        for hook in self.hooks:
+            hook(self, result)
+        self._read_status()
+
+    def advance(self, shape: Shape) -> StepResult:
+        """A whole step in a shape that holds all its entries, and the plan of the next one.
+
+        All that changes is written in place, and in a shape of rows that are alike nothing is read from the device
+        or uploaded to it: this is what a graph captures.
+        """
+        plan = self.next_plan
+        forward = self._forward(plan, shape) if any(shape.active) else None
         choice = self._choose(plan, forward) if forward is not None and forward.scored.total else None
         self._commit(plan, choice)
-        for hook in self.hooks:
-            hook(self, StepResult(plan, forward, choice))
-        self.prepare()
+        self._plan_next()
+        return StepResult(plan, forward, choice)
 
-    def prepare(self) -> None:
-        """Plan the next step, read what the host has to know of it, and let finished rows go."""
+    def _plan_next(self) -> None:
+        """Plan the next step, and gather what the host has to know of it."""
         plan, rows = self.planner.plan(), self.rows
-        columns = (
-            plan.active.sum(1),
-            plan.scored.sum(1),
-            rows.masked.sum(1),
-            self._cut,
-            self._invalid.expand(len(rows.tokens)),
-        )
-        *counts, invalid = torch.stack(columns).tolist()
+        if self.runner is None or self.next_plan is None:
+            self.next_plan = plan
+        else:
+            self.next_plan.copy_(plan)
+        invalid = self._invalid.expand(len(rows.tokens))
+        self.report = torch.stack((plan.active.sum(1), plan.scored.sum(1), rows.masked.sum(1), self._cut, invalid))
+
+    def _read_status(self) -> None:
+        """Read what the host has to know of the next step, once, and let finished rows go."""
+        *counts, invalid = self.report.tolist()
         if any(invalid):
             raise ValueError(self._suspects())
-        self.next_plan, self.status = plan, Status(*counts, False)
+        self.status = Status(*counts)
         if 0 in self.status.masked:
             self._leave()
 
@@ -125,20 +145,20 @@ class Engine:
             suspects.insert(0, f"cfg_scale={config.cfg_scale}, which multiplies them")
         return f"the model's logits hold NaN or infinity, or no id that may be chosen: check {', then '.join(suspects)}"
 
-    def _forward(self, plan: StepPlan, status: Status) -> Forward:
+    def _forward(self, plan: StepPlan, shape: Shape) -> Forward:
         """Send the active slots through the model, for the hidden states that predict the scored ones."""
-        rows, size, config, device = self.rows, self.rows.size, self.config, self.rows.tokens.device
-        counts, scored = _filled_up(status.active, device), Varlen(_filled_up(status.scored, device), device)
-        positions, slots = slots_of(plan.active, max(counts), size), slots_of(plan.scored, scored.width, size)
+        rows, size, config = self.rows, self.rows.size, self.config
+        active, scored = self._layout(shape.active, plan.active), self._layout(shape.scored, plan.scored)
+        positions, slots = slots_of(plan.active, active.width, size), slots_of(plan.scored, scored.width, size)
         source = torch.minimum((slots - int(self.shifted)).clamp(min=0), rows.lengths - 1)
         place = (plan.active.cumsum(1) - 1).gather(1, source).clamp_(min=0)
-        every, scored_counts = config.output_logits, scored.counts
+        every = config.output_logits
         inputs = (rows.tokens.gather(1, positions), positions, rows.key_ranges, None if every else place)
-        layouts = (counts, scored_counts)
+        layouts = (active, None if every else scored)
         if self.branches == 2:
             tokens = with_and_without_text(inputs[0], positions, rows, self.mask_id)
             inputs = (tokens, *map(twice, inputs[1:]))
-            layouts = tuple([count for count in x for _ in range(2)] for x in layouts)
+            layouts = tuple(layout and layout.twice() for layout in layouts)
         tokens, passed, key_ranges, places = inputs
         hidden = self.model.step(
             tokens,
@@ -146,24 +166,27 @@ class Engine:
             self.cache,
             key_ranges=key_ranges,
             rows=places,
-            varlen=Varlen(layouts[0], device),
-            varlen_rows=None if every else Varlen(layouts[1], device),
+            varlen=layouts[0],
+            varlen_rows=layouts[1],
             workspace=self.workspace,
         )
         if self.branches == 2:
             hidden = guided(hidden, config.cfg_scale)
         self.seen |= plan.active & ~rows.masked
-        full = self._count(status.active)
-        return Forward(positions, status.active, full, slots, scored, hidden, place, every)
+        return Forward(positions, slots, scored, hidden, place, every)
 
-    def _count(self, active: Sequence[int]) -> bool:
-        """Count a pass that computes so many slots of every row; returns whether these are all."""
+    def _layout(self, entries: Sequence[int], slots: Tensor) -> Varlen:
+        """The layout of so many entries a row, of which those count that stand for `slots` (bool [B, S])."""
+        return Varlen(entries, slots.device, slots.sum(1) if self.padding.alike else None)
+
+    def _count(self, active: Sequence[int]) -> None:
+        """Count a pass that computes so many slots of every row, if it computes any."""
         stats, computed, total = self.stats, sum(active), sum(self.rows.row_lengths)
-        stats.passes += 1
-        stats.full_passes += computed == total
-        stats.computed_slots += self.branches * computed
-        stats.total_slots += self.branches * total
-        return computed == total
+        if computed:
+            stats.passes += 1
+            stats.full_passes += computed == total
+            stats.computed_slots += self.branches * computed
+            stats.total_slots += self.branches * total
 
     def _choose(self, plan: StepPlan, forward: Forward) -> Choice:
         """A token for each of the scored slots."""
@@ -234,6 +257,8 @@ class Engine:
         self.seen, self._cut = self.seen[order], self._cut[order]
         self.next_plan, self.status = self.next_plan.keep(order), self.status.keep(order)
         self.numbers = [self.numbers[row] for row in order]
+        if self.runner is not None:
+            self.runner.forget()
 
     def finish(self) -> KVCache:
         """The keys and values, with the text that they belong to; after the last step."""
@@ -245,9 +270,3 @@ class Engine:
         unfilled = sum(self.status.masked) + sum(self.status.cut) if self.numbers else 0
         filled = self._wanted - self._given_up - unfilled
         return replace(self.stats, new_tokens=filled, seconds=time.perf_counter() - self._start, **facts)
-
-
-def _filled_up(counts: Sequence[int], device: torch.device) -> list[int]:
-    """Each of `counts` raised to a multiple of `FILL_UP`."""
-    multiple = FILL_UP.get(device.type, 1)
-    return [-(-count // multiple) * multiple for count in counts]

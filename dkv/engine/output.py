@@ -16,6 +16,8 @@ class Stats:
     Attributes:
         passes, full_passes: forward passes, and those that computed every slot.
         computed_slots, total_slots: slots sent through the network, and what plain decoding sends.
+        replayed_passes: those that were replayed from a graph.
+        eager_reason: why none was; None: some may have been.
         reused_slots: slots whose keys and values were taken over from an earlier generation, all rows.
         new_tokens: slots filled, all rows; without those beyond the end of a row.
         seconds: wall time of the whole call.
@@ -27,6 +29,8 @@ class Stats:
     full_passes: int = 0
     computed_slots: int = 0
     total_slots: int = 0
+    replayed_passes: int = 0
+    eager_reason: str | None = None
     reused_slots: int = 0
     new_tokens: int = 0
     seconds: float = 0.0

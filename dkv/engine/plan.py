@@ -1,4 +1,4 @@
-"""The first stage of a step: which slots are computed, scored and filled. Nothing is read from the device."""
+"""The first stage of a step: which slots are computed, scored and filled."""
 
 from collections.abc import Sequence
 
@@ -44,9 +44,15 @@ class Planner:
         per_block = self.random and self.policy.plans and not self._by_chance
         self._order = self._block_orders(plans) if per_block else None
         # The confidence of every slot when it was last computed: what a policy that plans goes by.
-        self._remembered = torch.full(rows.masked.shape, -torch.inf, device=rows.tokens.device)
+        wide = (len(rows.masked), rows.size + 1)  # The last column is a spare.
+        self._remembered = torch.full(wide, -torch.inf, device=rows.tokens.device)
         # Slots whose keys and values were taken over from an earlier generation.
         self.spared: Tensor | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether a plan reads from the device how many slots there are: only chance and confidence make it ask."""
+        return self.policy.plans and self._most is None
 
     def plan(self) -> StepPlan:
         rows = self.rows
@@ -74,8 +80,7 @@ class Planner:
     def remember(self, slots: Tensor, confidence: Tensor) -> None:
         """Keep the confidences [B, R] of `slots` [B, R], which may be filled up with S."""
         if self.policy.plans and not self.random:
-            wide = torch.cat((self._remembered, self._remembered[:, :1]), 1)
-            self._remembered = wide.scatter_(1, slots, confidence.to(wide.dtype))[:, :-1]
+            self._remembered.scatter_(1, slots, confidence.to(self._remembered.dtype))
 
     def score(self, confidence: Tensor, now: Now, slots: Tensor | None = None) -> Tensor:
         """What slots are ranked by: their confidence, or a draw that favours confident ones.
@@ -119,17 +124,15 @@ class Planner:
                 planned = slots_of(drawn, self._width(drawn.sum(1)), self.rows.size) if self.policy.plans else None
                 return planned, drawn
         else:
-            score = self.score(self._remembered, now)
+            remembered = self._remembered[:, :-1]
+            score = self.score(remembered, now)
             if self.dynamic:
-                count = confident_counts(self._remembered, open_, count.squeeze(1), self.config)[:, None]
+                count = confident_counts(remembered, open_, count.squeeze(1), self.config)[:, None]
         planned = first_slots(score, open_, count, self._width(count.squeeze(1)))
         return planned, mask_of(planned, open_)
 
     def _width(self, counts: Tensor) -> int:
-        """At least as many as the slots that any row fills now or has just filled.
-
-        Only chance and confidence make it a question to the device.
-        """
+        """At least as many as the slots that any row fills now or has just filled."""
         if self._most is not None:
             return self._most
         return int(torch.maximum(counts, self.rows.fresh.sum(1)).max())

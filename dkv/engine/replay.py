@@ -24,22 +24,24 @@ class RecordedNoise(Noise):
     def __init__(self, numbers: Numbers, rows: Sequences):
         super().__init__([0] * len(rows.tokens), rows)
         self._numbers, self._rows = numbers, rows
-        self._batch, self._shape = list(range(len(rows.tokens))), tuple(rows.ids.shape)
+        self._table: Tensor | None = None
 
     def order(self, step: Tensor) -> Tensor:
-        drawn = {
-            at: torch.as_tensor(self._numbers(at, self._shape), dtype=torch.float32)
-            for at in set(step.flatten().tolist())
-        }
-        for found in drawn.values():
-            if tuple(found.shape) != self._shape:
-                raise ValueError(f"numbers must return {list(self._shape)} values, got {list(found.shape)}")
-        chosen = torch.stack([drawn[at][row] for at, row in zip(step.flatten().tolist(), self._batch, strict=True)])
-        return self._rows.from_caller(chosen.to(step.device))
+        if self._table is None:
+            self._table = torch.stack([self._of_step(at) for at in range(self._rows.timetable.longest)], 1)
+        at = step[..., None].expand(-1, -1, self._table.shape[2])
+        return self._table.gather(1, at).squeeze(1)
+
+    def _of_step(self, at: int) -> Tensor:
+        shape = tuple(self._rows.ids.shape)
+        found = torch.as_tensor(self._numbers(at, shape), dtype=torch.float32)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"numbers must return {list(shape)} values, got {list(found.shape)}")
+        return self._rows.from_caller(found.to(self._rows.tokens.device))
 
     def keep(self, rows: Sequence[int]) -> None:
         super().keep(rows)
-        self._batch = [self._batch[row] for row in rows]
+        self._table = None if self._table is None else self._table[rows]
 
 
 @torch.no_grad()

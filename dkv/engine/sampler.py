@@ -37,6 +37,10 @@ class Sampler:
         self.model, self.workspace, self.processor = model, workspace, processor
         self.rounded = config.confidence_dtype == "model"
         self.never, self.late = unwanted_ends(config, model.spec)
+        # Made once: to make them in a step would make the host wait for the device.
+        self._late_ids = torch.tensor(self.late, dtype=torch.int64, device=model.device)
+        # How the head is handed on, by the ids whose logits are at -inf.
+        self._heads: dict[tuple[int, ...], dict[str, Any]] = {}
         drawn = config.temperature > 0
         self.how = {
             "rule": "probability" if config.confidence == "random" else config.confidence,
@@ -67,7 +71,7 @@ class Sampler:
             return self._processed(hidden, keys, counts, texts())
         if type(head) is nn.Linear or hasattr(head, "strips"):
             how = {**self.how, "row_keys": keys, "workspace": self.workspace}
-            return self._with_late_ends(lambda gone: kernels.choose_token_fused(hidden, **_without(head, gone), **how))
+            return self._with_late_ends(lambda gone: kernels.choose_token_fused(hidden, **self._head(gone), **how))
         rows = max(1, LOGITS_AT_A_TIME // self.model.spec.vocab_size)
         parts = hidden.split(rows)
         return self._parts(map(head, parts), [None] * len(parts) if keys is None else keys.split(rows))
@@ -84,8 +88,15 @@ class Sampler:
             return token, confidence
         _, without = choose(self.never + self.late)
         without = without.clamp(min=torch.finfo(without.dtype).min)
-        is_end = torch.isin(token, torch.tensor(self.late, device=token.device))
+        is_end = torch.isin(token, self._late_ids)
         return token, without.masked_fill(is_end, -torch.inf).masked_fill(confidence.isnan(), torch.nan)
+
+    def _head(self, gone: Sequence[int]) -> dict[str, Any]:
+        """The head with the logits of some ids at -inf, as `choose_token_fused` takes it."""
+        key = tuple(gone)
+        if key not in self._heads:
+            self._heads[key] = _without(self.model.head, gone)
+        return self._heads[key]
 
     def _of_logits(self, logits: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """The choice from logits, which may be overwritten."""
@@ -144,7 +155,7 @@ class _Strips:
         self.head, self.gone, self.in_features, self.out_features = head, gone, head.in_features, head.out_features
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden).index_fill(-1, torch.tensor(self.gone, device=hidden.device), -torch.inf)
+        return torch.cat(list(self.strips(hidden)), -1)
 
     def strips(self, hidden: Tensor) -> Iterator[Tensor]:
         """[R, C] each."""

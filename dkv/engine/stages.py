@@ -31,9 +31,20 @@ class StepPlan:
     eligible: Tensor
     count: Tensor
 
+    def copy_(self, other: "StepPlan") -> None:
+        """Take over a plan of the same settings for as many rows, in place."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            # Under some policies the eligible slots are the scored ones, the very tensor.
+            if field.name != "eligible" or self.eligible is not self.scored:
+                mine.copy_(theirs)
+
     def keep(self, rows: Tensor) -> "StepPlan":
         """The plan of these rows, in this order."""
-        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        kept = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        if self.eligible is self.scored:
+            kept["eligible"] = kept["scored"]
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
@@ -43,19 +54,28 @@ class Status:
     Attributes:
         active, scored: slots of the next pass, by row.
         masked, cut: slots without a token, and those that became padding beyond an early end, by row.
-        invalid: whether any logits so far were not numbers.
     """
 
     active: list[int]
     scored: list[int]
     masked: list[int]
     cut: list[int]
-    invalid: bool
 
     def keep(self, rows: Sequence[int]) -> "Status":
         """The status of these rows, in this order."""
-        names = ("active", "scored", "masked", "cut")
-        return replace(self, **{name: [getattr(self, name)[row] for row in rows] for name in names})
+        return Status(*([getattr(self, field.name)[row] for row in rows] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a pass is: all that the host decides about it. By row, filled up.
+
+    Attributes:
+        active, scored: entries that go through the model, and that a token is chosen for.
+    """
+
+    active: tuple[int, ...]
+    scored: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -63,15 +83,12 @@ class Forward:
     """What went through the model in a step.
 
     Attributes:
-        positions: int64 [B, N], the slots computed, ascending, filled up with S; `counts` of a row count.
-        full: these are all.
+        positions: int64 [B, N], the slots computed, ascending, filled up with S.
         slots: int64 [B, R], the slots that are scored, filled up with S, in the layout `scored`.
         hidden: [B, R, d], of what predicts these slots; or [B, N, d] if `every`, and `place` [B, R] says where.
     """
 
     positions: Tensor
-    counts: list[int]
-    full: bool
     slots: Tensor
     scored: Varlen
     hidden: Tensor

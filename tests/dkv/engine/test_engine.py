@@ -4,14 +4,10 @@ import pytest
 import torch
 
 import dkv
+from dkv.core.varlen import Padding
 from dkv.engine import engine
 
 POLICIES = [dkv.NoCache(), dkv.DecodeCache(4), dkv.PrefillCache(), dkv.PrefillDecodeCache(4), dkv.GreedyCache(4, 3)]
-
-
-def test_filled_up():
-    assert engine._filled_up([0, 1, 4, 5, 9], torch.device("cpu")) == [0, 4, 4, 8, 12]
-    assert engine._filled_up([0, 1, 4, 5, 9], torch.device("cuda")) == [0, 1, 4, 5, 9]
 
 
 def test_passes_come_in_few_shapes(stub):
@@ -28,7 +24,8 @@ def test_what_fills_a_pass_changes_nothing(model, policy, settings, monkeypatch)
     ids, mask = torch.tensor([[5, 9, 3, 8], [7, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     call = {"attention_mask": mask, "max_new_tokens": 13, "cache": policy, "seed": 3, **settings}
     found = dkv.generate(model, ids, **call)
-    monkeypatch.setattr(engine, "FILL_UP", {})
-    bare = dkv.generate(model, ids, **call)
-    assert torch.equal(found.sequences, bare.sequences)
-    assert found.stats.computed_slots == bare.stats.computed_slots
+    for padding in (Padding(1), engine.PADDINGS["cuda"]):
+        monkeypatch.setitem(engine.PADDINGS, "cpu", padding)
+        other = dkv.generate(model, ids, **call)
+        assert torch.equal(found.sequences, other.sequences)
+        assert found.stats.computed_slots == other.stats.computed_slots

@@ -1,0 +1,106 @@
+"""A stand-in for CUDA graphs on a CPU: the operations of a step are recorded once, and done again on the same tensors.
+
+As in a graph, whatever Python computed while the step was recorded is baked in, an input is what stands in its tensor at
+replay, and a result is written where it was written before. What a graph cannot capture is refused.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dkv.engine.graphs import GraphRunner
+
+aten = torch.ops.aten
+# The host reads a value, or a shape that depends on one.
+READS = {
+    aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
+    aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+    aten.bincount.default, aten.repeat_interleave.Tensor,
+}  # fmt: skip
+
+
+class NotCapturable(AssertionError):
+    """A step did what a graph cannot."""
+
+
+class Tape(TorchDispatchMode):
+    """Records the operations that are done under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in READS:
+            raise NotCapturable(f"{function} reads from the device")
+        # A number becomes a tensor of no dimensions on the host, which costs nothing; a list is uploaded.
+        if function is aten.lift_fresh.default and args[0].dim():
+            raise NotCapturable("a list is uploaded to the device")
+        if function.overloadpacket is aten.index and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            raise NotCapturable("how many entries are taken depends on a mask")
+        result = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, tree_leaves(result)))
+        return result
+
+    def replay(self):
+        for function, args, kwargs, before in self.operations:
+            for old, new in zip(before, tree_leaves(function(*args, **kwargs)), strict=True):
+                # What was written in place, or is a view of something older, is there already.
+                if isinstance(new, torch.Tensor) and storage(new) != storage(old):
+                    old.copy_(new)
+
+
+def storage(x):
+    return x.untyped_storage().data_ptr()
+
+
+class Recorded:
+    """A step that has run while it was recorded: its first replay is that run."""
+
+    def __init__(self, tape):
+        self.tape, self.ran = tape, False
+
+    def replay(self):
+        if self.ran:
+            self.tape.replay()
+        self.ran = True
+
+
+class TapeRunner(GraphRunner):
+    """Replays from tapes. The tensors of the state must stay where they are."""
+
+    captured = 0
+
+    def capture(self, shape):
+        before = state_of(self.engine)
+        with Tape() as tape, pytest.MonkeyPatch.context() as patch:
+            # On a CPU these are no operations.
+            for name in ("tolist", "numpy", "__array__"):
+                patch.setattr(torch.Tensor, name, refused(name))
+            self.engine.advance(shape)
+        moved = [name for name, place in state_of(self.engine).items() if place != before[name]]
+        if moved:
+            raise NotCapturable(f"new tensors for {', '.join(moved)}")
+        type(self).captured += 1
+        return Recorded(tape)
+
+
+def refused(name):
+    def read(*_):
+        raise NotCapturable(f"{name} reads from the device")
+
+    return read
+
+
+def state_of(engine):
+    """Where the tensors that outlive a step are."""
+    found = {}
+    for holder in (engine, engine.rows, engine.rows.timetable, engine.planner, engine.noise, engine.next_plan):
+        for name, value in vars(holder).items():
+            if isinstance(value, torch.Tensor) and (holder, name) != (engine, "report"):
+                found[f"{type(holder).__name__}.{name}"] = value.data_ptr()
+    for index, pair in engine.cache._layers.items():
+        found[f"layer {index}"] = tuple(x.data_ptr() for x in pair)
+    return found

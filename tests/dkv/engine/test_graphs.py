@@ -1,0 +1,150 @@
+"""Steps that are replayed: on a CPU from tapes, which refuse what a CUDA graph cannot capture."""
+
+import pytest
+import torch
+
+import dkv
+from dkv.core.varlen import Padding
+from dkv.engine import engine, graphs
+from dkv.engine.plan import Planner
+from dkv.engine.replay import replay
+from dkv.kernels.attention import torch as attention
+from dkv.kernels.attention.rules import Rules
+from dkv.tools.verify import FAST_DLLM, dream_settings, llada_settings, recorded_numbers
+from tests.dkv.conftest import pad_rows
+from tests.dkv.engine.tape import NotCapturable, TapeRunner
+from tests.dkv.engine.test_golden import CASES, models, name_of  # noqa: F401
+
+POLICIES = ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual")
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Generations on the CPU that pad as on a GPU and replay from tapes."""
+    monkeypatch.setitem(engine.PADDINGS, "cpu", engine.PADDINGS["cuda"])
+    monkeypatch.setitem(graphs.RUNNERS, "cpu", TapeRunner)
+    monkeypatch.setattr(TapeRunner, "captured", 0)
+    monkeypatch.setattr(attention, "_each_row_alone", all_rows)
+    return TapeRunner
+
+
+def all_rows(q, k_buf, v_buf, rules, scale, workspace):
+    """On a CPU rows of different lengths are attended to one by one, by lengths that the host reads; here together."""
+    slot = torch.arange(k_buf.shape[1])
+    seen = slot >= 0 if rules.key_ranges is None else (slot >= rules.key_ranges[:, :1]) & (slot < rules.key_ranges[:, 1:])
+    rules = Rules(key_mask=seen.expand(len(q), -1))
+    return attention.cached_attention(q, k_buf, v_buf, rules, scale, False, workspace)[0]
+
+
+def settings_of(case):
+    if "function" in case.facts:
+        f = case.facts
+        rule = "steps" if f["threshold"] is None else "threshold"
+        settings = {name: f[name] for name in ("gen_length", "block_length", rule)}
+        return settings | {"cache": FAST_DLLM[f["function"]], "schedule": "blocks"}
+    return {"llada": llada_settings, "dream": dream_settings}[case.facts["family"]](case)
+
+
+RUNS = [case for case in CASES if not case.defect and case.facts.get("variant") != "forward"]
+
+
+@pytest.mark.parametrize("case", RUNS, ids=name_of)
+def test_golden_runs(case, models, taped):  # noqa: F811
+    t = case.tensors
+    numbers = recorded_numbers(t)
+    output = replay(models[case.folder], t["prompt"].long(), t.get("attention_mask"), numbers, **settings_of(case))
+    assert torch.equal(output.sequences, t["final"].long())
+    assert output.stats.eager_reason is None
+    assert output.stats.replayed_passes or output.stats.passes < 8
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"steps": 7},
+        {"threshold": 0.3},
+        {"factor": 1.5},
+        {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 0},
+        {"max_new_tokens": [19, 12, 3]},
+        {"cfg_scale": 1.5},
+        {"temperature": 0.8, "top_k": 20},
+        {"selection_temperature": 0.5},
+        {"confidence": "random"},
+        {"confidence": "entropy", "block_length": 7},
+        {"eos_token_id": [7, 9], "logits_eos_inf": True, "confidence_eos_eot_inf": True},
+    ],
+    ids=str,
+)
+def test_replayed_steps_are_the_eager_ones(model, policy, settings, taped, monkeypatch):
+    if policy == "greedy" and {"threshold", "factor"} & {*settings}:
+        pytest.skip("is not captured")
+    if policy == "greedy" and settings.get("confidence") == "random" and model.spec.shifted:
+        pytest.skip("is not captured: by chance")
+    ids, mask = pad_rows([[5, 9, 3, 8], [7, 2], [4, 4, 6]])
+    call = {"attention_mask": mask, "max_new_tokens": 19, "cache": policy, "seed": 3, **settings}
+    found = dkv.generate(model, ids, **call)
+    assert found.stats.eager_reason is None and found.stats.replayed_passes
+    monkeypatch.setenv("DKV_GRAPHS", "0")
+    eager = dkv.generate(model, ids, **call)
+    assert eager.stats.eager_reason == "DKV_GRAPHS=0" and not eager.stats.replayed_passes
+    assert torch.equal(found.sequences, eager.sequences)
+    for name in ("passes", "full_passes", "computed_slots", "total_slots", "new_tokens"):
+        assert getattr(found.stats, name) == getattr(eager.stats, name), name
+
+
+def test_what_a_graph_cannot_hold_is_taken_step_by_step(llada, taped):
+    ids = torch.tensor([[1, 2, 3]])
+    for reason, settings in {
+        "records": {"output_history": True},
+        "processor": {"logits_processor": lambda ids, scores: scores},
+        "criteria": {"stopping_criteria": lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)},
+        "confidence": {"cache": "greedy", "threshold": 0.5},
+    }.items():
+        stats = dkv.generate(llada, ids, max_new_tokens=8, **settings).stats
+        assert reason in stats.eager_reason and not stats.replayed_passes
+
+
+def test_sizes_of_a_pass():
+    alike = engine.PADDINGS["cuda"]
+    assert [alike.filled([count], 10**6)[0] for count in (0, 1, 16, 17, 129, 256, 257, 321)] == [
+        0, 16, 16, 32, 192, 256, 320, 384
+    ]  # fmt: skip
+    assert alike.filled([3, 0, 20], 1000) == (32, 32, 32) and alike.filled([3, 0, 20], 25) == (25, 25, 25)
+    assert Padding(4).filled([0, 1, 4, 5, 9], 9) == (0, 4, 4, 8, 12)
+
+
+@pytest.mark.parametrize(
+    "slip, message",
+    [
+        (lambda engine: engine.rows.masked.sum().item(), "reads from the device"),
+        (lambda engine: engine.rows.masked.tolist(), "tolist reads"),
+        (lambda engine: engine.rows.tokens.add_(torch.tensor([0])), "uploaded"),
+        (lambda engine: engine.rows.tokens[engine.rows.tokens > 0], "depends on a mask"),
+        (lambda engine: setattr(engine, "seen", engine.seen.clone()), "new tensors for Engine.seen"),
+    ],
+)
+def test_what_a_graph_cannot_capture_is_noticed(llada, taped, monkeypatch, slip, message):
+    commit = engine.Engine._commit
+    monkeypatch.setattr(engine.Engine, "_commit", lambda self, *args: (slip(self), commit(self, *args)))
+    with pytest.raises(NotCapturable, match=message):
+        dkv.generate(llada, torch.tensor([[1, 2, 3]]), max_new_tokens=8)
+
+
+def test_a_number_of_the_host_in_a_step_is_noticed(llada, taped, monkeypatch):
+    """It is baked in when the step is recorded: tokens of later steps then differ from those of eager steps."""
+    score = Planner.score
+
+    def by_clock(self, confidence, now, slots=None):
+        return score(self, confidence, now, slots) * (1.0 if len(taped_steps) % 2 else -1.0)
+
+    taped_steps = []
+    commit = engine.Engine._commit
+    monkeypatch.setattr(Planner, "score", by_clock)
+    monkeypatch.setattr(engine.Engine, "_commit", lambda self, *args: (taped_steps.append(1), commit(self, *args)))
+    ids = torch.tensor([[1, 2, 3]])
+    found = dkv.generate(llada, ids, max_new_tokens=12)
+    monkeypatch.setenv("DKV_GRAPHS", "0")
+    taped_steps.clear()
+    assert not torch.equal(found.sequences, dkv.generate(llada, ids, max_new_tokens=12).sequences)
