@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from dkv import kernels
 from dkv.core.kv_cache import KVCache
 from dkv.core.varlen import Varlen
+from dkv.kernels.rms_norm.op import RMS_NORM
 from dkv.models.spec import ModelSpec
 
 # Positions of the smallest rotary table: texts that grow from a few slots on do not make it anew each time.
 LEAST_ROTARY = 256
 
-# (layer, query [..., R, Hq, D], key and value [..., N, Hkv, D]) -> [..., R, Hq, D]
-Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
+# (block, query [..., R, Hq, D], key and value [..., N, Hkv, D]) -> [..., R, Hq, D]
+Attend = Callable[["Block", Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -27,15 +28,36 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        # The length of a row in one pass, where its squares would be written and read again.
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.rsqrt(length.square() / wide.shape[-1] + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return RMS_NORM(x, self.weight, self.eps, None)[0]
+
+    def added(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + delta, and that sum; delta None adds nothing."""
+        return (self(x), x) if delta is None else RMS_NORM(delta, self.weight, self.eps, x)
 
 
-class Layer(nn.Module):
-    """Attention and gated MLP, each on a normed copy that is added to the residual."""
+class Block(nn.Module):
+    """Attention and gated MLP, each on a normed copy that is added to the residual.
+
+    What the MLP gives is handed on beside the residual, as the norm that comes next adds it in the same launch.
+    """
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None, attend: Attend, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Residual x [..., d] and what is to be added to it -> the same; or [T, d] -> [R, d], for `rows` [R] alone."""
+        h, x = self.attn_norm.added(x, delta)
+        query, key, value = self._qkv(h, rows)
+        if rows is not None:
+            x = x.index_select(0, rows)
+        h, x = self.mlp_norm.added(x, self.o_proj(attend(self, query, key, value).flatten(-2)))
+        return x, self._mlp(h)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class Layer(Block):
+    """A block whose products are those of the published models, one by one."""
 
     def __init__(self, spec: ModelSpec, index: int):
         super().__init__()
@@ -54,19 +76,12 @@ class Layer(nn.Module):
         self.up_proj = nn.Linear(d, spec.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(spec.intermediate_size, d, bias=bias)
 
-    def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """x [..., d] -> [..., d]; or x [T, d] -> [R, d], for the `rows` [R] alone."""
-        h = self.attn_norm(x)
+    def _qkv(self, h: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         key, value = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
-        if rows is not None:
-            x, h = x.index_select(0, rows), h.index_select(0, rows)
-        query = self._heads(self.q_proj(h))
-        x = x + self.o_proj(attend(self, query, key, value).flatten(-2))
-        h = self.mlp_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return self._heads(self.q_proj(h if rows is None else h.index_select(0, rows))), key, value
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+    def _mlp(self, h: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
 class Transformer(nn.Module):
@@ -142,17 +157,17 @@ class Transformer(nn.Module):
             cos, sin, visible = cos[positions], sin[positions], real[:, None, None, :]
         group = self.spec.num_heads // self.spec.num_kv_heads
 
-        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(layer: Block, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query = kernels.rotate(kernels.head_norm(query, _head_norm(layer.q_norm)), cos, sin)
             key = kernels.rotate(kernels.head_norm(key, _head_norm(layer.k_norm)), cos, sin)
             key, value = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (key, value))
             out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=visible)
             return out.transpose(1, 2)
 
-        x = self.embed(input_ids)
+        x, delta = self.embed(input_ids), None
         for layer in self.layers:
-            x = layer(x, attend)
-        return self.head(self.norm(x))
+            x, delta = layer(x, delta, attend)
+        return self.head(self.norm.added(x, delta)[0])
 
     def step(
         self,
@@ -189,7 +204,7 @@ class Transformer(nn.Module):
         if rows is not None:
             outputs = Varlen.equal(rows) if varlen_rows is None else varlen_rows
 
-        def attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(layer: Block, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             k_buf, v_buf = buffer.layer(layer.index, like=key)
             some = layer.index == last and rows is not None
             here, layout = (positions.gather(1, rows), outputs) if some else (None, entries)
@@ -204,11 +219,11 @@ class Transformer(nn.Module):
             )
             return layout.packed(out)
 
-        x = self.embed(entries.packed(tokens))
+        x, delta = self.embed(entries.packed(tokens)), None
         places = None if rows is None else outputs.packed(entries.places(rows))
         for layer in self.layers:
-            x = layer(x, attend, places if layer.index == last else None)
-        return outputs.padded(self.norm(x))
+            x, delta = layer(x, delta, attend, places if layer.index == last else None)
+        return outputs.padded(self.norm.added(x, delta)[0])
 
 
 def _head_norm(norm: RMSNorm | None) -> tuple[Tensor, float] | None:
