@@ -90,15 +90,7 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError("packed weights cannot be saved: call dkv.unpack(model), or load the model with pack=False")
     spec, family = model.spec, FAMILIES[model.spec.family]
     names = family.checkpoint_names(n for n, _ in model.named_parameters())
-    config = {
-        **family.config(spec),
-        **{name: getattr(spec, name) for name in ("rope_theta", "mask_token_id", "eos_token_id", "pad_token_id")},
-        "rms_norm_eps": spec.norm_eps,
-        "torch_dtype": str(model.dtype).removeprefix("torch."),
-        "use_cache": False,
-    }
-    if spec.eot_token_id is not None:
-        config["eot_token_id"] = spec.eot_token_id
+    config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch.")}
     # The limit comes from a tokenizer, not from the configuration.
     again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
     for name in (field.name for field in fields(spec) if field.compare):

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import dkv
 from dkv.models import folders, load_tokenizer
 from dkv.models.export import save_tokenizer
-from dkv.models.vocabulary import with_vocab_limit
+from dkv.models.tokenizer import with_vocab_limit
 from dkv.tools.text import encode
 
 ALPHABET, EOS, MASK = "0123456789+-= ", 14, 15
