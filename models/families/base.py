@@ -43,8 +43,8 @@ class Family:
 
     def spec(self, config: Mapping) -> ModelSpec:
         """The spec of a configuration; ValueError: a field is missing, malformed, or asks for what is not there."""
-        fields.only(self.switches, config)
         values = self.defaults(config)
+        fields.only(self.switches, config)
         for field, name in self.fields.items():
             values[name] = READERS[ModelSpec.__annotations__[name]](config, field, values.get(name))
         usual = self.usual_ids.get(fields.count(config, "vocab_size"), {})
