@@ -90,8 +90,8 @@ def read_headers(folder: Path) -> dict[str, Entry]:
 
     Raises:
         FileNotFoundError: no safetensors file, or a shard that the index names is missing.
-        ValueError: a file is truncated or malformed; a shard lies outside the folder, or lacks a tensor that the
-            index puts there.
+        ValueError: a file is truncated or malformed; a shard lies outside the folder, or lacks a tensor that the index
+            puts there.
     """
     if is_there(folder / WEIGHTS):
         return read_header(folder / WEIGHTS)

@@ -42,38 +42,35 @@ def load(
 ) -> Transformer:
     """Load a LLaDA or Dream checkpoint for inference, without running code that comes with it.
 
-    Everything that can be wrong with names, shapes and files is found before a tensor is read. Large
-    checkpoints show a bar on a terminal.
+    Everything that can be wrong with names, shapes and files is found before a tensor is read. Large checkpoints show a
+    bar on a terminal.
 
     Args:
-        path_or_id: "tiny" or "tiny-dream", the models that come with dkv, in LLaDA's and in Dream's
-            format (a local folder of this name is "./tiny"); a folder with `config.json` and
-            `model.safetensors` or its index and shards; or the id of a model on the Hugging Face hub
-            ("org/name"), unless a folder of this name exists.
-        dtype: of the parameters: a torch dtype, its name, or "auto" for the dtype of the file (that of
-            its embedding table). None is "auto", except on a CPU, where half precision is slow and
-            becomes float32.
+        path_or_id: "tiny" or "tiny-dream", the models that come with dkv, in LLaDA's and in Dream's format (a local
+            folder of this name is "./tiny"); a folder with `config.json` and `model.safetensors` or its index and
+            shards; or the id of a model on the Hugging Face hub ("org/name"), unless a folder of this name exists.
+        dtype: of the parameters: a torch dtype, its name, or "auto" for the dtype of the file (that of its embedding
+            table). None is "auto", except on a CPU, where half precision is slow and becomes float32.
         device: where the parameters go. None is the current CUDA or ROCm device, or else the CPU.
         torch_dtype: the older name of `dtype`.
-        pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`):
-            faster above all where few slots are active, but the weights cannot be moved, trained,
-            quantised or saved by `dkv.models.export` before `dkv.unpack(model)`. None: where the model is
-            float32 on a CPU that can.
+        pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`): faster above
+            all where few slots are active, but the weights cannot be moved, trained, quantised or saved by
+            `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can.
         device_map: transformers' name for `device`; "auto" is the default device, as a model is never split.
         subfolder: the folder inside that holds the files.
         keywords: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in transformers, for
-            models of the hub. Of the other arguments of its `from_pretrained` those that ask for what happens
-            anyway are accepted (`trust_remote_code`: no code is run), the rest refused with what to do.
+            models of the hub. Of the other arguments of its `from_pretrained` those that ask for what happens anyway
+            are accepted (`trust_remote_code`: no code is run), the rest refused with what to do.
 
     Returns:
-        The model in eval mode, its parameters frozen. Its vocabulary has as many ids as its tables
-        have rows; where that is more than the tokenizer of the folder knows, `model.spec.vocab_limit` is
-        the number of the tokenizer, and `dkv.generate` emits no id beyond.
+        The model in eval mode, its parameters frozen. Its vocabulary has as many ids as its tables have rows; where
+        that is more than the tokenizer of the folder knows, `model.spec.vocab_limit` is the number of the tokenizer,
+        and `dkv.generate` emits no id beyond.
 
     Raises:
         FileNotFoundError: a folder, a file or a hub model does not exist or cannot be reached.
-        ValueError: an unknown family, a field that is not implemented, an adapter, or a checkpoint that is
-            damaged or does not fit its configuration; the message names the tensor and the file.
+        ValueError: an unknown family, a field that is not implemented, an adapter, or a checkpoint that is damaged or
+            does not fit its configuration; the message names the tensor and the file.
         OSError: a file cannot be read.
         TypeError: an unknown argument, or a path that is none.
     """
@@ -112,17 +109,17 @@ def load(
 def wrap(hf_model: nn.Module) -> Transformer:
     """Share the parameters of a LLaDA or Dream model that is already in memory.
 
-    The result holds the very parameter objects of `hf_model`: training, moving or casting either
-    model changes both. Nothing else is taken over: hooks of the original are not seen, and what
-    computes beside the weights (LoRA and other adapters, parametrisations, quantised layers) is refused.
+    The result holds the very parameter objects of `hf_model`: training, moving or casting either model changes both.
+    Nothing else is taken over: hooks of the original are not seen, and what computes beside the weights (LoRA and other
+    adapters, parametrisations, quantised layers) is refused.
 
     Args:
-        hf_model: a module with a `config` and the parameter names of its family, with or without
-            their first component ("model."); also behind torch.compile or DistributedDataParallel.
+        hf_model: a module with a `config` and the parameter names of its family, with or without their first component
+            ("model."); also behind torch.compile or DistributedDataParallel.
 
     Returns:
-        The model in eval mode, its parameters as frozen or trainable as they were. It does not know a
-        tokenizer: give `dkv.generate` a `vocab_limit` if the tables are wider than that.
+        The model in eval mode, its parameters as frozen or trainable as they were. It does not know a tokenizer: give
+        `dkv.generate` a `vocab_limit` if the tables are wider than that.
 
     Raises:
         TypeError: it is no module.

@@ -13,8 +13,8 @@ from dkv.models.folders import CONFIG, TOKENIZER_FILES, folder_of
 from dkv.models.keywords import hub_options
 from dkv.models.spec import ModelSpec
 
-ALL_IN_ONE, WORDS, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-JSON = (ALL_IN_ONE, WORDS, CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+ALL_IN_ONE, WORDS, MERGES, SETTINGS = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
+JSON = (ALL_IN_ONE, WORDS, CONFIG, SETTINGS, "special_tokens_map.json", "added_tokens.json")
 TEXT = (MERGES, "vocab.txt", "chat_template.jinja", "chat_template.json")
 # Vocabularies in other formats, which are left to transformers.
 OTHER = ("vocab.txt", "*.model", "*.tiktoken")
@@ -26,13 +26,13 @@ def load_tokenizer(path_or_id: str | os.PathLike, *, subfolder: str | None = "",
     """The tokenizer that comes with a LLaDA or Dream checkpoint. No code of the checkpoint is run; no weight is read.
 
     Args:
-        path_or_id: as for `dkv.load`: "tiny", "tiny-dream", a folder, or the id of a model on the hub, of which
-            only the small files are fetched.
+        path_or_id: as for `dkv.load`: "tiny", "tiny-dream", a folder, or the id of a model on the hub, of which only
+            the small files are fetched.
         subfolder, keywords: as for `dkv.load`.
 
     Returns:
-        A tokenizer of transformers. A `tokenizer.json` is taken as it stands, whatever class the folder names.
-        Dream's `vocab.json` and `merges.txt` are Qwen2's, under the name of a class of its own.
+        A tokenizer of transformers. A `tokenizer.json` is taken as it stands, whatever class the folder names. Dream's
+        `vocab.json` and `merges.txt` are Qwen2's, under the name of a class of its own.
 
     Raises:
         FileNotFoundError: there is no such folder, or no complete vocabulary in it.
@@ -59,7 +59,7 @@ def load_tokenizer(path_or_id: str | os.PathLike, *, subfolder: str | None = "",
                 raise
             reasons.append(str(error) or type(error).__name__)
     else:
-        used = [name for name in (ALL_IN_ONE, WORDS, MERGES, "tokenizer_config.json") if name in files]
+        used = [name for name in (ALL_IN_ONE, WORDS, MERGES, SETTINGS) if name in files]
         raise damaged(f"transformers cannot read the tokenizer of {folder} ({some(used)}): {reasons[0]}")
     if tokenizer.vocab_size < 1:
         raise damaged(f"the tokenizer of {folder} has an empty vocabulary")
@@ -108,15 +108,11 @@ def _classes(files: dict[str, Any]) -> list[Any]:
 
     if ALL_IN_ONE in files:
         return [PreTrainedTokenizerFast]
-    named = files.get("tokenizer_config.json", {}).get("tokenizer_class")
-    return [AutoTokenizer, Qwen2TokenizerFast] if _is_dream(files) and named in DREAMS else [AutoTokenizer]
-
-
-def _is_dream(files: dict[str, Any]) -> bool:
-    try:
-        return family_of(files.get(CONFIG, {})).name == "dream"
-    except ValueError:
-        return False  # a tokenizer may be of use without a model that is loaded
+    named = files.get(SETTINGS, {}).get("tokenizer_class")
+    with contextlib.suppress(ValueError):  # a tokenizer may be of use without a model that is loaded
+        if named in DREAMS and family_of(files.get(CONFIG, {})).name == "dream":
+            return [AutoTokenizer, Qwen2TokenizerFast]
+    return [AutoTokenizer]
 
 
 @contextlib.contextmanager
@@ -134,32 +130,27 @@ def _quiet() -> Iterator[None]:
 
 def _known_ids(folder: Path) -> Iterator[int]:
     """The ids of the tokenizer in a folder; none if it has no vocabulary that can be read without its library."""
-    base = [(name, ids) for name, ids in BASES if is_there(folder / name)][:1]
-    for name, ids in [*base, *MORE] if base else []:
+    vocabulary = [name for name in (ALL_IN_ONE, WORDS) if is_there(folder / name)][:1]
+    for name in [*vocabulary, "added_tokens.json", SETTINGS] if vocabulary else []:
         if is_there(folder / name):
-            for one in ids(read_json(folder / name)):
+            for one in _ids(name, read_json(folder / name)):
                 if type(one) is not int or one < 0:
                     raise damaged(f"{folder / name} has a token with the id {one!r}")
                 yield one
 
 
-def _inside(content: dict[str, Any]) -> Iterator[Any]:
-    """The ids of a `tokenizer.json`: of its vocabulary, and of tokens beside it."""
-    model, added = content.get("model"), content.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        yield from vocabulary.values()
-    elif isinstance(vocabulary, list):  # Unigram: the id of a token is its place
-        yield from range(len(vocabulary))
-    yield from (token.get("id") for token in added if isinstance(token, dict)) if isinstance(added, list) else ()
-
-
-def _configured(content: dict[str, Any]) -> Iterator[Any]:
-    """The ids of tokens that `tokenizer_config.json` adds, where they are names of fields."""
-    added = content.get("added_tokens_decoder")
-    yield from (int(i) if i.isdecimal() else i for i in added) if isinstance(added, dict) else ()
-
-
-# The file of the vocabulary, of which the first counts, and those that add to it -> the ids in them.
-BASES = (("tokenizer.json", _inside), ("vocab.json", dict.values))
-MORE = (("added_tokens.json", dict.values), ("tokenizer_config.json", _configured))
+def _ids(name: str, content: dict[str, Any]) -> Iterator[Any]:
+    """The ids in a file of a tokenizer, whatever they are; of another form, none."""
+    if name == ALL_IN_ONE:
+        model, added = content.get("model"), content.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            yield from vocabulary.values()
+        elif isinstance(vocabulary, list):  # Unigram: the id of a token is its place
+            yield from range(len(vocabulary))
+        yield from (token.get("id") for token in added if isinstance(token, dict)) if isinstance(added, list) else ()
+    elif name == SETTINGS:
+        added = content.get("added_tokens_decoder")
+        yield from (int(i) if i.isdecimal() else i for i in added) if isinstance(added, dict) else ()
+    else:
+        yield from content.values()

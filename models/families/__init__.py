@@ -1,7 +1,7 @@
 """Checkpoint families: how a `config.json` becomes a `ModelSpec`, and how its tensors are named.
 
-A family holds no arithmetic. What it can express and `models/transformer.py` cannot is
-refused by name, so a checkpoint never loads into a network that computes something else.
+A family holds no arithmetic. What it can express and `models/transformer.py` cannot is refused by name, so a checkpoint
+never loads into a network that computes something else.
 """
 
 import re

@@ -20,8 +20,8 @@ class Family:
         name: of the family, in `ModelSpec.family`.
         model_types, architectures: what its configurations call themselves; the first architecture is written.
         fields: field of the configuration -> attribute of `ModelSpec`. Of two for the same, the later counts.
-        defaults: from a configuration to the attributes that it may leave out, as in the published configuration
-            class, or cannot say; raises ValueError as `spec`.
+        defaults: from a configuration to the attributes that it may leave out, as in the published configuration class,
+            or cannot say; raises ValueError as `spec`.
         switches: fields with one implemented setting each; an absent one counts as set so.
         written: fields that are written besides, and their values.
         copies: fields that are written besides -> the attribute whose value they get.

@@ -53,7 +53,10 @@ def test_tokenizer_gives_text_back(bundled):
             assert tokenizer.decode(tokenizer(prompt + right)["input_ids"]) == prompt + right
 
 
-@pytest.mark.parametrize("task", TASKS)
+# `load_tokenizer` is tested with a problem of the first kind.
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=() if task == "addition" else pytest.mark.slow) for task in TASKS]
+)
 # Of 4. Dream's published rule of what is settled caches some slots too early, so it has to do worse.
 @pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 4), (dkv.DecodeCache(8), 3)], ids=["plain", "decode"])
 def test_unseen_problems_are_answered_exactly(bundled, task, cache, least):
