@@ -63,13 +63,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not hold one JSON object in UTF-8, whose names differ.
-        OSError: it cannot be read.
-    """
+    """The object in a JSON file; OSError: it is missing or cannot be read, ValueError: it is no object, or damaged."""
     if not is_there(path):
         raise FileNotFoundError(f"{path} is missing: pass a folder that holds it")
     if path.stat().st_size > MOST_JSON:
@@ -88,9 +82,7 @@ def read_text(path: Path) -> str:
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by name, none of which is read: 8 bytes with the header's length, then JSON.
 
-    Raises:
-        ValueError: the file is truncated, or its header is malformed or does not describe its bytes.
-        OSError: it cannot be read.
+    Raises ValueError if the file is truncated, or its header is malformed or does not describe its bytes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

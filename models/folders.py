@@ -61,8 +61,7 @@ def folder_of(
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, its missing token ids filled in from `generation_config.json` if that exists.
 
-    Raises:
-        FileNotFoundError, ValueError: as `read_json`; or the folder holds an adapter, or quantised weights.
+    Raises as `read_json`, and ValueError if the folder holds an adapter or quantised weights.
     """
     if is_there(folder / ADAPTER):
         adapter = read_json(folder / ADAPTER)

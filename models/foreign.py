@@ -70,11 +70,7 @@ def behind_fronts(model: nn.Module) -> nn.Module:
 
 
 def plain_parameters(model: nn.Module, origin: str) -> dict[str, nn.Parameter]:
-    """The parameters by name, if they are all that the model computes with, and plain linear layers can.
-
-    Raises:
-        ValueError: additions to the weights, or weights of another kind; the message names one.
-    """
+    """The parameters by name; ValueError: there are additions to them, or weights that plain layers cannot hold."""
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(), model.named_modules())
     refuse_additions((name for kind in named for name, _ in kind), origin)
     parameters = {re.sub(BETWEEN, "", name): p for name, p in model.named_parameters(remove_duplicate=False)}

@@ -73,12 +73,9 @@ def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | 
 
 
 def one_device(device: Any, device_map: Any) -> Any:
-    """The device that `device` or transformers' `device_map` asks for; None: the default one.
+    """The device that `device` or transformers' `device_map` asks for; None: the default one, which "auto" is, too.
 
-    "auto" is the default device, as a model is never split; a map with one device in it is that device.
-
-    Raises:
-        ValueError: the map asks for several devices, or contradicts `device`.
+    Raises ValueError if the map asks for several devices, or contradicts `device`.
     """
     if device_map is None:
         return device
@@ -99,8 +96,7 @@ def one_device(device: Any, device_map: Any) -> Any:
 def usable(device: torch.device | str | int | None) -> torch.device:
     """The device, if a tensor can be put there; None: the current CUDA or ROCm device, or else the CPU.
 
-    Raises:
-        ValueError: it does not exist here, or has no memory ("meta").
+    Raises ValueError if it does not exist here, or has no memory ("meta").
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ class Packed(nn.Module, ABC):
 
     @abstractmethod
     def unpacked(self) -> nn.Module:
-        """A plain layer with the very weights that were packed."""
+        """A plain layer with the very weights that were packed; of several, the list of them."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Names and weights of the plain layer."""
@@ -83,12 +83,8 @@ class PackedLinear(Packed):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def linears(self) -> list[nn.Linear]:
-        """The layers that were packed, one by one, each with storage of its own."""
-        return list(_parts(self.packed.to_dense(), self.bias, self.sizes))
-
     def unpacked(self) -> nn.Module:
-        plain = self.linears()
+        plain = list(_parts(self.packed.to_dense(), self.bias, self.sizes))
         return (plain[0] if len(plain) == 1 else nn.ModuleList(plain)).train(self.training)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,7 +182,7 @@ class PackedLayer(Packed):
         nn.Module.__init__(layer)
         layer.index, layer.head_dim = self.index, self.head_dim
         layer.attn_norm = self.attn_norm
-        layer.q_proj, layer.k_proj, layer.v_proj = self.qkv_proj.linears()
+        layer.q_proj, layer.k_proj, layer.v_proj = self.qkv_proj.unpacked()
         layer.o_proj = self.o_proj.unpacked()
         layer.q_norm, layer.k_norm, layer.mlp_norm = self.q_norm, self.k_norm, self.mlp_norm
         for name in ("gate_proj", "up_proj", "down_proj"):

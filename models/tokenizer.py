@@ -69,10 +69,8 @@ def load_tokenizer(path_or_id: str | os.PathLike, *, subfolder: str | None = "",
 def with_vocab_limit(spec: ModelSpec, folder: Path) -> ModelSpec:
     """The spec with the number of ids up to the last that the tokenizer of the folder knows, if the model has more.
 
-    Ids below that are taken to have text. The ends and the padding of the configuration stay below it.
-
-    Raises:
-        ValueError: a file of the tokenizer is damaged.
+    Ids below that are taken to have text. The ends and the padding of the configuration stay below it. Raises
+    ValueError if a file of the tokenizer is damaged.
     """
     known = list(_known_ids(folder))
     if not known:
