@@ -106,9 +106,11 @@ def test_trainable_weights_are_not_packed():
 
 
 MOVES = {
-    "cast": lambda model: model.to(torch.float64), "half": lambda model: model.half(),
-    "move": lambda model: model.to("meta"), "empty": lambda model: model.to_empty(device="meta"),
-}  # fmt: skip
+    "cast": lambda model: model.to(torch.float64),
+    "half": lambda model: model.half(),
+    "move": lambda model: model.to("meta"),
+    "empty": lambda model: model.to_empty(device="meta"),
+}
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)

@@ -74,11 +74,8 @@ def test_tied_head(small, stated):
 
 def test_a_real_qwen2_layout(small):
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, architectures=["DreamModel"], mask_token_id=63, eos_token_id=62, pad_token_id=62,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    fields = small("dream").config
+    config = transformers.Qwen2Config(**{name: value for name, value in fields.items() if name != "model_type"})
     original = transformers.Qwen2ForCausalLM(config).eval()
     model = wrap(original)
     everywhere = torch.zeros(1, 1, 5, 5)
