@@ -138,7 +138,7 @@ def wrap(hf_model: nn.Module) -> Transformer:
         raise ValueError(f"{kind} has no config to tell its family: pass a LLaDA or Dream model")
     config = dict(found.to_dict() if hasattr(found, "to_dict") else getattr(found, "__dict__", found))
     family = family_of(config)
-    roots = {pattern.partition(".")[0] for pattern in family.names}
+    roots = {name.partition(".")[0] for name in family.names.values()}
     if not any(name.startswith("model.") for name in parameters):
         parameters = {n if n.partition(".")[0] in roots else f"model.{n}": p for n, p in parameters.items()}
     head, table = (family.weight_name(module) for module in ("head", "embed"))

@@ -27,7 +27,7 @@ class Family:
         copies: fields that are written besides -> the attribute whose value they get.
         usual_ids: size of a published vocabulary -> ids that some of its files leave out. Elsewhere these would be any
             tokens.
-        names: checkpoint module -> module of `Transformer`; {} is the number of the layer.
+        names: module of `Transformer` -> its name in checkpoints; {} is the number of the layer.
     """
 
     name: str
@@ -66,11 +66,10 @@ class Family:
 
     def checkpoint_names(self, parameters: Iterable[str]) -> dict[str, str]:
         """Checkpoint name of every parameter name of `Transformer`, in the same order; ValueError: it has none."""
-        patterns = {ours: theirs for theirs, ours in self.names.items()}
         found = {}
         for name in parameters:
             module, _, leaf = name.rpartition(".")
-            pattern = patterns.get(re.sub(r"\.\d+\.", ".{}.", module))
+            pattern = self.names.get(re.sub(r"\.\d+\.", ".{}.", module))
             if pattern is None:
                 raise ValueError(f"the {self.name} format has no place for {name}")
             layer = re.search(r"\d+", module)
@@ -78,5 +77,5 @@ class Family:
         return found
 
     def weight_name(self, module: str) -> str:
-        """Checkpoint name of the weight of a module of `Transformer`."""
-        return next(iter(self.checkpoint_names([f"{module}.weight"]).values()))
+        """Checkpoint name of the weight of a module of `Transformer` outside its layers."""
+        return f"{self.names[module]}.weight"
