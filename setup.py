@@ -7,7 +7,7 @@ packages called `kernels` or `models` would collide with those of other people.
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 # Read, not imported: the build environment has no torch.
@@ -21,35 +21,8 @@ BENCH = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]
 # The packaging tests build without isolation, so they need the build backend too.
 TEST = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77", *BENCH, *EVAL]
-PACKAGES = [
-    "dkv",
-    "dkv.common",
-    "dkv.core",
-    "dkv.policies",
-    "dkv.engine",
-    "dkv.tools",
-    "dkv.tools.trace",
-    "dkv.integrations",
-    "dkv.integrations.lm_eval",
-    "dkv.cli",
-    "dkv.kernels",
-    "dkv.kernels.common",
-    "dkv.kernels.attention",
-    "dkv.kernels.choose",
-    "dkv.kernels.commit",
-    "dkv.kernels.rope_scatter",
-    "dkv.kernels.dev",
-    "dkv.models",
-    "dkv.models.families",
-    "dkv.models.bundled",
-    "dkv.bench",
-    "dkv.bench.accuracy",
-    "dkv.bench.baselines",
-    "dkv.bench.gpu",
-    "dkv.bench.ops",
-    "dkv.bench.plots",
-    "dkv.bench.speed",
-]
+FOLDERS = {"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"}
+INNER = [f"{name}.{inner}" for name, folder in FOLDERS.items() for inner in find_packages(str(ROOT / folder))]
 
 setup(
     name="dkv",
@@ -78,8 +51,8 @@ setup(
         "tqdm",
     ],
     extras_require={"bench": BENCH, "eval": EVAL, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
-    packages=PACKAGES,
-    package_dir={"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"},
+    packages=[*FOLDERS, *INNER],
+    package_dir=FOLDERS,
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
     package_data={
         "dkv.tools.trace": ["*.html", "*.css", "*.js"],

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from dkv.common import files
 from dkv.models.families import FAMILIES
+from dkv.models.folders import CONFIG, WEIGHTS
 from dkv.models.packing import PackedLinear
 from dkv.models.transformer import Transformer
 
-WEIGHTS = "model.safetensors"
-# How the JSON files are laid out.
 FORM: dict[str, Any] = {"indent": 2, "sort_keys": True}
 MASK_TOKENS = {"llada": "<|mdm_mask|>", "dream": "<|mask|>"}
 
@@ -38,17 +37,15 @@ def save_model(model: Transformer, folder: str | os.PathLike) -> None:
         except SafetensorError as error:
             # A full disk among others, which is no error of the system's there.
             raise OSError(errno.EIO, str(error)) from error
-    files.write_json(Path(folder, "config.json"), config, **FORM)
+    files.write_json(Path(folder, CONFIG), config, **FORM)
 
 
 def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int, family: str = "llada") -> None:
     """Write a tokenizer with one token per character, which `transformers.AutoTokenizer` loads.
 
-    `tokenizer.json` comes from the `tokenizers` library. `tokenizer_config.json` names the class, so
-    that the model's own configuration, whose type transformers does not know, is not asked for it.
-
-    A character outside the alphabet has no id of its own and none is borrowed: encoding it raises
-    ("WordLevel error: Missing [UNK] token from the vocabulary").
+    `tokenizer_config.json` names the class, so that the model's own configuration, whose type transformers does not
+    know, is not asked for it. A character outside the alphabet has no id: encoding it raises ("WordLevel error: Missing
+    [UNK] token from the vocabulary").
 
     Args:
         folder: made if it is missing.
@@ -80,8 +77,7 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
 def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
     """The model as a checkpoint of its family: the content of `config.json`, and the tensors by their names there.
 
-    The tensors share the storage of the model's. The configuration has every field that the
-    published modeling code reads, so that `family_of(config).spec(config) == model.spec`.
+    The tensors share the storage of the model's, and `family_of(config).spec(config) == model.spec`.
 
     Raises:
         ValueError: the format cannot express the model, or its weights are packed.
@@ -90,15 +86,7 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError("packed weights cannot be saved: call dkv.unpack(model), or load the model with pack=False")
     spec, family = model.spec, FAMILIES[model.spec.family]
     names = family.checkpoint_names(n for n, _ in model.named_parameters())
-    config = {
-        **family.config(spec),
-        **{name: getattr(spec, name) for name in ("rope_theta", "mask_token_id", "eos_token_id", "pad_token_id")},
-        "rms_norm_eps": spec.norm_eps,
-        "torch_dtype": str(model.dtype).removeprefix("torch."),
-        "use_cache": False,
-    }
-    if spec.eot_token_id is not None:
-        config["eot_token_id"] = spec.eot_token_id
+    config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch.")}
     # The limit comes from a tokenizer, not from the configuration.
     again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
     for name in (field.name for field in fields(spec) if field.compare):

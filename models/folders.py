@@ -1,29 +1,37 @@
-"""Where a checkpoint lies: with dkv, in a folder, or on the Hugging Face hub."""
+"""A checkpoint folder: where it lies (beside dkv, on disk or on the hub), and what it says before a tensor is read."""
 
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from dkv.models.files import Entry, damaged, is_there, read_header, read_json, some
+from dkv.models.foreign import adapter_advice
 
 BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "tiny-dream")}
 # What is fetched from the hub for a tokenizer and for a model: no code, and no weights in other formats.
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+# What may lie there instead of weights, and what to do.
+INSTEAD = {
+    ("adapter_model*",): f", the weights of an adapter, but no {WEIGHTS}: merge the adapter into its base model "
+    "(peft: merge_and_unload, save_pretrained), and load that",
+    ("*.bin", "*.pt", "*.pth"): f" but no {WEIGHTS}, and pickles are not read: convert the checkpoint (load it with "
+    "transformers and call save_pretrained, which writes safetensors)",
+}
 
 
 def folder_of(
-    path_or_id: str | os.PathLike,
-    files: Sequence[str] = MODEL_FILES,
-    subfolder: str | None = "",
-    **hub: Any,
+    path_or_id: str | os.PathLike, files: Sequence[str] = MODEL_FILES, subfolder: str | None = "", **hub: Any
 ) -> Path:
     """The local folder of a bundled name, a path or a hub id.
 
     Args:
-        path_or_id: as for `dkv.load`.
+        path_or_id, subfolder: as for `dkv.load`.
         files: patterns of the files that are wanted from the hub.
-        subfolder: the folder inside that holds the files; "" or None: the folder itself.
         hub: arguments of the hub's client.
 
     Raises:
@@ -38,18 +46,73 @@ def folder_of(
     if not os.fspath(path_or_id):
         raise ValueError("path_or_id is empty: pass a checkpoint folder ('.' for this one) or the id of a model")
     subfolder = subfolder or ""
-    local = _local(path_or_id)
-    if local is not None and hub.get("revision") is not None:
+    folder = _local(path_or_id)
+    if folder is None:
+        folder = _fetched(os.fspath(path_or_id), [str(PurePosixPath(subfolder, name)) for name in files], hub)
+    elif hub.get("revision") is not None:
         raise ValueError(
             f"revision={hub['revision']!r} is for models of the hub, and {path_or_id} is here: leave it out"
         )
-    if local is None:
-        if subfolder:
-            files = [f"{subfolder}/{pattern}" for pattern in files]
-        local = _fetched(os.fspath(path_or_id), files, hub)
-    if subfolder and not (local / subfolder).is_dir():
+    if subfolder and not (folder / subfolder).is_dir():
         raise FileNotFoundError(f"{path_or_id} has no folder {subfolder!r}: pass the subfolder that holds config.json")
-    return local / subfolder
+    return folder / subfolder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, its missing token ids filled in from `generation_config.json` if that exists.
+
+    Raises as `read_json`, and ValueError if the folder holds an adapter or quantised weights.
+    """
+    if is_there(folder / ADAPTER):
+        adapter = read_json(folder / ADAPTER)
+        kind, base = str(adapter.get("peft_type") or "trained"), adapter.get("base_model_name_or_path")
+        of_base = f" of {base}" if base else ""
+        raise ValueError(
+            f"{folder} holds a {kind} adapter ({ADAPTER}{of_base}), not a model of its own: {adapter_advice(kind)}"
+        )
+    config = read_json(folder / CONFIG)
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder / CONFIG} has a quantization_config, and quantised checkpoints are not read: "
+            "load the original weights with pack=False (or call dkv.unpack(model)), and quantise that model"
+        )
+    beside = folder / "generation_config.json"
+    ids = read_json(beside) if is_there(beside) else {}
+    for field in ("mask_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(field) is None and field in ids:
+            config[field] = ids[field]
+    return config
+
+
+def read_headers(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder by name, sharded or not: its file, dtype and shape. Reads no tensor.
+
+    Raises:
+        FileNotFoundError: no safetensors file, or a shard that the index names is missing.
+        ValueError: a file is truncated or malformed; a shard lies outside the folder, or lacks a tensor that the index
+            puts there.
+    """
+    if is_there(folder / WEIGHTS):
+        return read_header(folder / WEIGHTS)
+    if not is_there(folder / INDEX):
+        for patterns, what in INSTEAD.items():
+            if found := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
+                raise FileNotFoundError(f"{folder} has {some(found)}{what}")
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}: pass the folder that holds the weights")
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
+        raise damaged(f"{folder / INDEX} has no weight_map from tensors to files")
+    names = sorted(set(places.values()))
+    # Links inside may lead elsewhere: caches of the hub consist of them. A path of Windows has both kinds of slashes.
+    if outside := [name for name in names if (path := PureWindowsPath(name)).anchor or ".." in path.parts]:
+        raise damaged(f"{folder / INDEX} names files outside its folder ({some(outside)})")
+    if missing := [name for name in names if not is_there(folder / name)]:
+        raise damaged(f"{folder} lacks shards that {INDEX} lists ({some(missing)})", FileNotFoundError)
+    headers = {name: read_header(folder / name) for name in names}
+    if lost := [f"{tensor} in {shard}" for tensor, shard in places.items() if tensor not in headers[shard]]:
+        raise damaged(f"{folder / INDEX} promises tensors that the shards lack ({some(lost)})")
+    found = {name: entry for header in headers.values() for name, entry in header.items()}
+    return found | {tensor: headers[shard][tensor] for tensor, shard in places.items()}
 
 
 def _local(path_or_id: str | os.PathLike) -> Path | None:

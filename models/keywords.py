@@ -1,4 +1,4 @@
-"""Keyword arguments of transformers' `from_pretrained` that `dkv.load` meets: taken, granted, or answered."""
+"""Arguments of `dkv.load` and of transformers' `from_pretrained`: taken, granted, or answered."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ _ATTENTION = "dkv computes attention with its own kernels (dkv.use_backend): lea
 _ONE_DEVICE = "a model lies on one device: pass device='cuda:0', or another"
 _CONVERT = "only safetensors are read: convert the checkpoint with transformers"
 
+FLOATS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 # Handed on to the hub's client.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Asks for what happens anyway, or allows what is not needed (no code of a checkpoint is run, and no pickle is read).
@@ -57,13 +58,24 @@ def hub_options(given: Mapping[str, Any], taken: Sequence[str]) -> dict[str, Any
     return {name: value for name, value in given.items() if name in HUB and value is not None}
 
 
+def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """The dtype asked for under either name, one of FLOATS, "auto" or None; ValueError: another, or they disagree."""
+    asked = []
+    for name, found in (("dtype", dtype), ("torch_dtype", torch_dtype)):
+        if isinstance(found, str) and found != "auto":
+            found = FLOATS.get(found.removeprefix("torch."), found)
+        if found not in (None, "auto", *FLOATS.values()):
+            raise ValueError(f"{name}={found!r} is not supported: pass 'auto' or one of {', '.join(FLOATS)}")
+        asked.append(found)
+    if None not in asked and asked[0] != asked[1]:
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} disagree: pass dtype alone")
+    return asked[1] if asked[0] is None else asked[0]
+
+
 def one_device(device: Any, device_map: Any) -> Any:
-    """The device that `device` or transformers' `device_map` asks for; None: the default one.
+    """The device that `device` or transformers' `device_map` asks for; None: the default one, which "auto" is, too.
 
-    "auto" is the default device, as a model is never split; a map with one device in it is that device.
-
-    Raises:
-        ValueError: the map asks for several devices, or contradicts `device`.
+    Raises ValueError if the map asks for several devices, or contradicts `device`.
     """
     if device_map is None:
         return device
@@ -84,26 +96,21 @@ def one_device(device: Any, device_map: Any) -> Any:
 def usable(device: torch.device | str | int | None) -> torch.device:
     """The device, if a tensor can be put there; None: the current CUDA or ROCm device, or else the CPU.
 
-    Raises:
-        ValueError: it does not exist here, or has no memory ("meta").
+    Raises ValueError if it does not exist here, or has no memory ("meta").
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    advice = f"pass {' or '.join(map(repr, ('cpu', *(f'cuda:{i}' for i in range(cards)))))}"
     shown = f"device={device if isinstance(device, int) else str(device)!r}"
     try:
-        found = torch.empty(0, device=device).device
-        asked = torch.device(device)
+        found, asked = torch.empty(0, device=device).device, torch.device(device)
     # Among others of a kind of device that this torch was not built for, or whose module is missing.
     except (RuntimeError, AssertionError, ImportError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"{shown} cannot be used here ({reason}): pass {_devices()}") from error
+        raise ValueError(f"{shown} cannot be used here ({reason}): {advice}") from error
     if found.type == "meta":
-        raise ValueError(f"{shown} holds no weights, only shapes: pass {_devices()}")
+        raise ValueError(f"{shown} holds no weights, only shapes: {advice}")
     if found.type == "cpu" and asked.index:
-        raise ValueError(f"{shown} does not exist, there is one CPU: pass {_devices()}")
+        raise ValueError(f"{shown} does not exist, there is one CPU: {advice}")
     return found
-
-
-def _devices() -> str:
-    cards = [f"'cuda:{i}'" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return " or ".join(["'cpu'", *cards])

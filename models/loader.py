@@ -1,7 +1,7 @@
-"""Checkpoints into models: from a folder, the bundle or the hub.
+"""Models from a checkpoint or from memory, without running code that comes with them.
 
-No code of a checkpoint is run, and no weight is initialised only to be overwritten: the network is
-built without storage, and takes the tensors of the file one by one.
+No weight is initialised only to be overwritten: the network is built without storage, and takes the parameters one by
+one.
 """
 
 import os
@@ -13,19 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from dkv.models.checkpoint import read_config, read_headers
 from dkv.models.families import family_of
-from dkv.models.files import damaged
-from dkv.models.folders import folder_of
-from dkv.models.headers import Entry
-from dkv.models.keywords import hub_options, one_device, usable
+from dkv.models.files import Entry, damaged
+from dkv.models.folders import folder_of, read_config, read_headers
+from dkv.models.foreign import behind_fronts, plain_parameters
+from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.skeleton import fill, skeleton
+from dkv.models.tokenizer import with_vocab_limit
 from dkv.models.transformer import Transformer
-from dkv.models.vocabulary import with_vocab_limit
 
-FLOATS = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
-# The same by the codes of safetensors headers.
+# The dtypes that are read, by the codes of safetensors headers.
 CODES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS.values(), strict=True))
 # Checkpoints of at least so many bytes show how far they are.
 LARGE = 1 << 30
@@ -44,57 +42,54 @@ def load(
 ) -> Transformer:
     """Load a LLaDA or Dream checkpoint for inference, without running code that comes with it.
 
-    Everything that can be wrong with names, shapes and files is found before a tensor is read. Large
-    checkpoints show a bar on a terminal.
+    Everything that can be wrong with names, shapes and files is found before a tensor is read. Large checkpoints show a
+    bar on a terminal.
 
     Args:
-        path_or_id: "tiny" or "tiny-dream", the models that come with dkv, in LLaDA's and in Dream's
-            format (a local folder of this name is "./tiny"); a folder with `config.json` and
-            `model.safetensors` or its index and shards; or the id of a model on the Hugging Face hub
-            ("org/name"), unless a folder of this name exists.
-        dtype: of the parameters: a torch dtype, its name, or "auto" for the dtype of the file (that of
-            its embedding table). None is "auto", except on a CPU, where half precision is slow and
-            becomes float32.
+        path_or_id: "tiny" or "tiny-dream", the models that come with dkv, in LLaDA's and in Dream's format (a local
+            folder of this name is "./tiny"); a folder with `config.json` and `model.safetensors` or its index and
+            shards; or the id of a model on the Hugging Face hub ("org/name"), unless a folder of this name exists.
+        dtype: of the parameters: a torch dtype, its name, or "auto" for the dtype of the file (that of its embedding
+            table). None is "auto", except on a CPU, where half precision is slow and becomes float32.
         device: where the parameters go. None is the current CUDA or ROCm device, or else the CPU.
         torch_dtype: the older name of `dtype`.
-        pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`):
-            faster above all where few slots are active, but the weights cannot be moved, trained,
-            quantised or saved by `dkv.models.export` before `dkv.unpack(model)`. None: where the model is
-            float32 on a CPU that can.
+        pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`): faster above
+            all where few slots are active, but the weights cannot be moved, trained, quantised or saved by
+            `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can.
         device_map: transformers' name for `device`; "auto" is the default device, as a model is never split.
         subfolder: the folder inside that holds the files.
         keywords: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in transformers, for
-            models of the hub. Of the other arguments of its `from_pretrained` those that ask for what happens
-            anyway are accepted (`trust_remote_code`: no code is run), the rest refused with what to do.
+            models of the hub. Of the other arguments of its `from_pretrained` those that ask for what happens anyway
+            are accepted (`trust_remote_code`: no code is run), the rest refused with what to do.
 
     Returns:
-        The model in eval mode, its parameters frozen. Its vocabulary has as many ids as its tables
-        have rows; where that is more than the tokenizer of the folder knows, `model.spec.vocab_limit` is
-        the number of the tokenizer, and `dkv.generate` emits no id beyond.
+        The model in eval mode, its parameters frozen. Its vocabulary has as many ids as its tables have rows; where
+        that is more than the tokenizer of the folder knows, `model.spec.vocab_limit` is the number of the tokenizer,
+        and `dkv.generate` emits no id beyond.
 
     Raises:
         FileNotFoundError: a folder, a file or a hub model does not exist or cannot be reached.
-        ValueError: an unknown family, a field that is not implemented, an adapter, or a checkpoint that is
-            damaged or does not fit its configuration; the message names the tensor and the file.
+        ValueError: an unknown family, a field that is not implemented, an adapter, or a checkpoint that is damaged or
+            does not fit its configuration; the message names the tensor and the file.
         OSError: a file cannot be read.
         TypeError: an unknown argument, or a path that is none.
     """
     hub = hub_options(keywords, ("dtype", "device", "device_map", "torch_dtype", "pack", "subfolder"))
     if not (pack is None or isinstance(pack, bool)):
         raise ValueError(f"pack must be True, False or None, got {pack!r}")
-    wanted, device = _one_dtype(dtype, torch_dtype), usable(one_device(device, device_map))
+    wanted, device = one_dtype(dtype, torch_dtype), usable(one_device(device, device_map))
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)
     config = read_config(folder)
     family = family_of(config)
     entries = read_headers(folder)
-    places = {name: str(entry.file) for name, entry in entries.items()}
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    model, names = skeleton(family, config, shapes, places, str(folder))
+    model, names = skeleton(family, config, entries, str(folder))
     model.spec = with_vocab_limit(model.spec, folder)
-    for name in names.values():
-        if entries[name].dtype not in CODES:
+    # Files may hold more than the model has.
+    entries = {name: entries[name] for name in names.values()}
+    for name, entry in entries.items():
+        if entry.dtype not in CODES:
             raise ValueError(
-                f"{name} in {entries[name].file} is stored as {entries[name].dtype}; only {', '.join(CODES)} are read: "
+                f"{name} in {entry.file} is stored as {entry.dtype}; only {', '.join(CODES)} are read: "
                 "load the original weights, not quantised ones"
             )
     target = wanted
@@ -106,23 +101,53 @@ def load(
         pack = device.type == "cpu" and target == torch.float32 and can_pack()
     elif pack:
         check_packable("the model", target, device)
-    fill(model, names, _read({name: entries[name] for name in names.values()}, target, device))
+    fill(model, names, _read(entries, target, device))
     model.eval()
     return pack_(model) if pack else model
 
 
-def _one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """The dtype asked for under either name: one of FLOATS, "auto" or None."""
-    asked = []
-    for name, found in (("dtype", dtype), ("torch_dtype", torch_dtype)):
-        if isinstance(found, str) and found != "auto":
-            found = FLOATS.get(found.removeprefix("torch."), found)
-        if found not in (None, "auto", *FLOATS.values()):
-            raise ValueError(f"{name}={found!r} is not supported: pass 'auto' or one of {', '.join(FLOATS)}")
-        asked.append(found)
-    if None not in asked and asked[0] != asked[1]:
-        raise ValueError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} disagree: pass dtype alone")
-    return asked[1] if asked[0] is None else asked[0]
+def wrap(hf_model: nn.Module) -> Transformer:
+    """Share the parameters of a LLaDA or Dream model that is already in memory.
+
+    The result holds the very parameter objects of `hf_model`: training, moving or casting either model changes both.
+    Nothing else is taken over: hooks of the original are not seen, and what computes beside the weights (LoRA and other
+    adapters, parametrisations, quantised layers) is refused.
+
+    Args:
+        hf_model: a module with a `config` and the parameter names of its family, with or without their first component
+            ("model."); also behind torch.compile or DistributedDataParallel.
+
+    Returns:
+        The model in eval mode, its parameters as frozen or trainable as they were. It does not know a tokenizer: give
+        `dkv.generate` a `vocab_limit` if the tables are wider than that.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: an unknown family; adapters or other additions; parameters without storage, quantised, of several
+            dtypes or on several devices; or names and shapes that do not fit the configuration.
+    """
+    if not isinstance(hf_model, nn.Module):
+        raise TypeError(f"hf_model must be a model in memory, got {type(hf_model).__name__}: dkv.load takes a path")
+    original = behind_fronts(hf_model)
+    kind = type(original).__name__
+    if isinstance(original, Transformer):
+        raise ValueError("this model is dkv's already: use it as it is")
+    parameters = plain_parameters(original, f"the {kind} in memory")
+    found = getattr(original, "config", None)
+    if found is None:
+        raise ValueError(f"{kind} has no config to tell its family: pass a LLaDA or Dream model")
+    config = dict(found.to_dict() if hasattr(found, "to_dict") else getattr(found, "__dict__", found))
+    family = family_of(config)
+    roots = {name.partition(".")[0] for name in family.names.values()}
+    if not any(name.startswith("model.") for name in parameters):
+        parameters = {n if n.partition(".")[0] in roots else f"model.{n}": p for n, p in parameters.items()}
+    head, table = (family.weight_name(module) for module in ("head", "embed"))
+    if head in parameters and parameters[head] is parameters.get(table):
+        config[family.field_of("tied_head")] = True
+        del parameters[head]
+    model, names = skeleton(family, config, parameters, f"the {kind} in memory")
+    fill(model, names, parameters.items())
+    return model.eval()
 
 
 def _read(entries: Mapping[str, Entry], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, nn.Parameter]]:

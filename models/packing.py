@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class Packed(nn.Module, ABC):
 
     @abstractmethod
     def unpacked(self) -> nn.Module:
-        """A plain layer with the very weights that were packed."""
+        """A plain layer with the very weights that were packed; of several, the list of them."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Names and weights of the plain layer."""
@@ -40,36 +41,31 @@ class Packed(nn.Module, ABC):
 class PackedLinear(Packed):
     """`nn.Linear` for float32 inference on a CPU, its weight in oneDNN's blocked layout.
 
-    A plain product re-orders the weight at every call, which costs most where rows are few: just
-    where a cache leaves few. The weight is held once, in the new layout, and is no parameter any
-    more: it cannot be trained or moved. Copies and pickles hold it in the plain layout, and pack it again.
+    A plain product re-orders the weight at every call, which costs most where tokens are few: just where a cache leaves
+    few. The weight is held once, in the new layout, and is no parameter any more: it cannot be trained or moved. Copies
+    and pickles hold it in the plain layout, and pack it again.
 
     Args:
-        linears: the layer to stand in for, or several of the same input, whose outputs then stand
-            side by side.
+        linears: the layer to stand in for, or several of the same input, whose outputs then stand side by side.
         silu: apply SiLU to the output, while it is written.
     """
 
-    # Rows that the blocking is chosen for; any number can be multiplied.
-    ROWS = 64
+    # Tokens that the blocking is chosen for; any number can be multiplied.
+    TOKENS = 64
 
     def __init__(self, *linears: nn.Linear, silu: bool = False):
         super().__init__()
         self.in_features, self.sizes = linears[0].in_features, [x.out_features for x in linears]
-        self.out_features = sum(self.sizes)
+        self.out_features, self.silu = sum(self.sizes), silu
+        # Weights that are no parameters.
+        self.num_packed = self.in_features * self.out_features
         self._pack(linears[0].weight if len(linears) == 1 else torch.cat([x.weight for x in linears]))
         self.bias = linears[0].bias
         if len(linears) > 1 and self.bias is not None:
             self.bias = nn.Parameter(torch.cat([x.bias for x in linears]), requires_grad=False)
-        self.silu = silu
 
     def _pack(self, weight: Tensor) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
-
-    @property
-    def num_packed(self) -> int:
-        """Weights that are no parameters."""
-        return self.in_features * self.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.TOKENS)
 
     def forward(self, x: Tensor, *, add: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """x [..., in_features] float32 -> [..., out_features], plus `add` or times `times` of that shape."""
@@ -87,16 +83,8 @@ class PackedLinear(Packed):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def linears(self) -> list[nn.Linear]:
-        """The layers that were packed, one by one, each with storage of its own."""
-        weights = self.packed.to_dense().split(self.sizes)
-        biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
-        if len(self.sizes) == 1:
-            return [_linear(weights[0], biases[0])]
-        return [_linear(w.clone(), None if b is None else b.clone()) for w, b in zip(weights, biases, strict=True)]
-
     def unpacked(self) -> nn.Module:
-        plain = self.linears()
+        plain = list(_parts(self.packed.to_dense(), self.bias, self.sizes))
         return (plain[0] if len(plain) == 1 else nn.ModuleList(plain)).train(self.training)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,10 +118,8 @@ class PackedHead(Packed):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.parts = nn.ModuleList(
-            PackedLinear(_columns(linear, start, start + torch_choice.STRIP))
-            for start in range(0, self.out_features, torch_choice.STRIP)
-        )
+        parts = _parts(linear.weight.detach(), linear.bias, torch_choice.STRIP)
+        self.parts = nn.ModuleList(PackedLinear(part) for part in parts)
 
     def strips(self, x: Tensor) -> Iterator[Tensor]:
         """The outputs [..., C] strip by strip, computed as they are asked for."""
@@ -157,9 +143,14 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _columns(linear: nn.Linear, start: int, stop: int) -> nn.Linear:
-    """The layer that computes some of the outputs, with a part of the same weight."""
-    return _linear(linear.weight[start:stop], None if linear.bias is None else linear.bias[start:stop])
+def _parts(weight: Tensor, bias: Tensor | None, sizes: int | list[int]) -> Iterator[nn.Linear]:
+    """Layers that compute so many of the outputs each; where they are several, copies, made as they are asked for."""
+    weights = weight.split(sizes)
+    if len(weights) == 1:
+        yield _linear(weight, bias)
+        return
+    for part, shift in zip(weights, repeat(None) if bias is None else bias.split(sizes), strict=False):
+        yield _linear(part.clone(), None if shift is None else shift.clone())
 
 
 class PackedLayer(Packed):
@@ -168,8 +159,8 @@ class PackedLayer(Packed):
     def __init__(self, layer: Layer):
         super().__init__()
         self.index, self.head_dim = layer.index, layer.head_dim
-        self.attn_norm, self.q_norm, self.k_norm = layer.attn_norm, layer.q_norm, layer.k_norm
-        self.mlp_norm = layer.mlp_norm
+        self.attn_norm, self.mlp_norm = layer.attn_norm, layer.mlp_norm
+        self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)
         self.heads = [x.out_features // self.head_dim for x in projections]
         self.qkv_proj, self.o_proj = PackedLinear(*projections), PackedLinear(layer.o_proj)
@@ -191,7 +182,7 @@ class PackedLayer(Packed):
         nn.Module.__init__(layer)
         layer.index, layer.head_dim = self.index, self.head_dim
         layer.attn_norm = self.attn_norm
-        layer.q_proj, layer.k_proj, layer.v_proj = self.qkv_proj.linears()
+        layer.q_proj, layer.k_proj, layer.v_proj = self.qkv_proj.unpacked()
         layer.o_proj = self.o_proj.unpacked()
         layer.q_norm, layer.k_norm, layer.mlp_norm = self.q_norm, self.k_norm, self.mlp_norm
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -234,9 +225,9 @@ def pack_(model: nn.Module) -> nn.Module:
 def unpack(model: nn.Module) -> nn.Module:
     """Give a packed model its plain layers back, in place: the very weights that were loaded, under their names.
 
-    What `dkv.load` packs for a CPU (its argument `pack`) can be moved, cast, trained, quantised and saved
-    from then on; a model that is not packed stays as it is. Layers are replaced one by one, so that there is no
-    second copy of the model; hooks on packed layers go with them.
+    What `dkv.load` packs for a CPU (its argument `pack`) can be moved, cast, trained, quantised and saved from then on;
+    a model that is not packed stays as it is. Layers are replaced one by one, so that there is no second copy of the
+    model; hooks on packed layers go with them.
 
     Returns:
         The model.

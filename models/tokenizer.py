@@ -1,19 +1,20 @@
-"""The tokenizer that comes with a checkpoint, by the files in its folder and without code of theirs."""
+"""The tokenizer of a checkpoint folder, without code of theirs; and the ids it knows, read without building it."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dkv.models.checkpoint import CONFIG
 from dkv.models.families import family_of
 from dkv.models.files import damaged, is_there, read_json, read_text, some
-from dkv.models.folders import TOKENIZER_FILES, folder_of
+from dkv.models.folders import CONFIG, TOKENIZER_FILES, folder_of
 from dkv.models.keywords import hub_options
+from dkv.models.spec import ModelSpec
 
-ALL_IN_ONE, WORDS, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-JSON = (ALL_IN_ONE, WORDS, CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+ALL_IN_ONE, WORDS, MERGES, SETTINGS = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
+JSON = (ALL_IN_ONE, WORDS, CONFIG, SETTINGS, "special_tokens_map.json", "added_tokens.json")
 TEXT = (MERGES, "vocab.txt", "chat_template.jinja", "chat_template.json")
 # Vocabularies in other formats, which are left to transformers.
 OTHER = ("vocab.txt", "*.model", "*.tiktoken")
@@ -21,22 +22,17 @@ OTHER = ("vocab.txt", "*.model", "*.tiktoken")
 DREAMS = (None, "DreamTokenizer", "DreamTokenizerFast")
 
 
-def load_tokenizer(
-    path_or_id: str | os.PathLike,
-    *,
-    subfolder: str | None = "",
-    **keywords: Any,
-) -> Any:
+def load_tokenizer(path_or_id: str | os.PathLike, *, subfolder: str | None = "", **keywords: Any) -> Any:
     """The tokenizer that comes with a LLaDA or Dream checkpoint. No code of the checkpoint is run; no weight is read.
 
     Args:
-        path_or_id: as for `dkv.load`: "tiny", "tiny-dream", a folder, or the id of a model on the hub, of which
-            only the small files are fetched.
+        path_or_id: as for `dkv.load`: "tiny", "tiny-dream", a folder, or the id of a model on the hub, of which only
+            the small files are fetched.
         subfolder, keywords: as for `dkv.load`.
 
     Returns:
-        A tokenizer of transformers. A `tokenizer.json` is taken as it stands, whatever class the folder names.
-        Dream's `vocab.json` and `merges.txt` are Qwen2's, under the name of a class of its own.
+        A tokenizer of transformers. A `tokenizer.json` is taken as it stands, whatever class the folder names. Dream's
+        `vocab.json` and `merges.txt` are Qwen2's, under the name of a class of its own.
 
     Raises:
         FileNotFoundError: there is no such folder, or no complete vocabulary in it.
@@ -63,11 +59,24 @@ def load_tokenizer(
                 raise
             reasons.append(str(error) or type(error).__name__)
     else:
-        used = [name for name in (ALL_IN_ONE, WORDS, MERGES, "tokenizer_config.json") if name in files]
+        used = [name for name in (ALL_IN_ONE, WORDS, MERGES, SETTINGS) if name in files]
         raise damaged(f"transformers cannot read the tokenizer of {folder} ({some(used)}): {reasons[0]}")
     if tokenizer.vocab_size < 1:
         raise damaged(f"the tokenizer of {folder} has an empty vocabulary")
     return tokenizer
+
+
+def with_vocab_limit(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The spec with the number of ids up to the last that the tokenizer of the folder knows, if the model has more.
+
+    Ids below that are taken to have text. The ends and the padding of the configuration stay below it. Raises
+    ValueError if a file of the tokenizer is damaged.
+    """
+    known = list(_known_ids(folder))
+    if not known:
+        return spec
+    limit = 1 + max(*known, spec.eos_token_id or 0, spec.pad_token_id or 0)
+    return replace(spec, vocab_limit=limit) if limit < spec.vocab_size else spec
 
 
 def _checked_files(folder: Path) -> dict[str, Any]:
@@ -97,15 +106,11 @@ def _classes(files: dict[str, Any]) -> list[Any]:
 
     if ALL_IN_ONE in files:
         return [PreTrainedTokenizerFast]
-    named = files.get("tokenizer_config.json", {}).get("tokenizer_class")
-    return [AutoTokenizer, Qwen2TokenizerFast] if _is_dream(files) and named in DREAMS else [AutoTokenizer]
-
-
-def _is_dream(files: dict[str, Any]) -> bool:
-    try:
-        return family_of(files.get(CONFIG, {})).name == "dream"
-    except ValueError:
-        return False  # a tokenizer may be of use without a model that is loaded
+    named = files.get(SETTINGS, {}).get("tokenizer_class")
+    with contextlib.suppress(ValueError):  # a tokenizer may be of use without a model that is loaded
+        if named in DREAMS and family_of(files.get(CONFIG, {})).name == "dream":
+            return [AutoTokenizer, Qwen2TokenizerFast]
+    return [AutoTokenizer]
 
 
 @contextlib.contextmanager
@@ -119,3 +124,31 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def _known_ids(folder: Path) -> Iterator[int]:
+    """The ids of the tokenizer in a folder; none if it has no vocabulary that can be read without its library."""
+    vocabulary = [name for name in (ALL_IN_ONE, WORDS) if is_there(folder / name)][:1]
+    for name in [*vocabulary, "added_tokens.json", SETTINGS] if vocabulary else []:
+        if is_there(folder / name):
+            for one in _ids(name, read_json(folder / name)):
+                if type(one) is not int or one < 0:
+                    raise damaged(f"{folder / name} has a token with the id {one!r}")
+                yield one
+
+
+def _ids(name: str, content: dict[str, Any]) -> Iterator[Any]:
+    """The ids in a file of a tokenizer, whatever they are; of another form, none."""
+    if name == ALL_IN_ONE:
+        model, added = content.get("model"), content.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            yield from vocabulary.values()
+        elif isinstance(vocabulary, list):  # Unigram: the id of a token is its place
+            yield from range(len(vocabulary))
+        yield from (token.get("id") for token in added if isinstance(token, dict)) if isinstance(added, list) else ()
+    elif name == SETTINGS:
+        added = content.get("added_tokens_decoder")
+        yield from (int(i) if i.isdecimal() else i for i in added) if isinstance(added, dict) else ()
+    else:
+        yield from content.values()

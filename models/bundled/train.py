@@ -129,8 +129,8 @@ class Training:
         self.model.load_state_dict(state["model"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.saved = self.step
+        self.step = self.saved = state["step"]
+        self.seconds = state["seconds"]
 
     def save(self, checkpoint: Path) -> None:
         state = {"model": self.model.state_dict(), "step": self.step, "seconds": self.seconds}

@@ -1,86 +1,25 @@
-"""Dream: Dream-v0-*-7B, Dream-Coder, DiffuCoder. Qwen2 with shifted outputs."""
+"""Dream: Dream-v0-*-7B, Dream-Coder, DiffuCoder. Qwen2 with biases for q, k and v, and shifted outputs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from dkv.models.families import fields
 from dkv.models.families.base import Family
-from dkv.models.spec import ModelSpec
-
-SWITCHES = {"hidden_act": "silu", "use_sliding_window": False}
-
-# Size of a published vocabulary -> ids that some of its files leave out. Elsewhere these would be any tokens.
-IDS = {152064: {"mask_token_id": 151666, "eos_token_id": 151643, "eot_token_id": 151645}}
-
-# Checkpoint module -> module of `Transformer`; {} is the number of the layer.
-NAMES = {
-    "model.embed_tokens": "embed",
-    "model.norm": "norm",
-    "lm_head": "head",
-    "model.layers.{}.input_layernorm": "layers.{}.attn_norm",
-    "model.layers.{}.self_attn.q_proj": "layers.{}.q_proj",
-    "model.layers.{}.self_attn.k_proj": "layers.{}.k_proj",
-    "model.layers.{}.self_attn.v_proj": "layers.{}.v_proj",
-    "model.layers.{}.self_attn.o_proj": "layers.{}.o_proj",
-    "model.layers.{}.post_attention_layernorm": "layers.{}.mlp_norm",
-    "model.layers.{}.mlp.gate_proj": "layers.{}.gate_proj",
-    "model.layers.{}.mlp.up_proj": "layers.{}.up_proj",
-    "model.layers.{}.mlp.down_proj": "layers.{}.down_proj",
-}
 
 
-def spec(config: Mapping) -> ModelSpec:
-    """The spec of a Dream configuration (Dream-v0-*-7B, Dream-Coder, DiffuCoder): Qwen2 with q/k/v bias.
-
-    Defaults of absent fields are those of the published configuration class.
-
-    Raises:
-        ValueError: a field is missing, malformed, or asks for something not implemented.
-    """
-    fields.only(SWITCHES, config)
-    heads, rows = fields.count(config, "num_attention_heads"), fields.count(config, "vocab_size")
-    if fields.value(config, "head_dim") is None:
-        head_dim = fields.share(config, "hidden_size", "num_attention_heads")
-    else:
-        head_dim = fields.count(config, "head_dim")
-    return ModelSpec(
-        family="dream",
-        vocab_size=rows,
-        hidden_size=fields.count(config, "hidden_size"),
-        num_layers=fields.count(config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=fields.count(config, "num_key_value_heads", heads),
-        head_dim=head_dim,
-        intermediate_size=fields.count(config, "intermediate_size"),
-        max_positions=fields.count(config, "max_position_embeddings", 32768),
-        rope_theta=fields.rope_theta(config, 10000.0),
-        norm_eps=fields.positive(config, "rms_norm_eps", 1e-6),
-        **fields.token_ids(config, IDS.get(rows, {}), rows),
-        qkv_bias=True,
-        tied_head=fields.flag(config, "tie_word_embeddings", False),
-        shifted=True,
-        rope_float32=False,
-    )
-
-
-def config(spec: ModelSpec) -> dict:
-    """The fields of a Dream configuration that are Dream's own."""
+def defaults(config: Mapping) -> dict[str, Any]:
+    """As `Family.defaults`."""
+    stated = fields.value(config, "head_dim") is not None
+    share = None if stated else fields.share(config, "hidden_size", "num_attention_heads")
     return {
-        **SWITCHES,
-        "architectures": ["DreamModel"],
-        "model_type": "Dream",
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "sliding_window": None,
-        "max_window_layers": 28,
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "intermediate_size": spec.intermediate_size,
-        "vocab_size": spec.vocab_size,
-        "tie_word_embeddings": spec.tied_head,
-        "max_position_embeddings": spec.max_positions,
-        "bos_token_id": spec.eos_token_id,
+        "num_kv_heads": fields.count(config, "num_attention_heads"),
+        "head_dim": fields.count(config, "head_dim", share),
+        "max_positions": 32768,
+        "norm_eps": 1e-6,
+        "tied_head": False,
+        "qkv_bias": True,
+        "shifted": True,
+        "rope_float32": False,
     }
 
 
@@ -88,9 +27,40 @@ FAMILY = Family(
     name="dream",
     model_types=("dream",),
     architectures=("DreamModel",),
-    spec=spec,
-    config=config,
-    names=NAMES,
-    rows_field="vocab_size",
-    tied_field="tie_word_embeddings",
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "intermediate_size": "intermediate_size",
+        "max_position_embeddings": "max_positions",
+        "rms_norm_eps": "norm_eps",
+        "tie_word_embeddings": "tied_head",
+    },
+    defaults=defaults,
+    switches={"hidden_act": "silu", "use_sliding_window": False},
+    written={
+        "model_type": "Dream",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "sliding_window": None,
+        "max_window_layers": 28,
+    },
+    copies={"bos_token_id": "eos_token_id"},
+    usual_ids={152064: {"mask_token_id": 151666, "eos_token_id": 151643, "eot_token_id": 151645}},
+    names={
+        "embed": "model.embed_tokens",
+        "norm": "model.norm",
+        "head": "lm_head",
+        "layers.{}.attn_norm": "model.layers.{}.input_layernorm",
+        "layers.{}.q_proj": "model.layers.{}.self_attn.q_proj",
+        "layers.{}.k_proj": "model.layers.{}.self_attn.k_proj",
+        "layers.{}.v_proj": "model.layers.{}.self_attn.v_proj",
+        "layers.{}.o_proj": "model.layers.{}.self_attn.o_proj",
+        "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "layers.{}.gate_proj": "model.layers.{}.mlp.gate_proj",
+        "layers.{}.up_proj": "model.layers.{}.mlp.up_proj",
+        "layers.{}.down_proj": "model.layers.{}.mlp.down_proj",
+    },
 )

@@ -16,12 +16,18 @@ def value(config: Mapping, field: str, default=None):
     return default if found is None else found
 
 
+def check(fits: bool, field: str, found: object, needed: str) -> None:
+    """Raise ValueError with what is needed if what was found does not fit."""
+    if not fits:
+        shown = reprlib.repr(found) if isinstance(found, int | float) else repr(found)
+        raise ValueError(f"the configuration has {field}={shown}; {needed}")
+
+
 def only(supported: Mapping, config: Mapping) -> None:
     """Every field of `supported` is as it says there, of the same type, or absent."""
     for field, wanted in supported.items():
         found = value(config, field, wanted)
-        if type(found) is not type(wanted) or found != wanted:
-            raise ValueError(f"the configuration has {field}={found!r}; only {wanted!r} is implemented")
+        check(type(found) is type(wanted) and found == wanted, field, found, f"only {wanted!r} is implemented")
 
 
 def count(config: Mapping, field: str, default: int | None = None) -> int:
@@ -29,41 +35,32 @@ def count(config: Mapping, field: str, default: int | None = None) -> int:
     found = value(config, field, default)
     if found is None:
         raise ValueError(f"the configuration lacks {field!r}: take config.json from the same place as the weights")
-    if type(found) is not int or found < 1:
-        raise ValueError(f"the configuration has {field}={found!r}; a whole number of at least 1 is needed")
-    if found > MOST:
-        raise ValueError(
-            f"the configuration has {field}={reprlib.repr(found)}; a whole number of at most {MOST} is needed"
-        )
+    check(type(found) is int and found >= 1, field, found, "a whole number of at least 1 is needed")
+    check(found <= MOST, field, found, f"a whole number of at most {MOST} is needed")
     return found
 
 
 def positive(config: Mapping, field: str, default: float) -> float:
     """A number above 0 with which float32 can compute."""
     found = value(config, field, default)
-    if type(found) not in (int, float) or not found > 0:
-        raise ValueError(f"the configuration has {field}={found!r}; a number above 0 is needed")
-    if not SMALLEST <= found <= LARGEST:
-        raise ValueError(
-            f"the configuration has {field}={reprlib.repr(found)}; a number between {SMALLEST:.3g} and {LARGEST:.3g}, "
-            "which float32 can hold, is needed"
-        )
+    check(type(found) in (int, float) and found > 0, field, found, "a number above 0 is needed")
+    bounds = f"a number between {SMALLEST:.3g} and {LARGEST:.3g}, which float32 can hold, is needed"
+    check(SMALLEST <= found <= LARGEST, field, found, bounds)
     return float(found)
 
 
 def flag(config: Mapping, field: str, default: bool) -> bool:
     """True or false, and nothing that merely counts as one of them."""
     found = value(config, field, default)
-    if type(found) is not bool:
-        raise ValueError(f"the configuration has {field}={found!r}; true or false is needed")
+    check(type(found) is bool, field, found, "true or false is needed")
     return found
 
 
 def names(config: Mapping, field: str) -> list[str]:
     """A list of names, which may be absent."""
     found = value(config, field, [])
-    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"the configuration has {field}={found!r}; a list of names or null is needed")
+    fits = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)
+    check(fits, field, found, "a list of names or null is needed")
     return list(found)
 
 
@@ -105,8 +102,7 @@ def rope_theta(config: Mapping, default: float) -> float:
     nested = {}
     for field in ("rope_scaling", "rope_parameters"):
         part = value(config, field, {})
-        if not isinstance(part, Mapping):
-            raise ValueError(f"the configuration has {field}={part!r}; an object or null is needed")
+        check(isinstance(part, Mapping), field, part, "an object or null is needed")
         nested.update({k: v for k, v in part.items() if v is not None})
     kinds = [nested.pop(key) for key in ("rope_type", "type") if key in nested]
     theta = nested.pop("rope_theta", None)

@@ -1,109 +1,38 @@
 """LLaDA: GSAI-ML/LLaDA-8B-*, LLaDA-1.5, and the language model of MMaDA."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from dkv.models.families import fields
 from dkv.models.families.base import Family
-from dkv.models.spec import ModelSpec
 
-# Switches with one implemented setting each; an absent one counts as set so.
-SWITCHES = (
-    {"block_type": "llama", "block_group_size": 1, "activation_type": "silu", "layer_norm_type": "rms"}
-    | dict.fromkeys(("rope", "layer_norm_with_affine"), True)
-    | dict.fromkeys(("alibi", "bias_for_layer_norm", "attention_layer_norm", "input_emb_norm", "scale_logits"), False)
-)
-
-# Size of a published vocabulary -> ids that some of its files leave out. Elsewhere these would be any tokens.
-IDS = {size: {"mask_token_id": 126336, "eos_token_id": 126081, "eot_token_id": 126348} for size in (126464, 134656)}
-
-# Checkpoint module -> module of `Transformer`; {} is the number of the layer.
-NAMES = {
-    "model.transformer.wte": "embed",
-    "model.transformer.ln_f": "norm",
-    "model.transformer.ff_out": "head",
-    "model.transformer.blocks.{}.attn_norm": "layers.{}.attn_norm",
-    "model.transformer.blocks.{}.q_proj": "layers.{}.q_proj",
-    "model.transformer.blocks.{}.k_proj": "layers.{}.k_proj",
-    "model.transformer.blocks.{}.v_proj": "layers.{}.v_proj",
-    "model.transformer.blocks.{}.attn_out": "layers.{}.o_proj",
-    "model.transformer.blocks.{}.ff_norm": "layers.{}.mlp_norm",
-    "model.transformer.blocks.{}.ff_proj": "layers.{}.gate_proj",
-    "model.transformer.blocks.{}.up_proj": "layers.{}.up_proj",
-    "model.transformer.blocks.{}.ff_out": "layers.{}.down_proj",
-}
+_IDS = {"mask_token_id": 126336, "eos_token_id": 126081, "eot_token_id": 126348}
 
 
-def spec(config: Mapping) -> ModelSpec:
-    """The spec of a LLaDA configuration (GSAI-ML/LLaDA-8B-*, LLaDA-1.5, the MMaDA language model).
-
-    Defaults of absent fields are those of the published configuration class, but for the token
-    ids (those of `IDS`) and the table size (`vocab_size`), which there are GPT-2's.
-
-    Raises:
-        ValueError: a field is missing, malformed, or asks for something not implemented.
-    """
-    bias = fields.flag(config, "include_bias", False)
+def defaults(config: Mapping) -> dict[str, Any]:
+    """As `Family.defaults`; but the size of the table is `vocab_size`, where the published class has GPT-2's."""
+    heads, hidden = fields.count(config, "n_heads"), fields.count(config, "d_model")
     # Left out, the bias of the norms follows that of the projections.
-    fields.only(SWITCHES, {**config, "bias_for_layer_norm": fields.flag(config, "bias_for_layer_norm", bias)})
-    hidden, heads = fields.count(config, "d_model"), fields.count(config, "n_heads")
-    rows = fields.count(config, "embedding_size", fields.count(config, "vocab_size"))
-    usual = IDS.get(fields.count(config, "vocab_size"), {})
-    return ModelSpec(
-        family="llada",
-        vocab_size=rows,
-        hidden_size=hidden,
-        num_layers=fields.count(config, "n_layers"),
-        num_heads=heads,
-        num_kv_heads=_kv_heads(config, heads),
-        head_dim=fields.share(config, "d_model", "n_heads"),
-        intermediate_size=fields.count(config, "mlp_hidden_size", hidden * fields.count(config, "mlp_ratio", 4)),
-        max_positions=fields.count(config, "max_sequence_length", 1024),
-        rope_theta=fields.rope_theta(config, 10000.0),
-        norm_eps=fields.positive(config, "rms_norm_eps", 1e-5),
-        **fields.token_ids(config, usual, rows),
-        qkv_bias=fields.flag(config, "include_qkv_bias", False),
-        linear_bias=bias,
-        tied_head=fields.flag(config, "weight_tying", True),
-        rope_float32=fields.flag(config, "rope_full_precision", True),
-    )
-
-
-def _kv_heads(config: Mapping, heads: int) -> int:
-    """Key heads: `n_kv_heads`, or what the older switch `multi_query_attention` says."""
-    found = fields.count(config, "n_kv_heads", heads)
-    if fields.value(config, "multi_query_attention") is None:
-        return found
+    bias = fields.flag(config, "bias_for_layer_norm", fields.flag(config, "include_bias", False))
+    fields.only({"bias_for_layer_norm": False}, {"bias_for_layer_norm": bias})
     single = fields.flag(config, "multi_query_attention", False)
     wanted = 1 if single else heads
-    if fields.value(config, "n_kv_heads") is not None and found != wanted:
+    found = fields.count(config, "n_kv_heads", wanted)
+    if fields.value(config, "multi_query_attention") is not None and found != wanted:
         raise ValueError(
             f"the configuration has n_kv_heads={found!r}, but multi_query_attention={single!r} means {wanted}: "
             "set one of them to null"
         )
-    return wanted
-
-
-def config(spec: ModelSpec) -> dict:
-    """The fields of a LLaDA configuration that are LLaDA's own."""
     return {
-        **SWITCHES,
-        **dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), 0.0),
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "flash_attention": False,
-        "multi_query_attention": None,
-        "d_model": spec.hidden_size,
-        "n_layers": spec.num_layers,
-        "n_heads": spec.num_heads,
-        "n_kv_heads": spec.num_kv_heads,
-        "mlp_hidden_size": spec.intermediate_size,
-        "vocab_size": spec.vocab_size,
-        "embedding_size": spec.vocab_size,
-        "weight_tying": spec.tied_head,
-        "max_sequence_length": spec.max_positions,
-        "rope_full_precision": spec.rope_float32,
-        "include_bias": spec.linear_bias,
-        "include_qkv_bias": spec.qkv_bias,
+        "num_kv_heads": wanted,
+        "head_dim": fields.share(config, "d_model", "n_heads"),
+        "intermediate_size": hidden * fields.count(config, "mlp_ratio", 4),
+        "max_positions": 1024,
+        "norm_eps": 1e-5,
+        "qkv_bias": False,
+        "linear_bias": False,
+        "tied_head": True,
+        "rope_float32": True,
     }
 
 
@@ -111,9 +40,41 @@ FAMILY = Family(
     name="llada",
     model_types=("llada", "mmada"),
     architectures=("LLaDAModelLM", "MMadaModelLM"),
-    spec=spec,
-    config=config,
-    names=NAMES,
-    rows_field="embedding_size",
-    tied_field="weight_tying",
+    fields={
+        "vocab_size": "vocab_size",
+        "embedding_size": "vocab_size",
+        "d_model": "hidden_size",
+        "n_layers": "num_layers",
+        "n_heads": "num_heads",
+        "n_kv_heads": "num_kv_heads",
+        "mlp_hidden_size": "intermediate_size",
+        "max_sequence_length": "max_positions",
+        "rms_norm_eps": "norm_eps",
+        "include_qkv_bias": "qkv_bias",
+        "include_bias": "linear_bias",
+        "weight_tying": "tied_head",
+        "rope_full_precision": "rope_float32",
+    },
+    defaults=defaults,
+    switches={"block_type": "llama", "block_group_size": 1, "activation_type": "silu", "layer_norm_type": "rms"}
+    | dict.fromkeys(("rope", "layer_norm_with_affine"), True)
+    | dict.fromkeys(("alibi", "bias_for_layer_norm", "attention_layer_norm", "input_emb_norm", "scale_logits"), False),
+    written={"model_type": "llada", "flash_attention": False, "multi_query_attention": None}
+    | dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), 0.0),
+    copies={},
+    usual_ids={126464: _IDS, 134656: _IDS},
+    names={
+        "embed": "model.transformer.wte",
+        "norm": "model.transformer.ln_f",
+        "head": "model.transformer.ff_out",
+        "layers.{}.attn_norm": "model.transformer.blocks.{}.attn_norm",
+        "layers.{}.q_proj": "model.transformer.blocks.{}.q_proj",
+        "layers.{}.k_proj": "model.transformer.blocks.{}.k_proj",
+        "layers.{}.v_proj": "model.transformer.blocks.{}.v_proj",
+        "layers.{}.o_proj": "model.transformer.blocks.{}.attn_out",
+        "layers.{}.mlp_norm": "model.transformer.blocks.{}.ff_norm",
+        "layers.{}.gate_proj": "model.transformer.blocks.{}.ff_proj",
+        "layers.{}.up_proj": "model.transformer.blocks.{}.up_proj",
+        "layers.{}.down_proj": "model.transformer.blocks.{}.ff_out",
+    },
 )

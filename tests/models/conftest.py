@@ -10,22 +10,24 @@ from safetensors.torch import load_file, save_file
 from dkv.models.families import FAMILIES
 from dkv.models.transformer import Transformer
 
-SMALL = {
+SMALL = json.loads("""
+{
     "llada": {
         "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 16, "n_heads": 4, "n_kv_heads": 2,
         "n_layers": 2, "mlp_hidden_size": 24, "vocab_size": 64, "embedding_size": 64, "max_sequence_length": 128,
-        "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True, "alibi": False,
-        "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "include_bias": False, "include_qkv_bias": False,
-        "weight_tying": False, "mask_token_id": 63, "eos_token_id": 62, "pad_token_id": 62,
+        "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": true, "alibi": false,
+        "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "include_bias": false, "include_qkv_bias": false,
+        "weight_tying": false, "mask_token_id": 63, "eos_token_id": 62, "pad_token_id": 62
     },
     "dream": {
         "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 16, "num_attention_heads": 4,
         "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24, "vocab_size": 64,
         "max_position_embeddings": 128, "hidden_act": "silu", "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-        "rope_scaling": None, "use_sliding_window": False, "tie_word_embeddings": False,
-        "mask_token_id": 63, "eos_token_id": 62, "pad_token_id": 62,
-    },
-}  # fmt: skip
+        "rope_scaling": null, "use_sliding_window": false, "tie_word_embeddings": false,
+        "mask_token_id": 63, "eos_token_id": 62, "pad_token_id": 62
+    }
+}
+""")
 
 
 class Checkpoint:

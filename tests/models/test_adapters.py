@@ -11,24 +11,35 @@ from dkv.models.export import to_checkpoint
 from dkv.models.families import FAMILIES, family_of
 
 SPEC = ModelSpec(
-    family="llada", vocab_size=32, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
-    intermediate_size=24, max_positions=64, rope_theta=10000.0, norm_eps=1e-5, mask_token_id=31, eos_token_id=30,
+    family="llada",
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=24,
+    max_positions=64,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    mask_token_id=31,
+    eos_token_id=30,
     pad_token_id=30,
-)  # fmt: skip
+)
 # The fields of the public 8B and 7B checkpoints that a spec depends on.
-LLADA_8B = {
-    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_layers": 32, "n_heads": 32,
-    "n_kv_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "weight_tying": False,
-    "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "layer_norm_type": "rms",
-    "activation_type": "silu", "block_type": "llama", "bias_for_layer_norm": False, "include_bias": False,
-    "include_qkv_bias": False, "max_sequence_length": 4096,
-}  # fmt: skip
-DREAM_7B = {
-    "model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
-    "max_position_embeddings": 131072, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": None, "rope_scaling": None,
-}  # fmt: skip
+LLADA_8B = json.loads("""
+{"model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 4096, "n_layers": 32, "n_heads": 32,
+"n_kv_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "weight_tying": false,
+"rope": true, "rope_full_precision": true, "rope_theta": 500000.0, "rms_norm_eps": 1e-05, "layer_norm_type": "rms",
+"activation_type": "silu", "block_type": "llama", "bias_for_layer_norm": false, "include_bias": false,
+"include_qkv_bias": false, "max_sequence_length": 4096}
+""")
+DREAM_7B = json.loads("""
+{"model_type": "Dream", "architectures": ["DreamModel"], "hidden_size": 3584, "num_hidden_layers": 28,
+"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+"max_position_embeddings": 131072, "rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "hidden_act": "silu",
+"tie_word_embeddings": false, "use_sliding_window": false, "sliding_window": null, "rope_scaling": null}
+""")
 
 
 def spec_of(config: dict, **changes) -> ModelSpec:
@@ -46,19 +57,43 @@ def inverse_frequency(spec: ModelSpec, theta: float) -> None:
 
 def test_llada_8b():
     assert spec_of(LLADA_8B) == ModelSpec(
-        family="llada", vocab_size=126464, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32,
-        head_dim=128, intermediate_size=12288, max_positions=4096, rope_theta=500000.0, norm_eps=1e-5,
-        mask_token_id=126336, eos_token_id=126081, pad_token_id=126081,
-    )  # fmt: skip
+        family="llada",
+        vocab_size=126464,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        intermediate_size=12288,
+        max_positions=4096,
+        rope_theta=500000.0,
+        norm_eps=1e-5,
+        mask_token_id=126336,
+        eos_token_id=126081,
+        pad_token_id=126081,
+    )
 
 
 def test_dream_7b():
     assert spec_of(DREAM_7B) == ModelSpec(
-        family="dream", vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4,
-        head_dim=128, intermediate_size=18944, max_positions=131072, rope_theta=1000000.0, norm_eps=1e-6,
-        mask_token_id=151666, eos_token_id=151643, pad_token_id=151643, qkv_bias=True, shifted=True,
+        family="dream",
+        vocab_size=152064,
+        hidden_size=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        intermediate_size=18944,
+        max_positions=131072,
+        rope_theta=1000000.0,
+        norm_eps=1e-6,
+        mask_token_id=151666,
+        eos_token_id=151643,
+        pad_token_id=151643,
+        qkv_bias=True,
+        shifted=True,
         rope_float32=False,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

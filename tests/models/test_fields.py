@@ -11,24 +11,46 @@ from dkv.models.families import family_of
 
 # What a field may hold -> values of another kind, or with which nothing can be computed.
 COUNTS = {
-    "llada": (
-        "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size",
-        "max_sequence_length", "mlp_ratio",
-    ),
-    "dream": (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-        "vocab_size", "max_position_embeddings", "head_dim",
-    ),
-}  # fmt: skip
+    "llada": [
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "mlp_hidden_size",
+        "vocab_size",
+        "embedding_size",
+        "max_sequence_length",
+        "mlp_ratio",
+    ],
+    "dream": [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "head_dim",
+    ],
+}
 NUMBERS = {"llada": ("rope_theta", "rms_norm_eps"), "dream": ("rope_theta", "rms_norm_eps")}
 FLAGS = {
-    "llada": (
-        "rope", "alibi", "layer_norm_with_affine", "bias_for_layer_norm", "attention_layer_norm", "input_emb_norm",
-        "scale_logits", "include_bias", "include_qkv_bias", "weight_tying", "rope_full_precision",
+    "llada": [
+        "rope",
+        "alibi",
+        "layer_norm_with_affine",
+        "bias_for_layer_norm",
+        "attention_layer_norm",
+        "input_emb_norm",
+        "scale_logits",
+        "include_bias",
+        "include_qkv_bias",
+        "weight_tying",
+        "rope_full_precision",
         "multi_query_attention",
-    ),
-    "dream": ("use_sliding_window", "tie_word_embeddings"),
-}  # fmt: skip
+    ],
+    "dream": ["use_sliding_window", "tie_word_embeddings"],
+}
 IDS = {family: ["mask_token_id", "eos_token_id", "pad_token_id"] for family in ("llada", "dream")}
 WORDS = {"llada": ["block_type", "activation_type", "layer_norm_type"], "dream": ["hidden_act"]}
 NO_NUMBER = ["7", "", [], {}, True, False]

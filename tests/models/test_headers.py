@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from dkv.models import load
-from dkv.models.headers import BITS, MOST_HEADER, read_header
+from dkv.models.files import BITS, MOST_HEADER, read_header
 
 
 def file_of(folder, table, room: int = 16):

@@ -1,6 +1,7 @@
 """The bundled models: their size, their files, and right answers to problems that they have not seen."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -53,10 +54,17 @@ def test_tokenizer_gives_text_back(bundled):
             assert tokenizer.decode(tokenizer(prompt + right)["input_ids"]) == prompt + right
 
 
-@pytest.mark.parametrize("task", TASKS)
 # Of 4. Dream's published rule of what is settled caches some slots too early, so it has to do worse.
-@pytest.mark.parametrize(("cache", "least"), [(dkv.NoCache(), 4), (dkv.DecodeCache(8), 3)], ids=["plain", "decode"])
-def test_unseen_problems_are_answered_exactly(bundled, task, cache, least):
+CACHES = {"plain": (dkv.NoCache(), 4), "decode": (dkv.DecodeCache(8), 3)}
+QUICK = [("tiny", "addition", "plain"), ("tiny-dream", "addition", "decode")]
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in product(BUNDLED, TASKS, CACHES)
+]
+
+
+@pytest.mark.parametrize(("bundled", "task", "cache"), CASES, indirect=["bundled"])
+def test_unseen_problems_are_answered_exactly(bundled, task, cache):
+    cache, least = CACHES[cache]
     _, model, tokenizer = bundled
     problems = held_out(4, seed=77, task=task)
     ids, mask = encode(tokenizer, [prompt for prompt, _ in problems])

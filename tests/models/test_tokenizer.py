@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import dkv
 from dkv.models import folders, load_tokenizer
 from dkv.models.export import save_tokenizer
-from dkv.models.vocabulary import with_vocab_limit
+from dkv.models.tokenizer import with_vocab_limit
 from dkv.tools.text import encode
 
 ALPHABET, EOS, MASK = "0123456789+-= ", 14, 15
@@ -23,11 +23,15 @@ def dream_files(folder, **changes):
     vocabulary |= {"he": 256, "\u0120t": 257}
     token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {
-        "tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
         "added_tokens_decoder": {str(258 + i): {"content": name, **token} for i, name in enumerate(SPECIAL)},
-        "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>", "bos_token": None,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "bos_token": None,
         "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>",
-    }  # fmt: skip
+    }
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\nh e\n\u0120 t\n", "utf-8")

@@ -9,10 +9,19 @@ from dkv.models import ModelSpec, Transformer
 
 def small_spec(**changes) -> ModelSpec:
     sizes = {
-        "family": "llada", "vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": 16, "intermediate_size": 96, "max_positions": 256, "rope_theta": 10000.0, "norm_eps": 1e-5,
+        "family": "llada",
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "max_positions": 256,
+        "rope_theta": 10000.0,
+        "norm_eps": 1e-5,
         "mask_token_id": 63,
-    }  # fmt: skip
+    }
     return ModelSpec(**{**sizes, **changes})
 
 

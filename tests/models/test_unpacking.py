@@ -19,9 +19,12 @@ from dkv.models.packing import PackedLayer, PackedLinear, can_pack, pack_
 GOLDEN = Path(__file__).parents[1] / "golden"
 IDS = torch.tensor([[5, 9, 3, 8]])
 SWITCHES = {
-    "plain": {}, "biases": {"qkv_bias": True, "linear_bias": True}, "norms": {"qk_norm": True},
-    "tied": {"tied_head": True}, "one key head": {"num_kv_heads": 1},
-}  # fmt: skip
+    "plain": {},
+    "biases": {"qkv_bias": True, "linear_bias": True},
+    "norms": {"qk_norm": True},
+    "tied": {"tied_head": True},
+    "one key head": {"num_kv_heads": 1},
+}
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch has no oneDNN for this CPU")
 
 
