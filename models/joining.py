@@ -1,6 +1,7 @@
 """Blocks with one product where the published models have several: fewer launches, and larger ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -40,21 +41,17 @@ class JoinedLayer(Block):
     def _mlp(self, h: Tensor) -> Tensor:
         return self.down_proj(SWIGLU(self.gate_up_proj(h)))
 
-    def unpacked(self) -> Layer:
-        """The plain layer, whose weights are parts of the joined ones."""
-        layer = Layer.__new__(Layer)
-        nn.Module.__init__(layer)
-        layer.index, layer.head_dim = self.index, self.head_dim
-        for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm", "o_proj", "down_proj"):
-            setattr(layer, name, getattr(self, name))
+    def unpacked(self, own: bool = True) -> Layer:
+        """The plain layer; its weights are copies, or else parts of the joined ones."""
+        plain = {"o_proj": self.o_proj, "down_proj": self.down_proj}
         for name, parts in JOINED.items():
-            for part, linear in zip(parts, _parted(getattr(self, name), self.sizes[name]), strict=True):
-                setattr(layer, part, linear)
-        return layer.train(self.training)
+            joined = getattr(self, name)
+            plain |= zip(parts, parts_of(joined.weight, joined.bias, self.sizes[name], own), strict=True)
+        return Layer.of(self, **plain)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Names and weights of the plain layer."""
-        return self.unpacked().state_dict(*args, **kwargs)
+        """Names and weights of the plain layer, which share the memory of the joined ones."""
+        return self.unpacked(own=False).state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name, parts in JOINED.items():
@@ -76,20 +73,24 @@ def join_(model: nn.Module) -> nn.Module:
 
 
 def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
-    bias = None if linears[0].bias is None else torch.cat([x.bias.detach() for x in linears])
-    return _linear(torch.cat([x.weight.detach() for x in linears]), bias)
+    bias = None if linears[0].bias is None else torch.cat([x.bias for x in linears])
+    return linear_of(torch.cat([x.weight for x in linears]), bias)
 
 
-def _parted(linear: nn.Linear, sizes: Sequence[int]) -> list[nn.Linear]:
-    weights, biases = linear.weight.split(sizes), [None] * len(sizes)
-    if linear.bias is not None:
-        biases = linear.bias.split(sizes)
-    return [_linear(*pair, linear.weight.requires_grad) for pair in zip(weights, biases, strict=True)]
-
-
-def _linear(weight: Tensor, bias: Tensor | None, trained: bool = False) -> nn.Linear:
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen layer of this very weight and bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), trained)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), trained)
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear
+
+
+def parts_of(weight: Tensor, bias: Tensor | None, sizes: int | list[int], own: bool = True) -> Iterator[nn.Linear]:
+    """Layers that compute so many of the outputs each, made as they are asked for; where they are several and each has
+    its own memory, copies.
+    """
+    weights = weight.split(sizes)
+    for part, shift in zip(weights, repeat(None) if bias is None else bias.split(sizes), strict=False):
+        copied = own and len(weights) > 1
+        yield linear_of(*(x.clone() if copied and x is not None else x for x in (part, shift)))

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dkv.kernels.choose import torch as torch_choice
+from dkv.models.joining import JoinedLayer, linear_of, parts_of
 from dkv.models.transformer import Attend, Layer
 
 UNPACK = "call dkv.unpack(model), which gives back the plain layers (or load it with pack=False)"
@@ -84,7 +84,7 @@ class PackedLinear(Packed):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def unpacked(self) -> nn.Module:
-        plain = list(_parts(self.packed.to_dense(), self.bias, self.sizes))
+        plain = list(parts_of(self.packed.to_dense(), self.bias, self.sizes))
         return (plain[0] if len(plain) == 1 else nn.ModuleList(plain)).train(self.training)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class PackedHead(Packed):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        parts = _parts(linear.weight.detach(), linear.bias, torch_choice.STRIP)
+        parts = parts_of(linear.weight.detach(), linear.bias, torch_choice.STRIP)
         self.parts = nn.ModuleList(PackedLinear(part) for part in parts)
 
     def strips(self, x: Tensor) -> Iterator[Tensor]:
@@ -131,26 +131,7 @@ class PackedHead(Packed):
     def unpacked(self) -> nn.Linear:
         parts = [part.unpacked() for part in self.parts]
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        return _linear(torch.cat([part.weight for part in parts]), bias).train(self.training)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen layer of this very weight and bias."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
-
-
-def _parts(weight: Tensor, bias: Tensor | None, sizes: int | list[int]) -> Iterator[nn.Linear]:
-    """Layers that compute so many of the outputs each; where they are several, copies, made as they are asked for."""
-    weights = weight.split(sizes)
-    if len(weights) == 1:
-        yield _linear(weight, bias)
-        return
-    for part, shift in zip(weights, repeat(None) if bias is None else bias.split(sizes), strict=False):
-        yield _linear(part.clone(), None if shift is None else shift.clone())
+        return linear_of(torch.cat([part.weight for part in parts]), bias).train(self.training)
 
 
 class PackedLayer(Packed):
@@ -167,27 +148,24 @@ class PackedLayer(Packed):
         self.gate_proj, self.up_proj = PackedLinear(layer.gate_proj, silu=True), PackedLinear(layer.up_proj)
         self.down_proj = PackedLinear(layer.down_proj)
 
-    def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """As `Layer.forward`; here the queries of all slots cost less than a product of their own."""
+    def forward(
+        self, x: Tensor, delta: None, attend: Attend, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Block.forward`, with nothing left to be added; here the queries of all slots cost less than a product of
+        their own.
+        """
         qkv = self.qkv_proj(self.attn_norm(x))
         query, key, value = qkv.unflatten(-1, (-1, self.head_dim)).split_with_sizes(self.heads, -2)
         if rows is not None:
             x, query = x.index_select(0, rows), query.index_select(0, rows)
         x = self.o_proj(attend(self, query, key, value).flatten(-2), add=x)
         h = self.mlp_norm(x)
-        return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x)
+        return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x), None
 
     def unpacked(self) -> Layer:
-        layer = Layer.__new__(Layer)
-        nn.Module.__init__(layer)
-        layer.index, layer.head_dim = self.index, self.head_dim
-        layer.attn_norm = self.attn_norm
-        layer.q_proj, layer.k_proj, layer.v_proj = self.qkv_proj.unpacked()
-        layer.o_proj = self.o_proj.unpacked()
-        layer.q_norm, layer.k_norm, layer.mlp_norm = self.q_norm, self.k_norm, self.mlp_norm
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(layer, name, getattr(self, name).unpacked())
-        return layer.train(self.training)
+        projections = dict(zip(("q_proj", "k_proj", "v_proj"), self.qkv_proj.unpacked(), strict=True))
+        others = ("o_proj", "gate_proj", "up_proj", "down_proj")
+        return Layer.of(self, **projections, **{name: getattr(self, name).unpacked() for name in others})
 
 
 def can_pack() -> bool:
@@ -223,10 +201,10 @@ def pack_(model: nn.Module) -> nn.Module:
 
 
 def unpack(model: nn.Module) -> nn.Module:
-    """Give a packed model its plain layers back, in place: the very weights that were loaded, under their names.
+    """Give a packed or joined model its plain layers back, in place: the very weights that were loaded, by their names.
 
     What `dkv.load` packs for a CPU (its argument `pack`) can be moved, cast, trained, quantised and saved from then on;
-    a model that is not packed stays as it is. Layers are replaced one by one, so that there is no second copy of the
+    other layers stay as they are. Layers are replaced one by one, so that there is no second copy of the
     model; hooks on packed layers go with them.
 
     Returns:
@@ -240,7 +218,7 @@ def unpack(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a model from dkv.load, got {type(model).__name__}")
-    if isinstance(model, Packed):
+    if isinstance(model, Packed | JoinedLayer):
         return model.unpacked()
     for key, child in list(model.named_children()):
         setattr(model, key, unpack(child))

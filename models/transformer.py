@@ -76,6 +76,17 @@ class Layer(Block):
         self.up_proj = nn.Linear(d, spec.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(spec.intermediate_size, d, bias=bias)
 
+    @classmethod
+    def of(cls, block: Block, **products: nn.Module) -> "Layer":
+        """A layer with the norms of another block, and these products."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.index, layer.head_dim = block.index, block.head_dim
+        norms = {name: getattr(block, name) for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm")}
+        for name, module in (norms | products).items():
+            setattr(layer, name, module)
+        return layer.train(block.training)
+
     def _qkv(self, h: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         key, value = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
         return self._heads(self.q_proj(h if rows is None else h.index_select(0, rows))), key, value
