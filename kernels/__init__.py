@@ -8,12 +8,14 @@ Checks of shapes, dtypes and devices are free. Checks of values (index ranges, N
 back from the device; `validate=False` leaves them out, for a caller that owns its indices.
 """
 
-from dkv.kernels.attention import cached_attention
-from dkv.kernels.choose import RULES, Choice, choose_token, choose_token_fused
-from dkv.kernels.commit import commit_
+from dkv.kernels.attention.op import cached_attention
+from dkv.kernels.choose.choice import RULES, Choice
+from dkv.kernels.choose.op import choose_token, choose_token_fused
+from dkv.kernels.commit.op import commit_
 from dkv.kernels.common.backend import BACKENDS, use_backend
 from dkv.kernels.common.workspace import Workspace
-from dkv.kernels.rope_scatter import head_norm, rope_scatter_, rotate
+from dkv.kernels.rope_scatter.op import rope_scatter_
+from dkv.kernels.rope_scatter.reference import head_norm, rotate
 
 __all__ = [
     "BACKENDS",

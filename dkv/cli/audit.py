@@ -4,22 +4,19 @@ import argparse
 import contextlib
 import json
 import os
-import queue
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from dkv.common import process
 
-SUMMARY = "Compile every kernel and launch-table row for every GPU architecture, without a GPU, and check the result."
+SUMMARY = "Compile every kernel and launch-table entry for every GPU architecture, without a GPU, and check the result."
 
 EXAMPLES = """\
 examples:
@@ -28,8 +25,8 @@ examples:
   dkv audit --arch sm_90 gfx942 --op commit   a part of it
   dkv audit --json > audit.json               the same for a program
 
-A row breaks its budget with a stack, with spilled registers, with more shared memory than the
-architecture (or, for a default row, any) has, or without an instruction that it is made for. The
+A kernel breaks its budget with a stack, with spilled registers, with more shared memory than the
+architecture (or, for a default entry, any) has, or without an instruction that it is made for. The
 exit code is 0 if none does, 1 if one does or does not compile, 2 for wrong arguments.
 
 registers, stack and spills are per thread, of the last two bytes. shared is what a program takes of
@@ -45,11 +42,10 @@ INTERPRET = "TRITON_INTERPRET"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS, metavar="NAME",
-                        help=f"architectures: {', '.join(ARCHS[:-1])} or {ARCHS[-1]} (default: all)")  # fmt: skip
-    parser.add_argument("--op", nargs="+", metavar="NAME",
-                        help="operations, such as attention or commit, or the import path of a "
-                        "module of yours that has audit_cases(arch) (default: all)")  # fmt: skip
+    archs = f"architectures: {', '.join(ARCHS[:-1])} or {ARCHS[-1]} (default: all)"
+    ops = "operations, such as attention or commit, or import paths of modules of yours that have audit_cases(arch)"
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS, metavar="NAME", help=archs)
+    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"{ops} (default: all)")
     parser.add_argument("--quick", action="store_true", help="one case of every operation and architecture")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one per core)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -65,172 +61,94 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if not has_triton():
         raise ValueError("the package triton, which compiles the kernels, is not installed")
-    began, rows = time.monotonic(), []
-    with at_work(jobs) as workers:
-        # A worker that has just told the cases goes on to compile.
-        cases = find_cases(workers[0], args.op, list(dict.fromkeys(args.arch)), args.quick)
-        with contextlib.closing(compiled(cases, workers)) as found, Bar(len(cases), "kernel") as bar:
-            for row in found:
-                rows.append(row)
-                bar.update()
-    rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-    bad, failed = sum(bool(r.get("broken")) for r in rows), sum("error" in r for r in rows)
+    began, lines = time.monotonic(), []
+    archs = list(dict.fromkeys(args.arch))
+    question = {"ops": args.op, "archs": archs, "quick": args.quick, "jobs": jobs}
+    with answers(question) as told, Bar(next(told)["cases"], "kernel") as bar:
+        for line in told:
+            lines.append(line)
+            bar.update()
+    lines.sort(key=lambda line: line.pop("place"))
+    bad, failed = sum(bool(line.get("broken")) for line in lines), sum("error" in line for line in lines)
     seconds = round(time.monotonic() - began, 1)
     if args.json:
-        print(json.dumps({"versions": versions(), "rows": rows, "broken": bad, "failed": failed, "seconds": seconds}))
+        print(json.dumps({"versions": versions(), "rows": lines, "broken": bad, "failed": failed, "seconds": seconds}))
     else:
-        print(table(rows))
-        found = f"{counted(len(rows), 'row')}: {bad} over budget, {failed} that do not compile"
-        print(f"\n{found}; triton {versions()['triton']}, {counted(jobs, 'process')}, {seconds:.0f} s")
+        verdict = f"{counted(len(lines), 'kernel')}: {bad} over budget, {failed} that do not compile"
+        print(
+            f"{table(lines)}\n\n{verdict}; triton {versions()['triton']}, {counted(jobs, 'process')}, {seconds:.0f} s"
+        )
     return 1 if bad or failed else 0
 
 
 @contextlib.contextmanager
-def at_work(number: int) -> Iterator[list["Worker"]]:
-    """Workers, which are gone at the end, and so is everything that they wrote, however it comes."""
-    folder = tempfile.mkdtemp(prefix="dkv-audit-")
-    workers = [Worker(Path(folder, str(i))) for i in range(number)]
+def answers(question: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+    """What a process that compiles tells. It is gone at the end, and so is all that it wrote, however the end comes."""
+    folder = Path(tempfile.mkdtemp(prefix="dkv-audit-"))
+    environment = {name: value for name, value in os.environ.items() if name != INTERPRET}
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    # Triton's cache starts empty, so that nothing old passes. Compilers leave their files behind when they are killed.
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "TMPDIR": str(folder)}
+    started: list[subprocess.Popen] = []
 
     def end() -> None:
-        for worker in workers:
-            worker.stop()
+        for worker in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
-    with process.undoing(end):
+    with process.undoing(end), open(folder / "printed", "w+") as printed:
         try:
-            yield workers
+            command, pipes = [sys.executable, "-m", WORKER], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            # In a group of its own: the terminal's interrupt does not reach it, and its compilers end with it.
+            worker = subprocess.Popen(
+                command, env=environment, text=True, **pipes, stderr=printed, start_new_session=True
+            )
+            started.append(worker)
+            with worker:
+                json.dump(question | {"folder": str(folder)}, worker.stdin)
+                worker.stdin.close()
+                yield _lines(worker, folder / "printed")
         finally:
             end()
-            for worker in workers:
-                worker.close()
 
 
-class Worker:
-    """A process that answers questions in order; it is started by the first one, and again if it died.
-
-    Args:
-        folder: for Triton's cache, which starts empty so that nothing old passes, and what is printed.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder, self.process = folder, None
-        self.ended, self.lock = False, threading.RLock()
-
-    def ask(self, question: dict[str, Any]) -> Any:
-        """The answer; {"error": ...} if the process dies of the question, as a compiler may."""
-        with self.lock:
-            if self.ended:
-                return {"error": "the audit has ended"}
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if line:
-            return json.loads(line)
-        self.process.communicate()
-        code = self.process.returncode
-        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        said = (self.folder / "printed").read_text("utf-8", "replace").strip().splitlines()
-        return {"error": f"the process {how}{': ' if said else ''}{said[-1] if said else ''}"}
-
-    def start(self) -> None:
-        self.folder.mkdir(exist_ok=True)
-        environment = {name: value for name, value in os.environ.items() if name != INTERPRET}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        environment["TRITON_CACHE_DIR"] = str(self.folder / "cache")
-        # Compilers leave their files behind when they are killed.
-        environment["TMPDIR"] = str(self.folder)
-        with open(self.folder / "printed", "w") as printed:
-            # In a group of its own: the terminal's interrupt does not reach it, and its compilers end with it.
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", WORKER], env=environment, text=True, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=printed, start_new_session=True,
-            )  # fmt: skip
-
-    def stop(self) -> None:
-        """End the process, and start none any more."""
-        with self.lock:
-            self.ended = True
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def close(self) -> None:
-        """Close the pipes of a process that has ended."""
-        if self.process is not None:
-            self.process.communicate()
-
-
-def find_cases(worker: Worker, ops: list[str] | None, archs: list[str], quick: bool) -> list[dict[str, Any]]:
-    """What there is to compile.
+def _lines(worker: subprocess.Popen, printed: Path) -> Iterator[dict[str, Any]]:
+    """The lines that a process writes.
 
     Raises:
-        ValueError: unknown operations, faulty cases, or none.
+        ValueError: it cannot do what it is asked, or it fails.
     """
-    cases = worker.ask({"ops": ops, "archs": archs})
-    if "error" in cases:
-        raise ValueError(cases["error"])
-    if quick:
-        # The one that asks most of the compiler stands for the others.
-        chosen: dict[tuple[str, str], dict[str, Any]] = {}
-        for case in cases:
-            best = chosen.setdefault((case["op"], case["arch"]), case)
-            if case["weight"] > best["weight"]:
-                chosen[case["op"], case["arch"]] = case
-        cases = list(chosen.values())
-    if not cases:
-        raise ValueError("there is nothing to compile")
-    return cases
-
-
-def compiled(cases: list[dict[str, Any]], workers: list[Worker]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The place of every case in the list and what became of it, as they are done."""
-    free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    for worker in workers:
-        free.put(worker)
-
-    def one(place: int, case: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        worker = free.get()
-        try:
-            answer = worker.ask({name: case[name] for name in ("op", "arch", "name")})
-        finally:
-            free.put(worker)
-        return place, {"op": case["op"], "case": case["name"], "arch": case["arch"]} | answer
-
-    pool = ThreadPoolExecutor(len(workers))
-    try:
-        for done in as_completed([pool.submit(one, *numbered) for numbered in enumerate(cases)]):
-            yield done.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    for line in map(json.loads, worker.stdout):
+        if "error" in line and "place" not in line:
+            raise ValueError(line["error"])
+        yield line
+    if worker.wait():
+        said = printed.read_text("utf-8", "replace").strip().splitlines()
+        raise ValueError(f"the process that compiles failed: {said[-1] if said else worker.returncode}")
 
 
 HEADER = ("case", "arch", "warps", "stages", "registers", "stack", "spills", "shared KB", "instructions", "occupancy")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in columns, the verdict last."""
-    lines = [(*HEADER, "verdict")] + [columns(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {HEADER.index(name) for name in ("case", "arch", "instructions")} | {len(HEADER)}
+def table(lines: list[dict[str, Any]]) -> str:
+    """The lines in columns, the verdict last."""
+    cells = [(*HEADER, "verdict")] + [columns(line) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = ["<" if name in ("case", "arch", "instructions", "verdict") else ">" for name in cells[0]]
     return "\n".join(
-        "  ".join(f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip()
-        for line in lines
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)).rstrip()
+        for line in cells
     )
 
 
-def columns(row: dict[str, Any]) -> tuple[str, ...]:
-    start = [row["case"], row["arch"], str(row.get("warps", "")), str(row.get("stages", ""))]
-    if "error" in row:
-        return *start, *[""] * (len(HEADER) - len(start)), f"FAILED {row['error']}"
-    shared = f"{row['shared'] / 1024:.1f} / {row['limit'] // 1024}"
-    verdict = f"BROKEN {', '.join(row['broken'])}" if row["broken"] else "ok"
-    return (
-        *start, *(str(row[name]) for name in ("registers", "stack", "spills")), shared,
-        " ".join(row["instructions"]) or "-", f"{row['occupancy']:.0%}", verdict,
-    )  # fmt: skip
+def columns(line: dict[str, Any]) -> tuple[str, ...]:
+    cells = {name: str(x) for name, x in line.items() if name in HEADER}
+    if "error" in line:
+        verdict = f"FAILED {line['error']}"
+    else:
+        verdict = f"BROKEN {', '.join(line['broken'])}" if line["broken"] else "ok"
+        cells["shared KB"] = f"{line['shared'] / 1024:.1f} / {line['limit'] // 1024}"
+        cells |= {"instructions": " ".join(line["instructions"]) or "-", "occupancy": f"{line['occupancy']:.0%}"}
+    return *(cells.get(name, "") for name in HEADER), verdict

@@ -8,17 +8,19 @@ several programs, and a second kernel merges their partial results.
 import triton
 import triton.language as tl
 
+from dkv.kernels.common.arguments import Strided
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _load(at, entries, columns, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile, 0 where a mask that applies does not hold; no predicates for one that does not apply."""
-    if ROWS and COLUMNS:
-        tile = tl.load(at, mask=rows & columns, other=0.0)
-    elif ROWS:
-        tile = tl.load(at, mask=rows, other=0.0)
+    if ENTRIES and COLUMNS:
+        tile = tl.load(at, mask=entries & columns, other=0.0)
+    elif ENTRIES:
+        tile = tl.load(at, mask=entries, other=0.0)
     elif COLUMNS:
         tile = tl.load(at, mask=columns, other=0.0)
     else:
@@ -28,157 +30,171 @@ def _load(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _absorb(
-    acc, top, total, met, q, k, v, key_mask, mask, mask_row, key_blocks, query_block, first, start, stop, scale,
-    stride_ks, stride_vs, stride_km, stride_ms, stride_kb,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, FINITE: tl.constexpr,
-):  # fmt: skip
+    state, query, mask_m, query_block, k, v, rules, row, first_token, first, start, stop, scale, C, EDGE: tl.constexpr
+):
     """Add the slots `first` to `first + BLOCK_N - 1` to the running softmax of a tile of queries.
 
-    FINITE: values that are not finite count as 0, and `met` [M, D] counts those that a query sees.
+    EDGE: some slots may be outside `start` to `stop`. REPAIR: values that are not finite count as 0, and `met` [M, D]
+    counts those that a query sees.
     """
+    acc, top, total, met = state
     # Scalars carry the 64-bit part of an offset; within a tile 32 bits do, unless a stride is enormous.
-    n, d, first = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.cast(first, tl.int64)
-    if WIDE:
+    n, d, first = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_D), tl.cast(first, tl.int64)
+    if C.WIDE:
         n = n.to(tl.int64)
     seen = (n >= start - first) & (n < stop - first)  # [N]; on an edge alone not all true
-    k_at = k + first * stride_ks + (n[None, :] * stride_ks + d[:, None])
-    key = _load(k_at, seen[None, :], (d < D)[:, None], EDGE, D != BLOCK_D)  # [D, N]
-    scores = tl.dot(q, key, input_precision=PRECISION) * scale  # [M, N]
-    if mask is not None:
-        mask_at = mask + first * stride_ms + (mask_row[:, None] + n[None, :] * stride_ms)
-        allowed = tl.load(mask_at, mask=seen[None, :], other=0)
+    k_at = k.ptr + first * k.stride[1] + (n[None, :] * k.stride[1] + d[:, None])
+    key = _load(k_at, seen[None, :], (d < C.D)[:, None], EDGE, C.D != C.BLOCK_D)  # [D, N]
+    scores = tl.dot(query, key, input_precision=C.PRECISION) * scale  # [M, N]
+    if rules.mask is not None:
+        of_mask, stride = rules.mask.ptr, rules.mask.stride
+        of_mask += row * stride[0] + first_token.to(tl.int64) * stride[1] + first * stride[2]
+        allowed = tl.load(of_mask + (mask_m[:, None] + n[None, :] * stride[2]), mask=seen[None, :], other=0)
         scores = tl.where(allowed != 0, scores, float("-inf"))
-    if key_blocks is not None:
-        key_block = tl.load(key_blocks + first * stride_kb + n * stride_kb, mask=seen, other=0).to(tl.int32)
+    if rules.key_blocks is not None:
+        key_block = _of_slots(rules.key_blocks, row, first, n, seen).to(tl.int32)
         scores = tl.where(key_block[None, :] <= query_block[:, None], scores, float("-inf"))
-    if key_mask is not None:
-        seen = seen & (tl.load(key_mask + first * stride_km + n * stride_km, mask=seen, other=0) != 0)
+    if rules.key_mask is not None:
+        seen = seen & (_of_slots(rules.key_mask, row, first, n, seen) != 0)
     if EDGE:
         scores = tl.where(seen[None, :], scores, float("-inf"))
     highest = tl.maximum(top, tl.max(scores, 1))  # [M]
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     weight, keep = tl.exp2(scores - shift[:, None]), tl.exp2(top - shift)
     # What a hidden slot holds is not read: 0 times NaN is NaN.
-    v_at = v + first * stride_vs + (n[:, None] * stride_vs + d[None, :])
-    value = _load(v_at, seen[:, None], (d < D)[None, :], EDGE, D != BLOCK_D)  # [N, D]
-    if FINITE:
+    v_at = v.ptr + first * v.stride[1] + (n[:, None] * v.stride[1] + d[None, :])
+    value = _load(v_at, seen[:, None], (d < C.D)[None, :], EDGE, C.D != C.BLOCK_D)  # [N, D]
+    if C.REPAIR:
         finite = tl.abs(value) < float("inf")
         sees, strange = tl.where(scores != float("-inf"), 1.0, 0.0), tl.where(finite, 0.0, 1.0)
-        met = tl.dot(sees.to(value.dtype), strange.to(value.dtype), met, input_precision=PRECISION)
+        met = tl.dot(sees.to(value.dtype), strange.to(value.dtype), met, input_precision=C.PRECISION)
         value = tl.where(finite, value, 0.0)
-    acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None], input_precision=PRECISION)
+    acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None], input_precision=C.PRECISION)
     return acc, highest, total * keep + tl.sum(weight, 1), met
 
 
 @triton.jit
-def attention_kernel(
-    q, k, v, out, lse, lengths, ranges, key_mask, mask, query_blocks, key_blocks, scale, tokens, slots,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_lb, stride_rb, stride_re, stride_kmb, stride_kms, stride_mb, stride_mn, stride_ms,
-    stride_qbb, stride_qbn, stride_kbb, stride_kbs,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TESTED: tl.constexpr, REPAIR: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+def _of_slots(x, row, first, n, seen):
+    """Numbers of x [B, S] for the slots first + n of a row."""
+    return tl.load(x.ptr + (row * x.stride[0] + first * x.stride[1]) + n * x.stride[1], mask=seen, other=0)
+
+
+@triton.jit
+def _entry(row, token, head, member, split, tokens, C):
+    """The place [M] of a query's part in [B, N, Hq, SPLITS]."""
+    return ((row * tokens + token) * tl.num_programs(1) * C.GROUP + head * C.GROUP + member) * C.SPLITS + split
+
+
+@triton.jit
+def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, C):
     """One tile of packed queries over one part of the slots; grid (tiles of queries x SPLITS, Hkv, B).
 
     A value that is hidden from some queries of a tile alone has the weight 0 there, and 0 times NaN is NaN. REPAIR:
     where a tile of `out` is not finite, compute it again without such values, but for numbers of which one is seen.
+
+    C is known at compile time. GROUP: query heads of a key head. SPLITS: programs that the slots are divided among.
+    TESTED: every tile of slots is held against the rules, not only those at an end of the range. WIDE: an offset within
+    a tile may need 64 bits. PRECISION: how float32 is multiplied. The tile is BLOCK_M queries, BLOCK_N slots, BLOCK_D
+    numbers of the D of a head.
     """
-    query_tile, split = tl.program_id(0) // SPLITS, (tl.program_id(0) % SPLITS).to(tl.int64)
+    query_tile, split = tl.program_id(0) // C.SPLITS, (tl.program_id(0) % C.SPLITS).to(tl.int64)
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    m, d = query_tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    token, member = m // GROUP, m % GROUP  # [M]
+    m, d = query_tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_D)
+    token, member = m // C.GROUP, m % C.GROUP  # [M]
     length = tokens
-    if lengths is not None:
-        length = tl.minimum(tokens, tl.load(lengths + row * stride_lb)).to(tl.int32)
+    if rules.query_lengths is not None:
+        length = tl.minimum(tokens, tl.load(rules.query_lengths.ptr + row * rules.query_lengths.stride[0])).to(tl.int32)
     asked = token < length
-    q += row * stride_qb + head * GROUP * stride_qh
-    q_at = q + token.to(tl.int64)[:, None] * stride_qn + member.to(tl.int64)[:, None] * stride_qh + d[None, :]
-    query = tl.load(q_at, mask=asked[:, None] & (d < D)[None, :], other=0.0)
+    q_at = q.ptr + row * q.stride[0] + head * C.GROUP * q.stride[2]
+    q_at += token.to(tl.int64)[:, None] * q.stride[1] + member.to(tl.int64)[:, None] * q.stride[2] + d[None, :]
+    query = tl.load(q_at, mask=asked[:, None] & (d < C.D)[None, :], other=0.0)
 
     # The slots of this part that are in the range of the row.
-    part = tl.cdiv(tl.cdiv(slots, BLOCK_N), SPLITS) * BLOCK_N
+    part = tl.cdiv(tl.cdiv(slots, C.BLOCK_N), C.SPLITS) * C.BLOCK_N
     start, stop = split * part, tl.minimum(slots, (split + 1) * part)
-    if ranges is not None:
-        start = tl.maximum(start, tl.load(ranges + row * stride_rb))
-        stop = tl.minimum(stop, tl.load(ranges + row * stride_rb + stride_re))
-    if query_tile * BLOCK_M >= length * GROUP:
+    if rules.key_ranges is not None:
+        range_at = rules.key_ranges.ptr + row * rules.key_ranges.stride[0]
+        start = tl.maximum(start, tl.load(range_at))
+        stop = tl.minimum(stop, tl.load(range_at + rules.key_ranges.stride[1]))
+    if query_tile * C.BLOCK_M >= length * C.GROUP:
         stop = start
     stop = tl.maximum(start, stop)
-    k, v = k + row * stride_kb + head * stride_kh, v + row * stride_vb + head * stride_vh
-    if key_mask is not None:
-        key_mask += row * stride_kmb
-    mask_row, query_block = m, m
-    if mask is not None:
-        first_token = query_tile * BLOCK_M // GROUP
-        mask += row * stride_mb + first_token.to(tl.int64) * stride_mn
-        mask_row = tl.where(asked, token - first_token, 0)
-        mask_row = (mask_row.to(tl.int64) if WIDE else mask_row) * stride_mn
-    if key_blocks is not None:
-        query_blocks += row * stride_qbb + token.to(tl.int64) * stride_qbn
-        query_block = tl.load(query_blocks, mask=asked, other=0).to(tl.int32)
-        key_blocks += row * stride_kbb
+    k = Strided(k.ptr + row * k.stride[0] + head * k.stride[2], k.stride)
+    v = Strided(v.ptr + row * v.stride[0] + head * v.stride[2], v.stride)
+    first_token, mask_m, query_block = query_tile * C.BLOCK_M // C.GROUP, m, m
+    if rules.mask is not None:
+        mask_m = tl.where(asked, token - first_token, 0)
+        mask_m = (mask_m.to(tl.int64) if C.WIDE else mask_m) * rules.mask.stride[1]
+    if rules.key_blocks is not None:
+        block_at = rules.query_blocks.ptr + row * rules.query_blocks.stride[0]
+        block_at += token.to(tl.int64) * rules.query_blocks.stride[1]
+        query_block = tl.load(block_at, mask=asked, other=0).to(tl.int32)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total, met = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D if REPAIR else 1), tl.float32)
+    top, total = tl.full((C.BLOCK_M,), float("-inf"), tl.float32), tl.zeros((C.BLOCK_M,), tl.float32)
+    met = tl.zeros((C.BLOCK_M, C.BLOCK_D if C.REPAIR else 1), tl.float32)
+    state = tl.zeros((C.BLOCK_M, C.BLOCK_D), tl.float32), top, total, met
     # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends. Where
     # every tile is tested there is one loop, as one takes fewer registers than two.
-    before, whole, after = start // BLOCK_N, tl.cdiv(start, BLOCK_N), stop // BLOCK_N
-    first, last = (before, tl.cdiv(stop, BLOCK_N)) if TESTED else (whole, after)
-    if REPAIR:
-        at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
-        found = tl.load(out + at[:, None] * D + d[None, :], mask=asked[:, None] & (d < D)[None, :], other=0.0)
+    before, whole, after = start // C.BLOCK_N, tl.cdiv(start, C.BLOCK_N), stop // C.BLOCK_N
+    first, last = (before, tl.cdiv(stop, C.BLOCK_N)) if C.TESTED else (whole, after)
+    if C.REPAIR:
+        at = _entry(row, token, head, member, split, tokens, C)
+        found = tl.load(out + at[:, None] * C.D + d[None, :], mask=asked[:, None] & (d < C.D)[None, :], other=0.0)
         strange = tl.max(tl.max(tl.where(tl.abs(found) < float("inf"), 0, 1), 1), 0)
         last = tl.where(strange > 0, last, first)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        acc, top, total, met = _absorb(
-            acc, top, total, met, query, k, v, key_mask, mask, mask_row, key_blocks, query_block, tile * BLOCK_N, start,
-            stop, scale, stride_ks, stride_vs, stride_kms, stride_ms, stride_kbs,
-            D, BLOCK_D, BLOCK_N, TESTED, WIDE, PRECISION, REPAIR,
-        )  # fmt: skip
-    if not TESTED:
-        has_tail = (after * BLOCK_N < stop) & ((after > before) | (whole == before))
+    for tile in tl.range(first, last, num_stages=C.STAGES):
+        slot = tile * C.BLOCK_N
+        state = _absorb(
+            state, query, mask_m, query_block, k, v, rules, row, first_token, slot, start, stop, scale, C, C.TESTED
+        )
+    if not C.TESTED:
+        has_tail = (after * C.BLOCK_N < stop) & ((after > before) | (whole == before))
         for end in tl.range(tl.where(before < whole, 0, 1), tl.where(has_tail, 2, 1), num_stages=1):
-            acc, top, total, met = _absorb(
-                acc, top, total, met, query, k, v, None, None, mask_row, None, query_block,
-                tl.where(end == 0, before, after) * BLOCK_N, start, stop, scale, stride_ks, stride_vs, 0, 0, 0,
-                D, BLOCK_D, BLOCK_N, True, WIDE, PRECISION, False,
-            )  # fmt: skip
+            slot = tl.where(end == 0, before, after) * C.BLOCK_N
+            state = _absorb(
+                state, query, mask_m, query_block, k, v, rules, row, first_token, slot, start, stop, scale, C, True
+            )
 
     # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing.
+    acc, top, total, met = state
     total = tl.where(asked, total, 0.0)
     acc = tl.where(total[:, None] != 0.0, acc / tl.where(total != 0.0, total, 1.0)[:, None], 0.0)
     log_total = tl.where(total != 0.0, (top + tl.log2(tl.where(total != 0.0, total, 1.0))) * LN2, float("-inf"))
-    at = ((row * tokens + token) * tl.num_programs(1) * GROUP + head * GROUP + member) * SPLITS + split
-    inside = token < tokens
-    stored = inside[:, None] & (d < D)[None, :]
-    if REPAIR:
+    at, inside = _entry(row, token, head, member, split, tokens, C), token < tokens
+    stored = inside[:, None] & (d < C.D)[None, :]
+    if C.REPAIR:
         stored = stored & (asked[:, None] & (strange > 0) & (met == 0.0))
-    tl.store(out + at[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
-    if lse is not None and not REPAIR:
+    tl.store(out + at[:, None] * C.D + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
+    if lse is not None and not C.REPAIR:
         tl.store(lse + at, log_total, mask=inside)
 
 
 @triton.jit
 def merge_kernel(
-    part, part_lse, out, lse, rows, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+    part,
+    part_lse,
+    out,
+    lse,
+    entries,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
-    """The outputs of the parts, weighted by their share of the softmax; grid (tiles of rows,)."""
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """The outputs of the parts, weighted by their share of the softmax; grid (tiles of entries [B * N * Hq],)."""
+    r = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    inside = r < rows
-    own = tl.load(part_lse + r[:, None] * SPLITS + split[None, :], mask=inside[:, None], other=float("-inf"))  # [R, P]
+    inside = r < entries
+    at = r[:, None] * SPLITS + split[None, :]
+    own = tl.load(part_lse + at, mask=inside[:, None], other=float("-inf"))  # [R, P]
     top = tl.max(own, 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2((own - shift[:, None]) * LOG2E)
     total = tl.sum(weight, 1)
     total = tl.where(total == 0.0, 1.0, total)  # of no part
     share = weight / total[:, None]
-    at = (r[:, None, None] * SPLITS + split[None, :, None]) * D + d[None, None, :]
-    value = tl.load(part + at, mask=inside[:, None, None] & (d < D)[None, None, :], other=0.0)  # [R, P, D]
+    value_at = part + at[:, :, None] * D + d[None, None, :]
+    value = tl.load(value_at, mask=inside[:, None, None] & (d < D)[None, None, :], other=0.0)  # [R, P, D]
     merged = tl.sum(value * share[:, :, None], 1).to(out.dtype.element_ty)
     tl.store(out + r[:, None] * D + d[None, :], merged, mask=inside[:, None] & (d < D)[None, :])
     if lse is not None:

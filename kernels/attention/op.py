@@ -1,39 +1,22 @@
-"""`cached_attention`: its arguments, their checks, and its custom op."""
+"""`cached_attention`: its arguments, and their checks."""
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from dkv.kernels.attention import torch as fast
-from dkv.kernels.attention.rules import Rules
+from dkv.kernels.attention import reference
+from dkv.kernels.attention.reference import Rules
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
 from dkv.kernels.common.workspace import Workspace
 
-SCHEMA = f"""(
-    Tensor q, Tensor k_buf, Tensor v_buf, {", ".join(f"Tensor? {rule}" for rule in Rules._fields)}, float scale,
-    bool return_lse
-) -> (Tensor, Tensor)"""
 
-
-@library.custom_op("dkv::cached_attention", mutates_args=(), schema=SCHEMA)
-def _recorded(q, k_buf, v_buf, *rest):
-    *rules, scale, return_lse = rest
-    out, lse = ATTENTION.current(q)(q, k_buf, v_buf, Rules(*rules), scale, return_lse)
-    return out.contiguous(), lse.contiguous() if return_lse else q.new_empty(0)
-
-
-@_recorded.register_fake
-def _(q, k_buf, v_buf, *rest):
+def _fake(q, k_buf, v_buf, rules, scale, return_lse):
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty(q.shape), lse if rest[-1] else q.new_empty(0)
+    return q.new_empty(q.shape), lse if return_lse else None
 
 
-def _record(q, k_buf, v_buf, rules, scale, return_lse, workspace):
-    return _recorded(q, k_buf, v_buf, *rules, scale, return_lse)
-
-
-ATTENTION = Operation("attention", "cached_attention", _record, fast.cached_attention)
+ATTENTION = Operation(reference.cached_attention, _fake)
 
 
 def cached_attention(
@@ -103,5 +86,6 @@ def cached_attention(
             checks.dtype(name, x, dtypes)
             checks.same_device(q=q, **{name: x})
     checks.same_device(q=q, k_buf=k_buf, v_buf=v_buf)
-    out, lse = ATTENTION(q, k_buf, v_buf, rules, d**-0.5 if scale is None else float(scale), return_lse, workspace)
+    scale = d**-0.5 if scale is None else float(scale)
+    out, lse = ATTENTION(q, k_buf, v_buf, rules, scale, return_lse, workspace=workspace)
     return (out, lse) if return_lse else out

@@ -1,16 +1,51 @@
 """Attention over the buffer, eager, for any float dtype: what is right."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dkv.kernels.attention.rules import Rules
 from dkv.kernels.common.dtypes import wide
 
 
+class Rules(NamedTuple):
+    """Rules of visibility, as `cached_attention` describes them; a key is visible when every rule allows it."""
+
+    query_lengths: Tensor | None = None
+    key_ranges: Tensor | None = None
+    key_mask: Tensor | None = None
+    mask: Tensor | None = None
+    query_blocks: Tensor | None = None
+    key_blocks: Tensor | None = None
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether a key may be visible to some of the queries that are asked, and hidden from others."""
+        return self.mask is not None or self.key_blocks is not None
+
+    def visible(self, queries: int, keys: int) -> Tensor | None:
+        """bool [B, N or 1, S], or None when every query sees every key."""
+        parts = []
+        if self.key_ranges is not None:
+            slot = torch.arange(keys, device=self.key_ranges.device)
+            parts.append(((slot >= self.key_ranges[:, :1]) & (slot < self.key_ranges[:, 1:])).unsqueeze(1))
+        if self.key_mask is not None:
+            parts.append(self.key_mask.unsqueeze(1))
+        if self.mask is not None:
+            parts.append(self.mask)
+        if self.key_blocks is not None:
+            parts.append(self.key_blocks.unsqueeze(1) <= self.query_blocks.unsqueeze(2))
+        if self.query_lengths is not None:
+            query = torch.arange(queries, device=self.query_lengths.device)
+            parts.append((query < self.query_lengths[:, None]).unsqueeze(2))
+        visible = None
+        for part in parts:
+            visible = part if visible is None else visible & part
+        return visible
+
+
 def cached_attention(
-    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, workspace: Any = None
+    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, **_
 ) -> tuple[Tensor, Tensor | None]:
     """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for."""
     group = q.shape[2] // k_buf.shape[2]

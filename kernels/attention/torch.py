@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dkv.kernels.attention.rules import Rules
+from dkv.kernels.attention.reference import Rules
 from dkv.kernels.common.dtypes import wide
 from dkv.kernels.common.workspace import Workspace
 
@@ -22,7 +22,7 @@ MOST_SCORES = 1 << 22
 
 
 def cached_attention(
-    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, workspace=None
+    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, *, workspace=None
 ) -> tuple[Tensor, Tensor | None]:
     """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for."""
     by_length = rules.query_lengths is not None or rules.key_ranges is not None
@@ -47,12 +47,8 @@ def cached_attention(
 
 
 def _finite(key: Tensor, value: Tensor, bias: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys and values that are finite, and who sees those that were not.
-
-    Returns:
-        key, value, the bias [B, Hkv, N, S] with NaN where a query sees a key that was not finite, and where a query
-        sees a value that was not, bool [B, N, Hkv, D].
-    """
+    """key and value made finite; the bias [B, Hkv, N, S] is NaN, and the mask [B, N, Hkv, D] set, where a query saw
+    a key, or a value, that was not."""
     bad_key = ~torch.linalg.vector_norm(key.detach(), torch.inf, dim=-1).isfinite()  # [B, S, Hkv]
     bad_value = ~value.detach().isfinite()
     bias = bias.masked_fill(visible.unsqueeze(1) & bad_key.transpose(1, 2).unsqueeze(2), torch.nan)
@@ -132,7 +128,7 @@ def _few_queries(query: Tensor, k_buf: Tensor, v_buf: Tensor) -> bool:
 
 def _by_products(query: Tensor, k_buf: Tensor, v_buf: Tensor, scale: float, workspace: Workspace | None) -> Tensor:
     """Attention of query [B, H, M, D] over [B, S, H, D] row by row, so that the scores stay in the cache."""
-    work = Workspace() if workspace is None else workspace
+    work = workspace or Workspace()
     shape = (*query.shape[1:3], k_buf.shape[1])
     scores, out = work.take("scores", shape, query.dtype, query.device), query.new_empty(query.shape)
     for q, k, v, to in zip(query * scale, k_buf, v_buf, out, strict=True):

@@ -39,15 +39,13 @@ class Choice:
     vocab_limit: int | None = None
 
     def __post_init__(self):
-        if self.rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        for name, known in (("rule", RULES), ("confidence_dtype", CONFIDENCE_DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
         if not 0 < self.confidence_temperature < float("inf"):
             raise ValueError(f"confidence_temperature must be a positive number, got {self.confidence_temperature}")
-        if self.confidence_dtype not in CONFIDENCE_DTYPES:
-            known = ", ".join(CONFIDENCE_DTYPES)
-            raise ValueError(f"confidence_dtype must be one of {known}, got {self.confidence_dtype!r}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
         if self.top_p is not None and not 0 <= self.top_p <= 1:

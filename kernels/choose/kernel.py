@@ -10,6 +10,11 @@ The state of a row, over the columns seen so far, is a tuple of [R] tensors:
     noisy      with noise, the largest sum of a scaled logit and scaled noise
     drawn      its lowest id
     drawn_x    its logit
+
+C is known at compile time: the RULE; whether logits are TEMPERED; KEYS columns of `row_keys`, 0 where nothing is drawn;
+PARTS of the vocabulary; tiles of BLOCK_R rows, BLOCK_V ids and BLOCK_D numbers of a hidden state, of which the size is
+a multiple if EVEN; PRECISION and STAGES of the product. `heat` is (temperature of the confidence, factor of a logit,
+factor of its noise).
 """
 
 import triton
@@ -41,11 +46,12 @@ def mix(x):
 
 
 @triton.jit
-def row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS: tl.constexpr):
+def row_hash(row_keys, r, inside, KEYS: tl.constexpr):
     """`dkv.kernels.common.noise.row_hash` of the rows r [R] as uint32."""
     a, b = tl.full(r.shape, START_A, tl.uint32), tl.full(r.shape, START_B, tl.uint32)
     for place in tl.static_range(KEYS):
-        key = tl.load(row_keys + r * stride_kr + place * stride_kk, mask=inside, other=0)  # [R]
+        at = row_keys.ptr + r * row_keys.stride[0] + place * row_keys.stride[1]
+        key = tl.load(at, mask=inside, other=0)  # [R]
         low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
         a, b = mix(a ^ low) + 0x68BC21EB, mix(b ^ low) + 0x02E5BE93
         a, b = mix(a ^ high) + 0x68BC21EB, mix(b ^ high) + 0x02E5BE93
@@ -65,26 +71,23 @@ def gumbel(a, b, column):
 
 
 @triton.jit
-def fresh(RULE: tl.constexpr, BLOCK_R: tl.constexpr):
+def fresh(C):
     """The state of rows of which nothing has been seen."""
-    nothing, zero = tl.full((BLOCK_R,), float("-inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
-    none = tl.zeros((BLOCK_R,), tl.int32)
-    return nothing, zero, nothing if RULE == "margin" else zero, nothing, none, nothing, none, nothing
+    nothing, zero = tl.full((C.BLOCK_R,), float("-inf"), tl.float32), tl.zeros((C.BLOCK_R,), tl.float32)
+    none = tl.zeros((C.BLOCK_R,), tl.int32)
+    return nothing, zero, nothing if C.RULE == "margin" else zero, nothing, none, nothing, none, nothing
 
 
 @triton.jit
-def cooled(difference, temperature, TEMPERED: tl.constexpr):
+def cooled(difference, heat, C):
     """A difference of logits over the temperature, which may overflow to -inf where logits would to +inf."""
-    if TEMPERED:
-        difference = tl.div_rn(difference, temperature)
+    if C.TEMPERED:
+        difference = tl.div_rn(difference, heat[0])
     return difference
 
 
 @triton.jit
-def absorb(
-    state, x, column, limit, temperature, scale, noise_scale, a, b,
-    RULE: tl.constexpr, BANNED: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr,
-):  # fmt: skip
+def absorb(state, x, column, limit, heat, a, b, C, BANNED: tl.constexpr):
     """The state after the logits x [R, V] of ids `column` [V], each greater than all before it; -inf for no id."""
     top, tail, extra, best, token, noisy, drawn, drawn_x = state
     x = tl.where(x == x, x, float("inf"))  # a maximum may drop NaN, and +inf ends as NaN
@@ -94,27 +97,27 @@ def absorb(
     open_x = tl.where(allowed[None, :], x, float("-inf"))  # [R, V]
     here = tl.max(open_x, 1)
     place = tl.min(tl.where(open_x == here[:, None], column[None, :], LAST), 1)
-    if NOISE:
-        score = tl.where(open_x > float("-inf"), open_x * scale + gumbel(a, b, column) * noise_scale, float("-inf"))
+    if C.KEYS:
+        score = tl.where(open_x > float("-inf"), open_x * heat[1] + gumbel(a, b, column) * heat[2], float("-inf"))
         score_here = tl.max(score, 1)
         drawn_here = tl.min(tl.where(score == score_here[:, None], column[None, :], LAST), 1)
         x_here = tl.max(tl.where(column[None, :] == drawn_here[:, None], open_x, float("-inf")), 1)
         wins = score_here > noisy
         drawn, drawn_x = tl.where(wins, drawn_here, drawn), tl.where(wins, x_here, drawn_x)
         noisy = tl.where(wins, score_here, noisy)
-    if RULE == "margin":
+    if C.RULE == "margin":
         second = tl.max(tl.where(column[None, :] == place[:, None], float("-inf"), open_x), 1)
         extra = tl.maximum(tl.maximum(extra, second), tl.minimum(best, here))
     token, best = tl.where(here > best, place, token), tl.maximum(best, here)
 
     high = tl.maximum(top, tl.max(x, 1))
     shift = tl.where(tl.abs(high) == float("inf"), 0.0, high)
-    far = tl.maximum(cooled(x - shift[:, None], temperature, TEMPERED), FAR)  # [R, V]
-    fell = tl.maximum(cooled(top - shift, temperature, TEMPERED), FAR)  # [R]
+    far = tl.maximum(cooled(x - shift[:, None], heat, C), FAR)  # [R, V]
+    fell = tl.maximum(cooled(top - shift, heat, C), FAR)  # [R]
     # Those equal to the top are counted, so that one of them can be left out without a subtraction from the sum.
     is_top, lost = x == shift[:, None], high > top
     weight, keep = tl.where(is_top, 0.0, tl.exp(far)), tl.exp(fell)
-    if RULE == "entropy":
+    if C.RULE == "entropy":
         extra = keep * (extra + fell * (1.0 + tail)) + tl.sum(weight * far, 1)
     others = tl.sum(tl.where(is_top, 1, 0), 1) - tl.where(lost, 1, 0)
     tail = tl.where(lost, keep * (1.0 + tail), tail) + tl.sum(weight, 1) + others.to(tl.float32)
@@ -122,42 +125,38 @@ def absorb(
 
 
 @triton.jit
-def store(state, floats, ids, r, inside, part, PARTS: tl.constexpr, NOISE: tl.constexpr):
+def store(state, floats, ids, r, inside, part, C):
     """Write the state of the rows r over one part of the vocabulary."""
     top, tail, extra, best, token, noisy, drawn, drawn_x = state
-    at = r * PARTS + part
-    tl.store(floats + at * FLOATS, top, mask=inside)
-    tl.store(floats + at * FLOATS + 1, tail, mask=inside)
-    tl.store(floats + at * FLOATS + 2, extra, mask=inside)
-    tl.store(floats + at * FLOATS + 3, best, mask=inside)
-    tl.store(ids + at * IDS, token, mask=inside)
-    if NOISE:
-        tl.store(floats + at * FLOATS + 4, noisy, mask=inside)
-        tl.store(floats + at * FLOATS + 5, drawn_x, mask=inside)
-        tl.store(ids + at * IDS + 1, drawn, mask=inside)
+    floats_at, ids_at = floats + (r * C.PARTS + part) * FLOATS, ids + (r * C.PARTS + part) * IDS
+    tl.store(floats_at, top, mask=inside)
+    tl.store(floats_at + 1, tail, mask=inside)
+    tl.store(floats_at + 2, extra, mask=inside)
+    tl.store(floats_at + 3, best, mask=inside)
+    tl.store(ids_at, token, mask=inside)
+    if C.KEYS:
+        tl.store(floats_at + 4, noisy, mask=inside)
+        tl.store(floats_at + 5, drawn_x, mask=inside)
+        tl.store(ids_at + 1, drawn, mask=inside)
 
 
 @triton.jit
-def merge_kernel(
-    floats, ids, token_out, confidence_out, rows, temperature,
-    RULE: tl.constexpr, NOISE: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def merge_kernel(floats, ids, token_out, confidence_out, rows, heat, C, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
     """Token and log-confidence of the rows from the states of the parts of the vocabulary; grid (tiles of rows,)."""
     r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-    inside = (r < rows)[:, None] & (part < PARTS)[None, :]  # [R, P], as is all that is loaded
-    at = r[:, None] * PARTS + part[None, :]
+    inside = (r < rows)[:, None] & (part < C.PARTS)[None, :]  # [R, P], as is all that is loaded
+    at = r[:, None] * C.PARTS + part[None, :]
     floats, ids = floats + at * FLOATS, ids + at * IDS
     top = tl.load(floats, mask=inside, other=float("-inf"))
     tail = tl.load(floats + 1, mask=inside, other=0.0)
-    extra = tl.load(floats + 2, mask=inside, other=float("-inf") if RULE == "margin" else 0.0)
+    extra = tl.load(floats + 2, mask=inside, other=float("-inf") if C.RULE == "margin" else 0.0)
     best = tl.load(floats + 3, mask=inside, other=float("-inf"))
     token = tl.load(ids, mask=inside, other=LAST)
 
     high, first = tl.max(top, 1), tl.max(best, 1)  # [R]
     chosen, place = first, tl.min(tl.where(best == first[:, None], token, LAST), 1)
     is_first = token == place[:, None]
-    if NOISE:
+    if C.KEYS:
         noisy = tl.load(floats + 4, mask=inside, other=float("-inf"))
         drawn = tl.load(ids + 1, mask=inside, other=LAST)
         drawn_x = tl.load(floats + 5, mask=inside, other=float("-inf"))
@@ -167,7 +166,7 @@ def merge_kernel(
         chosen = tl.max(tl.where(is_drawn, drawn_x, float("-inf")), 1)
 
     shift = tl.where(tl.abs(high) == float("inf"), 0.0, high)
-    fell = tl.maximum(cooled(top - shift[:, None], temperature, TEMPERED), FAR)
+    fell = tl.maximum(cooled(top - shift[:, None], heat, C), FAR)
     keep = tl.exp(fell)
     winner = tl.min(tl.where(top == high[:, None], part[None, :], LAST), 1)
     total = tl.sum(tl.where(part[None, :] == winner[:, None], tail, keep * (1.0 + tail)), 1)
@@ -175,70 +174,59 @@ def merge_kernel(
     # NaN where nothing can be chosen, or a logit is +inf or NaN; infinities are not subtracted.
     usable = (first > float("-inf")) & (high < float("inf"))
     first, chosen, high = tl.where(usable, first, 0.0), tl.where(usable, chosen, 0.0), tl.where(usable, high, 0.0)
-    if RULE == "entropy":
+    if C.RULE == "entropy":
         confidence = tl.sum(keep * (extra + fell * (1.0 + tail)), 1) / (1.0 + total) - log_total
-    elif RULE == "margin":
+    elif C.RULE == "margin":
         second = tl.maximum(tl.max(extra, 1), tl.max(tl.where(is_first, float("-inf"), best), 1))
-        apart = log1p(-tl.exp(cooled(second - first, temperature, TEMPERED)))
-        confidence = cooled(first - high, temperature, TEMPERED) - log_total + apart
+        apart = log1p(-tl.exp(cooled(second - first, heat, C)))
+        confidence = cooled(first - high, heat, C) - log_total + apart
     else:
-        confidence = cooled(chosen - high, temperature, TEMPERED) - log_total
+        confidence = cooled(chosen - high, heat, C) - log_total
     tl.store(token_out + r, place.to(tl.int64), mask=r < rows)
     tl.store(confidence_out + r, tl.where(usable, confidence, float("nan")), mask=r < rows)
 
 
 @triton.jit
-def logits_kernel(
-    logits, row_keys, floats, ids, rows, vocabulary, limit, tiles, temperature, scale, noise_scale,
-    stride_r, stride_v, stride_kr, stride_kk,
-    RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, PARTS)."""
-    r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
-    inside = r < rows
-    a, b = row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS)
-    state = fresh(RULE, BLOCK_R)
-    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, BLOCK_V))):
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)  # [V]
-        at = logits + r[:, None] * stride_r + column.to(tl.int64)[None, :] * stride_v
-        seen = inside[:, None] & (column < vocabulary)[None, :]
-        x = tl.load(at, mask=seen, other=float("-inf")).to(tl.float32)  # [R, V]
-        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
-    store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)
+def _logits(x, weight, bias, r, column, rows, vocabulary, size, C):
+    """A tile of logits [R, V] in float32: of x, or of x @ weight.T + bias; -inf for no id."""
+    inside, known = (r < rows)[:, None], (column < vocabulary)[None, :]
+    column = column.to(tl.int64)
+    if weight is None:
+        at = x.ptr + r[:, None] * x.stride[0] + column[None, :] * x.stride[1]
+        logits = tl.load(at, mask=inside & known, other=float("-inf")).to(tl.float32)
+    else:
+        d = tl.arange(0, C.BLOCK_D)
+        far_d = d.to(tl.int64)
+        x_at = x.ptr + r[:, None] * x.stride[0] + far_d[None, :] * x.stride[1]  # [R, D]
+        weight_at = weight.ptr + column[None, :] * weight.stride[0] + far_d[:, None] * weight.stride[1]  # [D, V]
+        logits = tl.zeros((C.BLOCK_R, C.BLOCK_V), tl.float32)
+        for start in tl.range(0, size, C.BLOCK_D, num_stages=C.STAGES):
+            of_rows, of_ids = inside, known
+            if not C.EVEN:
+                of_rows, of_ids = of_rows & (d < size - start)[None, :], of_ids & (d < size - start)[:, None]
+            h, w = tl.load(x_at, mask=of_rows, other=0.0), tl.load(weight_at, mask=of_ids, other=0.0)
+            logits = tl.dot(h, w, logits, input_precision=C.PRECISION)
+            x_at += x.stride[1] * C.BLOCK_D
+            weight_at += weight.stride[1] * C.BLOCK_D
+        if bias is not None:
+            logits += tl.load(bias.ptr + column[None, :] * bias.stride[0], mask=known, other=0.0).to(tl.float32)
+        logits = tl.where(known, logits, float("-inf"))
+    return logits
 
 
 @triton.jit
-def hidden_kernel(
-    hidden, weight, bias, row_keys, floats, ids, rows, vocabulary, size, limit, tiles, temperature, scale,
-    noise_scale, stride_hr, stride_hd, stride_wv, stride_wd, stride_b, stride_kr, stride_kk,
-    RULE: tl.constexpr, BANNED: tl.constexpr, KEYS: tl.constexpr, TEMPERED: tl.constexpr, PARTS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`logits_kernel` of hidden @ weight.T + bias; EVEN: size is a multiple of BLOCK_D."""
-    r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1)
-    inside = r < rows
-    a, b = row_hash(row_keys, r, inside, stride_kr, stride_kk, KEYS)
-    d = tl.arange(0, BLOCK_D)
-    far_d = d.to(tl.int64)
-    state = fresh(RULE, BLOCK_R)
-    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, BLOCK_V))):
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)  # [V]
-        known = column < vocabulary
-        hidden_at = hidden + r[:, None] * stride_hr + far_d[None, :] * stride_hd  # [R, D]
-        weight_at = weight + column.to(tl.int64)[None, :] * stride_wv + far_d[:, None] * stride_wd  # [D, V]
-        x = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
-        for start in tl.range(0, size, BLOCK_D, num_stages=STAGES):
-            of_rows, of_ids = inside[:, None], known[None, :]
-            if not EVEN:
-                of_rows, of_ids = of_rows & (d < size - start)[None, :], of_ids & (d < size - start)[:, None]
-            h, w = tl.load(hidden_at, mask=of_rows, other=0.0), tl.load(weight_at, mask=of_ids, other=0.0)
-            x = tl.dot(h, w, x, input_precision=PRECISION)
-            hidden_at += BLOCK_D * stride_hd
-            weight_at += BLOCK_D * stride_wd
-        if bias is not None:
-            x += tl.load(bias + column.to(tl.int64) * stride_b, mask=known, other=0.0).to(tl.float32)[None, :]
-        x = tl.where(known[None, :], x, float("-inf"))
-        state = absorb(state, x, column, limit, temperature, scale, noise_scale, a, b, RULE, BANNED, KEYS > 0, TEMPERED)
-    store(state, floats, ids, r, inside, part, PARTS, KEYS > 0)
+def choose_kernel(
+    x, weight, bias, row_keys, floats, ids, rows, vocabulary, size, limit, tiles, heat, C, BANNED: tl.constexpr
+):
+    """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, PARTS).
+
+    x holds logits, or hidden states of `size` numbers if `weight`, the head, is given.
+    """
+    r, part = tl.program_id(0).to(tl.int64) * C.BLOCK_R + tl.arange(0, C.BLOCK_R), tl.program_id(1)
+    a, b = row_hash(row_keys, r, r < rows, C.KEYS)
+    state = fresh(C)
+    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, C.BLOCK_V))):
+        column = tile * C.BLOCK_V + tl.arange(0, C.BLOCK_V)  # [V]
+        logits = _logits(x, weight, bias, r, column, rows, vocabulary, size, C)
+        state = absorb(state, logits, column, limit, heat, a, b, C, BANNED)
+    store(state, floats, ids, r, r < rows, part, C)

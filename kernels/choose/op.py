@@ -1,58 +1,28 @@
-"""`choose_token` and `choose_token_fused`: their arguments, their checks, and their custom ops."""
+"""`choose_token` and `choose_token_fused`: their arguments, and their checks."""
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
+from dkv.kernels.choose import reference
 from dkv.kernels.choose.choice import Choice
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS
-from dkv.kernels.common.operation import Operation
+from dkv.kernels.common.operation import Operation, recorded
 from dkv.kernels.common.workspace import Workspace
 
 BEST = Choice()
-# The fields of a `Choice`, as `astuple` gives them.
-SETTINGS = """str rule, float temperature, float confidence_temperature, str confidence_dtype, int? top_k, float? top_p,
-    int[] banned, int? vocab_limit"""
 
 
-@library.custom_op(
-    "dkv::choose_token", mutates_args=(), schema=f"(Tensor logits, Tensor? row_keys, {SETTINGS}) -> (Tensor, Tensor)"
-)
-def _recorded(logits, row_keys, *settings):
-    return CHOOSE.current(logits)(logits, Choice(*settings), row_keys)
-
-
-@library.custom_op(
-    "dkv::choose_token_fused",
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor? row_keys, {SETTINGS}) -> (Tensor, Tensor)",
-)
-def _recorded_fused(hidden, head_weight, head_bias, row_keys, *settings):
-    return CHOOSE_FUSED.current(hidden)(hidden, head_weight, Choice(*settings), head_bias, row_keys)
-
-
-@_recorded.register_fake
-@_recorded_fused.register_fake
-def _(x, *_):
+def _fake(x, *_):
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=wide)
 
 
-def _record(logits, choice, row_keys, overwrite, workspace):
-    return _recorded(logits, row_keys, *astuple(choice))
-
-
-def _record_fused(hidden, head_weight, choice, head_bias, row_keys, workspace):
-    if not isinstance(head_weight, Tensor):
-        return _recorded(head_weight(hidden), row_keys, *astuple(choice))
-    return _recorded_fused(hidden, head_weight, head_bias, row_keys, *astuple(choice))
-
-
-CHOOSE = Operation("choose", "choose_token", _record, with_gradient=None)
-CHOOSE_FUSED = Operation("choose", "choose_token_fused", _record_fused, with_gradient=None)
+CHOOSE = Operation(reference.choose_token, _fake, gradient=False)
+CHOOSE_FUSED = Operation(reference.choose_token_fused, _fake, gradient=False)
 
 
 def choose_token(
@@ -91,10 +61,9 @@ def choose_token(
     """
     r, v = checks.shape("logits", logits, None, None)
     checks.dtype("logits", logits, FLOATS)
-    choice = replace(choice, **settings)
-    choice.check(v)
+    choice = _checked(choice, settings, v)
     row_keys = _row_keys(row_keys, r, choice, logits)
-    return _valid(CHOOSE(logits, choice, row_keys, overwrite, workspace), validate)
+    return _valid(CHOOSE(logits, choice, row_keys, overwrite=overwrite, workspace=workspace), validate)
 
 
 def choose_token_fused(
@@ -137,10 +106,19 @@ def choose_token_fused(
         v = head_weight.out_features
         if head_bias is not None:
             raise ValueError("head_bias goes with a head_weight that is a tensor: a layer adds its own")
-    choice = replace(choice, **settings)
-    choice.check(v)
+    choice = _checked(choice, settings, v)
     row_keys = _row_keys(row_keys, r, choice, hidden)
-    return _valid(CHOOSE_FUSED(hidden, head_weight, choice, head_bias, row_keys, workspace), validate)
+    if recorded(hidden) and not isinstance(head_weight, Tensor):
+        chosen = CHOOSE(head_weight(hidden), choice, row_keys)  # a custom op takes no layer
+    else:
+        chosen = CHOOSE_FUSED(hidden, head_weight, choice, head_bias, row_keys, workspace=workspace)
+    return _valid(chosen, validate)
+
+
+def _checked(choice: Choice, settings: dict[str, Any], vocabulary: int) -> Choice:
+    choice = replace(choice, **settings)
+    choice.check(vocabulary)
+    return choice
 
 
 def _row_keys(row_keys: Tensor | None, rows: int, choice: Choice, like: Tensor) -> Tensor | None:
@@ -156,8 +134,8 @@ def _row_keys(row_keys: Tensor | None, rows: int, choice: Choice, like: Tensor) 
     return row_keys
 
 
-def _valid(choice: tuple[Tensor, Tensor], validate: bool) -> tuple[Tensor, Tensor]:
-    if validate and bool(choice[1].isnan().any()):
-        row = int(choice[1].isnan().nonzero()[0])
+def _valid(chosen: tuple[Tensor, Tensor], validate: bool) -> tuple[Tensor, Tensor]:
+    if validate and bool(chosen[1].isnan().any()):
+        row = int(chosen[1].isnan().nonzero()[0])
         raise ValueError(f"logits of row {row} hold NaN or +inf, or no id that may be chosen")
-    return choice
+    return chosen

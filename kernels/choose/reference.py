@@ -32,7 +32,7 @@ def dropped(x: Tensor, best: Tensor, choice: Choice) -> Tensor | None:
     return gone if gone is None else gone.scatter(1, best[:, None], False)
 
 
-def choose_token(logits, choice: Choice, row_keys=None, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
+def choose_token(logits: Tensor, choice: Choice, row_keys: Tensor | None, **_) -> tuple[Tensor, Tensor]:
     ids = torch.arange(logits.shape[-1], device=logits.device)
     allowed = ids < choice.limit(len(ids))
     for token in choice.banned:
@@ -97,6 +97,8 @@ def _choose_rounded(logits: Tensor, allowed: Tensor, choice: Choice, row_keys) -
     return token, confidence.masked_fill(permitted.amax(-1) == -torch.inf, torch.nan)
 
 
-def choose_token_fused(hidden, head_weight, choice: Choice, head_bias=None, row_keys=None, workspace=None):
+def choose_token_fused(
+    hidden: Tensor, head_weight: Tensor, choice: Choice, head_bias: Tensor | None, row_keys: Tensor | None, **_
+) -> tuple[Tensor, Tensor]:
     logits = hidden @ head_weight.T if isinstance(head_weight, Tensor) else head_weight(hidden)
     return choose_token(logits if head_bias is None else logits + head_bias, choice, row_keys)

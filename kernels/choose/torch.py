@@ -29,8 +29,8 @@ LOG2_E = 1.4426950408889634
 VECTOR = 32
 
 
-def choose_token(logits, choice: Choice, row_keys=None, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
-    work = Workspace() if workspace is None else workspace
+def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
+    work = workspace or Workspace()
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
     def strips(rows: slice) -> Iterator[Tensor]:
@@ -41,14 +41,14 @@ def choose_token(logits, choice: Choice, row_keys=None, overwrite=False, workspa
     return _by_rows(strips, *logits.shape, logits.dtype, choice, row_keys)
 
 
-def choose_token_fused(hidden, head_weight, choice: Choice, head_bias=None, row_keys=None, workspace=None):
+def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys, *, workspace=None):
     if not isinstance(head_weight, Tensor):
 
         def strips(rows: slice) -> Iterator[Tensor]:
             return head_weight.strips(hidden[rows])
 
         return _by_rows(strips, len(hidden), head_weight.out_features, hidden.dtype, choice, row_keys)
-    work = Workspace() if workspace is None else workspace
+    work = workspace or Workspace()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
     def strips(rows: slice) -> Iterator[Tensor]:

@@ -1,5 +1,1 @@
 """The most confident tokens go into the canvas."""
-
-from dkv.kernels.commit.op import commit_
-
-__all__ = ["commit_"]

@@ -5,39 +5,43 @@ import triton.language as tl
 
 
 @triton.jit
-def _confidence(confidence, i, inside, stride):
+def _confidence(confidence, row, i, inside):
     """Confidences in float32, NaN as the lowest of all."""
-    value = tl.load(confidence + i.to(tl.int64) * stride, mask=inside, other=float("-inf")).to(tl.float32)
+    at = confidence.ptr + row * confidence.stride[0] + i.to(tl.int64) * confidence.stride[1]
+    value = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
     return tl.where(value == value, value, float("-inf"))
 
 
 @triton.jit
+def _eligible(eligible, row, i, inside):
+    at = eligible.ptr + row * eligible.stride[0] + i.to(tl.int64) * eligible.stride[1]
+    return tl.load(at, mask=inside, other=0) != 0
+
+
+@triton.jit
 def commit_kernel(
-    canvas, token, confidence, eligible, count, positions, committed, entries,
-    stride_cb, stride_cs, stride_tb, stride_tn, stride_fb, stride_fn, stride_eb, stride_en, stride_nb,
-    stride_pb, stride_pn, OWN: tl.constexpr, OTHERS: tl.constexpr,
-):  # fmt: skip
+    canvas, token, confidence, eligible, count, positions, committed, entries, OWN: tl.constexpr, OTHERS: tl.constexpr
+):
     """One tile of entries against all of their row; grid (tiles of entries, B). The canvas is never read."""
     row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * OWN + tl.arange(0, OWN)
     inside = i < entries
-    confidence += row * stride_fb
-    eligible += row * stride_eb
-    own = _confidence(confidence, i, inside, stride_fn)  # [I]
+    own = _confidence(confidence, row, i, inside)  # [I]
     rank = tl.zeros((OWN,), tl.int32)
     for first in tl.range(0, entries, OTHERS, num_stages=1):
         j = first + tl.arange(0, OTHERS)
-        other = _confidence(confidence, j, j < entries, stride_fn)  # [J]
-        open_ = tl.load(eligible + j.to(tl.int64) * stride_en, mask=j < entries, other=0) != 0
+        other = _confidence(confidence, row, j, j < entries)  # [J]
         above = other[None, :] > own[:, None]  # [I, J]
         level = (other[None, :] == own[:, None]) & (j[None, :] < i[:, None])
-        rank += tl.sum(((above | level) & open_[None, :]).to(tl.int32), 1)
-    chosen = rank < tl.load(count + row * stride_nb)
+        counted = (above | level) & _eligible(eligible, row, j, j < entries)[None, :]
+        rank += tl.sum(counted.to(tl.int32), 1)
+    chosen = rank < tl.load(count.ptr + row * count.stride[0])
+    chosen = chosen & _eligible(eligible, row, i, inside)
     own_at = i.to(tl.int64)
-    chosen = chosen & (tl.load(eligible + own_at * stride_en, mask=inside, other=0) != 0)
     tl.store(committed + row * entries + own_at, chosen, mask=inside)
     slot = own_at
     if positions is not None:
-        slot = tl.load(positions + row * stride_pb + own_at * stride_pn, mask=chosen, other=0)
-    value = tl.load(token + row * stride_tb + own_at * stride_tn, mask=chosen, other=0)
-    tl.store(canvas + row * stride_cb + slot * stride_cs, value, mask=chosen)
+        places = positions.ptr + row * positions.stride[0] + own_at * positions.stride[1]
+        slot = tl.load(places, mask=chosen, other=0)
+    value = tl.load(token.ptr + row * token.stride[0] + own_at * token.stride[1], mask=chosen, other=0)
+    tl.store(canvas.ptr + row * canvas.stride[0] + slot * canvas.stride[1], value, mask=chosen)

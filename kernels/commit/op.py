@@ -1,27 +1,14 @@
-"""`commit_`: its arguments, their checks, and its custom op."""
+"""`commit_`: its arguments, and their checks."""
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from dkv.kernels.commit import torch as fast
+from dkv.kernels.commit import reference
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
 
-
-@library.custom_op("dkv::commit_", mutates_args=("canvas",))
-def _record(
-    canvas: Tensor, token: Tensor, log_confidence: Tensor, eligible: Tensor, count: Tensor, positions: Tensor | None
-) -> Tensor:
-    return COMMIT.current(canvas)(canvas, token, log_confidence, eligible, count, positions)
-
-
-@_record.register_fake
-def _(canvas, token, log_confidence, eligible, count, positions):
-    return eligible.new_empty(eligible.shape)
-
-
-COMMIT = Operation("commit", "commit_", _record, fast.commit_)
+COMMIT = Operation(reference.commit_, lambda *args: torch.empty_like(args[3]), mutates=("canvas",))
 
 
 def commit_(

@@ -12,7 +12,7 @@ def ranked(log_confidence: Tensor) -> Tensor:
     return x.masked_fill(x.isnan(), -torch.inf)
 
 
-def commit_(canvas, token, log_confidence, eligible, count, positions=None):
+def commit_(canvas, token, log_confidence, eligible, count, positions: Tensor | None) -> Tensor:
     if positions is None:
         positions = torch.arange(canvas.shape[1], device=canvas.device).expand_as(canvas)
     confidence = ranked(log_confidence)

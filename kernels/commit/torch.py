@@ -5,7 +5,7 @@ import torch
 from dkv.kernels.commit.reference import ranked
 
 
-def commit_(canvas, token, log_confidence, eligible, count, positions=None):
+def commit_(canvas, token, log_confidence, eligible, count, positions):
     confidence = ranked(log_confidence)
     # Clamped, so that an eligible slot of confidence -inf still comes before one that is not eligible.
     score = confidence.clamp(min=torch.finfo(confidence.dtype).min).masked_fill(~eligible, -torch.inf)

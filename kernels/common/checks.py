@@ -34,14 +34,10 @@ def same_dtype(**tensors: Tensor) -> None:
 
 def same_device(**tensors: Tensor | None) -> None:
     """All tensors that are not None live on one device."""
-    first, device = None, None
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if first is None:
-            first, device = name, x.device
-        elif x.device != device:
-            raise ValueError(f"{name} is on {x.device} but {first} is on {device}: move one of them")
+    (first, device), *others = ((name, x.device) for name, x in tensors.items() if x is not None)
+    for name, other in others:
+        if other != device:
+            raise ValueError(f"{name} is on {other} but {first} is on {device}: move one of them")
 
 
 def index_range(name: str, index: Tensor, size: int) -> None:

@@ -3,15 +3,14 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 # Whether the kernels of this process run in Triton's interpreter, on CPU tensors: fixed at import.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -43,7 +42,7 @@ class Call:
         kernel: the `@triton.jit` function.
         grid: how many programs.
         launch: whose warps and stages are used.
-        arguments: all arguments of the kernel by name.
+        arguments: all arguments of the kernel by name, see `arguments`.
         rare: does its work only where numbers are not finite or offsets need 64 bits, and may be slow there.
     """
 
@@ -64,26 +63,36 @@ class Chip(NamedTuple):
     processors: int
 
 
-class Recording(NamedTuple):
-    """Launches that are collected instead of run, as they would be on a chip."""
+@dataclass
+class Trial:
+    """What is done in place of plain launches, for a test or the audit.
 
-    chip: Chip
-    calls: list[Call]
-    used: list[tuple[Hashable, Launch]]
+    Attributes:
+        launch: used in place of that of the table.
+        parts: in how many parts work is divided, if the device is not to decide.
+        chip: launches are collected as they would be on it, and do not run. Tensors may be on "meta".
+        calls, regimes: that were collected, and what their launchers took the arguments for.
+    """
+
+    launch: Launch | None = None
+    parts: int | None = None
+    chip: Chip | None = None
+    calls: list[Call] = field(default_factory=list)
+    regimes: list[Hashable] = field(default_factory=list)
 
 
-_recording: ContextVar[Recording | None] = ContextVar("dkv_recording", default=None)
+_PLAIN = Trial()
+_trial: ContextVar[Trial] = ContextVar("dkv_trial", default=_PLAIN)
 
 
 @contextlib.contextmanager
-def recording(chip: Chip) -> Iterator[Recording]:
-    """Collect the launches inside the `with` block. Tensors may be on "meta": nothing reads them."""
-    made = Recording(chip, [], [])
-    token = _recording.set(made)
+def trial(**how: Any) -> Iterator[Trial]:
+    """A `Trial` of the launches inside the `with` block."""
+    token = _trial.set(Trial(**how))
     try:
-        yield made
+        yield _trial.get()
     finally:
-        _recording.reset(token)
+        _trial.reset(token)
 
 
 class LaunchTable:
@@ -98,10 +107,8 @@ class LaunchTable:
         candidates: launches that `DKV_AUTOTUNE=1` tries on a GPU.
     """
 
-    def __init__(
-        self, name: str, entries: Mapping[str, Mapping[Hashable, Launch]], candidates: tuple[Launch, ...] = ()
-    ):
-        self.name, self.candidates = name, candidates
+    def __init__(self, name: str, entries: Mapping[str, Mapping[Hashable, Launch]], candidates: Iterable[Launch] = ()):
+        self.name, self.candidates = name, tuple(candidates)
         self.entries = MappingProxyType({arch: MappingProxyType(dict(of_arch)) for arch, of_arch in entries.items()})
         self._tuned: dict[tuple[str, Hashable], Launch] = {}
 
@@ -113,30 +120,24 @@ class LaunchTable:
         for regime, default in self.entries["default"].items():
             yield from ((regime, launch) for launch in dict.fromkeys((self.launch(arch, regime), default)))
 
-    def start(
-        self,
-        device: torch.device,
-        regime: Hashable,
-        calls: Callable[[Launch], list[Call]],
-        launch: Launch | None = None,
-    ) -> None:
-        """Run what `calls` makes of a launch: of `launch`, or of the entry of the device.
+    def start(self, device: torch.device, regime: Hashable, calls: Callable[[Launch], list[Call]]) -> None:
+        """Run what `calls` makes of the launch of the device, or collect it for a `trial`.
 
         `calls` is asked again, and its calls run again, for every candidate that is timed.
         """
-        arch = chip(device).arch
-        if (recorded := _recording.get()) is not None:
-            launch = launch or self.launch(arch, regime)
-            recorded.used.append((regime, launch))
-            recorded.calls.extend(calls(launch))
+        arch, tried = chip(device).arch, _trial.get()
+        if tried.chip is not None:
+            tried.regimes.append(regime)
+            tried.calls.extend(calls(tried.launch or self.launch(arch, regime)))
             return
 
         def run(launch: Launch) -> None:
             for call in calls(launch):
                 call.run()
 
-        with on_device(device):
-            run(launch or self._best(arch, regime, run))
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            run(tried.launch or self._best(arch, regime, run))
 
     def _best(self, arch: str, regime: Hashable, run: Callable[[Launch], None]) -> Launch:
         """The entry of the device; with `DKV_AUTOTUNE=1` the fastest of it and the candidates, from now on."""
@@ -153,9 +154,8 @@ class LaunchTable:
 
 
 def chip(device: torch.device) -> Chip:
-    """The chip of a device, or that of which launches are recorded."""
-    recorded = _recording.get()
-    return chip_of(device) if recorded is None else recorded.chip
+    """The chip of a device, or that of which launches are collected."""
+    return _trial.get().chip or chip_of(device)
 
 
 @functools.cache
@@ -168,11 +168,6 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(_SAME_AS.get(arch, arch), properties.multi_processor_count)
 
 
-def on_device(device: torch.device) -> torch.cuda.device:
-    """Make the device current, as Triton launches on the current one wherever the tensors are."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
 def batch_invariant() -> bool:
     """Whether a row must give the same bits in any company (`DKV_BATCH_INVARIANT=1`)."""
     return os.environ.get("DKV_BATCH_INVARIANT") == "1"
@@ -181,8 +176,8 @@ def batch_invariant() -> bool:
 def splits(device: torch.device, programs: int, batch: int, limit: int, *, each: int = 1) -> int:
     """In how many parts to divide the work of each of `programs`, so that the device is filled.
 
-    Known from shapes alone. With `DKV_BATCH_INVARIANT=1` a batch is divided as one row of it is, so
-    that a row gives the same bits in any company; small batches then pay for a larger merge.
+    Known from shapes alone, unless a `trial` says it. With `DKV_BATCH_INVARIANT=1` a batch is divided as one row of it
+    is, so that a row gives the same bits in any company; small batches then pay for a larger merge.
 
     Args:
         programs: of the whole batch.
@@ -193,39 +188,9 @@ def splits(device: torch.device, programs: int, batch: int, limit: int, *, each:
     Returns:
         A power of two.
     """
+    if parts := _trial.get().parts:
+        return parts
     if batch_invariant():
         programs //= max(batch, 1)
     wanted = max(1, min(each * chip(device).processors // max(programs, 1), limit))
     return 1 << (wanted.bit_length() - 1)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return triton.next_power_of_2(n)
-
-
-def computable(x: Tensor) -> Tensor:
-    """x, in float32 if it is bfloat16 in the interpreter, which multiplies the bit patterns of those."""
-    return x.float() if x.dtype == torch.bfloat16 and chip(x.device).arch == "interpreter" else x
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x, copied if its last dimension is not dense: the only layout that the kernels do not read in place."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def strides(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Arguments `stride_NAME` of tensors that may be missing: `strides(p=(positions, "bn"))` are stride_pb, stride_pn.
-
-    Letters name the first dimensions of a tensor, the others are dense.
-    """
-    return {
-        f"stride_{prefix}{letter}": 0 if x is None else x.stride(place)
-        for prefix, (x, letters) in tensors.items()
-        for place, letter in enumerate(letters)
-    }
-
-
-def precision(x: Tensor) -> str:
-    """How float32 is multiplied: three TF32 products on NVIDIA, which lose next to nothing."""
-    return "tf32x3" if x.element_size() == 4 and chip(x.device).arch.startswith("sm_") else "ieee"

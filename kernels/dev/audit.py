@@ -1,7 +1,7 @@
 """Compile the kernels ahead of time, without a GPU, and hold what comes out against a budget.
 
-The process that compiles must not have `TRITON_INTERPRET=1`, so `dkv audit` starts others:
-`python -m dkv.kernels.dev.audit` reads one question a line and writes one answer a line.
+The process that compiles must not have `TRITON_INTERPRET=1`, so `dkv audit` starts another: `python -m
+dkv.kernels.dev.audit`.
 """
 
 import contextlib
@@ -10,19 +10,21 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any
 
 import triton
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dkv.kernels.common.launch import LaunchTable
-from dkv.kernels.dev.cases import Case
+from dkv.kernels.common.launch import Call, LaunchTable
+from dkv.kernels.dev.cases import Case, described
 
 OPERATIONS = ("attention", "choose", "commit", "rope_scatter")
 KB = 1024
@@ -53,43 +55,36 @@ class Chip:
 
 # NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability.
 # AMD: CDNA 3 instruction set reference, and LLVM's user guide of the AMDGPU backend.
-CHIPS = MappingProxyType({
+CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 64, 32, 164 * KB, KB, 163 * KB),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 64, 32, 228 * KB, KB, 227 * KB),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 64, 32, 228 * KB, KB, 227 * KB),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 32, 32, 64 * KB, 0, 64 * KB),
-})  # fmt: skip
+}
 PARTS, REGISTERS, REGISTER_UNIT = 4, 512, 8
 TENSOR_COLUMNS = 512  # of sm_100, per multiprocessor
 # A default launch runs on every chip, also on those that are not named above.
 DEFAULT_LIMIT = 64 * KB
 
 # Families of instructions, as they are found in PTX or in AMD assembly.
-INSTRUCTIONS = MappingProxyType({
+INSTRUCTIONS = {
     "wgmma": re.compile(r"\bwgmma\.mma_async"),
     "tcgen05": re.compile(r"\btcgen05\.mma"),
     "mma.sync": re.compile(r"\bmma\.sync"),
     "v_mfma": re.compile(r"\bv_mfma"),
     "cp.async": re.compile(r"\bcp\.async\.c[ag]\b"),
     "cp.async.bulk": re.compile(r"\bcp\.async\.bulk\b"),
-})  # fmt: skip
+}
 # What satisfies a `Case.expect`, and where it is asked for.
-EXPECTED = MappingProxyType({
+EXPECTED = {
     "tensor core": (("wgmma", "tcgen05", "mma.sync", "v_mfma"), tuple(CHIPS)),
     "wgmma": (("wgmma",), ("sm_90",)),
     "async copy": (("cp.async", "cp.async.bulk"), ("sm_80", "sm_90", "sm_100")),
-})  # fmt: skip
+}
 
 
 def modules(names: list[str] | None = None) -> dict[str, Any]:
-    """The modules that have audit cases.
-
-    Args:
-        names: of operations, or import paths of other modules; default: all operations.
-
-    Raises:
-        ValueError: no such module, or it has no `audit_cases`.
-    """
+    """The modules that have audit cases: of operations (default: of all), or other modules by their import paths."""
     found = {}
     for name in dict.fromkeys(OPERATIONS if names is None else names):
         module = None
@@ -102,17 +97,13 @@ def modules(names: list[str] | None = None) -> dict[str, Any]:
 
 
 def cases(module: Any, arch: str) -> dict[str, tuple[Case, int]]:
-    """The cases of a module by name, each with the most shared memory that it may ask for.
-
-    Raises:
-        ValueError: two cases have one name.
-    """
+    """The cases of a module by name, each with the most shared memory that it may ask for."""
     tables = [x for x in vars(module).values() if isinstance(x, LaunchTable)]
     defaults = {id(launch) for table in tables for launch in table.entries["default"].values()}
     found: dict[str, tuple[Case, int]] = {}
     for case in module.audit_cases(arch):
         limit = CHIPS[arch].limit
-        if id(case.launch) in defaults:
+        if id(case.call.launch) in defaults:
             limit = min(limit, DEFAULT_LIMIT)
             if case.name in found:
                 # This chip has an entry of its own for the regime: of the default it matters only that it fits.
@@ -123,46 +114,32 @@ def cases(module: Any, arch: str) -> dict[str, tuple[Case, int]]:
     return found
 
 
-def source(case: Case, arch: str) -> ASTSource:
-    """The kernel with its types.
-
-    Raises:
-        ValueError: the arguments of the case are not those of the kernel.
-    """
-    names, kernel = case.kernel.arg_names, case.kernel.__name__
-    given = [*case.arguments, *case.constants]
-    if missing := {*names} - {*given}:
-        raise ValueError(f"arguments of {kernel} without a type or value: {', '.join(sorted(missing))}")
-    if extra := {*given, *case.aligned} - {*names}:
-        raise ValueError(f"not arguments of {kernel}: {', '.join(sorted(extra))}")
-    if twice := {*case.arguments} & {*case.constants}:
-        raise ValueError(f"both arguments and constants of {kernel}: {', '.join(sorted(twice))}")
-    attributes = {}
-    for place, name in enumerate(names):
-        known = [["tt.divisibility", 16]] if name in case.aligned else []
-        # On AMD a launch tells the compiler which tensors are below 2 GiB.
-        near = case.arguments.get(name, "").startswith("*") and name not in case.far
-        if CHIPS[arch].target.backend == "hip" and near:
-            known.append(["tt.pointer_range", 32])
-        if known:
-            attributes[place,] = known
-    signature = {name: case.arguments.get(name, "constexpr") for name in names}
-    return ASTSource(case.kernel, signature, dict(case.constants), attributes)
+def source(call: Call, arch: str) -> ASTSource:
+    """The kernel with its types; refused if the arguments of the call are not those of the kernel."""
+    places = {name: place for place, name in enumerate(call.kernel.arg_names)}
+    if missing := {*places} - {*call.arguments}:
+        raise ValueError(f"arguments of {call.kernel.__name__} without a value: {', '.join(sorted(missing))}")
+    if extra := {*call.arguments} - {*places}:
+        raise ValueError(f"not arguments of {call.kernel.__name__}: {', '.join(sorted(extra))}")
+    known = described(call)
+    attributes = {path: [["tt.divisibility", 16]] for path in known.aligned}
+    if CHIPS[arch].target.backend == "hip":  # where a launch tells the compiler which tensors are below 2 GiB
+        for path in known.near:
+            attributes[path] = [*attributes.get(path, []), ["tt.pointer_range", 32]]
+    constants, attributes = (
+        {(places[name], *rest): x for (name, *rest), x in found.items()} for found in (known.constants, attributes)
+    )
+    return ASTSource(call.kernel, {name: known.types[name] for name in places}, constants, attributes)
 
 
-def facts(case: Case, arch: str) -> dict[str, Any]:
-    """What the compiler makes of a case.
-
-    Returns:
-        registers, stack, spills (bytes per lane), shared (bytes), tensor_columns, instructions
-        (families found) and occupancy (resident warps as a share of the most there can be).
-    """
+def facts(call: Call, arch: str) -> dict[str, Any]:
+    """What the compiler makes of a call: stack and spills are bytes per lane, shared is bytes."""
     log, knobs = io.StringIO(), triton.knobs
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         # A cached result comes without the report of ptxas.
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
-        options = {"num_warps": case.launch.warps, "num_stages": case.launch.stages}
-        compiled = triton.compile(source(case, arch), target=CHIPS[arch].target, options=options)
+        options = {"num_warps": call.launch.warps, "num_stages": call.launch.stages}
+        compiled = triton.compile(source(call, arch), target=CHIPS[arch].target, options=options)
     if "ptx" in compiled.asm:
         text, report = compiled.asm["ptx"], log.getvalue()
         registers = most(r"Used (\d+) registers", report)
@@ -174,11 +151,9 @@ def facts(case: Case, arch: str) -> dict[str, Any]:
         stack = most(r"\.private_segment_fixed_size:\s+(\d+)", text)
         spills = 4 * most(r"\.vgpr_spill_count:\s+(\d+)", text)
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
-    return {
-        "registers": registers, "stack": stack, "spills": spills, "shared": shared, "tensor_columns": columns,
-        "instructions": [name for name, pattern in INSTRUCTIONS.items() if pattern.search(text)],
-        "occupancy": occupancy(CHIPS[arch], registers, case.launch.warps, shared, columns),
-    }  # fmt: skip
+    found = {"registers": registers, "stack": stack, "spills": spills, "shared": shared, "tensor_columns": columns}
+    found["instructions"] = [name for name, pattern in INSTRUCTIONS.items() if pattern.search(text)]
+    return found | {"occupancy": occupancy(CHIPS[arch], registers, call.launch.warps, shared, columns)}
 
 
 def most(pattern: str, report: str) -> int:
@@ -205,7 +180,7 @@ def broken(case: Case, arch: str, limit: int, found: Mapping[str, Any]) -> list[
     """In what a case is over budget, in words."""
     wrong = []
     for name in ("stack", "spills"):
-        if found[name] and not case.rare:
+        if found[name] and not case.call.rare:
             wrong.append(f"{found[name]} bytes of {name}")
     if found["shared"] > limit:
         wrong.append(f"{found['shared'] / KB:.1f} KB of shared memory, {limit // KB} KB allowed")
@@ -218,13 +193,12 @@ def broken(case: Case, arch: str, limit: int, found: Mapping[str, Any]) -> list[
     return wrong
 
 
-def entry(module: Any, arch: str, name: str) -> dict[str, Any]:
-    """One line of the report; a failure to compile is told in it, not raised."""
-    case, limit = cases(module, arch)[name]
-    line = {"case": name, "arch": arch, "warps": case.launch.warps, "stages": case.launch.stages, "limit": limit}
-    began = time.monotonic()
+def compiled(case: Case, arch: str, limit: int) -> dict[str, Any]:
+    """What is told of a case; a failure to compile is told too, not raised."""
+    launch, began = case.call.launch, time.monotonic()
+    line = {"warps": launch.warps, "stages": launch.stages, "limit": limit}
     try:
-        found = facts(case, arch)
+        found = facts(case.call, arch)
         found["broken"] = broken(case, arch, limit, found)
     except Exception as error:
         found = {"error": first_line(error)}
@@ -240,31 +214,63 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
-def listed(names: list[str] | None, archs: list[str]) -> list[dict[str, Any]]:
-    """Every case of some modules on some architectures, with what tells how much it asks for."""
-    return [
-        {"op": op, "arch": arch, "name": name, "weight": [len(case.expect), len(case.arguments)]}
-        for op, module in modules(names).items() for arch in archs for name, (case, _) in cases(module, arch).items()
-    ]  # fmt: skip
+def listed(ops: list[str] | None, archs: list[str], quick: bool) -> list[tuple[str, str, Case, int]]:
+    """Operation, architecture, case and limit of shared memory; if quick, the case of each that asks most."""
+    found = [
+        (op, arch, case, limit)
+        for op, module in modules(ops).items()
+        for arch in archs
+        for case, limit in cases(module, arch).values()
+    ]
+    if quick:
+        found = list({x[:2]: x for x in sorted(found, key=lambda x: weight(x[2]))}.values())
+    if not found:
+        raise ValueError("there is nothing to compile")
+    return found
 
 
-def answers(questions: Iterator[str]) -> Iterator[str]:
-    """A JSON answer for every JSON question: {"ops", "archs"}, or {"op", "arch", "name"}."""
-    for line in questions:
-        question = json.loads(line)
-        try:
-            if "name" in question:
-                (module,) = modules([question["op"]]).values()
-                yield json.dumps(entry(module, question["arch"], question["name"]))
-            else:
-                yield json.dumps(listed(question["ops"], question["archs"]))
-        except Exception as error:
-            yield json.dumps({"error": str(error) if isinstance(error, ValueError) else first_line(error)})
+def weight(case: Case) -> tuple[int, int]:
+    """How much is asked of the compiler: instructions, and arguments, those in tuples too."""
+    return len(case.expect), sum(x is not None for x in tree_leaves(case.call.arguments))
+
+
+def results(todo: list[tuple[str, str, Case, int]], jobs: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """What became of every case, as they are done. Each is compiled in a fork of this process: a compiler may die."""
+    waiting, running = dict(enumerate(todo)), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            place = next(iter(waiting))
+            op, arch, case, limit = waiting.pop(place)
+            if (pid := os.fork()) == 0:
+                try:
+                    (folder / str(place)).write_text(json.dumps(compiled(case, arch, limit)))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            running[pid] = {"place": place, "op": op, "case": case.name, "arch": arch}
+        pid, status = os.wait()
+        line = running.pop(pid)
+        if code := os.waitstatus_to_exitcode(status):
+            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            yield line | {"error": f"the process {how}"}
+        else:
+            yield line | json.loads((folder / str(line["place"])).read_text())
+
+
+def answers(question: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """How many cases a question asks for, and then each of them; or why there are none."""
+    try:
+        todo = listed(question["ops"], question["archs"], question["quick"])
+    except Exception as error:
+        yield {"error": str(error) if isinstance(error, ValueError) else first_line(error)}
+        return
+    yield {"cases": len(todo)}
+    yield from results(todo, question["jobs"], Path(question["folder"]))
 
 
 if __name__ == "__main__":
     # Compilers print: what they print must not come between the answers.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as channel:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        for answer in answers(iter(sys.stdin.readline, "")):
-            print(answer, file=channel, flush=True)
+        for answer in answers(json.loads(sys.stdin.read())):
+            print(json.dumps(answer), file=channel, flush=True)

@@ -21,16 +21,10 @@ def search(
     run: Callable[[Launch], None],
     timer: Callable[[Callable[[], None]], float] = median_ms,
 ) -> Launch:
-    """The fastest of the table's entry and its candidates; those that do not compile or fit are left out.
+    """The fastest of the table's entry and its candidates by `timer`, in ms; those that do not run are left out.
 
-    Tells on standard error what was measured, and the entry to paste into the table.
-
-    Args:
-        run: starts the operation with a launch, and gives the same result however often it is called.
-        timer: milliseconds that a call takes.
-
-    Raises:
-        TritonError, RuntimeError: none of them runs; the error is that of the table's own.
+    Tells on standard error what was measured, and the entry to paste into the table. If none runs, the error of the
+    table's own entry is raised.
     """
     present, times, failed = table.launch(arch, regime), {}, {}
     for launch in dict.fromkeys((present, *table.candidates)):
@@ -44,9 +38,9 @@ def search(
     if not times:
         raise failed[present]
     best = min(times, key=times.__getitem__)
-    lines = [f"{table.name} on {arch}, {code(regime)}: {len(times)} rows timed, {len(failed)} do not run"]
+    lines = [f"{table.name} on {arch}, {code(regime)}: {len(times)} entries timed, {len(failed)} do not run"]
     for launch in sorted(times, key=times.__getitem__):
-        lines.append(f"  {times[launch]:9.4f} ms  {code(launch)}{'  the present row' if launch == present else ''}")
+        lines.append(f"  {times[launch]:9.4f} ms  {code(launch)}{'  the present entry' if launch == present else ''}")
     lines.append(f'"{arch}": {{{code(regime)}: {code(best)}}},')
     print("\n".join(lines), file=sys.stderr, flush=True)
     return best

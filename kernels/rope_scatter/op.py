@@ -1,45 +1,14 @@
-"""`rope_scatter_`: its arguments, their checks, and its custom op."""
+"""`rope_scatter_`: its arguments, and their checks."""
 
-from torch import Tensor, library
+from torch import Tensor
 
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
-from dkv.kernels.rope_scatter import torch as fast
+from dkv.kernels.rope_scatter import reference
+from dkv.kernels.rope_scatter.reference import Norm
 
-
-@library.custom_op("dkv::rope_scatter_", mutates_args=("k_buf", "v_buf"))
-def _recorded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    k_buf: Tensor,
-    v_buf: Tensor,
-    query_positions: Tensor | None,
-    q_gain: Tensor | None,
-    q_eps: float,
-    k_gain: Tensor | None,
-    k_eps: float,
-) -> Tensor:
-    norms = (None if gain is None else (gain, eps) for gain, eps in ((q_gain, q_eps), (k_gain, k_eps)))
-    run = ROPE_SCATTER.current(q)
-    return run(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, *norms).contiguous()
-
-
-@_recorded.register_fake
-def _(q, *_):
-    return q.new_empty(q.shape)
-
-
-def _record(*args):
-    *tensors, q_norm, k_norm = args
-    return _recorded(*tensors, *(q_norm or (None, 0.0)), *(k_norm or (None, 0.0)))
-
-
-ROPE_SCATTER = Operation("rope_scatter", "rope_scatter_", _record, fast.rope_scatter_)
+ROPE_SCATTER = Operation(reference.rope_scatter_, lambda q, *_: q.new_empty(q.shape), mutates=("k_buf", "v_buf"))
 
 
 def rope_scatter_(
@@ -97,10 +66,11 @@ def rope_scatter_(
         checks.dtype("query_positions", query_positions, INTEGERS)
     elif r != n:
         raise ValueError(f"q has {r} entries and k has {n}: give query_positions, the places of the queries")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            checks.shape(f"{name}[0]", norm[0], d)
-    gains = {"q_norm[0]": q_norm and q_norm[0], "k_norm[0]": k_norm and k_norm[0]}
+    norms = {"q_norm": Norm(*(q_norm or ())), "k_norm": Norm(*(k_norm or ()))}
+    gains = {f"{name}[0]": norm.gain for name, norm in norms.items()}
+    for name, gain in gains.items():
+        if gain is not None:
+            checks.shape(name, gain, d)
     placed = {"cos": cos, "sin": sin, "positions": positions, "k_buf": k_buf, "v_buf": v_buf}
     checks.same_device(q=q, k=k, v=v, **placed, query_positions=query_positions, **gains)
     if validate:
@@ -108,4 +78,4 @@ def rope_scatter_(
         if query_positions is not None:
             checks.index_range("query_positions", query_positions, len(cos))
     query_positions = None if query_positions is None else query_positions.long()
-    return ROPE_SCATTER(q, k, v, cos, sin, positions.long(), k_buf, v_buf, query_positions, q_norm, k_norm)
+    return ROPE_SCATTER(q, k, v, cos, sin, positions.long(), k_buf, v_buf, query_positions, *norms.values())

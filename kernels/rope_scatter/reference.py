@@ -1,9 +1,18 @@
 """Head norms, rotation and the write into the buffer, eager: what is right."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dkv.kernels.common.dtypes import wide
+
+
+class Norm(NamedTuple):
+    """An RMS norm per head: gain [D], None for no norm, and eps."""
+
+    gain: Tensor | None = None
+    eps: float = 0.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -20,14 +29,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def head_norm(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
     """RMS norm over the head size; `norm` is (gain [D], eps) or None for none."""
-    if norm is None:
+    gain, eps = norm or Norm()
+    if gain is None:
         return x
-    gain, eps = norm
     normed = (wide(x) * torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return (normed * gain).to(x.dtype)
 
 
-def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions=None, q_norm=None, k_norm=None):
+def rope_scatter_(
+    q, k, v, cos, sin, positions, k_buf, v_buf, query_positions: Tensor | None, q_norm: Norm, k_norm: Norm
+) -> Tensor:
     query_positions = positions if query_positions is None else query_positions
     key = rotate(head_norm(k, k_norm), cos[positions], sin[positions])
     for b in range(len(positions)):

@@ -6,7 +6,7 @@ from torch import Tensor
 from dkv.kernels.rope_scatter.reference import head_norm, rotate
 
 
-def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions=None, q_norm=None, k_norm=None):
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, q_norm, k_norm):
     tables = cos[positions], sin[positions]
     key = _rotate(head_norm(k, k_norm), *tables)
     if query_positions is not None:

@@ -5,42 +5,46 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from dkv.kernels.common.launch import Call, Launch, computable, power_of_two, strides, unit_stride
-from dkv.kernels.dev.cases import Case, calls_of, case, meta
+from dkv.kernels.common.arguments import computable, constants, strided, unit_stride
+from dkv.kernels.common.launch import Call, Launch, LaunchTable
+from dkv.kernels.dev.cases import Case, calls_of, meta
 from dkv.kernels.rope_scatter.kernel import rope_scatter_kernel
-from dkv.kernels.rope_scatter.launch import SIZES, TABLE
+from dkv.kernels.rope_scatter.reference import Norm
+
+# Tile: (heads of tokens,). Regime: head size up to. 1024 numbers to a program keep the accesses of 2-byte numbers
+# 128 bits wide, and leave enough programs to fill a GPU when few tokens are active. None has been timed on a GPU;
+# `dkv audit` finds no spilled registers.
+SIZES = (32, 64, 128, 256)
+TABLE = LaunchTable(
+    "rope_scatter_",
+    {
+        "default": {size: Launch((1024 // size,), 2) for size in SIZES},
+        "interpreter": {size: Launch((256,), 2) for size in SIZES},
+    },
+    [Launch((entries,), warps) for entries in (4, 8, 16, 32) for warps in (1, 2, 4)],
+)
 
 
-def rope_scatter_(
-    q, k, v, cos, sin, positions, k_buf, v_buf, query_positions=None, q_norm=None, k_norm=None,
-    *, launch: Launch | None = None,
-):  # fmt: skip
-    """`dkv.kernels.rope_scatter_`; `launch` is used in place of the table's."""
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, q_norm, k_norm):
     (batch, query_tokens, heads, size), (tokens, kv_heads) = q.shape, k.shape[1:3]
-    (q_gain, q_eps), (k_gain, k_eps) = q_norm or (None, 0.0), k_norm or (None, 0.0)
     # Only numbers that are stored need care in the interpreter: a load is made float32 at once.
     keys, values, out = computable(k_buf), computable(v_buf), computable(q.new_empty(q.shape))
-    query_positions = positions if query_positions is None else query_positions
-    q, k, v, cos, sin = (unit_stride(x) for x in (q, k, v, cos, sin))
-    q_gain, k_gain = (x if x is None else x.contiguous() for x in (q_gain, k_gain))
+    tensors = {name: unit_stride(x) for name, x in {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}.items()}
+    tensors |= {"positions": positions, "query_positions": positions if query_positions is None else query_positions}
+    arguments = {name: strided(x) for name, x in (tensors | {"k_buf": keys, "v_buf": values}).items()}
+    for name, (gain, eps) in (("q_norm", q_norm), ("k_norm", k_norm)):
+        arguments[name] = Norm(None if gain is None else gain.contiguous(), float(eps))
+    arguments |= {"out": out, "query_tokens": query_tokens, "tokens": tokens}
+    known = {"HQ": heads, "HKV": kv_heads, "D": size, "BLOCK_H": triton.next_power_of_2(size // 2)}
 
     def calls(launch: Launch) -> list[Call]:
-        (rows,) = launch.tile
-        tiles = triton.cdiv(query_tokens * heads, rows) + 2 * triton.cdiv(tokens * kv_heads, rows)
-        arguments = {
-            "q": q, "k": k, "v": v, "cos": cos, "sin": sin, "positions": positions, "query_positions": query_positions,
-            "k_buf": keys, "v_buf": values, "out": out, "q_gain": q_gain, "k_gain": k_gain, "q_eps": float(q_eps),
-            "k_eps": float(k_eps), "query_tokens": query_tokens, "tokens": tokens,
-            "HQ": heads, "HKV": kv_heads, "D": size, "BLOCK_H": power_of_two(size // 2), "ROWS": rows,
-        }  # fmt: skip
-        arguments |= strides(
-            q=(q, "bnh"), k=(k, "bnh"), v=(v, "bnh"), c=(cos, "p"), s=(sin, "p"), p=(positions, "bn"),
-            qp=(query_positions, "bn"), kb=(keys, "bshd"), vb=(values, "bshd"),
-        )  # fmt: skip
-        return [Call(rope_scatter_kernel, (tiles, batch), launch, arguments)]
+        (entries,) = launch.tile
+        tiles = triton.cdiv(query_tokens * heads, entries) + 2 * triton.cdiv(tokens * kv_heads, entries)
+        sizes = {"C": constants(**known, ENTRIES=entries)}
+        return [Call(rope_scatter_kernel, (tiles, batch), launch, arguments | sizes)]
 
     if q.numel() or k.numel():
-        TABLE.start(q.device, min(max(SIZES[0], power_of_two(size)), SIZES[-1]), calls, launch)
+        TABLE.start(q.device, min(max(SIZES[0], triton.next_power_of_2(size)), SIZES[-1]), calls)
     for buffer, written in ((k_buf, keys), (v_buf, values)):
         if written is not buffer:
             buffer.copy_(written)
@@ -49,18 +53,13 @@ def rope_scatter_(
 
 def audit_cases(arch: str) -> Iterator[Case]:
     """Every launch with nothing optional and with everything, and a head size that is no power of two."""
-    for size, launch in TABLE.on(arch):
-        for dtype, full, head_size in (
-            (torch.bfloat16, False, size), (torch.bfloat16, True, size),
-            (torch.float32, True, size - 16 if size > 32 else 24),
-        ):  # fmt: skip
-            tokens = 33
-            q, kv = meta(2, tokens, 28, head_size, dtype=dtype), meta(2, tokens, 4, head_size, dtype=dtype)
-            table = meta(1001, head_size // 2, dtype=torch.float32)
-            buffer, places = meta(2, 1001, 4, head_size, dtype=dtype), meta(2, tokens, dtype=torch.int64)
-            optional = (places, *[(meta(head_size, dtype=dtype), 1e-6)] * 2) if full else ()
-            given = (q, kv, kv, table, table, places, buffer, buffer, *optional)
-            (call,) = calls_of(arch, size, launch, lambda: rope_scatter_(*given, launch=launch))  # noqa: B023
-            number = "bf16" if dtype == torch.bfloat16 else "fp32"
+    for regime, launch in TABLE.on(arch):
+        odd = regime - 16 if regime > 32 else 24
+        for dtype, full, size in (("bf16", False, regime), ("bf16", True, regime), ("fp32", True, odd)):
+            q, kv, buffer = (meta(2, n, h, size, dtype=dtype) for n, h in ((33, 28), (33, 4), (1001, 4)))
+            table, places = meta(1001, size // 2, dtype=torch.float32), meta(2, 33, dtype=torch.int64)
+            norm = Norm(meta(size, dtype=dtype), 1e-6) if full else Norm()
+            given = (q, kv, kv, table, table, places, buffer, buffer, places if full else None, norm, norm)
+            (call,) = calls_of(arch, regime, launch, rope_scatter_, *given)
             kind = "full" if full else "plain"
-            yield case(f"rope_scatter_ {number} D{head_size} {kind} {launch.tile[0]} rows", call)
+            yield Case(f"rope_scatter_ {dtype} D{size} {kind} {launch.tile[0]} entries", call)

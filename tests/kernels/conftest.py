@@ -9,8 +9,8 @@ from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dkv import kernels
 from dkv.kernels import use_backend
-from dkv.kernels.attention.rules import Rules
 from dkv.kernels.common.backend import interpreted as in_interpreter
 
 # Shapes are small: more threads only wait for each other.
@@ -39,20 +39,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def interpreted() -> SimpleNamespace:
-    """The operations in Triton, which also take a launch of the test's own."""
+    """The operations in Triton; they also take a launch and a number of parts of the test's own."""
     if not in_interpreter():
         pytest.skip("needs TRITON_INTERPRET=1")
-    from dkv.kernels.attention.triton import cached_attention
-    from dkv.kernels.commit.triton import commit_
-    from dkv.kernels.rope_scatter.triton import rope_scatter_
+    from dkv.kernels.common.launch import trial
 
-    def attend(q, k, v, *, return_lse=False, parts=None, launch=None, workspace=None, block_ids=None, **rules):
-        rules = Rules(*(rules.get(name) for name in Rules._fields[:4]), *(block_ids or (None, None)))
-        scale = q.shape[-1] ** -0.5
-        out, lse = cached_attention(q, k, v, rules, scale, return_lse, workspace, parts=parts, launch=launch)
-        return (out, lse) if return_lse else out
+    def tried(operation):
+        def call(*args, launch=None, parts=None, **options):
+            with use_backend("triton"), trial(launch=launch, parts=parts):
+                return operation(*args, **options)
 
-    return SimpleNamespace(cached_attention=attend, commit_=commit_, rope_scatter_=rope_scatter_)
+        return call
+
+    names = ("cached_attention", "choose_token", "choose_token_fused", "commit_", "rope_scatter_")
+    return SimpleNamespace(**{name: tried(getattr(kernels, name)) for name in names})
 
 
 def _assert_close(actual: Tensor, exact: Tensor, plain: Tensor | None = None) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dkv.kernels import Workspace, cached_attention, use_backend
-from dkv.kernels.attention.launch import TABLE
+from dkv.kernels.attention.triton import TABLE
 from dkv.kernels.common.launch import Launch
 
 SMALL = [Launch((16, 16), 4), Launch((32, 16), 4), Launch((16, 64), 4)]
@@ -28,8 +28,8 @@ def definition(*args, **options):
         return cached_attention(*args, **options)
 
 
-def row_id(x) -> str:
-    return "x".join(map(str, x.tile))
+def case_id(shape, launch, parts) -> tuple[str, ...]:
+    return shape_id(shape), "x".join(map(str, launch.tile)), f"{parts}-parts"
 
 
 def inputs(shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,18 +62,19 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("shape", "row", "parts"),
-    [
-        pytest.param(shape, row, parts, id=f"{shape_id(shape)}-{row_id(row)}-{parts}-parts")
-        for shape, launches in LAUNCHES.items()
-        for row, parts in launches
-    ],
-)
-def test_tiles_and_parts(shape, row, parts, interpreted, assert_close):
+CASES = [(shape, launch, parts) for shape, launches in LAUNCHES.items() for launch, parts in launches]
+
+
+@pytest.mark.parametrize("others", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some rules", "others"])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(case_id(*CASES[i])))
+def test_tiles_and_parts(case, others, interpreted, assert_close):
+    """A third of the rules with each launch, so that every rule has several; the slow ones are all others."""
+    shape, launch, parts = CASES[case]
     q, k, v = inputs(shape)
-    for options in rules(shape).values():
-        out, lse = interpreted.cached_attention(q, k, v, launch=row, parts=parts, return_lse=True, **options)
+    for i, options in enumerate(rules(shape).values()):
+        if (i % 3 == case % 3) == others:
+            continue
+        out, lse = interpreted.cached_attention(q, k, v, launch=launch, parts=parts, return_lse=True, **options)
         exact, exact_lse = definition(*(x.double() for x in (q, k, v)), return_lse=True, **options)
         plain, plain_lse = definition(q, k, v, return_lse=True, **options)
         assert_close(out, exact, plain)
@@ -154,9 +155,9 @@ def test_A11_bfloat16_in_the_interpreter(interpreted):
     assert (out - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
-def test_every_regime_has_a_row_on_every_chip():
+def test_every_regime_has_an_entry_on_every_chip():
     regimes = set(TABLE.entries["default"])
     assert len(regimes) == 3 * 2 * 6
-    for rows in TABLE.entries.values():
-        assert set(rows) <= regimes
-        assert all(min(row.tile) >= 16 for row in rows.values())
+    for entries in TABLE.entries.values():
+        assert set(entries) <= regimes
+        assert all(min(launch.tile) >= 16 for launch in entries.values())

@@ -16,9 +16,10 @@ from triton.runtime.interpreter import InterpretedFunction
 from dkv.kernels.attention import triton as attention
 from dkv.kernels.choose import triton as choose
 from dkv.kernels.commit import triton as commit
-from dkv.kernels.common.launch import Launch, chip_of, recording
-from dkv.kernels.dev.cases import TYPES, Case, case
-from dkv.kernels.rope_scatter import triton as rope_scatter
+from dkv.kernels.common.arguments import Strided
+from dkv.kernels.common.launch import Launch, chip_of, trial
+from dkv.kernels.dev.cases import TYPES, described
+from dkv.kernels.rope_scatter import triton as rope
 
 B, N, S, H, D, V = 2, 3, 70, 2, 16, 50
 PLACES = torch.arange(N).expand(B, N)
@@ -63,13 +64,13 @@ CALLS = {
         kernels.choose_token,
         (torch.eye(N, V),),
         {"temperature": 0.7, "row_keys": KEYS, "rule": "margin", "validate": False},
-        ["logits_kernel", "merge_kernel"],
+        ["choose_kernel", "merge_kernel"],
     ),
     "choose_token_fused": (
         kernels.choose_token_fused,
         (torch.zeros(N, D), torch.zeros(V, D)),
         {"head_bias": torch.zeros(V), "confidence_temperature": 0.5, "banned": (1,), "validate": False},
-        ["hidden_kernel", "merge_kernel"],
+        ["choose_kernel", "merge_kernel"],
     ),
     "commit_": (
         kernels.commit_,
@@ -93,39 +94,50 @@ def test_an_audit_case_has_the_types_and_constants_of_the_launch(name, monkeypat
     with kernels.use_backend("triton"):
         operation(*args, **options)
         assert [kernel.__name__ for kernel, _ in launched] == names
-        with recording(chip_of(torch.device("cpu"))) as made:
+        with trial(chip=chip_of(torch.device("cpu"))) as tried:
             args, options = tree_map_only(Tensor, lambda x: x.to("meta"), (args, options))
             operation(*args, **options)
-    assert len(launched) == len(names)  # nothing runs while launches are recorded
-    for (kernel, given), call in zip(launched, made.calls, strict=True):
-        compiled = case(name, call)
-        assert kernel is compiled.kernel and given["grid"] == call.grid
-        assert (given["num_warps"], given["num_stages"]) == (compiled.launch.warps, compiled.launch.stages)
-        assert {x: given[x] for x in compiled.constants} == compiled.constants
-        types = {x: f"*{TYPES[given[x].dtype]}" for x in kernel.arg_names if isinstance(given[x], Tensor)}
-        assert types == {x: kind for x, kind in compiled.arguments.items() if kind.startswith("*")}
-        assert {*compiled.constants, *compiled.arguments} == {*kernel.arg_names}
+    assert len(launched) == len(names)  # nothing runs while launches are collected
+    for (kernel, given), call in zip(launched, tried.calls, strict=True):
+        assert kernel is call.kernel and given["grid"] == call.grid
+        assert (given["num_warps"], given["num_stages"]) == (call.launch.warps, call.launch.stages)
+        known = described(call)
+        found, expected = (leaves({name: x[name] for name in kernel.arg_names}) for x in (given, known.types))
+        assert [path for path, _ in found] == [path for path, _ in expected]
+        for (path, x), (_, kind) in zip(found, expected, strict=True):
+            if isinstance(x, Tensor):
+                assert kind == f"*{TYPES[x.dtype]}"
+            elif kind == "constexpr":
+                assert known.constants[path] == getattr(x, "value", x)
+            else:
+                assert kind == ("fp32" if isinstance(x, float) else "i32")
 
 
-def cases(module, kernel: str, arch: str) -> list[Case]:
-    return [x for x in module.audit_cases(arch) if x.kernel.__name__ == kernel]
+def leaves(x, path: tuple = ()) -> list[tuple[tuple, object]]:
+    """The arguments of a kernel, also those in tuples, with their names and places."""
+    if isinstance(x, dict):
+        return [leaf for name, part in x.items() for leaf in leaves(part, (name,))]
+    if isinstance(x, tuple) and path != ("BANNED",):
+        return [leaf for place, part in enumerate(x) for leaf in leaves(part, (*path, place))]
+    return [(path, x)]
 
 
 @pytest.mark.parametrize(
     ("module", "name", "replacement", "kernel", "argument", "value"),
     [
-        (attention, "_wide", lambda *_: True, "attention_kernel", "WIDE", True),
-        (attention, "precision", lambda x: "tf32", "attention_kernel", "PRECISION", "tf32"),
-        (attention, "MERGE", Launch((32,), 8), "merge_kernel", "ROWS", 32),
-        (choose, "precision", lambda x: "tf32", "hidden_kernel", "PRECISION", "tf32"),
-        (choose, "MERGE", Launch((4096,), 8), "merge_kernel", "BLOCK_R", 128),
-        (commit, "strides", lambda **_: {}, "commit_kernel", "stride_cs", "missing"),
-        (rope_scatter, "computable", lambda x: x.half(), "rope_scatter_kernel", "k_buf", "*fp16"),
+        (attention, "_wide", lambda *_: True, "attention_kernel", lambda x: x["C"].WIDE.value, True),
+        (attention, "precision", lambda x: "tf32", "attention_kernel", lambda x: x["C"].PRECISION.value, "tf32"),
+        (attention, "MERGE", Launch((32,), 8), "merge_kernel", lambda x: x["ENTRIES"], 32),
+        (choose, "precision", lambda x: "tf32", "choose_kernel", lambda x: x["C"].PRECISION.value, "tf32"),
+        (choose, "MERGE", Launch((4096,), 8), "merge_kernel", lambda x: x["BLOCK_R"], 128),
+        (commit, "strided", lambda x: Strided(x, (7, 7)), "commit_kernel", lambda x: x["canvas"].stride, (7, 7)),
+        (rope, "computable", lambda x: x.half(), "rope_scatter_kernel", lambda x: x["k_buf"].ptr.dtype, torch.float16),
     ],
 )
 def test_the_audit_follows_a_launcher(monkeypatch, module, name, replacement, kernel, argument, value):
     def seen() -> set:
-        return {(x.arguments | x.constants).get(argument, "missing") for x in cases(module, kernel, "sm_90")}
+        calls = (case.call for case in module.audit_cases("sm_90"))
+        return {argument(call.arguments) for call in calls if call.kernel.__name__ == kernel}
 
     before = seen()
     monkeypatch.setattr(module, name, replacement)

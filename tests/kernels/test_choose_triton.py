@@ -19,7 +19,9 @@ import triton.language as tl
 
 from dkv.kernels.choose import kernel
 from dkv.kernels.choose.triton import choose_token, choose_token_fused
-from dkv.kernels.common.launch import Launch
+from dkv.kernels.common.arguments import strided
+from dkv.kernels.common.launch import Launch, trial
+from tests.kernels.sweeps import sweep
 
 DEVICE = "cpu" if interpreted() else "cuda"
 KEYS = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 1], [5, 130, 7], [2**40, -1, 3], [-(2**63), 2**63 - 1, 2**32]])
@@ -48,15 +50,17 @@ def settings(how: dict) -> tuple[Choice, dict]:
 
 def choose(logits: Tensor, **how) -> tuple[Tensor, Tensor]:
     choice, others = settings(how)
-    others = {"launch": SMALL, "workspace": Poisoned(), "row_keys": keys(len(logits))} | others
-    return choose_token(logits.to(DEVICE), choice, **others)
+    row_keys = others.pop("row_keys", keys(len(logits)))
+    with trial(**{"launch": SMALL} | others):
+        return choose_token(logits.to(DEVICE), choice, row_keys, workspace=Poisoned())
 
 
 def choose_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> tuple[Tensor, Tensor]:
     hidden, weight, bias = (None if x is None else x.to(DEVICE) for x in (hidden, weight, bias))
     choice, others = settings(how)
-    others = {"launch": SMALL_FUSED, "workspace": Poisoned(), "row_keys": keys(len(hidden))} | others
-    return choose_token_fused(hidden, weight, choice, bias, **others)
+    row_keys = others.pop("row_keys", keys(len(hidden)))
+    with trial(**{"launch": SMALL_FUSED} | others):
+        return choose_token_fused(hidden, weight, choice, bias, row_keys, workspace=Poisoned())
 
 
 def agrees(choice: tuple[Tensor, Tensor], logits: Tensor, **how) -> None:
@@ -76,10 +80,10 @@ def same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None
 
 
 @triton.jit
-def _noise_kernel(row_keys, bits, u, g, rows, stride_kr, stride_kk, K: tl.constexpr, V: tl.constexpr):
+def _noise_kernel(row_keys, bits, u, g, rows, K: tl.constexpr, V: tl.constexpr):
     r, column = tl.arange(0, 8), tl.arange(0, V)
     inside = r < rows
-    a, b = kernel.row_hash(row_keys, r.to(tl.int64), inside, stride_kr, stride_kk, K)
+    a, b = kernel.row_hash(row_keys, r.to(tl.int64), inside, K)
     tl.store(bits + r * 2, a.to(tl.int64), mask=inside)
     tl.store(bits + r * 2 + 1, b.to(tl.int64), mask=inside)
     at = r[:, None] * V + column[None, :]
@@ -91,10 +95,7 @@ def noise_of(row_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row_keys = row_keys.to(DEVICE)
     bits = row_keys.new_empty(len(row_keys), 2)
     u, g = (torch.empty(len(row_keys), 256, device=DEVICE) for _ in range(2))
-    _noise_kernel[(1,)](
-        row_keys, bits, u, g, len(row_keys), *row_keys.stride(),
-        K=row_keys.shape[1], V=256,
-    )  # fmt: skip
+    _noise_kernel[(1,)](strided(row_keys), bits, u, g, len(row_keys), K=row_keys.shape[1], V=256)
     return bits, u, g
 
 
@@ -138,18 +139,17 @@ def test_log1p_has_the_digits_of_small_numbers():
 # Tiles and parts
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("rule", RULES)
-def test_parts(parts, temperature, rule):
+@pytest.mark.parametrize(("parts", "rule", "temperature"), sweep(PARTS, RULES, (0.0, 0.8), quick=2))
+def test_parts(parts, rule, temperature):
     logits = 4 * torch.randn(4, 5 * 128)
     for limits in ({}, {"banned": (0, 300, 639)}, {"vocab_limit": 200}, {"banned": (130, 639), "vocab_limit": 131}):
         how = {"parts": parts, "temperature": temperature, "rule": rule, "confidence_temperature": 0.7} | limits
         agrees(choose(logits, **how), logits, **how)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [1, 2, 127, 129, 601])
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"), sweep((1, 2, 127, 129, 601), (torch.float32, torch.float16, torch.bfloat16))
+)
 def test_odd_vocabularies_in_a_buffer_of_nan(vocabulary, dtype):
     buffer = torch.full((7, vocabulary + 5), math.nan, dtype=dtype)
     logits = buffer[1:6, 2 : vocabulary + 2].copy_(3 * torch.randn(5, vocabulary))
@@ -167,8 +167,7 @@ def test_logits_with_a_stride(dim):
     same(choose(other, parts=2), choose(logits, parts=2))
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("parts", "rule"), sweep(PARTS, RULES))
 def test_ties_across_tiles_and_parts_go_to_the_lowest_id(parts, rule):
     logits = torch.zeros(1, 640)
     logits[0, [130, 131, 450, 639]] = 0.5
@@ -178,8 +177,7 @@ def test_ties_across_tiles_and_parts_go_to_the_lowest_id(parts, rule):
         agrees(choose(logits, **how), logits, **how)
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("parts", "rule"), sweep(PARTS, RULES))
 def test_infinities_across_tiles_and_parts(parts, rule):
     """Whole tiles of -inf, rows with nothing to choose, and a NaN or +inf in any tile."""
     logits = torch.full((6, 640), -math.inf)
@@ -202,7 +200,7 @@ def test_probabilities_near_one_stay_apart_in_parts(parts):
         agrees(choose(logits, rule=rule, parts=parts), logits, rule=rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["margin", *(pytest.param(x, marks=pytest.mark.slow) for x in RULES if x != "margin")])
 def test_a_row_gives_the_same_bits_in_any_company(rule, monkeypatch):
     # Products whose sums are exact: the interpreter's, by NumPy, depend on the place of a row on some machines.
     hidden, weight = torch.randint(-2, 3, (20, 40)).float(), torch.randint(-2, 3, (200, 40)) / 4

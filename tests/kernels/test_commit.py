@@ -38,10 +38,13 @@ def test_any_step(name, step, dtype):
     canvas = torch.full((b, s), MASK)
     with use_backend(name):
         committed = commit_(
-            canvas, torch.tensor(step["token"]), torch.tensor(step["confidence"], dtype=dtype),
-            torch.tensor(step["eligible"]), torch.tensor(step["count"]),
+            canvas,
+            torch.tensor(step["token"]),
+            torch.tensor(step["confidence"], dtype=dtype),
+            torch.tensor(step["eligible"]),
+            torch.tensor(step["count"]),
             positions=None if slots is None else torch.tensor(slots),
-        )  # fmt: skip
+        )
     for row in range(b):
         places = range(s) if slots is None else slots[row]
         entries = [i for i, open_ in enumerate(step["eligible"][row]) if open_]
@@ -186,9 +189,13 @@ def test_A19_positions_outside(place, backend):
     canvas, positions = guarded[:, 1:6], torch.tensor([[0, place]])
     with pytest.raises(IndexError, match=rf"^positions must be in 0\.\.4, got {place}$"):
         commit_(
-            canvas, positions, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), torch.tensor([2]),
+            canvas,
+            positions,
+            torch.zeros(1, 2),
+            torch.ones(1, 2, dtype=torch.bool),
+            torch.tensor([2]),
             positions=positions,
-        )  # fmt: skip
+        )
     assert (guarded == MASK).all()
 
 

@@ -9,9 +9,14 @@ from dkv import kernels
 SIZES = [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0), (2, 0, 0)]
 sizes = pytest.mark.parametrize("size", SIZES, ids="B{0[0]}-N{0[1]}-S{0[2]}".format)
 CHOICES = [
-    {}, {"temperature": 1.0}, {"top_k": 1}, {"top_p": 0.5, "temperature": 1.0}, {"rule": "margin"}, {"rule": "entropy"},
+    {},
+    {"temperature": 1.0},
+    {"top_k": 1},
+    {"top_p": 0.5, "temperature": 1.0},
+    {"rule": "margin"},
+    {"rule": "entropy"},
     {"confidence_dtype": "model", "rule": "margin", "temperature": 0.5, "confidence_temperature": 0.5},
-]  # fmt: skip
+]
 
 
 def longs(*size: int) -> torch.Tensor:
@@ -20,10 +25,12 @@ def longs(*size: int) -> torch.Tensor:
 
 def rules(b: int, n: int, s: int) -> dict:
     return {
-        "query_lengths": longs(b), "key_ranges": torch.tensor([0, s]).expand(b, 2),
-        "key_mask": torch.ones(b, s, dtype=torch.bool), "mask": torch.ones(b, n, s, dtype=torch.bool),
+        "query_lengths": longs(b),
+        "key_ranges": torch.tensor([0, s]).expand(b, 2),
+        "key_mask": torch.ones(b, s, dtype=torch.bool),
+        "mask": torch.ones(b, n, s, dtype=torch.bool),
         "block_ids": (longs(b, n), longs(b, s)),
-    }  # fmt: skip
+    }
 
 
 @sizes

@@ -1,7 +1,6 @@
 """Launch tables, the search of DKV_AUTOTUNE=1, and the arithmetic of an audit."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from dkv.kernels.common import launch
-from dkv.kernels.common.launch import Launch, LaunchTable
+from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev import audit
 from dkv.kernels.dev.autotune import search
 from dkv.kernels.dev.cases import Case
@@ -23,7 +22,7 @@ FEW, MANY = ("few", 2), ("many", 2)
 TABLES = {
     table.name: table
     for operation in audit.OPERATIONS
-    for table in vars(importlib.import_module(f"dkv.kernels.{operation}.launch")).values()
+    for table in vars(importlib.import_module(f"dkv.kernels.{operation}.triton")).values()
     if isinstance(table, LaunchTable)
 }
 
@@ -33,7 +32,7 @@ def made(*candidates: Launch) -> LaunchTable:
 
 
 def timer_of(times: dict[Launch, float]):
-    """A run that notes its row, and a timer that looks up what that row takes."""
+    """A run that notes its launch, and a timer that looks up what that takes."""
     ran = []
 
     def timer(call) -> float:
@@ -45,7 +44,7 @@ def timer_of(times: dict[Launch, float]):
     return ran, timer
 
 
-def test_rows_of_an_architecture():
+def test_entries_of_an_architecture():
     table = made()
     assert (
         table.launch("sm_90", MANY) == LARGE
@@ -88,13 +87,13 @@ def test_shipped_tables(name):
 def test_search_returns_and_prints_the_fastest(capsys):
     ran, timer = timer_of({LARGE: 2.0, SMALL: 3.0, MIDDLE: 1.5})
     assert search(made(SMALL, LARGE, MIDDLE), "sm_90", MANY, ran.append, timer) == MIDDLE
-    assert ran == [LARGE, SMALL, MIDDLE]  # the present row first, each once
+    assert ran == [LARGE, SMALL, MIDDLE]  # the present entry first, each once
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (
-        'op on sm_90, ("many", 2): 3 rows timed, 0 do not run\n'
+        'op on sm_90, ("many", 2): 3 entries timed, 0 do not run\n'
         "     1.5000 ms  Launch((64, 64), 4, 2)\n"
-        "     2.0000 ms  Launch((128, 64), 8, 3)  the present row\n"
+        "     2.0000 ms  Launch((128, 64), 8, 3)  the present entry\n"
         "     3.0000 ms  Launch((16, 32), 4)\n"
         '"sm_90": {("many", 2): Launch((64, 64), 4, 2)},\n'
     )
@@ -110,7 +109,7 @@ def test_search_keeps_the_present_row_if_another_is_no_faster():
 def test_search_leaves_out_what_does_not_run(capsys, error):
     ran, timer = timer_of({LARGE: 1.0, HUGE: error, SMALL: 2.0})
     assert search(made(HUGE, SMALL), "sm_90", MANY, ran.append, timer) == LARGE
-    assert "2 rows timed, 1 do not run" in capsys.readouterr().err
+    assert "2 entries timed, 1 do not run" in capsys.readouterr().err
 
 
 def test_search_when_nothing_runs():
@@ -149,7 +148,8 @@ def started(table: LaunchTable, regime, row: Launch | None = None) -> list[Launc
         ran.append(row)
         return []
 
-    table.start(CPU, regime, calls, row)
+    with launch.trial(launch=row):
+        table.start(CPU, regime, calls)
     return ran
 
 
@@ -169,7 +169,7 @@ def test_start_uses_what_was_found_inside_a_graph(gpu, monkeypatch):
 
 def test_start_does_not_search(gpu, monkeypatch):
     assert started(made(), MANY) == [LARGE]  # no candidates
-    assert started(made(SMALL), MANY, HUGE) == [HUGE]  # the caller's row
+    assert started(made(SMALL), MANY, HUGE) == [HUGE]  # the caller's launch
     with monkeypatch.context() as patch:
         patch.setattr(launch, "chip", lambda device: launch.Chip("interpreter", 4))
         assert started(made(SMALL), MANY) == [MIDDLE]
@@ -217,6 +217,6 @@ def test_occupancy(arch, registers, warps, shared, columns, expected):
     ],
 )
 def test_budget(arch, changes, expected):
-    case = Case("x", SimpleNamespace(), SMALL, {}, {}, expect=("tensor core", "wgmma", "async copy"))
+    case = Case("x", Call(None, (1,), SMALL, {}), ("tensor core", "wgmma", "async copy"))
     found = {"stack": 0, "spills": 0, "shared": 0, "tensor_columns": 0, "instructions": ["wgmma", "cp.async"]}
     assert audit.broken(case, arch, 1024, found | changes) == expected

@@ -48,17 +48,32 @@ def _commit(canvas, token, confidence, eligible, count):
 
 FUNCTIONS = {
     "cached_attention": (_attend, lambda: (numbers(B, N, HQ, D), *buffers(), torch.tensor([[0, S], [2, 5]]))),
-    "rope_scatter_": (_rope_scatter, lambda: (
-        numbers(B, N, HQ, D), numbers(B, N, HKV, D), numbers(B, N, HKV, D), numbers(P, D // 2), numbers(P, D // 2),
-        indices(S, B, N), *buffers(), numbers(D),
-    )),
+    "rope_scatter_": (
+        _rope_scatter,
+        lambda: (
+            numbers(B, N, HQ, D),
+            numbers(B, N, HKV, D),
+            numbers(B, N, HKV, D),
+            numbers(P, D // 2),
+            numbers(P, D // 2),
+            indices(S, B, N),
+            *buffers(),
+            numbers(D),
+        ),
+    ),
     "choose_token": (_choose, lambda: (numbers(N, V), torch.arange(N)[:, None])),
     "choose_token_fused": (_choose_fused, lambda: (numbers(N, D), numbers(V, D), numbers(V))),
-    "commit_": (_commit, lambda: (
-        torch.zeros(B, S, dtype=torch.int64), torch.randint(V, (B, S)), -torch.rand(B, S), torch.rand(B, S) < 0.6,
-        torch.tensor([1, 3]),
-    )),
-}  # fmt: skip
+    "commit_": (
+        _commit,
+        lambda: (
+            torch.zeros(B, S, dtype=torch.int64),
+            torch.randint(V, (B, S)),
+            -torch.rand(B, S),
+            torch.rand(B, S) < 0.6,
+            torch.tensor([1, 3]),
+        ),
+    ),
+}
 
 
 def copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -85,8 +100,14 @@ SAMPLES = {
         for lse in (False, True)
         for rules in (
             [None] * 6,
-            [torch.tensor([1, 3]), torch.tensor([[0, S], [2, 5]]), torch.rand(B, S) < 0.5, torch.rand(B, N, S) < 0.5,
-             torch.randint(3, (B, N)), torch.randint(3, (B, S))],
+            [
+                torch.tensor([1, 3]),
+                torch.tensor([[0, S], [2, 5]]),
+                torch.rand(B, S) < 0.5,
+                torch.rand(B, N, S) < 0.5,
+                torch.randint(3, (B, N)),
+                torch.randint(3, (B, S)),
+            ],
         )
     ],
     "rope_scatter_": lambda: [
@@ -97,17 +118,16 @@ SAMPLES = {
         )
     ],
     "choose_token": lambda: [
-        (numbers(N, V), torch.arange(N)[:, None] if heat else None, rule, heat, 1.0, "exact", None, None, [1], None)
-        for rule in kernels.RULES for heat in (0.0, 0.8)
+        (numbers(N, V), rule, heat, 1.0, "exact", None, None, [1], None, torch.arange(N)[:, None] if heat else None)
+        for rule in kernels.RULES
+        for heat in (0.0, 0.8)
     ],
     "choose_token_fused": lambda: [
-        (numbers(N, D), numbers(V, D), bias, None, "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20)
+        (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias, None)
         for bias in (None, numbers(V))
     ],
-    "commit_": lambda: [
-        (*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))
-    ],
-}  # fmt: skip
+    "commit_": lambda: [(*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))],
+}
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
@@ -132,9 +152,15 @@ def test_compiled_by_the_default_compiler():
         return *kernels.choose_token_fused(hidden, weight, validate=False), k_buf
 
     args = (
-        numbers(B, N, HQ, D), numbers(B, N, HKV, D), numbers(B, N, HKV, D), *buffers(), numbers(P, D // 2),
-        numbers(P, D // 2), indices(S, B, N), numbers(V, HQ * D),
-    )  # fmt: skip
+        numbers(B, N, HQ, D),
+        numbers(B, N, HKV, D),
+        numbers(B, N, HKV, D),
+        *buffers(),
+        numbers(P, D // 2),
+        numbers(P, D // 2),
+        indices(S, B, N),
+        numbers(V, HQ * D),
+    )
     expected = step(*copies(args))
     same(torch.compile(step, fullgraph=True)(*copies(args)), expected)
 

@@ -1,24 +1,23 @@
 """`dkv audit` on our kernels and on kernels that are made to fail."""
 
+import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from dkv.cli.audit import ARCHS
+from dkv.cli.audit import ARCHS, table
 from dkv.kernels.common import backend
 
-pytestmark = pytest.mark.skipif(not backend.has_triton(), reason="needs triton")
-ROOT = Path(__file__).parents[3]
+pytest.importorskip("triton")
+
+from dkv.kernels.dev import audit
 
 KERNELS = """
 import os, signal
 import triton
 import triton.language as tl
-from dkv.kernels.dev.cases import Case
-from dkv.kernels.common.launch import Launch, LaunchTable
+from dkv.kernels.common.launch import Call, Launch, LaunchTable
+from dkv.kernels.dev.cases import Case, meta
 
 
 @triton.jit
@@ -54,11 +53,9 @@ class Deadly:
 TABLE = LaunchTable("t", {"default": {1: Launch((128,), 4, 4)}, "sm_80": {1: Launch((128,), 8, 2)}})
 
 
-def case(name, kernel, size, warps, *expect, stages=1, row=None):
-    return Case(
-        name, kernel, row or Launch((size,), warps, stages), {"x": "*bf16", "y": "*bf16", "n": "i32"},
-        {"BLOCK": size}, ("x", "y", "n"), expect,
-    )
+def case(name, kernel, size, warps, *expect, stages=1, launch=None):
+    arguments = {"x": meta(4096, 4096), "y": meta(4096), "n": 4096, "BLOCK": size}
+    return Case(name, Call(kernel, (1,), launch or Launch((size,), warps, stages), arguments), expect)
 """
 
 CASES = {
@@ -68,31 +65,35 @@ CASES = {
     "tight": '[case("plain", multiply, 128, 8, stages=8), case("slow", copy, 1024, 4, "tensor core", "async copy"), '
     'case("spill", multiply, *((256, 4) if arch == "gfx942" else (128, 2)), "wgmma")]',
     "failing": '[case("error", wrong, 1024, 4), case("deadly", Deadly(), 1024, 4), case("types", copy, 1024, 4), '
-    'Case("short", copy, Launch((1,), 4), {"x": "*bf16", "y": "*bf16"}, {"BLOCK": 16})]',
-    "defaults": '[case("t", multiply, row.tile[0], 8, "wgmma", row=row) for _, row in TABLE.on(arch)]',
+    'Case("short", Call(copy, (1,), Launch((1,), 4), {"x": meta(16), "y": meta(16), "BLOCK": 16}))]',
+    "defaults": '[case("t", multiply, launch.tile[0], 8, "wgmma", launch=launch) for _, launch in TABLE.on(arch)]',
     "twice": '[case("copy", copy, 64, 4), case("copy", copy, 128, 4)]',
     "none": "[]",
 }
 
 
 @pytest.fixture
-def audit(run, tmp_path, monkeypatch):
-    """Run `dkv audit` on one list of cases: audit("good", "sm_90") -> (exit code, {case: row})."""
+def listed(tmp_path, monkeypatch):
+    """The lists of cases are on the path of the process that compiles."""
     (tmp_path / "auditable").mkdir()
-    for name, listed in CASES.items():
-        text = f"{KERNELS}\n\ndef audit_cases(arch):\n    return {listed}\n"
+    for name, content in CASES.items():
+        text = f"{KERNELS}\n\ndef audit_cases(arch):\n    return {content}\n"
         (tmp_path / "auditable" / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
+
+@pytest.fixture
+def report_of(run, listed):
+    """Run `dkv audit` on one list of cases: report_of("good", "sm_90") -> (exit code, {(case, arch): line})."""
+
     def call(name: str, *archs: str):
-        code, out, err = run("audit", "--json", "--jobs", 1, "--op", f"auditable.{name}", "--arch", *archs)
+        code, out, err = run("audit", "--json", "--op", f"auditable.{name}", "--arch", *archs)
         assert err == ""
         report = json.loads(out)
-        assert len(report["rows"]) == report["broken"] + report["failed"] + sum(
-            row.get("broken") == [] for row in report["rows"]
-        )
-        return code, {row["case"]: row for row in report["rows"]}
+        passed = sum(line.get("broken") == [] for line in report["rows"])
+        assert len(report["rows"]) == report["broken"] + report["failed"] + passed
+        return code, {(line["case"], line["arch"]): line for line in report["rows"]}
 
     return call
 
@@ -105,66 +106,50 @@ def test_our_kernels_pass(run, monkeypatch):
     assert header.split()[:2] == ["case", "arch"] and header.endswith("verdict")
     assert sorted(arch for line in lines for arch in ARCHS if f" {arch} " in line) == sorted(ARCHS * 2)
     assert all(line.endswith("  ok") for line in lines)
-    assert summary.startswith("8 rows: 0 over budget, 0 that do not compile; triton ")
+    assert summary.startswith("8 kernels: 0 over budget, 0 that do not compile; triton ")
 
 
-@pytest.mark.parametrize(
-    ("arch", "tensor", "copies"),
-    [
-        ("sm_80", ["mma.sync"], ["cp.async"]), ("sm_90", ["wgmma"], ["cp.async"]),
-        ("sm_100", ["tcgen05"], ["cp.async"]), ("gfx942", ["v_mfma"], []),
-    ],
-)  # fmt: skip
-def test_instructions_of_an_architecture(audit, arch, tensor, copies):
-    code, rows = audit("good", arch)
+def test_instructions_of_the_architectures(report_of):
+    expected = {"sm_80": ["mma.sync", "cp.async"], "sm_90": ["wgmma", "cp.async"], "sm_100": ["tcgen05", "cp.async"]}
+    code, lines = report_of("good", *ARCHS)
     assert code == 0
-    assert rows["multiply"]["instructions"] == tensor + copies and rows["copy"]["instructions"] == []
-    assert (rows["copy"]["warps"], rows["multiply"]["stages"]) == (4, 3)
-    for row in rows.values():
-        assert 0 < row["registers"] < 200 and 0 < row["occupancy"] <= 1 and row["stack"] == row["spills"] == 0
-    assert rows["multiply"]["shared"] >= 2 * 64 * 64 * 2 > rows["copy"]["shared"]
+    for arch, instructions in (expected | {"gfx942": ["v_mfma"]}).items():
+        copy, multiply = lines["copy", arch], lines["multiply", arch]
+        assert multiply["instructions"] == instructions and copy["instructions"] == []
+        assert (copy["warps"], multiply["stages"]) == (4, 3)
+        for line in (copy, multiply):
+            assert 0 < line["registers"] < 200 and 0 < line["occupancy"] <= 1 and line["stack"] == line["spills"] == 0
+        assert multiply["shared"] >= 2 * 64 * 64 * 2 > copy["shared"]
 
 
-def test_what_breaks_a_budget(audit):
-    code, rows = audit("tight", "sm_90")
+def test_what_breaks_a_budget(report_of):
+    code, lines = report_of("tight", "sm_90", "gfx942")
     assert code == 1
     # Eight stages of two tiles of 128 x 64 numbers.
-    assert rows["plain"]["broken"] == ["256.0 KB of shared memory, 227 KB allowed"]
-    assert rows["spill"]["stack"] > 0 and rows["spill"]["spills"] > 0
-    assert [f"{rows['spill'][name]} bytes of {name}" for name in ("stack", "spills")] == rows["spill"]["broken"][:2]
-    assert rows["slow"]["broken"] == ["no tensor core", "no async copy"]
+    assert lines["plain", "sm_90"]["broken"] == ["256.0 KB of shared memory, 227 KB allowed"]
+    for arch in ("sm_90", "gfx942"):
+        spill = lines["spill", arch]
+        assert spill["stack"] > 0 and spill["spills"] > 0
+        assert [f"{spill[name]} bytes of {name}" for name in ("stack", "spills")] == spill["broken"][:2]
+    assert lines["slow", "sm_90"]["broken"] == ["no tensor core", "no async copy"]
+    assert lines["slow", "gfx942"]["broken"] == ["no tensor core"]
 
 
-def test_spills_on_amd(audit):
-    code, rows = audit("tight", "gfx942")
-    assert code == 1
-    assert rows["spill"]["stack"] > 0 and rows["spill"]["spills"] > 0
-    assert rows["slow"]["broken"] == ["no tensor core"]
-
-
-def test_what_does_not_compile_is_told_and_the_rest_goes_on(audit):
-    code, rows = audit("failing", "sm_80")
-    assert code == 1
-    assert list(rows) == ["error", "deadly", "types", "short"] and rows["types"]["broken"] == []
-    assert "power of 2" in rows["error"]["error"] and "\n" not in rows["error"]["error"]
-    assert rows["deadly"]["error"] == "the process died of SIGKILL"
-    assert rows["short"]["error"] == "ValueError: arguments of copy without a type or value: n"
-
-
-def test_failures_in_the_table(run, audit):
-    code, out, _ = run("audit", "--op", "auditable.failing", "auditable.tight", "--arch", "sm_80", "--jobs", "2")
-    lines = out.splitlines()
-    assert code == 1 and "FAILED the process died of SIGKILL" in out
-    assert "  BROKEN no tensor core, no async copy" in out
-    assert lines[-1].startswith("7 rows: 3 over budget, 3 that do not compile; ")
-
-
-def test_a_default_row_fits_every_chip(audit):
-    """Also where the chip has a row of its own: then it need not be the best."""
-    code, rows = audit("defaults", "sm_80")
-    assert code == 1 and list(rows) == ["t", "t (default)"]
-    assert rows["t"]["limit"] == 163 * 1024 and rows["t"]["broken"] == []
-    assert rows["t (default)"]["broken"] == ["96.0 KB of shared memory, 64 KB allowed"]
+def test_what_does_not_compile_is_told_and_the_rest_goes_on(run, listed):
+    """A default entry fits every chip, also where the chip has an entry of its own: then it need not be the best."""
+    code, out, _ = run("audit", "--json", "--op", "auditable.failing", "auditable.defaults", "--arch", "sm_80")
+    report = json.loads(out)
+    lines = {line["case"]: line for line in report["rows"]}
+    assert (code, report["broken"], report["failed"]) == (1, 1, 3)
+    assert list(lines) == ["error", "deadly", "types", "short", "t", "t (default)"] and lines["types"]["broken"] == []
+    assert "power of 2" in lines["error"]["error"] and "\n" not in lines["error"]["error"]
+    assert lines["deadly"]["error"] == "the process died of SIGKILL"
+    assert lines["short"]["error"] == "ValueError: arguments of copy without a value: n"
+    assert lines["t"]["limit"] == 163 * 1024 and lines["t"]["broken"] == []
+    assert lines["t (default)"]["broken"] == ["96.0 KB of shared memory, 64 KB allowed"]
+    text = table(report["rows"])
+    assert "  FAILED the process died of SIGKILL\n" in text
+    assert text.endswith("  BROKEN 96.0 KB of shared memory, 64 KB allowed")
 
 
 @pytest.mark.parametrize(
@@ -173,15 +158,25 @@ def test_a_default_row_fits_every_chip(audit):
         (["--arch", "sm_89"], "argument --arch: invalid choice: 'sm_89'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--op", "matmul"], "unknown operation 'matmul'; known are attention, choose, "),
-        (["--op", "no.such"], "unknown operation 'no.such'; known are "),
-        (["--op", "auditable.none"], "there is nothing to compile"),
-        (["--op", "auditable.twice"], "two cases of auditable.twice on sm_80 are named 'copy'"),
     ],
 )
-def test_wrong_arguments(run, audit, arguments, message):
+def test_wrong_arguments(run, arguments, message):
     code, out, err = run("audit", *arguments)
     assert (code, out) == (2, "") and err.startswith(f"dkv audit: error: {message}")
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no.such", "unknown operation 'no.such'; known are "),
+        ("auditable.none", "there is nothing to compile"),
+        ("auditable.twice", "two cases of auditable.twice on sm_80 are named 'copy'"),
+    ],
+)
+def test_wrong_cases(listed, name, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        audit.listed([name], ["sm_80"], quick=False)
 
 
 def test_without_triton(run, monkeypatch):
@@ -191,19 +186,10 @@ def test_without_triton(run, monkeypatch):
 
 
 def test_every_kernel_has_a_case():
-    """Kernels are told by their names; in a process without the interpreter, which hides what they are."""
-    code = (
-        "import importlib\n"
-        "from triton import JITFunction\n"
-        "from dkv.kernels.dev import audit\n"
-        "modules = [importlib.import_module(f'dkv.kernels.{name}.kernel') for name in audit.OPERATIONS]\n"
-        "kernels = {x for m in modules for x in vars(m).values() if isinstance(x, JITFunction)}\n"
-        "kernels = {x for x in kernels if x.__name__.endswith('_kernel')}\n"
-        "for arch in audit.CHIPS:\n"
-        "    cases = [case for m in audit.modules().values() for case, _ in audit.cases(m, arch).values()]\n"
-        "    print(len(kernels), sorted(x.__name__ for x in kernels - {case.kernel for case in cases}))\n"
-    )
-    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    first, *others = done.stdout.splitlines()
-    assert first.endswith(" []") and int(first.split()[0]) >= 5 and others == [first] * 3
+    """Kernels are told by their names."""
+    found = [vars(importlib.import_module(f"dkv.kernels.{name}.kernel")) for name in audit.OPERATIONS]
+    kernels = {x for names in found for name, x in names.items() if name.endswith("_kernel")}
+    assert len(kernels) >= 5
+    for arch in ARCHS:
+        listed = [case for module in audit.modules().values() for case, _ in audit.cases(module, arch).values()]
+        assert kernels == {case.call.kernel for case in listed}
