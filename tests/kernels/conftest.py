@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkv import kernels
 from dkv.kernels import use_backend
 from dkv.kernels.common.backend import interpreted as in_interpreter
+from tests.waits import NoWaits
 
 # Shapes are small: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def interpreted() -> SimpleNamespace:
 
         return call
 
-    names = ("cached_attention", "choose_token", "choose_token_fused", "commit_", "rope_scatter_")
+    names = ("cached_attention", "choose_token", "choose_token_fused", "commit_", "rms_norm", "rope_scatter_", "swiglu")
     return SimpleNamespace(**{name: tried(getattr(kernels, name)) for name in names})
 
 
@@ -105,24 +105,7 @@ def restride(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
     return request.param
 
 
-class _Forbid(TorchDispatchMode):
-    """Refuses what makes the host wait for the device, or a CUDA graph capture fail."""
-
-    # Values on the host, and shapes that depend on values.
-    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.NAMES, f"{name} waits for the device"
-        # A list made into a tensor is a copy from the host; a number is an argument of the launch.
-        assert name != "lift_fresh" or args[0].dim() == 0, "a tensor of host data"
-        if name.startswith(("index", "_index_put", "_unsafe_index")) and isinstance(args[1], (list, tuple)):
-            by_mask = [i.dtype for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            assert not by_mask, f"{name} with a boolean index waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture(scope="session")
-def no_readback() -> type[TorchDispatchMode]:
+def no_readback() -> type[NoWaits]:
     """A context in which an operation that would stop a CUDA stream fails."""
-    return _Forbid
+    return NoWaits

@@ -47,6 +47,11 @@ def _commit(canvas, token, confidence, eligible, count):
 
 
 FUNCTIONS = {
+    "rms_norm": (
+        lambda *given: kernels.rms_norm(given[0], given[2], residual=given[1]),
+        lambda: (numbers(B, N, D), numbers(B, N, D), numbers(D)),
+    ),
+    "swiglu": (kernels.swiglu, lambda: (numbers(B, N, D),)),
     "cached_attention": (_attend, lambda: (numbers(B, N, HQ, D), *buffers(), torch.tensor([[0, S], [2, 5]]))),
     "rope_scatter_": (
         _rope_scatter,

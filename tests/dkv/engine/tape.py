@@ -1,30 +1,18 @@
 """A stand-in for CUDA graphs on a CPU: the operations of a step are recorded once, and done again on the same tensors.
 
-As in a graph, whatever Python computed while the step was recorded is baked in, an input is what stands in its tensor at
+As in a graph, whatever Python computed while the step was recorded is baked in, an input is what its tensor holds at
 replay, and a result is written where it was written before. What a graph cannot capture is refused.
 """
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dkv.engine.graphs import GraphRunner
-
-aten = torch.ops.aten
-# The host reads a value, or a shape that depends on one.
-READS = {
-    aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
-    aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
-    aten.bincount.default, aten.repeat_interleave.Tensor,
-}  # fmt: skip
+from tests.waits import NoWaits, Waits
 
 
-class NotCapturable(AssertionError):
-    """A step did what a graph cannot."""
-
-
-class Tape(TorchDispatchMode):
+class Tape(NoWaits):
     """Records the operations that are done under it."""
 
     def __init__(self):
@@ -32,16 +20,8 @@ class Tape(TorchDispatchMode):
         self.operations = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in READS:
-            raise NotCapturable(f"{function} reads from the device")
-        # A number becomes a tensor of no dimensions on the host, which costs nothing; a list is uploaded.
-        if function is aten.lift_fresh.default and args[0].dim():
-            raise NotCapturable("a list is uploaded to the device")
-        if function.overloadpacket is aten.index and any(x is not None and x.dtype == torch.bool for x in args[1]):
-            raise NotCapturable("how many entries are taken depends on a mask")
-        result = function(*args, **kwargs)
-        self.operations.append((function, args, kwargs, tree_leaves(result)))
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.operations.append((function, args, kwargs or {}, tree_leaves(result)))
         return result
 
     def replay(self):
@@ -82,14 +62,14 @@ class TapeRunner(GraphRunner):
             self.engine.advance(shape)
         moved = [name for name, place in state_of(self.engine).items() if place != before[name]]
         if moved:
-            raise NotCapturable(f"new tensors for {', '.join(moved)}")
+            raise Waits(f"new tensors for {', '.join(moved)}")
         type(self).captured += 1
         return Recorded(tape)
 
 
 def refused(name):
     def read(*_):
-        raise NotCapturable(f"{name} reads from the device")
+        raise Waits(f"{name} reads from the device")
 
     return read
 

@@ -9,11 +9,12 @@ from dkv.engine import engine, graphs
 from dkv.engine.plan import Planner
 from dkv.engine.replay import replay
 from dkv.kernels.attention import torch as attention
-from dkv.kernels.attention.rules import Rules
+from dkv.kernels.attention.reference import Rules
 from dkv.tools.verify import FAST_DLLM, dream_settings, llada_settings, recorded_numbers
 from tests.dkv.conftest import pad_rows
-from tests.dkv.engine.tape import NotCapturable, TapeRunner
+from tests.dkv.engine.tape import TapeRunner
 from tests.dkv.engine.test_golden import CASES, models, name_of  # noqa: F401
+from tests.waits import Waits
 
 POLICIES = ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual")
 
@@ -30,8 +31,8 @@ def taped(monkeypatch):
 
 def all_rows(q, k_buf, v_buf, rules, scale, workspace):
     """On a CPU rows of different lengths are attended to one by one, by lengths that the host reads; here together."""
-    slot = torch.arange(k_buf.shape[1])
-    seen = slot >= 0 if rules.key_ranges is None else (slot >= rules.key_ranges[:, :1]) & (slot < rules.key_ranges[:, 1:])
+    slot, ranges = torch.arange(k_buf.shape[1]), rules.key_ranges
+    seen = slot >= 0 if ranges is None else (slot >= ranges[:, :1]) & (slot < ranges[:, 1:])
     rules = Rules(key_mask=seen.expand(len(q), -1))
     return attention.cached_attention(q, k_buf, v_buf, rules, scale, False, workspace)[0]
 
@@ -118,17 +119,17 @@ def test_sizes_of_a_pass():
 @pytest.mark.parametrize(
     "slip, message",
     [
-        (lambda engine: engine.rows.masked.sum().item(), "reads from the device"),
+        (lambda engine: engine.rows.masked.sum().item(), "waits for the device"),
         (lambda engine: engine.rows.masked.tolist(), "tolist reads"),
         (lambda engine: engine.rows.tokens.add_(torch.tensor([0])), "uploaded"),
-        (lambda engine: engine.rows.tokens[engine.rows.tokens > 0], "depends on a mask"),
+        (lambda engine: engine.rows.tokens[engine.rows.tokens > 0], "boolean index waits"),
         (lambda engine: setattr(engine, "seen", engine.seen.clone()), "new tensors for Engine.seen"),
     ],
 )
 def test_what_a_graph_cannot_capture_is_noticed(llada, taped, monkeypatch, slip, message):
     commit = engine.Engine._commit
     monkeypatch.setattr(engine.Engine, "_commit", lambda self, *args: (slip(self), commit(self, *args)))
-    with pytest.raises(NotCapturable, match=message):
+    with pytest.raises(Waits, match=message):
         dkv.generate(llada, torch.tensor([[1, 2, 3]]), max_new_tokens=8)
 
 

@@ -1,0 +1,54 @@
+"""The norm of hidden states in Triton."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+
+from dkv.kernels.common.arguments import computable
+from dkv.kernels.common.launch import Call, Launch, LaunchTable
+from dkv.kernels.dev.cases import Case, calls_of, meta
+from dkv.kernels.rms_norm import torch as fallback
+from dkv.kernels.rms_norm.kernel import rms_norm_kernel
+
+# Tile: (rows,). Regime: numbers of a row up to. A lane holds 16 numbers of a row where it is long enough. None has been
+# timed on a GPU; `dkv audit` finds no spilled registers.
+SIZES = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16, 16384: 16}
+TABLE = LaunchTable(
+    "rms_norm",
+    {
+        "default": {size: Launch((1,), warps) for size, warps in SIZES.items()},
+        "interpreter": {size: Launch((max(1, 65536 // size),), 1) for size in SIZES},
+    },
+    [Launch((rows,), warps) for rows in (1, 2, 4) for warps in (1, 2, 4, 8, 16)],
+)
+
+
+def rms_norm(x, gain, eps, residual):
+    size = x.shape[-1]
+    regime = next((most for most in SIZES if size <= most), None)
+    if x.dtype == torch.float64 or regime is None:
+        return fallback.rms_norm(x, gain, eps, residual)
+    given = [None if t is None else computable(t.contiguous()) for t in (x, residual, gain)]
+    out = torch.empty_like(given[0])
+    total = None if residual is None else torch.empty_like(out)
+    arguments = dict(zip(("x", "residual", "gain"), given, strict=True)) | {"out": out, "total": total}
+    arguments |= {"rows": x.numel() // size, "eps": eps, "D": size, "BLOCK": triton.next_power_of_2(size)}
+
+    def calls(launch: Launch) -> list[Call]:
+        (rows,) = launch.tile
+        return [Call(rms_norm_kernel, (triton.cdiv(arguments["rows"], rows),), launch, arguments | {"ROWS": rows})]
+
+    if out.numel():
+        TABLE.start(x.device, regime, calls)
+    return out.to(x.dtype), None if total is None else total.to(x.dtype)
+
+
+def audit_cases(arch: str) -> Iterator[Case]:
+    """Every launch with and without a residual, and rows that do not fill the tile."""
+    for regime, launch in TABLE.on(arch):
+        for dtype, added, size in (("bf16", False, regime), ("bf16", True, regime), ("fp32", True, regime - 16)):
+            x = meta(33, size, dtype=dtype)
+            given = (x, meta(size, dtype=dtype), 1e-6, x if added else None)
+            (call,) = calls_of(arch, regime, launch, rms_norm, *given)
+            yield Case(f"rms_norm {dtype} {size}{' added' if added else ''} {launch.tile[0]}", call)
