@@ -93,4 +93,6 @@ def parts_of(weight: Tensor, bias: Tensor | None, sizes: int | list[int], own: b
     weights = weight.split(sizes)
     for part, shift in zip(weights, repeat(None) if bias is None else bias.split(sizes), strict=False):
         copied = own and len(weights) > 1
-        yield linear_of(*(x.clone() if copied and x is not None else x for x in (part, shift)))
+        yield linear_of(*(x.clone() if copied and x is not None else x for x in (part, shift))).requires_grad_(
+            weight.requires_grad
+        )

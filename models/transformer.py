@@ -59,6 +59,11 @@ class Block(nn.Module):
 class Layer(Block):
     """A block whose products are those of the published models, one by one."""
 
+    PARTS = (
+        *("attn_norm", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
+        *("mlp_norm", "gate_proj", "up_proj", "down_proj"),
+    )
+
     def __init__(self, spec: ModelSpec, index: int):
         super().__init__()
         self.index, self.head_dim = index, spec.head_dim
@@ -82,9 +87,8 @@ class Layer(Block):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.index, layer.head_dim = block.index, block.head_dim
-        norms = {name: getattr(block, name) for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm")}
-        for name, module in (norms | products).items():
-            setattr(layer, name, module)
+        for name in cls.PARTS:
+            setattr(layer, name, products[name] if name in products else getattr(block, name))
         return layer.train(block.training)
 
     def _qkv(self, h: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -220,7 +220,12 @@ def _check_forward(t: dict[str, Tensor], model: Any) -> str:
     mask = t.get("attention_mask")
     real = torch.ones_like(t["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
     hidden: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda m, args: hidden.append(args[0].clone())) for layer in model.layers]
+
+    def keep(layer: Any, args: tuple) -> None:
+        x, delta = args[:2]
+        hidden.append(x.clone() if delta is None else x + delta)
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in model.layers]
     hooks.append(model.norm.register_forward_hook(lambda m, args, out: hidden.append(out.clone())))
     try:
         logits = model(t["input_ids"].long(), mask)

@@ -64,9 +64,9 @@ def test_a_packed_layer_equals_the_plain_one(rows, switches):
         seen.append((layer.index, query, key, value))
         return query * value.mean((0, 1), keepdim=True)
 
-    plain = layer(x, attend, rows)
-    packed = PackedLayer(layer)(x, attend, rows)
-    assert packed.shape == plain.shape and seen[0][0] == seen[1][0]
+    plain = sum(layer(x, None, attend, rows))
+    packed, nothing = PackedLayer(layer)(x, None, attend, rows)
+    assert nothing is None and packed.shape == plain.shape and seen[0][0] == seen[1][0]
     for one, other in ((plain, packed), *zip(seen[0][1:], seen[1][1:], strict=True)):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
