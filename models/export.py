@@ -85,7 +85,9 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("packed weights cannot be saved: call dkv.unpack(model), or load the model with pack=False")
     spec, family = model.spec, FAMILIES[model.spec.family]
-    names = family.checkpoint_names(n for n, _ in model.named_parameters())
+    # By the names of plain layers, also where products are joined; a head that is the embedding is written once.
+    tensors = {n: t for n, t in model.state_dict().items() if not (spec.tied_head and n == "head.weight")}
+    names = family.checkpoint_names(tensors)
     config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch.")}
     # The limit comes from a tokenizer, not from the configuration.
     again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
@@ -93,4 +95,4 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
         ours, theirs = getattr(spec, name), getattr(again, name)
         if ours != theirs:
             raise ValueError(f"the {family.name} format cannot express {name}={ours!r}, only {theirs!r}")
-    return config, {names[n]: p.detach() for n, p in model.named_parameters()}
+    return config, {names[name]: tensor for name, tensor in tensors.items()}

@@ -18,6 +18,7 @@ from dkv.models.files import Entry, damaged
 from dkv.models.folders import folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
+from dkv.models.joining import join_
 from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.skeleton import fill, skeleton
 from dkv.models.tokenizer import with_vocab_limit
@@ -55,7 +56,8 @@ def load(
         torch_dtype: the older name of `dtype`.
         pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`): faster above
             all where few slots are active, but the weights cannot be moved, trained, quantised or saved by
-            `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can.
+            `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can;
+            elsewhere weights that multiply the same states are joined (`models/joining.py`). False: plain layers.
         device_map: transformers' name for `device`; "auto" is the default device, as a model is never split.
         subfolder: the folder inside that holds the files.
         keywords: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in transformers, for
@@ -97,13 +99,14 @@ def load(
         target = CODES[entries[names["embed.weight"]].dtype]
         if wanted is None and device.type == "cpu":
             target = torch.promote_types(target, torch.float32)
-    if pack is None:
-        pack = device.type == "cpu" and target == torch.float32 and can_pack()
-    elif pack:
+    packs = device.type == "cpu" and target == torch.float32 and can_pack()
+    if pack:
         check_packable("the model", target, device)
     fill(model, names, _read(entries, target, device))
     model.eval()
-    return pack_(model) if pack else model
+    if pack or (pack is None and packs):
+        return pack_(model)
+    return join_(model) if pack is None else model
 
 
 def wrap(hf_model: nn.Module) -> Transformer:

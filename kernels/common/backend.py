@@ -46,6 +46,13 @@ def interpreted() -> bool:
     return launch.INTERPRETED
 
 
+def collecting() -> bool:
+    """Whether launches are only collected, on tensors of any device."""
+    from dkv.kernels.common import launch
+
+    return launch.collecting()
+
+
 def named(name: str, source: str) -> str:
     """`name`, checked; `source` is who gave it."""
     if name not in BACKENDS:
@@ -81,7 +88,7 @@ def current(x: Tensor) -> str:
     name = chosen() or default(x.device)
     if name != "triton":
         return name
-    if x.device.type != "cuda" and not interpreted():
+    if x.device.type != "cuda" and not interpreted() and not collecting():
         raise ValueError(
             f"backend 'triton' was chosen, but the tensors are on {x.device}: move them to a GPU, or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"

@@ -153,6 +153,11 @@ class LaunchTable:
         return self._tuned[arch, regime]
 
 
+def collecting() -> bool:
+    """Whether launches are collected and do not run."""
+    return _trial.get().chip is not None
+
+
 def chip(device: torch.device) -> Chip:
     """The chip of a device, or that of which launches are collected."""
     return _trial.get().chip or chip_of(device)
