@@ -7,7 +7,6 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file
 
 from dkv.core.kv_cache import KVCache
 from dkv.models import Transformer, folders, load, loader
@@ -282,7 +281,6 @@ def test_shape_mismatch(small):
     checkpoint.tensors[name] = torch.ones(16, 16)
     with pytest.raises(ValueError, match=rf"{name} in .*model.safetensors has shape \[16, 16\].*asks for \[8, 16\]"):
         load(checkpoint.write())
-    assert list(load_file(checkpoint.folder / "model.safetensors")[name].shape) == [16, 16]
 
 
 def test_stored_integers_are_refused(small):
