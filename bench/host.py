@@ -6,7 +6,6 @@ products give empty tensors of the right shape. So nothing large is computed or 
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from dkv.core.sequences import Sequences
 from dkv.engine.config import DiffusionConfig
-from dkv.engine.engine import PADDINGS, Engine
 from dkv.engine.ending import Ending, id_list
+from dkv.engine.engine import PADDINGS, Engine
 from dkv.engine.noise import Noise
 from dkv.engine.stages import Shape
 from dkv.kernels import use_backend

@@ -17,8 +17,8 @@ from dkv.models.families import family_of
 from dkv.models.files import Entry, damaged
 from dkv.models.folders import folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
-from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.joining import join_
+from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.skeleton import fill, skeleton
 from dkv.models.tokenizer import with_vocab_limit

@@ -14,6 +14,7 @@ from dkv.tools.verify import FAST_DLLM, dream_settings, llada_settings, recorded
 from tests.dkv.conftest import pad_rows
 from tests.dkv.engine.tape import TapeRunner
 from tests.dkv.engine.test_golden import CASES, models, name_of  # noqa: F401
+from tests.kernels.sweeps import sweep
 from tests.waits import Waits
 
 POLICIES = ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual")
@@ -34,7 +35,7 @@ def all_rows(q, k_buf, v_buf, rules, scale, workspace):
     slot, ranges = torch.arange(k_buf.shape[1]), rules.key_ranges
     seen = slot >= 0 if ranges is None else (slot >= ranges[:, :1]) & (slot < ranges[:, 1:])
     rules = Rules(key_mask=seen.expand(len(q), -1))
-    return attention.cached_attention(q, k_buf, v_buf, rules, scale, False, workspace)[0]
+    return attention.cached_attention(q, k_buf, v_buf, rules, scale, False, workspace=workspace)[0]
 
 
 def settings_of(case):
@@ -49,7 +50,10 @@ def settings_of(case):
 RUNS = [case for case in CASES if not case.defect and case.facts.get("variant") != "forward"]
 
 
-@pytest.mark.parametrize("case", RUNS, ids=name_of)
+# Every sixth in the quick run: all policies and rules are among them.
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if i % 6 else (), id=name_of(c)) for i, c in enumerate(RUNS)]
+)
 def test_golden_runs(case, models, taped):  # noqa: F811
     t = case.tensors
     numbers = recorded_numbers(t)
@@ -59,25 +63,23 @@ def test_golden_runs(case, models, taped):  # noqa: F811
     assert output.stats.replayed_passes or output.stats.passes < 8
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"steps": 7},
-        {"threshold": 0.3},
-        {"factor": 1.5},
-        {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 0},
-        {"max_new_tokens": [19, 12, 3]},
-        {"cfg_scale": 1.5},
-        {"temperature": 0.8, "top_k": 20},
-        {"selection_temperature": 0.5},
-        {"confidence": "random"},
-        {"confidence": "entropy", "block_length": 7},
-        {"eos_token_id": [7, 9], "logits_eos_inf": True, "confidence_eos_eot_inf": True},
-    ],
-    ids=str,
-)
+SETTINGS = [
+    {},
+    {"steps": 7},
+    {"threshold": 0.3},
+    {"factor": 1.5},
+    {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 0},
+    {"max_new_tokens": [19, 12, 3]},
+    {"cfg_scale": 1.5},
+    {"temperature": 0.8, "top_k": 20},
+    {"selection_temperature": 0.5},
+    {"confidence": "random"},
+    {"confidence": "entropy", "block_length": 7},
+    {"eos_token_id": [7, 9], "logits_eos_inf": True, "confidence_eos_eot_inf": True},
+]
+
+
+@pytest.mark.parametrize(("policy", "settings"), sweep(POLICIES, SETTINGS, quick=4))
 def test_replayed_steps_are_the_eager_ones(model, policy, settings, taped, monkeypatch):
     if policy == "greedy" and {"threshold", "factor"} & {*settings}:
         pytest.skip("is not captured")
