@@ -6,7 +6,7 @@ What is right is the eager definition of an operation, backend "reference", on t
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -66,8 +66,11 @@ class Case:
 
     def call(self, way: str) -> Callable[[], Any]:
         """What is timed; to be run inside `running`."""
-        run = self.others.get(way, self.run)
-        return lambda: run(self.inputs)
+        return partial(self.others.get(way, self.run), self.inputs)
+
+    def run_by(self, way: str) -> Any:
+        with running(way):
+            return self.call(way)()
 
     def results(self, way: str, inputs: Inputs | None = None) -> tuple[Tensor, ...]:
         """What a way gives on a copy of the inputs, the tensors that it writes among it."""
@@ -87,9 +90,8 @@ class Case:
 
     def check(self, way: str) -> None:
         """Raise AssertionError unless a way does what the definition of the operation does."""
-        allowed = self.tolerance
-        if way == "eager" and self.eager_tolerance is not None:
-            allowed = self.eager_tolerance
+        rounded = way == "eager" and self.eager_tolerance is not None
+        allowed = self.eager_tolerance if rounded else self.tolerance
         for i, (actual, expected) in enumerate(zip(self.results(way), self.expected, strict=True)):
             assert actual.shape == expected.shape, f"{self}, {way}: result {i} has shape {list(actual.shape)}"
             off = error(actual, expected)

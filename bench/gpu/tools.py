@@ -83,6 +83,12 @@ def same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
         raise AssertionError(f"{what}: {count}, first at {at}: {actual[at].item()}, expected {expected[at].item()}")
 
 
+def equal(found: Any, expected: Any, what: str) -> None:
+    """What two calls returned has equal bits."""
+    for i, (a, b) in enumerate(zip(all_of(found), all_of(expected), strict=True)):
+        same(a, b, f"{what} {i}")
+
+
 def all_of(found: Any) -> tuple[torch.Tensor, ...]:
     """What a call returned, as a tuple."""
     return (found,) if isinstance(found, torch.Tensor) else tuple(found)

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 
 from dkv.bench.machine import facts
-from dkv.bench.ops.report import table
 from dkv.bench.ops.runner import Runner
 
 RUNNER = pytest.StashKey[Runner]()
@@ -33,7 +32,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     runner = config.stash.get(RUNNER, None)
-    if runner is not None and runner.rows:
-        terminalreporter.section("share of the floor")
-        for line in table(runner.rows):
+    if runner is not None and runner.found:
+        terminalreporter.section("share of what the machine reaches")
+        for line in runner.table():
             terminalreporter.write_line(line)

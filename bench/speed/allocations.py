@@ -60,9 +60,9 @@ class Allocations:
         """Bytes that were allocated in the call before a time and are not yet freed then."""
         return sum(size for at, _, size in self.changes if at < when)
 
-    def largest(self, span: Span = ALWAYS) -> int:
-        """Bytes of the largest single allocation."""
-        return max((size for _, size in self._sizes(span)), default=0)
+    def most(self, span: Span = ALWAYS) -> dict[str, int]:
+        """The "peak", and the "largest" single allocation."""
+        return {"peak": self.peak(span), "largest": max((size for _, size in self._sizes(span)), default=0)}
 
 
 def record(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, Allocations]:
@@ -75,9 +75,13 @@ def record(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, Allocatio
         raise ValueError(f"device must be one of {', '.join(DEVICE_TYPES)} for memory to be traced, got {device!r}")
     # Otherwise the profiler announces every start and stop on the terminal.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
+    # What is garbage already is not to be freed in the trace.
+    gc.freeze()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = call()
+    finally:
+        gc.unfreeze()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
