@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 # Device types as the profiler numbers them; ROCm goes by the number of CUDA.
@@ -99,4 +100,10 @@ def record(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, Allocatio
 
 def peak(call: Callable[[], Any], device: str = "cpu") -> int:
     """The most bytes that a call held at once on devices of a type beyond those alive before."""
-    return record(call, device)[1].peak()
+    if device != "cuda":
+        return record(call, device)[1].peak()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before

