@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dkv import kernels
 from dkv.models import ModelSpec
@@ -22,13 +23,7 @@ Inputs = dict[str, Any]
 
 def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The same inputs, every tensor of them changed."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(one, value))
-        return change(value) if isinstance(value, Tensor) else value
-
-    return {name: one(value) for name, value in inputs.items()}
+    return tree_map_only(Tensor, change, inputs)
 
 
 @dataclass(frozen=True)

@@ -15,5 +15,5 @@ def ways(name: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name in CASES for way in ways(name)])
-def test_operation(measure, name, way):
-    measure(name, CASES[name], way)
+def test_operation(benchmark, runner, name, way):
+    runner.measure(benchmark, name, CASES[name], way)
