@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,10 @@ SECONDS, FEWEST = 0.4, 5
 PATIENCE = 1.0
 
 
-def _output(*command: str) -> str:
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    return ""
-
-
 def _driver() -> str:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    found, query = [], ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    with suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
         with suppress(OSError):
             found.append(Path(path).read_text().strip())
@@ -121,12 +118,10 @@ def copy_rate(device: torch.device) -> float:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two large square matrices."""
-    side = SIDE[device.type] // 4
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = median_seconds(lambda: a @ b, device)
-    # Four times the side is 64 times the work.
-    if 64 * seconds <= PATIENCE or device.type == "cuda":
-        side *= 4
+    for side in (SIDE[device.type] // 4, SIDE[device.type]):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = median_seconds(lambda: a @ b, device)
+        seconds = median_seconds(partial(torch.matmul, a, b), device)
+        # Four times the side is 64 times the work.
+        if 64 * seconds > PATIENCE and device.type == "cpu":
+            break
     return 2 * side**3 / seconds

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,11 @@ class Exam:
         output, texts = self.decode(start, stop, **settings)
         right = self.problems.answers[start:stop]
         return output, [text == one.strip() for text, one in zip(texts, right, strict=True)]
+
+    def sit(self, **settings: Any) -> Iterator[tuple[Any, list[bool]]]:
+        """The `marks` of all problems, `BATCH` at a time."""
+        for start in range(0, len(self.problems.answers), BATCH):
+            yield self.marks(start, start + BATCH, **settings)
 
 
 def fingerprint(problems: Sequence[Problems]) -> str:

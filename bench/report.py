@@ -4,15 +4,27 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from dkv.common import files
+
+# The cells of a column: a format string such as "{speed:.2f}x", or a function of the result line.
+Cell = str | Callable[[Any], str]
+
+
+def cell(column: Cell, row: Any) -> str:
+    """The text of a cell; of a format string nothing where one of its values is None or missing."""
+    if callable(column):
+        return column(row)
+    names = [name.partition("[")[0] for _, name, *_ in Formatter().parse(column) if name]
+    return "" if any(row.get(name) is None for name in names) else column.format_map(row)
 
 
 def aligned(cells: Sequence[str], widths: Sequence[int], left: int = 1) -> str:
     """Cells in columns of these widths, the first `left` of them to the left and the others to the right."""
     pairs = zip(cells, widths, strict=True)
-    return "  ".join(f"{cell:{'<' if i < left else '>'}{width}}" for i, (cell, width) in enumerate(pairs)).rstrip()
+    return "  ".join(f"{text:{'<' if i < left else '>'}{width}}" for i, (text, width) in enumerate(pairs)).rstrip()
 
 
 def columns(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -21,16 +33,17 @@ def columns(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1
     return "\n".join(aligned(line, widths, left) for line in (header, *lines))
 
 
-def table(rows: Sequence[Any], cells: Mapping[str, Callable[[Any], str]], left: int = 1) -> str:
-    """A line per row: heading -> the text of its cell. A column that is empty everywhere is left out."""
-    lines = [[cell(row) for cell in cells.values()] for row in rows]
+def table(rows: Sequence[Any], cells: Mapping[str, Cell], left: int = 1) -> str:
+    """A line per row: heading -> its cell. A column that is empty everywhere is left out."""
+    lines = [[cell(column, row) for column in cells.values()] for row in rows]
     kept = [i for i in range(len(cells)) if any(line[i] for line in lines)]
     return columns([list(cells)[i] for i in kept], [[line[i] for i in kept] for line in lines], left)
 
 
-def shown(value: float | None, form: str) -> str:
-    """A number in a form such as "{:.2f}x"; nothing for None."""
-    return "" if value is None else form.format(value)
+def fixed(columns: Mapping[str, tuple[int, Cell]], row: Any = None, left: int = 1) -> str:
+    """A line of a table that is printed as it comes, heading -> width and cell; without a row its headings."""
+    texts = list(columns) if row is None else [cell(column, row) for _, column in columns.values()]
+    return aligned(texts, [width for width, _ in columns.values()], left)
 
 
 def machine_line(facts: dict[str, Any]) -> str:

@@ -8,63 +8,19 @@ import torch
 from dkv.models import ModelSpec, Transformer
 from dkv.models.packing import can_pack, pack_
 
-_LLADA = ModelSpec(
-    family="llada",
-    vocab_size=126464,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    intermediate_size=12288,
-    max_positions=4096,
-    rope_theta=500000.0,
-    norm_eps=1e-5,
-    mask_token_id=126336,
-)
+LLADA = {"family": "llada", "max_positions": 4096, "rope_theta": 500000.0, "norm_eps": 1e-5}
+DREAM = {"family": "dream", "max_positions": 131072, "rope_theta": 1000000.0, "norm_eps": 1e-6}
+DREAM |= {"qkv_bias": True, "shifted": True, "rope_float32": False}
 
-SHAPES = {
-    "d128x4": replace(
-        _LLADA,
-        vocab_size=1000,
-        hidden_size=128,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
-        intermediate_size=384,
-        mask_token_id=999,
-    ),
-    "d512x8": replace(
-        _LLADA,
-        vocab_size=32000,
-        hidden_size=512,
-        num_layers=8,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=64,
-        intermediate_size=1536,
-        mask_token_id=31999,
-    ),
-    "llada-8b": _LLADA,
-    "dream-7b": ModelSpec(
-        family="dream",
-        vocab_size=152064,
-        hidden_size=3584,
-        num_layers=28,
-        num_heads=28,
-        num_kv_heads=4,
-        head_dim=128,
-        intermediate_size=18944,
-        max_positions=131072,
-        rope_theta=1000000.0,
-        norm_eps=1e-6,
-        mask_token_id=151666,
-        qkv_bias=True,
-        shifted=True,
-        rope_float32=False,
-    ),
+SIZES = ("vocab_size", "mask_token_id", "num_layers", "hidden_size", "intermediate_size")
+SIZES += ("num_heads", "num_kv_heads", "head_dim")
+_TABLE = {
+    "d128x4": (LLADA, 1000, 999, 4, 128, 384, 4, 4, 32),
+    "d512x8": (LLADA, 32000, 31999, 8, 512, 1536, 8, 8, 64),
+    "llada-8b": (LLADA, 126464, 126336, 32, 4096, 12288, 32, 32, 128),
+    "dream-7b": (DREAM, 152064, 151666, 28, 3584, 18944, 28, 4, 128),
 }
+SHAPES = {name: ModelSpec(**kind, **dict(zip(SIZES, sizes, strict=True))) for name, (kind, *sizes) in _TABLE.items()}
 
 
 def shape(name: str, layers: int | None = None) -> ModelSpec:
@@ -80,18 +36,8 @@ def shape(name: str, layers: int | None = None) -> ModelSpec:
 
 def tiny(spec: ModelSpec) -> ModelSpec:
     """The same kind of model with two layers of next to nothing."""
-    heads, kv_heads = (4, 4) if spec.num_heads == spec.num_kv_heads else (4, 2)
-    return replace(
-        spec,
-        vocab_size=256,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=16,
-        intermediate_size=96,
-        mask_token_id=255,
-    )
+    kv_heads = 4 if spec.num_heads == spec.num_kv_heads else 2
+    return replace(spec, **dict(zip(SIZES, (256, 255, 2, 64, 96, 4, kv_heads, 16), strict=True)))
 
 
 def random_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype, std: float = 0.06) -> Transformer:

@@ -4,32 +4,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import dkv
 from dkv.bench.options import Options
+from dkv.bench.timing import timed
 from dkv.core.sequences import Sequences, slots_of
 from dkv.engine.engine import Engine, OnStep, StepResult
+from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
 
 
 def start(options: Options, settings: dict[str, Any], new: int, hooks: Sequence[OnStep] = ()) -> Engine:
-    """A generation before its first step, as `dkv.generate` begins it.
+    """A generation of `options` before its first step.
 
     Raises:
         ValueError: the canvas is longer than the model allows, or a setting is impossible.
     """
-    spec, ids = options.model.spec, options.prompts()
-    if options.prompt + new > spec.max_positions:
+    most = options.model.spec.max_positions
+    if options.prompt + new > most:
         raise ValueError(
             f"prompt ({options.prompt}) and new slots ({new}) need {options.prompt + new} positions, the model has "
-            f"{spec.max_positions}: give a shorter prompt"
+            f"{most}: give a shorter prompt"
         )
+    return begin(options.model, options.prompts(), None, new, settings, hooks)
+
+
+def begin(
+    model: Any, ids: Tensor, mask: Tensor | None, new: int, settings: dict[str, Any], hooks: Sequence[OnStep] = ()
+) -> Engine:
+    """A generation before its first step, as `dkv.generate` begins it; ids and mask [B, P], as it takes them.
+
+    Raises:
+        ValueError: inputs or settings are impossible.
+    """
     # Dream's own schedule decodes nothing in its first step.
     config = dkv.DiffusionConfig(max_new_tokens=new, schedule="blocks", seed=0, **settings)
-    config.cache.check(spec.shifted)
-    real, batch = torch.ones_like(ids, dtype=torch.bool), len(ids)
-    rows = Sequences.after_prompts(ids, real, [new] * batch, spec.mask_token_id)
-    return Engine(options.model, rows, config, Noise([0] * batch, rows), spec.mask_token_id, hooks=hooks)
+    config.cache.check(model.spec.shifted)
+    ids, mask = checked_inputs(model, ids, mask, config)
+    rows = Sequences.after_prompts(ids, mask, [new] * len(ids), model.spec.mask_token_id)
+    return Engine(model, rows, config, Noise([0] * len(ids), rows), model.spec.mask_token_id, hooks=hooks)
 
 
 def full_steps(engine: Engine) -> list[bool]:
@@ -66,7 +80,7 @@ class HalfWay:
         self.engine.step()
         half = max(len(full) // 2, 1)
         skip(self.engine, (full.index(False, half) if cached and False in full[half:] else half) - 1)
-        self._state = [x.clone() for x in (rows.tokens, rows.masked, rows.fresh, rows.timetable.at)]
+        self._state = [(x, x.clone()) for x in (rows.tokens, rows.masked, rows.fresh, rows.timetable.at)]
 
     def _keep(self, engine: Engine, result: StepResult) -> None:
         self._last = result
@@ -78,7 +92,18 @@ class HalfWay:
 
     def back(self) -> None:
         """Go back to before the step."""
-        rows = self.engine.rows
-        for x, was in zip((rows.tokens, rows.masked, rows.fresh, rows.timetable.at), self._state, strict=True):
+        for x, was in self._state:
             x.copy_(was)
         self.engine.prepare()
+
+    def seconds(self) -> float:
+        """Of the step, which is taken and taken back."""
+        seconds, _ = timed(self.take, self.engine.model.device)
+        self.back()
+        return seconds
+
+    def sizes(self) -> dict[str, int]:
+        """Of the step: slots of a row, and how many of them are computed ("active") and have an output ("rows")."""
+        forward = self.take().forward
+        self.back()
+        return {"slots": self.engine.rows.size, "active": forward.positions.shape[1], "rows": forward.hidden.shape[1]}

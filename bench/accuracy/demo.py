@@ -11,7 +11,7 @@ from torch import Tensor
 from dkv.bench import report
 from dkv.bench.contenders import Contender, of_lineup
 from dkv.bench.lineup import SHOWN
-from dkv.bench.problems import BATCH, Exam
+from dkv.bench.problems import Exam
 from dkv.bench.timing import in_turn
 from dkv.common.bar import Bar, counted
 from dkv.tools.streaming import DraftStreamer, draft_pieces, drawable, draws_drafts
@@ -54,8 +54,7 @@ def _speed(exam: Exam, contender: Contender, turns: Any, policies: int) -> float
 def _answered(exam: Exam, contender: Contender, bar: Bar) -> tuple[Tensor, int, int]:
     """The new tokens of all problems, the slots computed for them, and how many answers are right."""
     new, slots, exact = [], 0, 0
-    for start in range(0, len(exam.problems.answers), BATCH):
-        output, right = exam.marks(start, start + BATCH, **_settings(exam, contender))
+    for output, right in exam.sit(**_settings(exam, contender)):
         new.append(output.sequences[:, -exam.problems.new :])
         slots, exact = slots + output.stats.computed_slots, exact + sum(right)
         bar.update(len(right))
@@ -87,14 +86,8 @@ def show(exam: Exam) -> None:
 
 def table(results: list[dict[str, Any]], problems: int) -> str:
     """The results as text."""
-    cells = {
-        "policy": lambda row: row["policy"],
-        "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
-        "speed": lambda row: f"{row['speed']:.2f}x",
-        "computed": lambda row: f"{row['computed_share']:.0%}",
-        "exact": lambda row: f"{row['exact']}/{problems}",
-        "same tokens": lambda row: f"{row['same_tokens']:.1%}",
-    }
+    cells = {"policy": "{policy}", "tokens/s": "{tokens_per_second:.1f}", "speed": "{speed:.2f}x"}
+    cells |= {"computed": "{computed_share:.0%}", "exact": f"{{exact}}/{problems}", "same tokens": "{same_tokens:.1%}"}
     return report.table(results, cells)
 
 

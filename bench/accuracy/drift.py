@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dkv
 from dkv.bench.problems import Problems
 from dkv.bench.report import columns
+from dkv.bench.steps import begin
 from dkv.common.bar import Bar
-from dkv.core.sequences import Sequences
 from dkv.engine.engine import Engine
-from dkv.engine.inputs import checked_inputs
-from dkv.engine.noise import Noise
 from dkv.tools.text import encode
 
 # Changes are told for so many steps before and after the one that turns a mask into a token.
@@ -43,15 +40,13 @@ def measure(model: Any, tokenizer: Any, problems: Sequence[Problems], batch: int
     Raises:
         ValueError: a prompt and its answer are longer than the model allows.
     """
-    total = sum(family.new for family in problems)
-    with Bar(total, "step") as bar:
+    with Bar(sum(family.new for family in problems), "step") as bar:
         found = [_family(model, tokenizer, family, batch, chat, bar) for family in problems]
 
     def mean(name: str) -> Tensor:
         """Over the slots of all families; NaN where there is none."""
-        return sum(f[name].nan_to_num(0) * f["slots"] for f in found) / sum(
-            f["slots"] * ~f[name].isnan() for f in found
-        )
+        total = sum(f[name].nan_to_num(0) * f["slots"] for f in found)
+        return total / sum(f["slots"] * ~f[name].isnan() for f in found)
 
     change, stale, prompt = (mean(name) for name in ("change", "stale", "prompt"))
     return {
@@ -67,17 +62,15 @@ def measure(model: Any, tokenizer: Any, problems: Sequence[Problems], batch: int
 def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool, bar: Bar) -> dict[str, Any]:
     """Means over the slots of one family: change [offset, 2, L], stale [delay, 2, L], prompt [2, L]."""
     ids, mask = (t.to(model.device) for t in encode(tokenizer, family.prompts[:batch], chat))
-    spec, config = model.spec, dkv.DiffusionConfig(max_new_tokens=family.new, schedule="blocks", seed=0)
-    ids, mask = checked_inputs(model, ids, mask, config)
-    rows = Sequences.after_prompts(ids, mask, [family.new] * len(ids), spec.mask_token_id)
+    engine = begin(model, ids, mask, family.new, {})
+    rows = engine.rows
     prompt = ~rows.masked & rows.everywhere
     decoded = torch.full(rows.masked.shape, -1, device=ids.device)
-    engine = Engine(model, rows, config, Noise([0] * len(ids), rows), spec.mask_token_id)
     passes, cached, before, first = [], {}, None, None
     for time in range(family.new):
         engine.step()
         now = _keys_and_values(engine)
-        passes.append(torch.full(now.shape[:-1], torch.nan) if before is None else _distance(now, before, before))
+        passes.append(torch.full(now.shape[:-1], torch.nan) if before is None else _distance(now, before))
         first = now if first is None else first
         decoded[rows.fresh] = time
         for delay in DELAYS.values():
@@ -86,12 +79,11 @@ def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool
         before = now
         bar.update()
     settled = (decoded >= 0) & (decoded <= time - max(DELAYS.values()))
+    stale = [_distance(before, kept, before)[..., settled.cpu()].mean(-1) for kept in cached.values()]
     return {
         "change": _by_offset(torch.stack(passes), decoded.cpu()),
-        "stale": torch.stack(
-            [_distance(kept, before, before)[..., settled.cpu()].mean(-1) for kept in cached.values()]
-        ),
-        "prompt": _distance(first, before, before)[..., prompt.cpu()].mean(-1),
+        "stale": torch.stack(stale),
+        "prompt": _distance(before, first, before)[..., prompt.cpu()].mean(-1),
         "slots": int((decoded >= 0).sum()),
     }
 
@@ -103,8 +95,9 @@ def _keys_and_values(engine: Engine) -> Tensor:
     return torch.stack([torch.stack([pair[i][:, :length].flatten(2) for pair in layers]) for i in range(2)])
 
 
-def _distance(x: Tensor, y: Tensor, unit: Tensor) -> Tensor:
-    """[2, L, B, S] on the CPU: the distance of slots, in lengths of `unit`."""
+def _distance(x: Tensor, y: Tensor, unit: Tensor | None = None) -> Tensor:
+    """[2, L, B, S] on the CPU: the distance of slots, in lengths of `unit`, of `y` by default."""
+    unit = y if unit is None else unit
     return ((x - y).float().norm(dim=-1) / unit.float().norm(dim=-1).clamp(min=1e-12)).cpu()
 
 
@@ -141,17 +134,11 @@ def table(found: dict[str, Any]) -> str:
     """A line per layer, of keys and of values."""
     blocks = []
     for kind, parts in summary(found).items():
-        header = [kind, *(f"{name}" for name in parts), *(f"cached {name}" for name in DELAYS), "prompt"]
-        lines = [
-            [
-                f"layer {i}",
-                *(f"{part[i]:.1%}" for part in parts.values()),
-                *(f"{kept[i]:.1%}" for kept in found["stale"][kind].values()),
-                f"{found['prompt'][kind][i]:.1%}",
-            ]
-            for i in range(len(found["prompt"][kind]))
-        ]
-        blocks.append(columns(header, lines))
+        cells = parts | {f"cached {name}": kept for name, kept in found["stale"][kind].items()}
+        cells["prompt"] = found["prompt"][kind]
+        by_layer = enumerate(zip(*cells.values(), strict=True))
+        lines = [(f"layer {i}", *(f"{change:.1%}" for change in changes)) for i, changes in by_layer]
+        blocks.append(columns((kind, *cells), lines))
     return "\n\n".join(blocks)
 
 

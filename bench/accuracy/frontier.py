@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dkv.bench import report
 from dkv.bench.accuracy.intervals import enough
 from dkv.bench.lineup import PLAIN
-from dkv.bench.report import columns
 
 Row = dict[str, Any]
 HALF = f"{PLAIN} half"
@@ -15,18 +15,15 @@ LOSSES = (0.5, 3.0)
 
 def table(rows: Sequence[Row]) -> str:
     """A line per contender."""
-    tasks = list(rows[0]["tasks"])
-    header = ["", "tokens/s", "speed", "computed", "exact", "95 % interval", "points lost or won", *tasks]
-    lines = []
-    for row in rows:
-        change = f"{row['change']:+.1f} ({row['change_low']:+.1f} to {row['change_high']:+.1f})"
-        line = [row["label"], f"{row['tokens_per_second']:.0f}", f"{row['speed']:.2f}x", f"{row['computed_share']:.0%}"]
-        line += [f"{row['exact']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}"]
-        line += ["" if row["label"] == PLAIN else change, *(f"{row['tasks'][task]:.1%}" for task in tasks)]
-        lines.append(line)
+    cells = {"": "{label}", "tokens/s": "{tokens_per_second:.0f}", "speed": "{speed:.2f}x"}
+    cells |= {"computed": "{computed_share:.0%}", "exact": "{exact:.1%}", "95 % interval": "{low:.1%} to {high:.1%}"}
+    change = "{change:+.1f} ({change_low:+.1f} to {change_high:+.1f})"
+    cells["points lost or won"] = lambda row: "" if row["label"] == PLAIN else change.format_map(row)
     # With one task its column would repeat the one of all.
-    cut = None if len(tasks) > 1 else -1
-    return columns(header[:cut], [line[:cut] for line in lines])
+    tasks = list(rows[0]["tasks"])
+    cells |= {task: f"{{tasks[{task}]:.1%}}" for task in (tasks if len(tasks) > 1 else [])}
+    lines = [[report.cell(column, row) for column in cells.values()] for row in rows]
+    return report.columns(list(cells), lines)
 
 
 def frontier(rows: Sequence[Row], by: str = "tokens_per_second") -> list[Row]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import dkv
+from dkv.bench import report
 from dkv.bench.accuracy.intervals import wilson
-from dkv.bench.report import columns
 from dkv.models.bundled.tasks import TASKS, held_out
 from dkv.tools.text import ids_of
 
@@ -46,12 +46,10 @@ def measure(name: str, problems: int, count: int = 1, limit: int = LIMIT) -> lis
         "task", "gaps", and how many of them: "length" (true length found), "exact" (and every character),
         "confidence" (true length found by the confidence of the first pass; None for several gaps).
     """
-    model = dkv.load(name)
-    tokenizer = dkv.load_tokenizer(name)
-    rows = []
+    model, tokenizer, rows = dkv.load(name), dkv.load_tokenizer(name), []
     for task in TASKS:
         rng = random.Random(f"gaps of {task}")
-        row = {"task": task, "gaps": problems * count, "length": 0, "exact": 0, "confidence": None}
+        row = {"task": task, "gaps": problems * count, "length": 0, "exact": 0, "confidence": 0 if count == 1 else None}
         for prompt, answer in held_out(problems, task=task):
             spans = cut(answer, count, limit, rng)
             starts, ends = [0, *(stop for _, stop in spans)], [*(start for start, _ in spans), len(answer)]
@@ -63,8 +61,7 @@ def measure(name: str, problems: int, count: int = 1, limit: int = LIMIT) -> lis
                 row["length"] += len(filling) == stop - start
                 row["exact"] += tokenizer.decode(filling) == answer[start:stop]
             if count == 1:
-                found = by_confidence(model, ids[0], ids[1], limit) == spans[0][1] - spans[0][0]
-                row["confidence"] = (row["confidence"] or 0) + found
+                row["confidence"] += by_confidence(model, *ids, limit) == spans[0][1] - spans[0][0]
         rows.append(row)
     return rows
 
@@ -82,24 +79,29 @@ def by_confidence(model: Any, left: Sequence[int], right: Sequence[int], limit: 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per task, and one for all."""
-    total = {key: sum(row[key] or 0 for row in rows) for key in ("gaps", "length", "exact", "confidence")}
-    lines = []
-    for row in (*rows, {"task": "all", **total, **({} if rows[0]["confidence"] is not None else {"confidence": None})}):
+    total = {"task": "all", "gaps": sum(row["gaps"] for row in rows)}
+    for key in ("length", "exact", "confidence"):
+        total[key] = None if rows[0][key] is None else sum(row[key] for row in rows)
+
+    def share(key: str) -> report.Cell:
+        return lambda row: "" if row[key] is None else f"{row[key] / row['gaps']:.1%}"
+
+    def length(row: dict[str, Any]) -> str:
         low, high = wilson(row["length"], row["gaps"])
-        shares = ["" if row[key] is None else f"{row[key] / row['gaps']:.1%}" for key in ("exact", "confidence")]
-        shown = f"{row['length'] / row['gaps']:.1%} ({low:.0%} to {high:.0%})"
-        lines.append((row["task"], str(row["gaps"]), shown, *shares))
-    return columns(("task", "gaps", "true length", "exact", "by confidence"), lines)
+        return f"{share('length')(row)} ({low:.0%} to {high:.0%})"
+
+    cells = {"task": "{task}", "gaps": "{gaps}", "true length": length}
+    return report.table([*rows, total], cells | {"exact": share("exact"), "by confidence": share("confidence")})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dkv.bench.accuracy.gaps", description="Hit rate of dkv.fill_gaps.")
     parser.add_argument("--model", default="tiny", choices=("tiny", "tiny-dream"))
-    parser.add_argument("--problems", type=int, default=24, metavar="N", help="of each task (default: %(default)s)")
-    parser.add_argument("--gaps", type=int, default=1, metavar="N", help="in every text (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help="tokens of a gap (default: %(default)s)")
+    numbers = {"problems": (24, "of each task"), "gaps": (1, "in every text"), "limit": (LIMIT, "tokens of a gap")}
+    for name, (default, what) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
     args = parser.parse_args()
-    for name in ("problems", "gaps", "limit"):
+    for name in numbers:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.gaps > 8:

@@ -149,20 +149,21 @@ def summary(contender: Contender, setting: Setting, log: Log) -> Row:
         computed_share (slots computed, as a share of what plain decoding in one pass a slot computes).
     """
     places = [(family.name, start) for family, start in setting.rounds()]
-    own = {place: log.runs[(contender.label, *place)] for place in places}
-    plain = {place: log.runs[(PLAIN, *place)] for place in places}
-    right, wanted = ([answer for run in runs.values() for answer in run["right"]] for runs in (own, plain))
+    own, plain = ([log.runs[(label, *place)] for place in places] for label in (contender.label, PLAIN))
+    right, wanted = ([answer for run in runs for answer in run["right"]] for runs in (own, plain))
     low, high = wilson(sum(right), len(right))
-    tasks: dict[str, list[bool]] = {}
-    seconds, yardstick = defaultdict(list), defaultdict(list)
-    for (task, start), run in own.items():
-        tasks.setdefault(task, []).extend(run["right"])
+    tasks, seconds, yardstick = (defaultdict(list) for _ in range(3))
+    for (task, start), run in zip(places, own, strict=True):
+        tasks[task] += run["right"]
         seconds[task].append(run["seconds"])
         yardstick[task].append(log.plain_seconds[task, start, run["session"]])
+    total = {name: sum(run[name] for run in own) for name in ("tokens", "computed_slots", "passes")}
+    cache = contender.settings.get("cache")
+    told = {} if cache is None else {"cache": {"name": cache.name, **vars(cache)}}
     return {
         "label": contender.label,
         "policy": contender.policy,
-        "settings": _plain(contender),
+        "settings": {**contender.settings, **told, "steps": contender.steps},
         "problems": len(right),
         "right": sum(right),
         "exact": sum(right) / len(right),
@@ -170,21 +171,11 @@ def summary(contender: Contender, setting: Setting, log: Log) -> Row:
         "high": high,
         **dict(zip(("change", "change_low", "change_high"), paired(right, wanted), strict=True)),
         "tasks": {name: sum(found) / len(found) for name, found in tasks.items()},
-        "tokens_per_second": _sum(own, "tokens") / _typical(seconds),
+        "tokens_per_second": total["tokens"] / _typical(seconds),
         "speed": _typical(yardstick) / _typical(seconds),
-        "computed_share": _sum(own, "computed_slots") / _sum(plain, "computed_slots"),
-        "passes": _sum(own, "passes"),
+        "computed_share": total["computed_slots"] / sum(run["computed_slots"] for run in plain),
+        "passes": total["passes"],
     }
-
-
-def _sum(runs: dict[Any, Row], name: str) -> int:
-    return sum(run[name] for run in runs.values())
-
-
-def _plain(contender: Contender) -> dict[str, Any]:
-    cache = contender.settings.get("cache")
-    own = {} if cache is None else {"cache": {"name": cache.name, **vars(cache)}}
-    return {**contender.settings, **own, "steps": contender.steps}
 
 
 def _typical(seconds: dict[str, list[float]]) -> float:

@@ -42,36 +42,33 @@ def generate(
         raise ValueError(f"input_ids must be one row, as in the published code, got {len(input_ids)}")
     mask_id, width = model.spec.mask_token_id, input_ids.shape[1]
     x = torch.cat((input_ids, input_ids.new_full((1, new), mask_id)), 1)
-    rope = tuple(torch.cat((table, table), -1)[: x.shape[1]] for table in model.rope_tables(x.shape[1]))
-    plan, passes = DiffusionConfig(max_new_tokens=new, block_length=block_length).plan(shifted=False), 0
+    length, passes, cached = x.shape[1], 0, not isinstance(cache, dkv.NoCache)
+    rope = tuple(torch.cat((table, table), -1)[:length] for table in model.rope_tables(length))
+    plan = DiffusionConfig(max_new_tokens=new, block_length=block_length).plan(shifted=False)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
     for block in (step for step in plan if step.in_block == 0):
         start, stop = width + block.start, width + block.stop
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
-        first, last = (start, stop if isinstance(cache, dkv.DualCache) else x.shape[1])
-        full = True
-        while True:
-            begin, end = (0, x.shape[1]) if full or isinstance(cache, dkv.NoCache) else (first, last)
+        begin, end, full, again = 0, length, True, True
+        while again:
 
-            def join(layer: int, key: Tensor, value: Tensor, begin=begin, end=end, kept=kept) -> tuple[Tensor, Tensor]:
+            def join(layer: int, *fresh: Tensor, begin: int = begin, end: int = end) -> tuple[Tensor, ...]:
                 """Keys and values of all slots, in their order."""
-                if layer not in kept or begin == 0:
-                    kept[layer] = key, value
-                elif end == x.shape[1]:
-                    return tuple(
-                        torch.cat((old[:, :begin], t), 1) for old, t in zip(kept[layer], (key, value), strict=True)
-                    )
+                if begin == 0:
+                    kept[layer] = fresh
+                elif end == length:
+                    return tuple(torch.cat((old[:, :begin], t), 1) for old, t in zip(kept[layer], fresh, strict=True))
                 else:
-                    for old, t in zip(kept[layer], (key, value), strict=True):
+                    for old, t in zip(kept[layer], fresh, strict=True):
                         old[:, begin:end] = t
                 return kept[layer]
 
             logits = forward(model, x[:, begin:end], join, tuple(t[begin:end] for t in rope), rope)
             _fill(x[:, begin:end], logits, mask_id, stop - begin, threshold)
             passes += 1
-            done = not (x[:, start:stop] == mask_id).any()
-            if done and not (full and not isinstance(cache, dkv.NoCache)):
-                break
+            again = (full and cached) or bool((x[:, start:stop] == mask_id).any())
             full = False
+            if cached:
+                begin, end = start, stop if isinstance(cache, dkv.DualCache) else length
     return x, passes
 
 

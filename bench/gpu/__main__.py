@@ -89,15 +89,12 @@ def measured(args: argparse.Namespace, words: list[str]) -> int:
     """Go through the parts; returns the exit code."""
     rehearsal = args.device == "cpu"
     if not rehearsal and not torch.cuda.is_available():
-        print(
-            f"no CUDA or ROCm device: torch {torch.__version__} sees none. --device cpu rehearses the script",
-            file=sys.stderr,
-        )
+        none = f"no CUDA or ROCm device: torch {torch.__version__} sees none. --device cpu rehearses the script"
+        print(none, file=sys.stderr)
         return 2
     # Imported here, so that the message above comes at once and on any machine.
     from dkv.bench.gpu import checks, ops, steps
-    from dkv.bench.gpu.ops import SHAPE_OF
-    from dkv.bench.gpu.report import Clock, DeviceLost, Report
+    from dkv.bench.gpu.report import DeviceLost, Report
     from dkv.bench.machine import facts
     from dkv.bench.shapes import shape, tiny
 
@@ -108,23 +105,23 @@ def measured(args: argparse.Namespace, words: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     known = facts(device, shlex.join(["python", "-m", "dkv.bench.gpu", *words]))
-    report = Report(args.json, {**known, "rehearsal": rehearsal, "backends": backends, "minutes": args.minutes})
+    settings = {"rehearsal": rehearsal, "backends": backends, "minutes": args.minutes}
+    report = Report(args.json, {**known, **settings}, args.minutes, args.only)
     if rehearsal:
         print("REHEARSAL on the CPU with tiny shapes: the times mean nothing.")
     print(", ".join(f"{name} {value}" for name, value in known.items() if value))
-    specs = {name: shape(whole) for name, whole in SHAPE_OF.items() if args.model in (None, name)}
+    specs = {name: shape(whole) for name, whole in ops.SHAPE_OF.items() if args.model in (None, name)}
     specs = {name: tiny(spec) if rehearsal else spec for name, spec in specs.items()}
     shrunk = {name: replace(spec, num_layers=args.layers or spec.num_layers) for name, spec in specs.items()}
     parts = {
-        "checks": lambda clock: checks.run(report, clock, device, backends[0], args.only),
-        "ops": lambda clock: ops.run(report, clock, device, backends, specs, rehearsal, args.only),
-        "steps": lambda clock: steps.run(report, clock, device, backends, shrunk, rehearsal, args.only),
+        "checks": lambda: checks.run(report, device, backends[0]),
+        "ops": lambda: ops.run(report, device, backends, specs, rehearsal),
+        "steps": lambda: steps.run(report, device, backends, shrunk, rehearsal),
     }
     try:
         with process.keeping(report.kept):
-            for part, run in parts.items():
-                if part in (args.parts or PARTS):
-                    run(Clock(args.minutes))
+            for part in (part for part in parts if part in (args.parts or PARTS)):
+                parts[part]()
     except DeviceLost as lost:
         report.row(f"STOPPED: {lost}", {"stopped": str(lost)}, failed=True)
         report.close(finished=False)

@@ -6,11 +6,12 @@ What is right is the eager definition of an operation, backend "reference", on t
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dkv import kernels
 from dkv.models import ModelSpec
@@ -22,13 +23,7 @@ Inputs = dict[str, Any]
 
 def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The same inputs, every tensor of them changed."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(one, value))
-        return change(value) if isinstance(value, Tensor) else value
-
-    return {name: one(value) for name, value in inputs.items()}
+    return tree_map_only(Tensor, change, inputs)
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,11 @@ class Case:
 
     def call(self, way: str) -> Callable[[], Any]:
         """What is timed; to be run inside `running`."""
-        run = self.others.get(way, self.run)
-        return lambda: run(self.inputs)
+        return partial(self.others.get(way, self.run), self.inputs)
+
+    def run_by(self, way: str) -> Any:
+        with running(way):
+            return self.call(way)()
 
     def results(self, way: str, inputs: Inputs | None = None) -> tuple[Tensor, ...]:
         """What a way gives on a copy of the inputs, the tensors that it writes among it."""
@@ -87,9 +85,8 @@ class Case:
 
     def check(self, way: str) -> None:
         """Raise AssertionError unless a way does what the definition of the operation does."""
-        allowed = self.tolerance
-        if way == "eager" and self.eager_tolerance is not None:
-            allowed = self.eager_tolerance
+        rounded = way == "eager" and self.eager_tolerance is not None
+        allowed = self.eager_tolerance if rounded else self.tolerance
         for i, (actual, expected) in enumerate(zip(self.results(way), self.expected, strict=True)):
             assert actual.shape == expected.shape, f"{self}, {way}: result {i} has shape {list(actual.shape)}"
             off = error(actual, expected)

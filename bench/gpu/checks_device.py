@@ -9,7 +9,7 @@ from torch import Tensor
 from dkv import kernels
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Inputs, mapped, randn
-from dkv.bench.gpu.tools import all_of, check, every_operation, need_gpu, same, small
+from dkv.bench.gpu.tools import check, equal, every_operation, need_gpu, same, small
 
 
 def surrounded(x: Tensor) -> Tensor:
@@ -25,8 +25,7 @@ def nothing_beside_a_tensor_is_used(device, few, dtype) -> None:
     for case in every_operation(device, dtype):
         alone, inner = (mapped(case.inputs, change) for change in (Tensor.clone, surrounded))
         whole = {name: inner[name]._base.clone() for name in case.written}
-        for i, (found, expected) in enumerate(zip(*(all_of(case.run(x)) for x in (inner, alone)), strict=True)):
-            same(found, expected, f"{case}, result {i}")
+        equal(case.run(inner), case.run(alone), f"{case}, result")
         for name, before in whole.items():
             before[tuple(slice(1, -1) for _ in before.shape)] = alone[name]
             same(inner[name]._base, before, f"{case}, {name} and what surrounds it")
@@ -106,8 +105,7 @@ def integers_of_both_widths(device, few) -> None:
             mapped(case.inputs, lambda x, integer=integer: x.to(integer) if x.dtype == torch.int64 else x.clone())
             for integer in (torch.int64, torch.int32)
         )
-        for i, (a, b) in enumerate(zip(*(all_of(case.run(x)) for x in (wide, narrow)), strict=True)):
-            same(a, b, f"{case}, result {i}")
+        equal(case.run(wide), case.run(narrow), f"{case}, result")
         for name in case.written:
             same(wide[name], narrow[name], f"{case}, {name}")
 

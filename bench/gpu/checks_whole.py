@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import dkv
 from dkv import kernels
 from dkv.bench.contenders import of_lineup
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Inputs, distinct, mapped
-from dkv.bench.gpu.tools import Skipped, all_of, check, every_operation, need_gpu, same, small, thin
+from dkv.bench.gpu.tools import Skipped, check, equal, every_operation, need_gpu, same, small, thin
 from dkv.bench.shapes import random_model, shape, tiny
 from dkv.kernels.common import backend
 
@@ -25,15 +26,10 @@ def together(device: torch.device) -> tuple[Callable[[list[Inputs]], list[Tensor
         results: list[Tensor] = []
         for case, inputs in zip(cases, given, strict=True):
             own = {**inputs, **{name: inputs[name].clone() for name in case.written}}
-            results += [*all_of(case.run(own)), *(own[name] for name in case.written)]
+            results += [*tree_leaves(case.run(own)), *(own[name] for name in case.written)]
         return results
 
     return step, [case.inputs for case in cases]
-
-
-def equal(found: list[Tensor], expected: list[Tensor], what: str) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        same(a, b, f"{what} {i}")
 
 
 @check()
@@ -66,12 +62,11 @@ def a_row_alone_and_in_a_batch_of_8(device, few, dtype) -> None:
             z, keys = small(dtype, 8, n, s), torch.arange(8 * n, device=device)[:, None]
             attention, logits = table.attention(z, device), table.choose(z, device, drawn=True, row_keys=keys)
             for case, rows in ((attention, 1), (logits, n), (table.choose_fused(z, device), n)):
-                whole = all_of(case.run(case.inputs))
+                whole = tree_leaves(case.run(case.inputs))
                 for row in range(8):
                     mine = slice(row * rows, row * rows + rows)
                     own = {name: x if name == "head_weight" else x[mine] for name, x in case.inputs.items()}
-                    for found, expected in zip(all_of(case.run(own)), whole, strict=True):
-                        same(found, expected[mine], f"{case}, row {row}")
+                    equal(case.run(own), [x[mine] for x in whole], f"{case}, row {row}, result")
 
 
 @check()

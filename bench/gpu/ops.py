@@ -1,6 +1,6 @@
 """Part `ops`: every operation on both backends against eager PyTorch, SDPA and flex attention."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -8,18 +8,16 @@ from typing import Any
 import torch
 
 from dkv.bench import machine
-from dkv.bench.gpu.cases import Case, Sizes, running
+from dkv.bench.gpu.cases import Case, Sizes
 from dkv.bench.gpu.operations import OPERATIONS, attention, choose
-from dkv.bench.gpu.report import Clock, Report, must_answer, short
-from dkv.bench.gpu.timing import Timer
-from dkv.bench.report import aligned, shown
-from dkv.bench.timing import synchronise
+from dkv.bench.gpu.report import Report, must_answer, short
+from dkv.bench.report import fixed
+from dkv.bench.timing import milliseconds, synchronise
 from dkv.models import ModelSpec
 
-COLUMNS = ("triton", "torch", "eager", "sdpa", "flex")
+WAYS = ("triton", "torch", "eager", "sdpa", "flex")
 # Flex attention compiles for every shape: seconds each, which must not eat the time of the others.
 FLEX_SHARE = 0.3
-
 
 SHAPE_OF = {"llada": "llada-8b", "dream": "dream-7b"}
 TITLES = {"llada": "LLaDA-8B", "dream": "Dream-7B"}
@@ -28,124 +26,113 @@ SLOTS = (512, 1024, 2048)
 BATCHES = (1, 8)
 
 
-def items(specs: dict[str, ModelSpec], tiny: bool) -> Iterator[tuple[str, Callable[[torch.device], Case]]]:
-    """Every (name, function that makes the case on a device) of a full and a cached step, the smaller sizes first."""
-    slots, batches, some = ((48,), (1, 2), 8) if tiny else (SLOTS, BATCHES, ACTIVE)
+def items(
+    specs: dict[str, ModelSpec], slots: Sequence[int], batches: Sequence[int], some: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[torch.device], Case]]]:
+    """Every (name, function that makes the case on a device) of a full and a cached step, the smaller sizes first.
+
+    Args:
+        some: slots that a cached step computes.
+    """
     for s, b, (family, spec) in product(slots, batches, specs.items()):
         for kind, active in (("full", s), ("cached", some)):
-            z = Sizes(spec, b, s, active, torch.float32 if tiny else torch.bfloat16)
             makes = {make.__name__: make for make in OPERATIONS.values()}
             if b > 1:
                 makes["attention ragged"] = partial(attention, ragged=True)
             if kind == "cached":
                 makes["choose drawn"] = partial(choose, drawn=True)
             for name, make in makes.items():
-                yield f"{name} {kind} {TITLES[family]} B{b} S{s}", partial(make, z)
+                yield f"{name} {kind} {TITLES[family]} B{b} S{s}", partial(make, Sizes(spec, b, s, active, dtype))
 
 
-def _on(way: str, call: Callable[[], object]) -> Callable[[], object]:
-    def run() -> object:
-        with running(way):
-            return call()
-
-    return run
+def shares(case: Case, seconds: float, rates: dict[str, float]) -> dict[str, float]:
+    """How much of a device's `dkv.bench.machine.rates` a time reaches; the floor takes 1 of the larger."""
+    copy, matrix = case.bytes / rates["copy_bytes_per_s"], case.flops / rates["matrix_flops_per_s"]
+    return {"copy_share": copy / seconds, "matrix_share": matrix / seconds}
 
 
-def _started(contenders: dict[str, Callable[[], object]], device: torch.device) -> tuple[dict, dict[str, str]]:
-    """The contenders that run, each called twice (compilation, scratch), and the errors of the others."""
+def _started(case: Case, ways: Iterable[str], device: torch.device) -> tuple[dict, dict[str, str]]:
+    """Calls by the ways that run, each called twice (compilation, scratch), and the errors of the others."""
     ready, errors = {}, {}
-    for name, call in contenders.items():
+    for way in ways:
+        call = partial(case.run_by, way)
         try:
             for _ in range(2):
                 call()
             synchronise(device)
-            ready[name] = call
+            ready[way] = call
         except Exception as error:
-            errors[name] = short(error)
-            must_answer(device, name)
+            errors[way] = short(error)
+            must_answer(device, way)
     return ready, errors
 
 
-def _values(label: str, case: Case, times: dict, errors: dict[str, str], rates: dict[str, float]) -> dict[str, Any]:
+def values_of(label: str, case: Case, times: dict, errors: dict[str, str], rates: dict[str, float]) -> dict[str, Any]:
     """A result as it is written: times, shares of what the device reaches, and the ratio to the best other."""
-    values: dict[str, Any] = {"name": label, "bytes": case.bytes, "flops": case.flops, "errors": errors}
-    values["ms"] = {name: {"median": t.median, "low": t.low, "high": t.high} for name, t in times.items()}
+    values = {"name": label, "bytes": case.bytes, "flops": case.flops, "errors": errors, "ms": times}
     subject = next((name for name in ("triton", "torch") if name in times), None)
     if subject is None:
         return values
-    seconds = times[subject].median / 1e3
-    others = {name: t.median for name, t in times.items() if name != subject}
-    values |= {"subject": subject, "copy_share": case.bytes / seconds / rates["copy_bytes_per_s"]}
-    values["matrix_share"] = case.flops / seconds / rates["matrix_flops_per_s"]
+    others = {name: ms["median"] for name, ms in times.items() if name != subject}
+    values |= {"subject": subject, **shares(case, times[subject]["median"] / 1e3, rates)}
     if others:
         best = min(others, key=others.get)
-        values |= {"best_other": best, "ratio_to_best_other": others[best] / times[subject].median}
+        values |= {"best_other": best, "ratio_to_best_other": others[best] / times[subject]["median"]}
     return values
 
 
-# What is printed as it comes, in columns of fixed widths.
-HEADER = ("operation", *COLUMNS, "MB", "GFLOP", "copy", "matrix", "ratio", "")
-WIDTHS = (44, *[17] * len(COLUMNS), 9, 9, 6, 7, 7, 6)
+def _time(way: str, values: dict[str, Any]) -> str:
+    if way in values["errors"]:
+        return "error"
+    if (ms := values["ms"].get(way)) is None:
+        return "-"
+    return f"{ms['median']:8.3f} \u00b1{(ms['high'] - ms['low']) / 2:7.3f}"
 
 
-def _line(values: dict[str, Any]) -> str:
-    def cell(name: str) -> str:
-        if name in values["errors"]:
-            return "error"
-        if name not in values["ms"]:
-            return "-"
-        t = values["ms"][name]
-        return f"{t['median']:8.3f} \u00b1{(t['high'] - t['low']) / 2:7.3f}"
-
-    shares = [shown(values.get(name), "{:.0%}") for name in ("copy_share", "matrix_share")]
-    best = [shown(values.get("ratio_to_best_other"), "{:.2f}x"), values.get("best_other", "")]
-    work = [f"{values['bytes'] / 1e6:.1f}", f"{values['flops'] / 1e9:.1f}"]
-    line = aligned([values["name"], *map(cell, COLUMNS), *work, *shares, *best], WIDTHS)
-    return line + "".join(f"\n    {name}: {error}" for name, error in values["errors"].items())
+COLUMNS = {
+    "operation": (44, "{name}"),
+    **{way: (17, partial(_time, way)) for way in WAYS},
+    "MB": (9, lambda values: f"{values['bytes'] / 1e6:.4g}"),
+    "GFLOP": (9, lambda values: f"{values['flops'] / 1e9:.4g}"),
+    "copy": (6, "{copy_share:.0%}"),
+    "matrix": (7, "{matrix_share:.0%}"),
+    "ratio": (7, "{ratio_to_best_other:.2f}x"),
+    "": (6, "{best_other}"),
+}
 
 
-def run(
-    report: Report,
-    clock: Clock,
-    device: torch.device,
-    backends: list[str],
-    specs: dict[str, ModelSpec],
-    tiny: bool,
-    only: str,
-) -> None:
-    """Time every operation whose name contains `only` until the clock is over."""
-    timer = Timer(device, seconds=0.3)
+def told(rates: dict[str, float], subject: str, dtype: str = "bfloat16") -> str:
+    """What the shares and ratios of a table are of."""
+    return (
+        f"copy {rates['copy_bytes_per_s'] / 1e12:.3g} TB/s, {dtype} matrix product "
+        f"{rates['matrix_flops_per_s'] / 1e12:.3g} TFLOP/s, both measured now; the shares, and the ratio to the best "
+        f"other (above 1: faster than it), are those of {subject}"
+    )
+
+
+def run(report: Report, device: torch.device, backends: list[str], specs: dict[str, ModelSpec], tiny: bool) -> None:
+    """Time every wanted operation until the time is over."""
     rates = machine.rates(device, torch.bfloat16)
     report.begin("ops", "milliseconds per call, median and half the range from tenth to ninetieth percentile", **rates)
-    print(
-        f"copy {rates['copy_bytes_per_s'] / 1e12:.3f} TB/s, bfloat16 matrix product "
-        f"{rates['matrix_flops_per_s'] / 1e12:.1f} TFLOP/s, both measured now; the shares, and the ratio to the best "
-        f"other (above 1: faster than it), are those of {backends[0]}"
-    )
-    print(aligned(HEADER, WIDTHS))
-    left_out, compiling = [], 0.0
-    for label, make in items(specs, tiny):
-        if only.lower() not in label.lower():
-            continue
-        if clock.over:
-            left_out.append(label)
-            continue
+    print(told(rates, backends[0]), fixed(COLUMNS), sep="\n")
+    compiling = 0.0
+    sizes = ((48,), (1, 2), 8, torch.float32) if tiny else (SLOTS, BATCHES, ACTIVE, torch.bfloat16)
+    for label, make in report.items(items(specs, *sizes)):
         try:
             case = make(device)
         except torch.OutOfMemoryError as error:
             report.row(f"{label:44} out of memory", {"name": label, "errors": {"inputs": short(error)}})
             continue
-        ways = [*backends, *(way for way in case.others if way != "flex")]
-        ready, errors = _started({way: _on(way, case.call(way)) for way in ways}, device)
-        if "flex" in case.others and compiling < FLEX_SHARE * clock.limit and device.type == "cuda":
-            before = clock.spent
-            more, problems = _started({"flex": _on("flex", case.call("flex"))}, device)
-            compiling, ready, errors = compiling + clock.spent - before, ready | more, errors | problems
-        times = timer.compare(ready) if ready else {}
-        values = _values(label, case, times, errors, rates)
+        ready, errors = _started(case, [*backends, *(way for way in case.others if way != "flex")], device)
+        if "flex" in case.others and compiling < FLEX_SHARE * report.limit and device.type == "cuda":
+            before = report.spent
+            more, problems = _started(case, ["flex"], device)
+            compiling, ready, errors = compiling + report.spent - before, ready | more, errors | problems
+        values = values_of(label, case, milliseconds(ready, device, 0.3) if ready else {}, errors, rates)
+        line = fixed(COLUMNS, values) + "".join(f"\n    {name}: {error}" for name, error in errors.items())
         ours = [errors[name] for name in backends if name in errors]
-        report.row(_line(values), values, failed=any("OutOfMemory" not in error for error in ours))
+        report.row(line, values, failed=any("OutOfMemory" not in error for error in ours))
         del case, ready
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    report.end(clock, left_out)
+    report.end()

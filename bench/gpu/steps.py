@@ -2,7 +2,6 @@
 
 import gc
 import statistics
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -13,24 +12,30 @@ import dkv
 from dkv import kernels
 from dkv.bench.contenders import of_lineup
 from dkv.bench.gpu.ops import BATCHES, SLOTS, TITLES
-from dkv.bench.gpu.report import Clock, Report, must_answer, short
+from dkv.bench.gpu.report import Report, must_answer, short
 from dkv.bench.lineup import ON_GPU, PLAIN
-from dkv.bench.report import aligned, shown
+from dkv.bench.report import fixed
 from dkv.bench.shapes import random_model
 from dkv.bench.timing import in_turn
 from dkv.models import ModelSpec, Transformer
 
 ROUNDS = 2
-# What is printed as it comes, in columns of fixed widths.
-HEADER = ("model, batch, slots, policy", "backend", "ms/step", "tokens/s", "to plain", "computed", "peak GB", "")
-WIDTHS = (36, 9, 9, 9, 9, 9, 8, 0)
+COLUMNS = {
+    "model, batch, slots, policy": (36, "{name}"),
+    "backend": (9, "{backend}"),
+    "ms/step": (9, "{ms_per_step:.2f}"),
+    "tokens/s": (9, "{tokens_per_second:.1f}"),
+    "to plain": (9, lambda values: f"{values['ratio_to_plain']:.2f}x" if "ratio_to_plain" in values else "-"),
+    "computed": (9, "{computed_share:.0%}"),
+    "peak GB": (8, "{peak_gb:.2f}"),
+    "": (0, lambda values: "" if values["warm"] else "  first run, compilation included"),
+}
+FAILED = dict(list(COLUMNS.items())[:2]) | {"": (0, "{error}")}
 
 
-def _once(
-    model: Transformer, ids: torch.Tensor, new: int, backend: str, settings: dict[str, Any]
-) -> tuple[dkv.Stats, float]:
+def _once(model: Transformer, ids: torch.Tensor, new: int, policy: str, backend: str) -> tuple[dkv.Stats, float]:
     """What a generation cost, and the most gigabytes that it held."""
-    gpu = model.device.type == "cuda"
+    gpu, settings = model.device.type == "cuda", of_lineup(policy).settings
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -39,14 +44,13 @@ def _once(
     return stats, torch.cuda.max_memory_allocated(model.device) / 1e9 if gpu else 0.0
 
 
-def _values(label: str, policy: str, backend: str, runs: list, plain: list) -> dict[str, Any]:
+def _values(runs: list, plain: list) -> dict[str, Any]:
     """A result as it is written. The first run compiled and warmed up, and counts only where it is the only one."""
     timed, against = runs[1:] or runs, plain[1:] or plain
     seconds, (stats, peak) = [stats.seconds for stats, _ in timed], timed[-1]
     typical = statistics.median(seconds)
-    values = {"name": f"{label} {policy}", "policy": policy, "backend": backend, "runs": len(timed)}
-    values |= {"warm": len(runs) > 1, "seconds": seconds, "ms_per_step": typical / stats.passes * 1e3}
-    values |= {"tokens_per_second": stats.new_tokens / typical, "peak_gb": peak}
+    values = {"runs": len(timed), "warm": len(runs) > 1, "seconds": seconds, "peak_gb": peak}
+    values |= {"ms_per_step": typical / stats.passes * 1e3, "tokens_per_second": stats.new_tokens / typical}
     values |= {name: getattr(stats, name) for name in ("computed_share", "passes", "full_passes")}
     if plain:
         ratios = [a.seconds / b.seconds for (a, _), (b, _) in zip(against, timed, strict=False)]
@@ -54,86 +58,64 @@ def _values(label: str, policy: str, backend: str, runs: list, plain: list) -> d
     return values
 
 
-def _line(values: dict[str, Any]) -> str:
-    numbers = [f"{values['ms_per_step']:.2f}", f"{values['tokens_per_second']:.1f}"]
-    numbers += [shown(values.get("ratio_to_plain"), "{:.2f}x") or "-", f"{values['computed_share']:.0%}"]
-    note = "" if values["warm"] else "  first run, compilation included"
-    return aligned([values["name"], values["backend"], *numbers, f"{values['peak_gb']:.2f}", note], WIDTHS, left=2)
-
-
-def _configuration(
-    report: Report,
-    clock: Clock,
-    label: str,
-    device: torch.device,
-    contenders: dict[tuple[str, str], Callable[[], Any]],
-) -> list[str]:
-    """Run and report every (policy, backend) on one batch, in turn; returns what was left out."""
+def _configuration(report: Report, until: float, label: str, contenders: dict, device: torch.device) -> None:
+    """Run and report every (policy, backend) on one batch, in turn, while less than `until` seconds are spent."""
     errors: dict[tuple[str, str], str] = {}
-    begun: list[tuple[str, str]] = []
+    begun: set[tuple[str, str]] = set()
 
-    def attempt(key: tuple[str, str], call: Callable[[], Any]) -> Any:
+    def attempt(key: tuple[str, str]) -> Any:
         # A first round that was begun is finished for those that ratios are taken of.
-        if key in errors or (clock.over and begun):
+        if key in errors or (report.spent >= until and begun):
             return None
-        begun.append(key)
+        begun.add(key)
         try:
-            return call()
+            return contenders[key]()
         except Exception as error:
             errors[key] = short(error)
             must_answer(device, f"{label} {key[0]} on {key[1]}")
 
-    tried = in_turn({key: partial(attempt, key, call) for key, call in contenders.items()}, ROUNDS + 1)
+    tried = in_turn({key: partial(attempt, key) for key in contenders}, ROUNDS + 1)
     runs = {key: [run for run in found if run is not None] for key, found in tried.items()}
-    for key in contenders:
-        policy, backend = key
-        if key in errors:
-            values = {"name": f"{label} {policy}", "backend": backend, "error": errors[key]}
-            line = aligned([values["name"], backend, errors[key]], (*WIDTHS[:2], 0), left=3)
-            report.row(line, values, failed="OutOfMemory" not in errors[key])
-        elif runs[key]:
-            values = _values(label, policy, backend, runs[key], runs[PLAIN, backend])
-            report.row(_line(values), values)
-    return [f"{label} {policy} on {backend}" for policy, backend in contenders if (policy, backend) not in begun]
+    for policy, backend in contenders:
+        values = {"name": f"{label} {policy}", "policy": policy, "backend": backend}
+        if error := errors.get((policy, backend)):
+            values = {"name": values["name"], "backend": backend, "error": error}
+            report.row(fixed(FAILED, values, left=3), values, failed="OutOfMemory" not in error)
+        elif runs[policy, backend]:
+            values |= _values(runs[policy, backend], runs[PLAIN, backend])
+            report.row(fixed(COLUMNS, values, left=2), values)
+        else:
+            report.left_out.append(f"{values['name']} on {backend}")
 
 
-def run(
-    report: Report,
-    clock: Clock,
-    device: torch.device,
-    backends: list[str],
-    specs: dict[str, ModelSpec],
-    tiny: bool,
-    only: str,
-) -> None:
-    """Time generations whose name contains `only` until the clock is over."""
+def run(report: Report, device: torch.device, backends: list[str], specs: dict[str, ModelSpec], tiny: bool) -> None:
+    """Time the wanted generations until the time is over."""
     report.begin("steps", "whole generations, one token per row and step; ratio: plain / own time, same backend")
-    print(aligned(HEADER, WIDTHS, left=2))
-    left_out: list[str] = []
+    print(fixed(COLUMNS, left=2))
     # On average half of the new tokens are masked.
     all_slots, batches, new = ((48,), (1, 2), 8) if tiny else (SLOTS, BATCHES, 64)
     for number, (family, spec) in enumerate(specs.items()):
         # Each model has its share of the time that is left.
-        share = Clock((clock.limit - clock.spent) / 60 / (len(specs) - number))
+        until = report.spent + (report.limit - report.spent) / (len(specs) - number)
         model = random_model(spec, device, torch.float32 if tiny else torch.bfloat16)
         for slots, batch in product(all_slots, batches):
             label = f"{TITLES[family]} B{batch} S{slots}"
-            wanted = [policy for policy in ON_GPU if only.lower() in f"{label} {policy}".lower()]
+            wanted = [policy for policy in ON_GPU if report.wanted(f"{label} {policy}")]
             if not wanted:
                 continue
             ids = torch.randint(spec.mask_token_id, (batch, slots - new), device=device)
             # Plain decoding is what the others are compared with.
             contenders = {
-                (policy, backend): partial(_once, model, ids, new, backend, of_lineup(policy).settings)
+                (policy, backend): partial(_once, model, ids, new, policy, backend)
                 for policy in dict.fromkeys([PLAIN, *wanted])
                 for backend in backends
             }
-            if share.over:
-                left_out += [f"{label} {policy} on {backend}" for policy, backend in contenders]
+            if report.spent >= until:
+                report.left_out += [f"{label} {policy} on {backend}" for policy, backend in contenders]
             else:
-                left_out += _configuration(report, share, label, device, contenders)
+                _configuration(report, until, label, contenders, device)
         del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    report.end(clock, left_out)
+    report.end()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Case, Sizes
@@ -83,9 +84,10 @@ def same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
         raise AssertionError(f"{what}: {count}, first at {at}: {actual[at].item()}, expected {expected[at].item()}")
 
 
-def all_of(found: Any) -> tuple[torch.Tensor, ...]:
-    """What a call returned, as a tuple."""
-    return (found,) if isinstance(found, torch.Tensor) else tuple(found)
+def equal(found: Any, expected: Any, what: str) -> None:
+    """What two calls returned has equal bits."""
+    for i, (a, b) in enumerate(zip(tree_leaves(found), tree_leaves(expected), strict=True)):
+        same(a, b, f"{what} {i}")
 
 
 def need_gpu(device: torch.device, gigabytes: float = 0.0, devices: int = 1) -> None:

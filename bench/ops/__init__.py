@@ -2,7 +2,7 @@
 
 Run in a checkout, with the extra `test` installed, on an idle machine:
 
-    pytest bench/ --benchmark-only                             all, about 3 minutes on two CPU cores
+    pytest bench/ --benchmark-only                             all, about 4 minutes on two CPU cores
     pytest bench/ --benchmark-only -k attention                one operation
     pytest bench/ --benchmark-only -k "llada and cached and b1"
     pytest bench/ --benchmark-only -k commit --benchmark-json=result.json

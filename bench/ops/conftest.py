@@ -2,25 +2,18 @@
 
 import shlex
 import sys
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 
 from dkv.bench.machine import facts
-from dkv.bench.ops.report import table
 from dkv.bench.ops.runner import Runner
 
 RUNNER = pytest.StashKey[Runner]()
 
 
-@pytest.fixture
-def measure(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`Runner.measure` of this run with the fixture `benchmark` of this test."""
-    stash = request.config.stash
-    if RUNNER not in stash:
-        stash[RUNNER] = Runner()
-    return partial(stash[RUNNER].measure, benchmark)
+@pytest.fixture(scope="session")
+def runner(request: pytest.FixtureRequest) -> Runner:
+    return request.config.stash.setdefault(RUNNER, Runner())
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -32,8 +25,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 # After the tables of pytest-benchmark.
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    runner = config.stash.get(RUNNER, None)
-    if runner is not None and runner.rows:
-        terminalreporter.section("share of the floor")
-        for line in table(runner.rows):
+    if RUNNER in config.stash and config.stash[RUNNER].found:
+        terminalreporter.section("share of what the machine reaches")
+        for line in config.stash[RUNNER].table():
             terminalreporter.write_line(line)

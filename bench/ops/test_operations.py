@@ -1,17 +1,19 @@
-"""Every operation at every step of `dkv.bench.ops.sizes`, all ways of a step in a row."""
+"""Every operation of full and cached steps of both models, all ways of it in a row."""
 
 import pytest
+import torch
 
 from dkv.bench.gpu.cases import OURS
-from dkv.bench.gpu.operations import OPERATIONS
-from dkv.bench.ops.sizes import STEPS
+from dkv.bench.ops.runner import cases
 
-WAYS = {"cached_attention": ("eager", "sdpa", "flex", *OURS)}
+CASES = cases("cuda" if torch.cuda.is_available() else "cpu")
+WAYS = {"attention": ("eager", "sdpa", "flex", *OURS), "choose drawn": OURS}
 
 
-@pytest.mark.parametrize(
-    ("operation", "step", "way"),
-    [(name, step, way) for name in OPERATIONS for step in STEPS for way in WAYS.get(name, ("eager", *OURS))],
-)
-def test_operation(measure, operation, step, way):
-    measure(operation, step, way)
+def ways(name: str) -> tuple[str, ...]:
+    return next((given for start, given in WAYS.items() if name.startswith(start)), ("eager", *OURS))
+
+
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name in CASES for way in ways(name)])
+def test_operation(benchmark, runner, name, way):
+    runner.measure(benchmark, name, CASES[name], way)

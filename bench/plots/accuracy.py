@@ -1,16 +1,18 @@
 """Figures of `dkv eval`: exact answers against speed, and the change of keys and values between steps."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from dkv.bench.accuracy.frontier import frontier
 from dkv.bench.plots import drawing
-from dkv.bench.plots.drawing import COLOURS, MARKERS
 
 Row = dict[str, Any]
 # Up to so many points have their names beside them; of more, those on the frontier.
 NAMED = 20
-WORDS = {"none": "no cache"}
+# By what the panels compare: how far its axis goes below and above the values, its form and name.
+PANELS = {
+    "tokens_per_second": (1.2, 1.6, "{:g}", "new slots per second"),
+    "computed_share": (1.6, 1.1, "{:.0%}", "slots computed, as a share of plain decoding (fewer to the right)"),
+}
 
 
 def answers(found: Row) -> Any:
@@ -19,74 +21,59 @@ def answers(found: Row) -> Any:
 
     rows, facts = found["rows"], found["facts"]
     figure = Figure(figsize=(13, 6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    where = facts.get("card") or f"{facts['processor']}, threads: {facts['threads']}"
     problems = f"{rows[0]['problems']} problems ({', '.join(rows[0]['tasks'])}), batch {facts['batch']}"
-    small = f"{facts['model']}, {facts['dtype']}, {problems}; {where}, torch {facts['torch']}, {facts['date'][:10]}"
+    small = drawing.measured_on(facts, problems).replace("\n", "; ")
     figure.suptitle(f"Exact answers against speed and work\n{small}", fontsize=10, x=0.01, ha="left")
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    for axes, by in ((left, "tokens_per_second"), (right, "computed_share")):
-        _panel(axes, rows, by, policies)
-    values = [row["tokens_per_second"] for row in rows]
-    shares = [row["computed_share"] for row in rows]
-    # Room for names to the right of the points.
-    drawing.logarithmic(left, "x", drawing.ticks(min(values) / 1.2, max(values) * 1.6), "{:g}")
-    drawing.logarithmic(right, "x", drawing.ticks(min(shares) / 1.6, max(shares) * 1.1), "{:.0%}")
-    left.set(
-        xlabel="new slots per second", ylabel="problems answered exactly", xlim=(min(values) / 1.2, max(values) * 1.6)
-    )
+    styles = drawing.styles([row["policy"] for row in rows])
+    panels = dict(zip(PANELS, figure.subplots(1, 2, sharey=True), strict=True))
+    for by, axes in panels.items():
+        below, above, form, name = PANELS[by]
+        values = [row[by] for row in rows]
+        _panel(axes, rows, by, styles)
+        # Room for names to the right of the points.
+        drawing.logarithmic(axes, "x", min(values) / below, max(values) * above, form)
+        axes.set_xlabel(name)
+    left, right = panels.values()
+    right.invert_xaxis()
+    left.set_ylabel("problems answered exactly")
     left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-    right.set(
-        xlabel="slots computed, as a share of plain decoding (fewer to the right)",
-        xlim=(max(shares) * 1.1, min(shares) / 1.6),
-    )
     figure.draw_without_rendering()
-    for axes, by in ((left, "tokens_per_second"), (right, "computed_share")):
+    for by, axes in panels.items():
         named = rows if len(rows) <= NAMED else frontier(rows, by)
-        drawing.label(axes, [(r[by], r["exact"], r["label"], _colour(policies, r)) for r in named], least=4)
-    figure.legend(handles=_legend(policies, rows), loc="outside lower center", ncols=len(policies) + 3, frameon=False)
+        drawing.label(axes, [(r[by], r["exact"], r["label"], styles[r["policy"]]["color"]) for r in named], least=4)
+    figure.legend(handles=_legend(styles, rows), loc="outside lower center", ncols=len(styles) + 3, frameon=False)
     return figure
 
 
-def _panel(axes: Any, rows: Sequence[Row], by: str, policies: Sequence[str]) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6", lw=0.7)
+def _fewer(row: Row) -> bool:
+    return row["settings"]["steps"] is not None
+
+
+def _random(row: Row) -> bool:
+    return row["settings"].get("confidence") == "random"
+
+
+def _panel(axes: Any, rows: list[Row], by: str, styles: dict[str, dict[str, str]]) -> None:
+    drawing.plain(axes)
     best = sorted(frontier(rows, by), key=lambda row: row[by])
     axes.plot([row[by] for row in best], [row["exact"] for row in best], color="#bbbbbb", lw=3, zorder=1)
     for row in rows:
-        colour = _colour(policies, row)
-        axes.plot([row[by]] * 2, [row["low"], row["high"]], color=colour, lw=0.8, alpha=0.6)
-        face = "white" if row["settings"]["steps"] is not None else colour
-        marker = MARKERS[policies.index(row["policy"]) % len(MARKERS)]
-        marker = marker if row["settings"].get("confidence") != "random" else "x"
-        axes.plot(row[by], row["exact"], color=colour, marker=marker, mfc=face, ms=7, zorder=2)
+        style = styles[row["policy"]] | ({"marker": "x"} if _random(row) else {})
+        axes.plot([row[by]] * 2, [row["low"], row["high"]], color=style["color"], lw=0.8, alpha=0.6)
+        face = "white" if _fewer(row) else style["color"]
+        axes.plot(row[by], row["exact"], mfc=face, ms=7, zorder=2, **style)
 
 
-def _colour(policies: Sequence[str], row: Row) -> str:
-    return COLOURS[policies.index(row["policy"]) % len(COLOURS)]
-
-
-def _legend(policies: Sequence[str], rows: Sequence[Row]) -> list[Any]:
+def _legend(styles: dict[str, dict[str, str]], rows: list[Row]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D(
-            [],
-            [],
-            ls="",
-            marker=MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)],
-            label=WORDS.get(name, name),
-        )
-        for i, name in enumerate(policies)
-    ]
-    grey = {"ls": "", "color": "#555555"}
-    if any(row["settings"]["steps"] is not None for row in rows):
+    words, grey = {"none": "no cache"}, {"ls": "", "color": "#555555"}
+    handles = [Line2D([], [], ls="", label=words.get(name, name), **style) for name, style in styles.items()]
+    if any(map(_fewer, rows)):
         handles.append(Line2D([], [], marker="o", mfc="white", label="fewer steps", **grey))
-    if any(row["settings"].get("confidence") == "random" for row in rows):
+    if any(map(_random, rows)):
         handles.append(Line2D([], [], marker="x", label="random order", **grey))
-    handles.append(Line2D([], [], color="#bbbbbb", lw=3, label="frontier"))
-    return handles
+    return [*handles, Line2D([], [], color="#bbbbbb", lw=3, label="frontier")]
 
 
 def drift(found: dict[str, Any]) -> Any:
@@ -117,7 +104,6 @@ def drift(found: dict[str, Any]) -> Any:
         below.legend(fontsize=8, frameon=False)
         for axes in (above, below):
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value < 0.01 else f"{value:.0%}")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color="#e6e6e6", lw=0.7, axis="y")
-            axes.set_axisbelow(True)
+            drawing.plain(axes)
+            axes.grid(visible=False, axis="x")
     return figure

@@ -1,6 +1,6 @@
-"""What all figures of `dkv bench` share: titles, logarithmic axes in plain numbers, and names beside points."""
+"""What all figures of measurements share: titles, logarithmic axes in plain numbers, and names beside points."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Okabe and Ito: told apart by colour-blind people, and in grey by their markers.
@@ -8,41 +8,56 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#C
 MARKERS = "osD^vPX*h"
 
 
+def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """By name, in their order, colour and marker."""
+    names = list(dict.fromkeys(names))
+    return {x: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, x in enumerate(names)}
+
+
+def measured_on(facts: dict[str, Any], *more: str) -> str:
+    """On what, in two lines: the model and `more` about the measurement, and the machine."""
+    where = facts.get("card") or f"{facts['processor']}, threads: {facts['threads']}"
+    what = ", ".join(filter(None, (facts["model"], facts["dtype"], *more)))
+    return f"{what}\n{where}, torch {facts['torch']}, {facts['date'][:10]}"
+
+
 def figure(found: dict[str, Any], title: str, canvas: str) -> tuple[Any, Any]:
-    """A figure that says what was measured on what."""
+    """A figure that says what was measured on what, and its axes."""
     from matplotlib.figure import Figure
 
-    facts = found["facts"]
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
-    where = facts.get("card") or f"{facts['processor']}, threads: {facts['threads']}"
-    what = ", ".join(filter(None, (facts["model"], facts["dtype"], canvas)))
     axes.set_title(title, loc="left", fontsize=12, pad=34)
-    small = f"{what}\n{where}, torch {facts['torch']}, {facts['date'][:10]}"
+    small = measured_on(found["facts"], canvas)
     axes.text(0, 1.02, small, transform=axes.transAxes, fontsize=8.5, color="#555555")
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Any) -> None:
+    """Axes with a light grid behind what is drawn, and without a box."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6", lw=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers from `low` to `high` for a logarithmic axis; more of them where the range is small."""
     for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        ticks = [digit * 10.0**power for power in range(-4, 8) for digit in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) > 3:
+        found = [digit * 10.0**power for power in range(-4, 8) for digit in digits]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) > 3:
             break
-    return ticks
+    return found
 
 
-def logarithmic(axes: Any, name: str, ticks: Iterable[float], form: str) -> None:
-    """A logarithmic axis with its ticks in plain numbers."""
-    ticks = list(ticks)
-    axis = getattr(axes, f"{name}axis")
+def logarithmic(axes: Any, name: str, low: float, high: float, form: str, at: Sequence[float] | None = None) -> None:
+    """A logarithmic axis from `low` to `high`, its ticks (`at`, or round ones) in plain numbers."""
+    at, axis = at or ticks(low, high), getattr(axes, f"{name}axis")
     getattr(axes, f"set_{name}scale")("log")
-    axis.set_ticks(ticks, [form.format(tick) for tick in ticks])
+    axis.set_ticks(at, [form.format(tick) for tick in at])
     axis.set_ticks([], minor=True)
+    getattr(axes, f"set_{name}lim")(low, high)
 
 
 def label(axes: Any, points: Sequence[tuple[float, float, str, str]], least: int = 0) -> None:
@@ -52,33 +67,19 @@ def label(axes: Any, points: Sequence[tuple[float, float, str, str]], least: int
     """
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
+    singles = [line.get_xydata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
     # What is taken: left edge, height and width in pixels; at first by the points.
-    taken = []
-    for line in axes.lines:
-        if len(line.get_xdata()) == 1:
-            x, y = axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
-            taken.append((x - 5 * scale, y, 10 * scale))
+    taken = [(x - 5 * scale, y, 10 * scale) for x, y in map(axes.transData.transform, singles)]
     for x, y, name, colour in sorted(points, key=lambda point: (point[1], -point[0])):
         left, here = axes.transData.transform((x, y))
         left, width = left + 8 * scale, (5.5 * len(name) + 10) * scale
-        up = next(
-            up
-            for distance in range(least, 1000)
-            for up in (2 * scale * distance, -2 * scale * distance)
-            if not any(
-                abs(here + up - other) < 11 * scale and left < other_left + other_width and other_left < left + width
-                for other_left, other, other_width in taken
-            )
-        )
+
+        def free(up: float, left=left, here=here, width=width) -> bool:
+            near = [(start, size) for start, height, size in taken if abs(here + up - height) < 11 * scale]
+            return not any(left < start + size and start < left + width for start, size in near)
+
+        up = next(up for i in range(least, 1000) for up in (2 * scale * i, -2 * scale * i) if free(up))
         taken.append((left, here + up, width))
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
-        axes.annotate(
-            name,
-            (x, y),
-            (16 if up else 10, up / scale),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=colour,
-            arrowprops=line if up else None,
-        )
+        text = {"va": "center", "fontsize": 9, "color": colour, "arrowprops": line if up else None}
+        axes.annotate(name, (x, y), (16 if up else 10, up / scale), textcoords="offset points", **text)

@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 # Device types as the profiler numbers them; ROCm goes by the number of CUDA.
@@ -60,9 +61,9 @@ class Allocations:
         """Bytes that were allocated in the call before a time and are not yet freed then."""
         return sum(size for at, _, size in self.changes if at < when)
 
-    def largest(self, span: Span = ALWAYS) -> int:
-        """Bytes of the largest single allocation."""
-        return max((size for _, size in self._sizes(span)), default=0)
+    def most(self, span: Span = ALWAYS) -> dict[str, int]:
+        """The "peak", and the "largest" single allocation."""
+        return {"peak": self.peak(span), "largest": max((size for _, size in self._sizes(span)), default=0)}
 
 
 def record(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, Allocations]:
@@ -75,9 +76,13 @@ def record(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, Allocatio
         raise ValueError(f"device must be one of {', '.join(DEVICE_TYPES)} for memory to be traced, got {device!r}")
     # Otherwise the profiler announces every start and stop on the terminal.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
+    # What is garbage already is not to be freed in the trace.
+    gc.freeze()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = call()
+    finally:
+        gc.unfreeze()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
@@ -95,4 +100,10 @@ def record(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, Allocatio
 
 def peak(call: Callable[[], Any], device: str = "cpu") -> int:
     """The most bytes that a call held at once on devices of a type beyond those alive before."""
-    return record(call, device)[1].peak()
+    if device != "cuda":
+        return record(call, device)[1].peak()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before

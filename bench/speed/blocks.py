@@ -12,7 +12,6 @@ from dkv.bench.baselines import fast_dllm
 from dkv.bench.contenders import of_lineup
 from dkv.bench.lineup import BLOCKED, RULES
 from dkv.bench.options import Options
-from dkv.bench.report import shown
 from dkv.bench.speed import floor
 from dkv.bench.steps import HalfWay
 from dkv.bench.timing import in_turn, timed
@@ -39,71 +38,68 @@ def measure(options: Options) -> dict[str, Any]:
         raise ValueError(f"batch must be 1, as the published block policies take one prompt, got {options.batch}")
     if options.new % BLOCK:
         raise ValueError(f"new must be a multiple of {BLOCK}, the slots of a block, got {options.new}")
-    own = options.eager is not None and not options.model.spec.shifted
+    family = options.eager is not None and not options.model.spec.shifted
     contenders = [(policy, rule) for rule in options.rules for policy in BLOCKED]
-    calls = {key: partial(_both, options, *key, own and key[0] in PUBLISHED) for key in contenders}
+    calls = {key: partial(_both, options, *key, family and key[0] in PUBLISHED) for key in contenders}
     with Bar(len(calls) * (options.rounds + 1), "run", pause=0) as bar:
         # The first round is not timed, but looked at.
         first, runs = in_turn(calls, 1, bar), in_turn(calls, options.rounds, bar)
     rows = []
     for policy, rule in contenders:
-        own_runs, (_, _, facts) = runs[policy, rule], first[policy, rule][0]
-        against = [p[0] / r[0] for p, r in zip(runs["plain", rule], own_runs, strict=True)]
-        over = [r[1] / r[0] for r in own_runs if r[1] is not None]
-        row = {"policy": policy, "rule": rule, **facts, "seconds": statistics.median(r[0] for r in own_runs)}
-        row["eager_seconds"] = statistics.median(r[1] for r in own_runs) if over else None
-        row |= {"speed": statistics.median(against), "over_eager": statistics.median(over) if over else None}
+        (_, _, facts), own = first[policy, rule][0], runs[policy, rule]
+        seconds, eager = [run[0] for run in own], [run[1] for run in own if run[1] is not None]
+        plain = [run[0] for run in runs["plain", rule]]
+        row = {"policy": policy, "rule": rule, **facts, "seconds": statistics.median(seconds)}
+        row["eager_seconds"] = statistics.median(eager) if eager else None
+        row |= {"speed": _ratio(plain, seconds), "over_eager": _ratio(eager, seconds) if eager else None}
         row["step_over_floor"] = _over_floor(options, policy) if rule == "one a step" else None
         rows.append(row)
     return {"rows": rows}
 
 
+def _ratio(of: list[float], over: list[float]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(of, over, strict=True))
+
+
 def _both(options: Options, policy: str, rule: str, baseline: bool) -> tuple[float, float | None, dict[str, Any]]:
     """Seconds of dkv and of the baseline, and what they did."""
     ids, call = options.prompts(), {"block_length": BLOCK, **of_lineup(policy).settings, **RULES[rule]}
-    settings = {"max_new_tokens": options.new, "schedule": "blocks", **call}
+    settings, eager, same = {"max_new_tokens": options.new, "schedule": "blocks", **call}, None, None
     seconds, output = timed(lambda: dkv.generate(options.model, ids, **settings), options.model.device)
-    eager, same = None, None
     if baseline:
-        published = {"new": options.new, **call}
-        eager, (tokens, _) = timed(lambda: fast_dllm.generate(options.eager, ids, **published), options.model.device)
+        run = partial(fast_dllm.generate, options.eager, ids, new=options.new, **call)
+        eager, (tokens, _) = timed(run, options.model.device)
         same = torch.equal(tokens, output.sequences)
-    stats = output.stats
-    facts = {"passes": stats.passes, "tokens_per_forward": stats.tokens_per_forward, "same": same}
-    return seconds, eager, facts | {"computed_share": stats.computed_share}
+    facts = {name: getattr(output.stats, name) for name in ("passes", "tokens_per_forward", "computed_share")}
+    return seconds, eager, facts | {"same": same}
 
 
 def _over_floor(options: Options, policy: str) -> float:
     """A cached step half-way (of plain decoding, a full one) against its products, medians of ratios within a round."""
-    settings = {**of_lineup(policy).settings, "block_length": BLOCK}
-    model, half_way = options.model, HalfWay(options, settings, cached=True)
-    forward = half_way.take().forward
-    half_way.back()
-    sizes = (1, half_way.engine.rows.size, forward.positions.shape[1], forward.hidden.shape[1])
-    alone = floor.products(model, *sizes)
+    half_way = HalfWay(options, {**of_lineup(policy).settings, "block_length": BLOCK}, cached=True)
+    alone = floor.products(options.model, options.batch, **half_way.sizes())
 
     def ratio() -> float:
-        products = sum(floor.seconds_of(alone, model.device).values())
-        seconds, _ = timed(half_way.take, model.device)
-        half_way.back()
-        return seconds / products
+        products = sum(floor.seconds_of(alone, options.model.device).values())
+        return half_way.seconds() / products
 
     # The first is not timed.
     return statistics.median(in_turn({policy: ratio}, FLOOR_ROUNDS)[policy][1:])
 
 
 CELLS = {
-    "policy": lambda row: row["policy"],
-    "rule": lambda row: row["rule"],
-    "passes": lambda row: str(row["passes"]),
-    "tokens/pass": lambda row: f"{row['tokens_per_forward']:.2f}",
-    "computed": lambda row: f"{row['computed_share']:.0%}",
-    "s": lambda row: f"{row['seconds']:.3f}",
-    "speed": lambda row: f"{row['speed']:.2f}x",
-    "eager s": lambda row: shown(row["eager_seconds"], "{:.3f}"),
-    "over eager": lambda row: shown(row["over_eager"], "{:.2f}x"),
+    "policy": "{policy}",
+    "rule": "{rule}",
+    "passes": "{passes}",
+    "tokens/pass": "{tokens_per_forward:.2f}",
+    "computed": "{computed_share:.0%}",
+    "s": "{seconds:.3f}",
+    "speed": "{speed:.2f}x",
+    "eager s": "{eager_seconds:.3f}",
+    "over eager": "{over_eager:.2f}x",
     "same": lambda row: {None: "", True: "yes", False: "NO"}[row["same"]],
-    "step/floor": lambda row: shown(row["step_over_floor"], "{:.2f}"),
+    "step/floor": "{step_over_floor:.2f}",
 }
 
 

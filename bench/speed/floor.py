@@ -5,7 +5,6 @@ this build of PyTorch let it be; everything else that a step does is what the ra
 """
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,10 +21,10 @@ from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import HalfWay
-from dkv.bench.timing import in_turn, synchronise, timed
+from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
 from dkv.core.sequences import Sequences
-from dkv.models.packing import PackedHead, PackedLayer, PackedLinear
+from dkv.models.packing import PackedHead, PackedLinear
 
 ROUNDS = 25
 # What a step is divided into, which modules and operations belong to a part, and why it exceeds its products.
@@ -55,9 +54,9 @@ GOALS = {"full": 1.15, "cached": 1.10}
 STEPS = {"full": "plain", "cached": "decode, no refresh"}
 
 
-def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict[str, Callable[[], None]]:
+def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict[str, Callable[[], Any]]:
     """The matrix products of a step by part: `active` slots over `slots`, an output for `rows` of them."""
-    spec, layers = model.spec, model.layers
+    spec = model.spec
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, device=model.device).to(model.dtype)
@@ -70,35 +69,19 @@ def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict
     heads, group = batch * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
     query = [noise(heads, n * group, spec.head_dim) for n in counts]
     keys = noise(heads, spec.head_dim, slots)
-    last = [i == len(layers) - 1 for i in range(len(layers))]
-
-    def projections():
-        for layer, end in zip(layers, last, strict=True):
-            if isinstance(layer, PackedLayer):
-                product(layer.qkv_proj, wide[0])
-            else:
-                product(layer.q_proj, wide[end])
-                product(layer.k_proj, wide[0])
-                product(layer.v_proj, wide[0])
-            product(layer.o_proj, out[end])
-
-    def attention():
-        for end in last:
-            torch.bmm(torch.bmm(query[end], keys), keys.transpose(1, 2))
-
-    def mlp():
-        for layer, end in zip(layers, last, strict=True):
-            product(layer.gate_proj, wide[end])
-            product(layer.up_proj, wide[end])
-            product(layer.down_proj, deep[end])
-
-    head = partial(product, model.head, wide[1].flatten(0, 1))
-    return {"norm + projection": projections, "attention": attention, "MLP": mlp, "head + choice": head}
-
-
-def seconds_of(parts: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Of each part, called once."""
-    return {part: timed(call, device)[0] for part, call in parts.items()}
+    calls: dict[str, list[Callable[[], Any]]] = {name: [] for name in ("norm + projection", "attention", "MLP")}
+    for layer in model.layers:
+        end = layer is model.layers[-1]
+        inputs = {"qkv_proj": wide[0], "k_proj": wide[0], "v_proj": wide[0], "o_proj": out[end], "down_proj": deep[end]}
+        inputs |= dict.fromkeys(("q_proj", "gate_proj", "up_proj"), wide[end])
+        for part, names in LAYER_MODULES.items():
+            linears = [
+                (getattr(layer, name), inputs[name]) for name in names if name in inputs and hasattr(layer, name)
+            ]
+            calls[part] += [partial(product, *linear) for linear in linears]
+        calls["attention"].append(partial(lambda q: (q @ keys) @ keys.transpose(1, 2), query[end]))
+    calls["head + choice"] = [partial(product, model.head, wide[1].flatten(0, 1))]
+    return {part: partial(lambda every: [call() for call in every], every) for part, every in calls.items()}
 
 
 def product(module: nn.Module, x: Tensor) -> Any:
@@ -110,33 +93,41 @@ def product(module: nn.Module, x: Tensor) -> Any:
     return F.linear(x, module.weight)
 
 
+def seconds_of(parts: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Of each part, called once."""
+    return {part: timed(call, device)[0] for part, call in parts.items()}
+
+
 @contextmanager
 def recorded(model: Any) -> Iterator[Counter]:
-    """Seconds by part of what runs inside the `with` block; a GPU is waited for before and after every part."""
+    """Seconds by part of what runs inside the `with` block; a GPU is waited for before and after every part.
+
+    The hooks of the engine see whole steps. Hence modules and operations are wrapped for as long as the block lasts.
+    """
     seconds: Counter[str] = Counter()
 
-    def watched(call: Callable, part: str) -> Callable:
-        def run(*args, **kwargs):
-            synchronise(model.device)
-            start = time.perf_counter()
-            result = call(*args, **kwargs)
-            synchronise(model.device)
-            seconds[part] += time.perf_counter() - start
+    def watch(owner: Any, name: str, part: str) -> None:
+        call = getattr(owner, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            taken, result = timed(partial(call, *args, **kwargs), model.device)
+            seconds[part] += taken
             return result
 
-        return run
+        stack.enter_context(patch.object(owner, name, run))
 
-    modules = [(model.embed, "embedding"), (model.norm, "head + choice")]
-    if not hasattr(model.head, "strips"):  # else it is called by the choice, and counted there
-        modules.append((model.head, "head + choice"))
-    parts = [(name, part) for part, names in LAYER_MODULES.items() for name in names]
-    modules += [(getattr(layer, name), part) for layer in model.layers for name, part in parts if hasattr(layer, name)]
     with ExitStack() as stack:
-        for module, part in modules:
-            stack.enter_context(patch.object(module, "forward", watched(module.forward, part)))
+        watch(model.embed, "forward", "embedding")
+        watch(model.norm, "forward", "head + choice")
+        if not hasattr(model.head, "strips"):  # else it is called by the choice, and counted there
+            watch(model.head, "forward", "head + choice")
+        for part, names in LAYER_MODULES.items():
+            for module in (getattr(layer, name, None) for layer in model.layers for name in names):
+                if module is not None:
+                    watch(module, "forward", part)
         for name, part in OPERATIONS.items():
-            stack.enter_context(patch.object(kernels, name, watched(getattr(kernels, name), part)))
-        stack.enter_context(patch.object(Sequences, "commit", watched(Sequences.commit, "commit")))
+            watch(kernels, name, part)
+        watch(Sequences, "commit", "commit")
         yield seconds
 
 
@@ -155,50 +146,31 @@ def measure(options: Options) -> dict[str, Any]:
 
 def _row(options: Options, kind: str, bar: Bar) -> dict[str, Any]:
     model, half_way = options.model, HalfWay(options, of_lineup(STEPS[kind]).settings)
-    device, size = model.device, half_way.engine.rows.size
-    forward = half_way.take().forward
-    half_way.back()
-    active, rows = forward.positions.shape[1], forward.hidden.shape[1]
-    floor = products(model, options.batch, size, active, rows)
-    linear = products(options.eager, options.batch, size, active, rows) if options.eager not in (None, model) else {}
-    seconds_of(floor | linear, device)
-
-    def whole() -> float:
-        seconds, _ = timed(half_way.take, device)
-        half_way.back()
-        return seconds
+    device, sizes = model.device, half_way.sizes()
+    floor = products(model, options.batch, **sizes)
+    linear = products(options.eager, options.batch, **sizes) if options.eager not in (None, model) else {}
 
     def by_part() -> dict[str, float]:
         with recorded(model) as seconds:
-            total, _ = timed(half_way.take, device)
-        half_way.back()
+            total = half_way.seconds()
         return {part: seconds[part] for part in PARTS} | {"Python": total - sum(seconds.values())}
 
-    calls = {"products": partial(seconds_of, floor, device), "step": whole, "parts": by_part}
+    calls = {"products": partial(seconds_of, floor, device), "step": half_way.seconds, "parts": by_part}
     calls["linear"] = partial(seconds_of, linear, device)
+    calls["products"](), calls["linear"]()
     found = in_turn(calls, ROUNDS, bar)
-    ratios, against = (
-        [step / (sum(alone.values()) or step) for step, alone in zip(found["step"], found[name], strict=True)]
-        for name in ("products", "linear")
-    )
-    sizes = {"slots": size, "active": active, "rows": rows, "batch": options.batch}
-    step = {"step_ms": statistics.median(found["step"]) * 1e3, "floor_ms": _median_sum(found["products"])}
-    ratio = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    by_linear = {
-        "linear_floor_ms": _median_sum(found["linear"]) if linear else None,
-        "linear_ratio": statistics.median(against) if linear else None,
-    }
-    by = {name: _medians(found[name]) for name in ("parts", "products")}
-    return {"kind": kind, **sizes, **step, **ratio, **by, **by_linear}
-
-
-def _median_sum(rows: list[dict[str, float]]) -> float:
-    return statistics.median(sum(row.values()) for row in rows) * 1e3
-
-
-def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
-    """By part, in milliseconds."""
-    return {part: statistics.median(row[part] for row in rows) * 1e3 for part in rows[0]}
+    sums = {name: [sum(alone.values()) for alone in found[name]] for name in ("products", "linear")}
+    ratios = [step / alone for step, alone in zip(found["step"], sums["products"], strict=True)]
+    row = {"kind": kind, **sizes, "batch": options.batch, "step_ms": statistics.median(found["step"]) * 1e3}
+    row |= {"floor_ms": statistics.median(sums["products"]) * 1e3, "ratio": statistics.median(ratios)}
+    row |= {"lowest": min(ratios), "highest": max(ratios)}
+    for name in ("parts", "products"):
+        row[name] = {part: statistics.median(one[part] for one in found[name]) * 1e3 for part in found[name][0]}
+    if not linear:
+        return row | {"linear_floor_ms": None, "linear_ratio": None}
+    against = [step / alone for step, alone in zip(found["step"], sums["linear"], strict=True)]
+    slower = {"linear_floor_ms": statistics.median(sums["linear"]) * 1e3, "linear_ratio": statistics.median(against)}
+    return row | slower
 
 
 def table(found: dict[str, Any]) -> str:
@@ -225,8 +197,6 @@ def _table(row: dict[str, Any]) -> str:
         f"above the floor, as shares of it: {'; '.join(worst)}",
     ]
     if row["linear_ratio"] is not None:
-        lines.append(
-            f"the same products by nn.Linear, whose weights are not packed: {row['linear_floor_ms']:.2f} ms; "
-            f"step / those: {row['linear_ratio']:.2f}"
-        )
+        linear = f"{row['linear_floor_ms']:.2f} ms; step / those: {row['linear_ratio']:.2f}"
+        lines.append(f"the same products by nn.Linear, whose weights are not packed: {linear}")
     return "\n".join(lines)

@@ -20,7 +20,6 @@ import dkv
 from dkv.bench import report
 from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
-from dkv.bench.report import columns
 from dkv.bench.steps import full_steps, skip, start
 from dkv.bench.timing import timed
 from dkv.common.bar import Bar
@@ -34,8 +33,6 @@ SAMPLES = (3, 9)
 BUDGET, AFFORDABLE = 60, 4
 # Largest exponent that decoding with a constant active set and no refresh may have.
 CONSTANT = 0.3
-
-
 # Of the line-up: what the exponent should be, and how much it may be (None: no limit).
 THEORY: dict[str, tuple[str, float | None]] = {
     "plain": ("all slots in every step: 1 by the products, towards 2 by attention", None),
@@ -75,11 +72,10 @@ def estimate(
     """
     results: list[StepResult] = []
     engine = start(options, settings, new, [lambda engine, result: results.append(result)])
-    full, size = full_steps(engine), engine.rows.size
+    full, size, at = full_steps(engine), engine.rows.size, 0
     kinds = [[step for step in range(1, len(full)) if full[step] == kind] for kind in (True, False)]
     chosen = [[0], *map(spread, kinds, samples)]
     found: dict[int, tuple[float, int, int]] = {}
-    at = 0
     for step in sorted(step for kind in chosen for step in kind):
         if step > at:
             skip(engine, step - at)
@@ -88,11 +84,12 @@ def estimate(
         forward = results.pop().forward
         active, rows = sum(forward.counts), forward.slots.numel()
         found[step] = (seconds, active, operations(options.model.spec, active, rows, size))
-    total = [0.0] * 3
-    for kind, steps in zip(([0], *kinds), chosen, strict=True):
-        for i in range(3 if steps else 0):
-            total[i] += len(kind) * statistics.fmean(found[step][i] for step in steps)
-    return dict(zip(("seconds", "computed", "operations"), total, strict=True))
+    sums = [
+        [len(kind) * statistics.fmean(values) for values in zip(*(found[step] for step in steps), strict=True)]
+        for kind, steps in zip(([0], *kinds), chosen, strict=True)
+        if steps
+    ]
+    return dict(zip(("seconds", "computed", "operations"), map(sum, zip(*sums, strict=True)), strict=True))
 
 
 def fit(lengths: Sequence[float], times: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -121,16 +118,12 @@ def _row(options: Options, policy: str, new: int) -> tuple[dict[str, Any], float
     """A length, and the seconds that its samples took."""
     begin, settings = time.perf_counter(), of_lineup(policy).settings
     found = estimate(options, settings, new)
-    cost = time.perf_counter() - begin
-    seconds, whole = found["seconds"], found["seconds"] <= AFFORDABLE
-    if whole:
-        stats = dkv.generate(
-            options.model, options.prompts(), max_new_tokens=new, schedule="blocks", seed=0, **settings
-        ).stats
-        seconds = stats.seconds
-    slots = new * options.batch
-    times = {"ms_per_slot": 1e3 * seconds / slots, "seconds": seconds, "whole": whole, "estimate": found["seconds"]}
-    row = {"policy": policy, "new": new, "prompt": options.prompt, **times}
+    cost, seconds, slots = time.perf_counter() - begin, found["seconds"], new * options.batch
+    row = {"policy": policy, "new": new, "prompt": options.prompt, "estimate": seconds, "whole": seconds <= AFFORDABLE}
+    if row["whole"]:
+        told = {"max_new_tokens": new, "schedule": "blocks", "seed": 0, **settings}
+        seconds = dkv.generate(options.model, options.prompts(), **told).stats.seconds
+    row |= {"seconds": seconds, "ms_per_slot": 1e3 * seconds / slots}
     return row | {"operations_per_slot": found["operations"] / slots}, cost
 
 
@@ -143,8 +136,7 @@ def _policy(options: Options, policy: str, bar: Bar) -> tuple[list[dict[str, Any
         left = max(BUDGET - (time.perf_counter() - begin), 0)
         # Each length is taken to cost as many times the one before as that did; the second, four times the first.
         growth = max(costs[-1] / costs[-2], 1) if len(costs) > 1 else 4
-        expected = costs[-1] * growth if costs else 0
-        why = ""
+        expected, why = costs[-1] * growth if costs else 0, ""
         if options.prompt + new > positions:
             why = f"the model has {positions} positions"
         elif expected > left:
@@ -163,9 +155,8 @@ def _fit_of(policy: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     slots = [row["prompt"] + row["new"] for row in rows]
     exponent, low, high = fit(slots, [row["ms_per_slot"] for row in rows])
     counted = fit(slots, [row["operations_per_slot"] for row in rows])[0]
-    theory, limit = THEORY[policy]
     found = {"policy": policy, "exponent": exponent, "low": low, "high": high, "counted": counted}
-    return found | {"theory": theory, "limit": limit}
+    return found | dict(zip(("theory", "limit"), THEORY[policy], strict=True))
 
 
 @torch.no_grad()
@@ -194,6 +185,15 @@ def measure(options: Options) -> dict[str, Any]:
     return found
 
 
+FITS = {
+    "policy": "{policy}",
+    "theory": "{theory}",
+    "exponent": "{exponent:.2f}",
+    "95 % interval": lambda fit: "-" if fit["low"] is None else f"{fit['low']:.2f} to {fit['high']:.2f}",
+    "arithmetic": "{counted:.2f}",
+}
+
+
 def table(found: dict[str, Any]) -> str:
     """The figures of `measure` for a terminal."""
     rows, lengths = found["rows"], sorted({row["new"] for row in found["rows"]})
@@ -202,42 +202,23 @@ def table(found: dict[str, Any]) -> str:
     cells = [(policy, *(text.get((policy, new), "-") for new in lengths)) for policy in policies]
     samples = f"{SAMPLES[0]} full and {SAMPLES[1]} cached steps"
     lines = [f"milliseconds per generated slot, prompt {rows[0]['prompt']}; ~: estimated from {samples}"]
-    lines += [columns(("new slots", *map(str, lengths)), cells), ""]
+    lines += [report.columns(("new slots", *map(str, lengths)), cells), ""]
     if found["fits"]:
-        lines += [
-            "exponent of the time per generated slot over prompt + new slots, and of its arithmetic",
-            report.table(found["fits"], FITS, left=2),
-        ]
-    for fit_ in found["fits"]:
-        if fit_["limit"] is not None:
-            lines.append(f"{fit_['policy']} {_held(fit_)} its limit of {fit_['limit']}.")
-    errors = [row["estimate"] / row["seconds"] - 1 for row in rows if row["whole"]]
-    if errors:
-        typical, worst = statistics.median(errors), max(errors, key=abs)
-        lines.append(
-            f"Estimates of {len(errors)} whole generations: {typical:+.0%} off in the median, {worst:+.0%} at most."
-        )
+        lines.append("exponent of the time per generated slot over prompt + new slots, and of its arithmetic")
+        lines.append(report.table(found["fits"], FITS, left=2))
+    held = [fit for fit in found["fits"] if fit["limit"] is not None]
+    lines += [f"{fit['policy']} {_held(fit)} its limit of {fit['limit']}." for fit in held]
+    if errors := [row["estimate"] / row["seconds"] - 1 for row in rows if row["whole"]]:
+        typical = f"{statistics.median(errors):+.0%} off in the median, {max(errors, key=abs):+.0%} at most"
+        lines.append(f"Estimates of {len(errors)} whole generations: {typical}.")
     lines += [f"Left out: {row['policy']} at {row['new']} new slots ({row['why']})." for row in found["left_out"]]
     return "\n".join(lines)
 
 
-def _held(fit_: dict[str, Any]) -> str:
+def _held(fit: dict[str, Any]) -> str:
     """Whether an exponent keeps its limit, as far as its interval tells."""
-    if fit_["low"] is None:
+    if fit["low"] is None:
         return "was run at too few lengths to tell whether it keeps"
-    if fit_["high"] <= fit_["limit"]:
+    if fit["high"] <= fit["limit"]:
         return "keeps"
-    return "MISSES" if fit_["low"] > fit_["limit"] else "varies too much to tell whether it keeps"
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return "-" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
-
-
-FITS = {
-    "policy": lambda row: row["policy"],
-    "theory": lambda row: row["theory"],
-    "exponent": lambda row: f"{row['exponent']:.2f}",
-    "95 % interval": _interval,
-    "arithmetic": lambda row: f"{row['counted']:.2f}",
-}
+    return "MISSES" if fit["low"] > fit["limit"] else "varies too much to tell whether it keeps"

@@ -1,10 +1,10 @@
 """What a step allocates, beside the weights and the keys and values; `dkv.bench.speed.allocations` traces it."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from dkv.bench import report
 from dkv.bench.baselines import dkv_cache
 from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
-from dkv.bench.report import shown
 from dkv.bench.speed.allocations import record
 from dkv.bench.steps import full_steps, start
 from dkv.bench.timing import in_turn
@@ -24,12 +23,12 @@ from dkv.common.bar import Bar
 from dkv.engine.engine import StepResult
 from dkv.models import Transformer
 
-MB = 1e6
 # What is marked in a trace.
 BUFFER, STEP, PASS = "dkv buffer", "dkv step", "dkv pass"
 KINDS = {True: "full", False: "cached"}
 # Of [rows, V] float32 at once: one scratch, and the product in half precision that it was made from.
 ONE_SCRATCH = 1.6
+SIZES = ("weights", "buffer", "scratch", "peak", "largest", "logits")
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -53,38 +52,33 @@ class _Marked:
 
 def _ours(options: Options, policy: str) -> list[dict[str, Any]]:
     """The first full and the first cached step of a generation by dkv."""
-    model, found = options.model, []
+    model, spec, found = options.model, options.model.spec, []
 
     def call() -> None:
         results: list[StepResult] = []
         hooks = [lambda engine, result: results.append(result)]
         engine = start(options, {**of_lineup(policy).settings, "steps": options.steps}, options.new, hooks)
-        spec = model.spec
         like = model.embed.weight.new_empty(options.batch, 1, spec.num_kv_heads, spec.head_dim)
         with record_function(BUFFER):
             for layer in range(spec.num_layers):
                 engine.cache.layer(layer, like=like)
-        engine.model = _Marked(model)
-        full = full_steps(engine)
-        wanted = {full.index(kind): kind for kind in (True, False) if kind in full}
+        engine.model, full = _Marked(model), full_steps(engine)
+        wanted = {full.index(kind): kind for kind in KINDS if kind in full}
         for step in range(max(wanted) + 1):
             # Without what earlier steps left: a step's scratch is then counted with it.
             engine.workspace = engine.sampler.workspace = kernels.Workspace()
-            if step not in wanted:
+            with record_function(STEP) if step in wanted else nullcontext():
                 engine.step()
-                continue
-            with record_function(STEP):
-                engine.step()
-            logits = results[-1].forward.slots.numel() * spec.vocab_size * 4
-            found.append({"kind": KINDS[wanted[step]], "logits": logits, "scratch": engine.workspace.nbytes})
+            if step in wanted:
+                logits = results[-1].forward.slots.numel() * spec.vocab_size * 4
+                found.append({"kind": KINDS[wanted[step]], "logits": logits, "scratch": engine.workspace.nbytes})
 
-    _, trace = record(call, model.device.type)
+    trace = record(call, model.device.type)[1]
     for row, (begin, end) in zip(found, trace.marks[STEP], strict=True):
         (chosen,) = [stop for at, stop in trace.marks[PASS] if begin <= at <= end]
         # Half of the logits or more is no bookkeeping.
-        held = trace.held((chosen, end), least=row["logits"] // 2)
-        row |= {"buffer": trace.peak(trace.marks[BUFFER][0]), "copies": held / row["logits"]}
-        row |= {"peak": trace.peak((begin, end)), "largest": trace.largest((begin, end))}
+        row["copies"] = trace.held((chosen, end), least=row["logits"] // 2) / row["logits"]
+        row |= {"buffer": trace.peak(trace.marks[BUFFER][0]), **trace.most((begin, end))}
     return found
 
 
@@ -94,35 +88,26 @@ class _Enough(Exception):
 
 def _eager(options: Options, policy: str) -> list[dict[str, Any]]:
     """The last full step before a cached one of the eager baseline, and that; of plain decoding the first step."""
-    settings, model, kinds = of_lineup(policy).settings, options.eager, []
-    plain = isinstance(settings["cache"], dkv.NoCache)
+    settings, kinds = of_lineup(policy).settings, []
 
     def on_step(full: bool, seconds: float) -> None:
         with record_function(STEP):
             kinds.append(KINDS[full])
-        if plain or not full:
+        if isinstance(settings["cache"], dkv.NoCache) or not full:
             raise _Enough
 
     def call() -> None:
+        told = {"new": options.new, "steps": options.steps, "on_step": on_step, **settings}
         with suppress(_Enough):
-            dkv_cache.generate(
-                model, options.prompts(), new=options.new, steps=options.steps, on_step=on_step, **settings
-            )
+            dkv_cache.generate(options.eager, options.prompts(), **told)
 
-    _, trace = record(call, model.device.type)
+    trace = record(call, options.eager.device.type)[1]
     ends = [at for at, _ in trace.marks[STEP]]
-    rows = {}
-    for kind, begin, end in zip(kinds, (-inf, *ends), ends, strict=False):
-        peaks = {"peak": trace.peak((begin, end)), "largest": trace.largest((begin, end))}
-        nothing = dict.fromkeys(("logits", "scratch", "copies"))
-        rows[kind] = {"kind": kind, "buffer": trace.alive(begin), **peaks, **nothing}
+    rows = {
+        kind: {"kind": kind, "buffer": trace.alive(begin), **trace.most((begin, end))}
+        for kind, begin, end in zip(kinds, (-inf, *ends), ends, strict=False)
+    }
     return list(rows.values())
-
-
-def _row(policy: str, way: str, weights: int, found: dict[str, Any]) -> dict[str, Any]:
-    sizes = {"weights": weights} | {name: found[name] for name in ("buffer", "scratch", "peak", "largest", "logits")}
-    megabytes = {f"{name}_mb": None if size is None else size / MB for name, size in sizes.items()}
-    return {"policy": policy, "way": way, "kind": found["kind"], **megabytes, "copies": found["copies"]}
 
 
 @torch.no_grad()
@@ -148,19 +133,22 @@ def measure(options: Options) -> dict[str, Any]:
         ValueError: neither on a CPU nor on a CUDA device, or the canvas is longer than the model allows.
     """
     found: dict[str, Any] = {"rows": [], "refused": {}}
-    ways = {"dkv": _ours} | ({"eager": _eager} if options.eager is not None else {})
+    ways = {"dkv": (_ours, options.model)} | ({"eager": (_eager, options.eager)} if options.eager is not None else {})
     _ours(options, options.policies[0])  # makes the rotary tables
 
     def traced(policy: str, way: str) -> None:
-        model = options.model if way == "dkv" else options.eager
+        steps_of, model = ways[way]
         try:
-            steps = ways[way](options, policy)
+            steps = steps_of(options, policy)
         except ValueError as error:
             if way == "dkv":
                 raise
             found["refused"][policy] = str(error)
-        else:
-            found["rows"] += [_row(policy, way, weight_bytes(model), step) for step in steps]
+            return
+        for step in steps:
+            sizes = {f"{name}_mb": None if (size := step.get(name)) is None else size / 1e6 for name in SIZES}
+            row = {"policy": policy, "way": way, "kind": step["kind"], **sizes, "weights_mb": weight_bytes(model) / 1e6}
+            found["rows"].append(row | {"copies": step.get("copies")})
 
     calls = {(policy, way): partial(traced, policy, way) for way in ways for policy in options.policies}
     with Bar(len(calls), "run", pause=0) as bar:
@@ -168,20 +156,12 @@ def measure(options: Options) -> dict[str, Any]:
     return found
 
 
-SIZES = ("weights", "buffer", "scratch", "peak", "largest", "logits")
+def _size(name: str) -> report.Cell:
+    return lambda row: "-" if row[name] is None else f"{row[name]:,.2f}"
 
 
-def _size(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: shown(row[name], "{:,.2f}") or "-"
-
-
-CELLS = {
-    "policy": lambda row: row["policy"],
-    "by": lambda row: row["way"],
-    "step": lambda row: row["kind"],
-    **{name: _size(f"{name}_mb") for name in SIZES},
-    "copies": _size("copies"),
-}
+CELLS = {"policy": "{policy}", "by": "{way}", "step": "{kind}"}
+CELLS |= {name: _size(f"{name}_mb") for name in SIZES} | {"copies": _size("copies")}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -207,17 +187,13 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     fresh = sum(row["copies"] - row["scratch_mb"] / row["logits_mb"] > 0.5 for row in ours.values())
     if fresh:
         said.append(f"In {fresh} of {len(ours)} steps it is allocated anew, not taken from the workspace.")
+    # A list: steps may have the same ratio.
     ratios = []
-    for row in rows:
-        if row["way"] == "eager":
-            own = ours[row["policy"], row["kind"]]
-            held = [x["buffer_mb"] + x["peak_mb"] for x in (row, own)]
-            words = f"{row['policy']}, {row['kind']} step: {held[0]:,.1f} and {held[1]:,.1f} MB"
-            ratios.append((held[0] / held[1], words))
+    for row in (row for row in rows if row["way"] == "eager"):
+        held, own = (x["buffer_mb"] + x["peak_mb"] for x in (row, ours[row["policy"], row["kind"]]))
+        ratios.append((held / own, f"({row['policy']}, {row['kind']} step: {held:,.1f} and {own:,.1f} MB)"))
     if ratios:
-        # A list: steps may have the same ratio.
-        ratios.sort(key=lambda pair: pair[0])
-        (low, least), (high, most) = ratios[0], ratios[-1]
-        span = f"{low:.1f} ({least})" if len(ratios) == 1 else f"{low:.1f} ({least}) to {high:.1f} ({most})"
+        ends = [min(ratios, key=itemgetter(0)), max(reversed(ratios), key=itemgetter(0))]
+        span = " to ".join(f"{ratio:.1f} {words}" for ratio, words in ends[: len(ratios)])
         said.append(f"Beyond its weights the baseline holds {span} times as much as dkv.")
     return said

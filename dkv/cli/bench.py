@@ -1,14 +1,14 @@
 """`dkv bench`: which cache policy pays, and where the time goes."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dkv.bench.lineup import COMPARED
-from dkv.cli.bench_sizes import check_room, check_sizes
 from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
 
@@ -37,6 +37,18 @@ OTHERS = {
     "memory": "peak memory of a step against weights and buffer",
     "blocks": "Fast-dLLM's block policies and its threshold, one prompt at a time",
 }
+# Which of the options of size and choice a measurement goes by; others it would pass over in silence.
+USES = {
+    "comparison": ("prompt", "new", "steps", "rounds", "policies", "no_eager"),
+    "floor": ("prompt", "new", "no_eager"),
+    "growth": ("prompt",),
+    "memory": ("prompt", "new", "steps", "policies", "no_eager"),
+    "blocks": ("prompt", "new", "rounds", "no_eager"),
+}
+# Of --new: what it must be a multiple of (`BLOCK` of `dkv.bench.speed.blocks`), and the least, which has a cached step.
+MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3}
+# Slots where --new does not say, of tiny and of all others.
+NEW = (64, 128)
 LONG, BATCHED = ("plain", "decode 32", "prefill", "pd 8"), ("plain", "decode 8", "greedy 4")
 # What --all measures: file -> measurement, batches, and settings of `dkv.bench.options`. Eager runs and
 # long canvases cost most of the time, hence few rounds of them.
@@ -86,9 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check(args)
     if args.show is not None:
         return show(args.show)
+    check(args)
     ready(args)
     return run_all(args) if args.all else run_some(args)
 
@@ -100,14 +112,11 @@ def check(args: argparse.Namespace) -> None:
         ValueError: a number too small, options that exclude each other, an output that cannot be written.
     """
     others = [name for name in OTHERS if getattr(args, name)]
-    if args.show is not None:
-        return
     check_counts(args, (*SETTINGS, "batch", "layers", "threads"))
     if args.all != (args.out is not None):
         raise ValueError("--all writes files: give --out DIR" if args.all else "--out goes with --all")
     if args.all:
-        fixed = (*SETTINGS, "batch", "policies", "no_eager", "json", "csv", "plots", *OTHERS)
-        for name in fixed:
+        for name in (*SETTINGS, "batch", "policies", "no_eager", "json", "csv", "plots", *OTHERS):
             if getattr(args, name):
                 raise ValueError(f"--all has sizes and outputs of its own: leave out --{name.replace('_', '-')}")
         if args.model == "tiny":
@@ -123,8 +132,44 @@ def check(args: argparse.Namespace) -> None:
     if args.csv is not None and len(others) > 1:
         raise ValueError("--csv holds the rows of one measurement: give one, or --json")
     if not args.all:
-        check_sizes(args, others or ["comparison"])
+        _check_sizes(args, others or ["comparison"])
     _check_outputs(args)
+
+
+def _check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
+    """Numbers that are impossible together, and options that none of the measurements goes by."""
+    used = {name for kind in kinds for name in USES[kind]}
+    for name in USES["comparison"]:
+        if getattr(args, name) and name not in used:
+            own = " and ".join(f"--{kind}" for kind in kinds)
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {own}: leave it out")
+    on_tiny = args.shape is None and args.model in (None, "tiny")
+    new = args.new or NEW[0 if on_tiny else 1]
+    for kind in kinds:
+        part, least = MULTIPLE.get(kind, 1), LEAST.get(kind, 1)
+        if new % part:
+            near = max(new // part, 1) * part
+            near = near + part if on_tiny and near < NEW[0] else near
+            wrong = f"--new must be a multiple of {part}, such as {near}, got {new}"
+            raise ValueError(f"--{kind} fills blocks of {part} slots: {wrong}")
+        if new < least:
+            raise ValueError(f"--{kind} needs a step that reuses the cache: --new must be at least {least}, got {new}")
+        if kind == "blocks" and args.batch not in (None, [1]):
+            raise ValueError(f"--blocks takes one prompt, as published: --batch must be 1, got {args.batch[0]}")
+    if args.steps is not None and args.steps > new and "new" in used:
+        raise ValueError(f"--steps must be at most --new, as every step fills a slot, got {args.steps} steps for {new}")
+
+
+def check_room(kind: str, options: Any) -> None:
+    """Raise ValueError where a measurement needs a longer canvas than the model has."""
+    from dkv.bench.speed.growth import LENGTHS
+
+    new, most = LENGTHS[0] if kind == "growth" else options.new, options.model.spec.max_positions
+    if options.prompt + new > most:
+        raise ValueError(
+            f"a prompt of {options.prompt} tokens and {new} new slots need {options.prompt + new} positions, and "
+            f"{options.name} has {most}: give a smaller --prompt{' or --new' if kind != 'growth' else ''}"
+        )
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -161,36 +206,31 @@ def run_some(args: argparse.Namespace) -> int:
     from dkv.bench import plots, report
 
     options, kinds = build(args), [name for name in OTHERS if getattr(args, name)] or ["comparison"]
-    check_room(kinds, options)
-    found = {"facts": facts(args, options)}
+    for kind in kinds:
+        check_room(kind, options)
 
-    def save() -> None:
+    def save(found: dict[str, Any]) -> None:
         if args.json is not None:
             files.write_json(args.json, found, indent=1)
         if args.csv is not None:
-            report.save_csv(args.csv, found[kind]["rows"])
+            report.save_csv(args.csv, list(found.values())[-1]["rows"])
 
+    done: list[str] = []
     kept = [str(path) for path in (args.json, args.csv) if path is not None and not files.is_stream(path)]
-    with files.beside(args.json, args.csv), process.keeping(lambda: _kept(kept) if len(found) > 1 else ""):
-        print(report.machine_line(found["facts"]))
-        for kind in kinds:
-            for part in measured(kind, options, list(dict.fromkeys(args.batch or [1]))):
-                found[kind] = part
-                if kept:
-                    save()
-        save()
+    with files.beside(args.json, args.csv), _keeping(done):
+        for found in documents(args, options, kinds, args.batch or [1]):
+            if kept:
+                save(found)
+                done[:] = kept
+        save(found)
         if args.plots is not None:
             print("", *plots.draw(found, args.plots), sep="\n")
     return 0
 
 
-def _kept(paths: list[str]) -> str:
-    return f"finished measurements are kept in {' and '.join(paths)}" if paths else ""
-
-
 def run_all(args: argparse.Namespace) -> int:
     """Everything in `ALL`; each file is written as soon as its figures are there."""
-    from dkv.bench import plots, report
+    from dkv.bench import plots
 
     if args.model is None and args.shape is None:
         args.shape = "d512x8"
@@ -198,65 +238,62 @@ def run_all(args: argparse.Namespace) -> int:
     for kind, _, changes in ALL.values():
         # Before the first of them, not after half an hour.
         if "model" not in changes:
-            check_room([kind], replace(first, **{key: changes[key] for key in ("prompt", "new") if key in changes}))
-    done: dict[str, None] = {}
-    with process.keeping(lambda: _kept(list(done))):
+            check_room(kind, replace(first, **{key: changes[key] for key in ("prompt", "new") if key in changes}))
+    done: list[str] = []
+    with _keeping(done):
         for number, (name, (kind, batches, changes)) in enumerate(ALL.items(), 1):
             options, path = build(args, **changes), args.out / f"{name}.json"
             print(f"\n== {number} of {len(ALL)}: {name}")
-            found = {"facts": facts(args, options)}
-            print(report.machine_line(found["facts"]), flush=True)
-            for part in measured(kind, options, batches):
-                found[kind] = part
+            for found in documents(args, options, [kind], batches):
                 files.write_json(path, found, indent=1)
-                done[str(path)] = None
+                done[:] = [*(other for other in done if other != str(path)), str(path)]
             print("", path, *plots.draw(found, args.out, f"{name}_"), sep="\n", flush=True)
     return 0
 
 
-def facts(args: argparse.Namespace, options: Any) -> dict[str, Any]:
-    """Machine, versions, date and command, and the model."""
-    from dkv.bench import machine
-
-    return machine.facts(options.model.device, args.command_line) | options.facts()
+def _keeping(done: list[str]) -> AbstractContextManager:
+    """An interrupt says which files hold what is finished."""
+    return process.keeping(lambda: f"finished measurements are kept in {' and '.join(done)}" if done else "")
 
 
-def measured(kind: str, options: Any, batches: Any) -> Iterator[dict[str, Any]]:
+def documents(
+    args: argparse.Namespace, options: Any, kinds: Sequence[str], batches: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """What is written as JSON, as it grows: machine, versions, date, command and model, and a part for every kind."""
+    from dkv.bench import machine, report
+
+    found = {"facts": machine.facts(options.model.device, args.command_line) | options.facts()}
+    print(report.machine_line(found["facts"]), flush=True)
+    for kind in kinds:
+        for part in measured(kind, options, list(dict.fromkeys(batches))):
+            found[kind] = part
+            yield found
+
+
+def module_of(kind: str) -> Any:
+    """What measures it: `measure(options)`, and `table(found)`, the figures as text."""
+    return import_module(f"dkv.bench.speed.{'compare' if kind == 'comparison' else kind}")
+
+
+def measured(kind: str, options: Any, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The result of a measurement so far, which is printed; a comparison has one for each batch, with those before."""
-    if kind == "comparison":
-        yield from comparison(options, batches)
-    else:
-        yield _other(kind, replace(options, batch=batches[0]))
-
-
-def comparison(options: Any, batches: Any) -> Iterator[dict[str, Any]]:
-    from dkv.bench.speed import compare, compare_table
-
-    rows, refused = [], {}
-    for batch in batches:
-        found = compare.measure(replace(options, batch=batch))
-        print(f"\n{compare_table.one_batch(found['rows'])}", flush=True)
-        rows, refused = rows + found["rows"], found["refused"]
-        yield {"rows": rows, "refused": refused}
-    if refused:
-        print(compare_table.refusals(refused))
-
-
-def _other(kind: str, options: Any) -> dict[str, Any]:
-    module = import_module(f"dkv.bench.speed.{kind}")
-    found = module.measure(options)
-    print(f"\n{module.table(found)}", flush=True)
-    return found
+    module = module_of(kind)
+    found: dict[str, Any] = {"rows": []}
+    for batch in batches if kind == "comparison" else batches[:1]:
+        part = module.measure(replace(options, batch=batch))
+        found = {**part, "rows": found["rows"] + part["rows"]}
+        print(f"\n{module.one_batch(part['rows']) if kind == 'comparison' else module.table(part)}", flush=True)
+        yield found
+    if kind == "comparison" and found["refused"]:
+        print(module.refusals(found["refused"]))
 
 
 def show(path: Path) -> int:
     """Print the tables of a file that `--json` or `--all` wrote."""
     from dkv.bench import report
-    from dkv.bench.speed import compare_table
 
     found = read(path, "facts")
     print(report.machine_line(found["facts"]))
-    for kind in (kind for kind in ("comparison", *OTHERS) if kind in found):
-        table = compare_table.whole_table if kind == "comparison" else import_module(f"dkv.bench.speed.{kind}").table
-        print("", table(found[kind]), sep="\n")
+    for kind in (kind for kind in USES if kind in found):
+        print("", module_of(kind).table(found[kind]), sep="\n")
     return 0

@@ -48,12 +48,14 @@ def options() -> Options:
 
 def test_a_row_for_every_policy_and_rule(options, monkeypatch):
     monkeypatch.setattr(blocks, "RULES", {"one a step": {}, "threshold 0.9": {"threshold": 0.0}})
-    found = json.loads(json.dumps(blocks.measure(options)))
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "FLOOR_ROUNDS", 2)
+    found = json.loads(json.dumps(blocks.measure(replace(options, new=16))))
     rows = {(row["policy"], row["rule"]): row for row in found["rows"]}
     assert list(rows) == [(policy, rule) for rule in RULES for policy in BLOCKED]
     for (policy, rule), row in rows.items():
         one = rule == "one a step"
-        assert row["passes"] == (64 if one else 2) and row["tokens_per_forward"] == (1 if one else 32)
+        assert row["passes"] == (16 if one else 2) and row["tokens_per_forward"] == (1 if one else 8)
         assert row["same"] is (True if policy in blocks.PUBLISHED else None)
         assert (row["over_eager"] is None) == (policy not in blocks.PUBLISHED)
         assert (row["step_over_floor"] is not None) == one

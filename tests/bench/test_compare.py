@@ -10,7 +10,7 @@ from dkv.bench import options
 from dkv.bench.baselines import dkv_cache
 from dkv.bench.problems import Exam, Problems
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
-from dkv.bench.speed import compare, compare_table
+from dkv.bench.speed import compare
 from dkv.bench.speed.compare import Run, StepTime
 from dkv.bench.timing import in_turn
 from dkv.engine.replay import replay
@@ -137,9 +137,9 @@ def test_comparison_of_a_small_model():
     plain, decode = rows["plain", "dkv"], rows["decode 8", "dkv"]
     assert (plain["computed_share"], plain["full_slots"], plain["cached_slots"]) == (1, 28, None)
     assert decode["computed_share"] < 1 and decode["cached_slots"] < 28
-    text = compare_table.table(found)
-    assert len([line for line in text.splitlines() if line.startswith("  eager")]) == 3
-    assert "exact" not in text.splitlines()[0] and "range" not in text.splitlines()[0]
+    lines = compare.table(found).splitlines()
+    assert len([line for line in lines if line.startswith("  eager")]) == 3
+    assert lines[2].startswith("policy") and "exact" not in lines[2] and "range" not in lines[2]
 
 
 def test_no_baseline_is_asked_for(monkeypatch):

@@ -1,6 +1,7 @@
 """Drift: distances that can be known beforehand, and the shape of the result."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from dkv.bench.problems import Problems, bundled
 @pytest.fixture(scope="module")
 def found():
     model = dkv.load("tiny", device="cpu")
-    problems = [bundled(["balance"], 2, seed=1)[0], Problems("short", ["+1 =", "+2 +3="], ["1", "2"], 12)]
+    (whole,) = bundled(["balance"], 2, seed=1)
+    problems = [replace(whole, new=32), Problems("short", ["+1 =", "+2 +3="], ["1", "2"], 12)]
     tokenizer = dkv.load_tokenizer("tiny")
     return drift.measure(model, tokenizer, problems, 2) | {
         "facts": {"model": "tiny", "torch": "2", "date": "2026-01-01"}
@@ -36,7 +38,7 @@ def test_the_largest_change_is_that_of_the_decoding(found):
     for layers in found["change"].values():
         for layer in layers:
             assert max(range(len(layer)), key=layer.__getitem__) == drift.REACH
-    assert found["slots"] == 2 * 64 + 2 * 12
+    assert found["slots"] == 2 * 32 + 2 * 12
 
 
 def test_later_caching_leaves_less_stale(found):

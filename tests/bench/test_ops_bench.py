@@ -15,8 +15,8 @@ from dkv.bench.baselines import operations as baselines
 from dkv.bench.gpu import operations
 from dkv.bench.gpu.cases import Sizes
 from dkv.bench.gpu.operations import OPERATIONS
-from dkv.bench.ops import report, runner
-from dkv.bench.ops.sizes import STEPS, sizes, title
+from dkv.bench.gpu.ops import COLUMNS
+from dkv.bench.ops import runner
 from dkv.bench.shapes import shape, tiny
 from tests.bench.conftest import fast
 
@@ -31,53 +31,40 @@ def build(operation: str, family: str = "llada-8b", active: int = CACHED, dtype:
         return OPERATIONS[operation](Sizes(tiny(shape(family)), 2, FULL, active, dtype), CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the figures are those of a CPU")
-def test_a_run_states_bytes_flops_and_floor(tmp_path):
+def test_a_run_states_bytes_flops_and_shares(tmp_path):
     path = tmp_path / "result.json"
     environment = {k: v for k, v in os.environ.items() if k != "DKV_BACKEND" and not k.startswith("PYTEST")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench/",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-        "--benchmark-only",
-        "-k",
-        "dream-cached-b1 and (attention or commit) and not flex",
-        "--benchmark-max-time=0.01",
-        "--benchmark-min-rounds=3",
-        f"--benchmark-json={path}",
-    ]
+    chosen = "dream and cached and b1 and (attention or commit) and not flex"
+    options = ["-p", "no:cacheprovider", "-rs", "--benchmark-only", "-k", chosen, f"--benchmark-json={path}"]
+    options += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=3"]
+    command = [sys.executable, "-m", "pytest", "bench/", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     out, content = done.stdout, json.loads(path.read_text())
     assert done.returncode == 0, out + done.stderr
-    rows = {(b["extra_info"]["operation"], b["extra_info"]["way"]): b for b in content["benchmarks"]}
-    assert list(rows) == [("cached_attention", way) for way in ("eager", "sdpa", "torch")] + [
-        ("commit_", way) for way in ("eager", "torch")
-    ]
+    rows = {(b["params"]["name"].split()[0], b["params"]["way"]): b for b in content["benchmarks"]}
+    ways = {"attention": ("eager", "sdpa", "torch"), "commit": ("eager", "torch")}
+    assert list(rows) == [(operation, way) for operation, every in ways.items() for way in every]
     assert "2] bench/ops/runner.py" in out and "triton needs a GPU" in out
     assert content["machine_info"]["dkv"]["torch"] == torch.__version__
     # A quarter of Dream's heads over 256 slots, 32 of them active, float32: K, V, queries and output; two products.
-    attention = rows["cached_attention", "torch"]["extra_info"]
+    attention = rows["attention", "torch"]["extra_info"]
     assert attention["sizes"] == {"B": 1, "N": 32, "S": 256, "Hq": 7, "Hkv": 1, "D": 128}
     assert attention["bytes"] == 4 * (2 * 256 * 128 + 2 * 32 * 7 * 128)
     assert attention["flops"] == 2 * 2 * 7 * 32 * 256 * 128
     # Token, confidence, whether eligible, position of 32 slots, and a count; which were committed, and one token.
-    commit = rows["commit_", "torch"]["extra_info"]
+    commit = rows["commit", "torch"]["extra_info"]
     assert commit["bytes"] == 32 * (8 + 4 + 1 + 8) + 8 + 32 + 8 and commit["flops"] == 0
     for (operation, way), row in rows.items():
         info, median = row["extra_info"], row["stats"]["median"]
-        floor = max(info["bytes"] / info["copy_bytes_per_s"], info["flops"] / info["matrix_flops_per_s"])
-        assert info["floor_share"] == pytest.approx(floor / median)
-        assert info["bytes_per_s"] == pytest.approx(info["bytes"] / median)
-        eager = rows[operation, "eager"]["stats"]["median"]
-        assert info["speed_against_eager"] == pytest.approx(eager / median)
-        assert row["group"] == f"{operation} {info['shape']}" and row["params"]["way"] == way
-        line = next(line for line in out.splitlines() if line.startswith(operation) and f" {way} " in line)
-        assert info["shape"] in line and f"{info['floor_share']:.1%}" in line and f"{median * 1e6:.1f}" in line
-    assert "Dream-7B scaled cached B1 N32 S256 Hq7 Hkv1 D128" in out and "cache, which is faster" in out
+        assert info["copy_share"] == pytest.approx(info["bytes"] / info["copy_bytes_per_s"] / median)
+        assert info["matrix_share"] == pytest.approx(info["flops"] / info["matrix_flops_per_s"] / median)
+        name = f"{operation} cached Dream-7B B1 S256"
+        assert row["group"] == name and row["params"]["way"] == way
+        line = next(line for line in out.splitlines() if line.startswith(f"{name}  "))
+        assert f"{median * 1e3:.3f} \u00b1" in line
+    assert "the data fit in the cache," in out
 
 
 def by_hand(operation: str) -> tuple[int, int]:
@@ -130,11 +117,16 @@ def wrong(operation: str):
 
 @pytest.fixture
 def run(monkeypatch) -> runner.Runner:
-    """Of tiny sizes, on a machine of round numbers."""
+    """On a machine of round numbers."""
     monkeypatch.setattr(runner, "rates", lambda device, dtype: {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e9})
-    monkeypatch.setattr(runner, "sizes", lambda *_: Sizes(tiny(shape("llada-8b")), 2, FULL, CACHED, torch.float32))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return runner.Runner()
+
+
+def make(operation: str):
+    """A case of tiny sizes on a device, as `dkv.bench.ops` names it."""
+    z = Sizes(tiny(shape("llada-8b")), 2, FULL, CACHED, torch.float32)
+    return operation, lambda device: OPERATIONS[operation](z, device)
 
 
 class Benchmark:
@@ -142,7 +134,7 @@ class Benchmark:
 
     def __init__(self, median: float | None = None):
         self.calls, self.extra_info = 0, {}
-        self.stats = median and SimpleNamespace(stats=SimpleNamespace(median=median))
+        self.stats = median and SimpleNamespace(stats=SimpleNamespace(median=median, data=[median] * 3))
 
     def __call__(self, call):
         self.calls += 1
@@ -151,45 +143,39 @@ class Benchmark:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_wrong_way_is_noticed_and_not_timed(monkeypatch, run, operation):
     benchmark = Benchmark()
-    run.measure(benchmark, operation, "llada-cached-b1", "torch")
+    run.measure(benchmark, *make(operation), "torch")
     monkeypatch.setattr(fast(operation), operation, wrong(operation))
     with pytest.raises(AssertionError, match=r"torch: result . is off"):
-        run.measure(benchmark, operation, "llada-cached-b1", "torch")
-    assert benchmark.calls == 1 and len(run.rows) == 1
+        run.measure(benchmark, *make(operation), "torch")
+    assert benchmark.calls == 1
 
 
 def test_table(run):
     for way, median in (("eager", 4e-5), ("torch", 1e-5), ("sdpa", None)):
-        run.measure(Benchmark(median), "cached_attention", "llada-cached-b1", way)
-    heads, *lines = report.table(run.rows)
-    assert heads.split() == " ".join(report.CELLS).split()
-    # Over 40 and 10 us; at 1 GB/s and 1 GFLOP/s the floor is the larger number in nanoseconds.
+        run.measure(Benchmark(median), *make("cached_attention"), way)
+    _, said, heads, line, *_ = run.table()
+    assert "copy 0.001 TB/s, float32 matrix product 0.001 TFLOP/s" in said
+    assert heads.split() == " ".join(COLUMNS).split()
+    # 40 and 10 us; at 1 GB/s and 1 GFLOP/s the least times are bytes and FLOPs in nanoseconds.
     nbytes, flops = by_hand("cached_attention")
-    for line, us, ratio in ((lines[0], 40, "1.00x"), (lines[1], 10, "4.00x")):
-        rates_and_share = [
-            f"{nbytes / us / 1e3:.4g}",
-            f"{flops / us / 1e3:.4g}",
-            f"{max(nbytes, flops) / us / 10:.1f}%",
-        ]
-        cells = [f"{us:.1f}", f"{nbytes / 1e6:.4g}", f"{flops / 1e6:.4g}", *rates_and_share, ratio]
-        assert line.split()[-7:] == cells
-    assert "not timed" in lines[2] and "copy 1.0 GB/s (read + write), float32 matrix product 1 GFLOP/s" in lines[4]
+    cells = [f"{nbytes / 1e6:.4g}", f"{flops / 1e9:.4g}", f"{nbytes / 1e4:.0%}", f"{flops / 1e4:.0%}", "4.00x", "eager"]
+    assert line.split()[-6:] == cells and "0.040 \u00b1" in line and "0.010 \u00b1" in line
 
 
 def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch, run):
     with pytest.raises(pytest.skip.Exception, match="triton needs a GPU"):
-        run.measure(Benchmark(), "commit_", "llada-cached-b1", "triton")
+        run.measure(Benchmark(), *make("commit_"), "triton")
 
     def broken(*_):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(operations, "compiled_flex", broken)
     with pytest.raises(pytest.skip.Exception, match="flex attention does not run here: RuntimeError: no compiler"):
-        run.measure(Benchmark(), "cached_attention", "llada-cached-b1", "flex")
+        run.measure(Benchmark(), *make("cached_attention"), "flex")
     monkeypatch.setattr(runner, "COMPILE_SECONDS", {"cpu": -1})
     with pytest.raises(pytest.skip.Exception, match="choose fewer shapes"):
-        run.measure(Benchmark(), "cached_attention", "llada-cached-b1", "flex")
-    assert run.rows == []
+        run.measure(Benchmark(), *make("cached_attention"), "flex")
+    assert run.found == {}
 
 
 @pytest.mark.parametrize("operation", ["rope_scatter_", "commit_"])
@@ -213,22 +199,18 @@ def test_a_wrong_eager_way_is_noticed(monkeypatch):
         case.check("eager")
 
 
-def test_steps_of_both_models():
-    z = {step: sizes(step, CPU) for step in STEPS}
-    assert len(z) == 8 and {(s.batch, s.active) for s in z.values()} == {(1, 256), (8, 256), (1, 32), (8, 32)}
-    llada, dream = z["llada-full-b1"].spec, z["dream-full-b1"].spec
+def test_cases_of_both_models():
+    found = runner.cases("cpu")
+    for name in ("attention", "attention ragged", "rope_scatter", "choose", "choose drawn", "choose_fused", "commit"):
+        assert f"{name} cached Dream-7B B8 S256" in found
+    assert not {name for name in found if ("ragged" in name and " B1 " in name) or ("drawn" in name and "full" in name)}
+    assert "commit full LLaDA-8B B1 S1024" in runner.cases("cuda")
+    llada, dream = (runner.scaled(shape(name)) for name in ("llada-8b", "dream-7b"))
     assert (llada.num_heads, llada.num_kv_heads, llada.head_dim, llada.hidden_size) == (4, 4, 128, 512)
     assert (dream.num_heads, dream.num_kv_heads, dream.head_dim, dream.hidden_size) == (7, 1, 128, 896)
     assert (llada.vocab_size, dream.vocab_size) == (126464 // 8, 152064 // 8)
-    gpu = torch.device("cuda", 0)
-    assert sizes("dream-cached-b8", gpu) == Sizes(shape("dream-7b"), 8, 1024, 32, torch.bfloat16)
-    assert title("dream-cached-b8", gpu) == "Dream-7B cached" and title("llada-full-b1", CPU) == "LLaDA-8B scaled full"
-
-
-def test_floor_is_the_larger_of_memory_and_arithmetic():
-    speeds = {"copy_bytes_per_s": 10.0, "matrix_flops_per_s": 100.0}
-    assert report.floor_seconds(40, 100, speeds) == 4
-    assert report.floor_seconds(40, 1000, speeds) == 10
+    sizes = found["commit cached Dream-7B B8 S256"](CPU).sizes
+    assert sizes == {"B": 8, "N": 32, "S": 256}
 
 
 def test_rates_count_what_is_read_and_written(monkeypatch):

@@ -4,7 +4,7 @@ import csv
 import json
 
 from dkv.bench import report
-from dkv.bench.speed import compare_table
+from dkv.bench.speed import compare
 
 
 def row(policy, speed, *, way="dkv", spread=0.0, exact=None, over_eager=None, rounds=3):
@@ -35,7 +35,7 @@ def test_verdict_sorts_the_policies():
         row("b", 0.8, spread=0.1),
         row("c", 1.1, spread=0.2),
     ]
-    assert compare_table.verdict({"rows": rows}).splitlines() == [
+    assert compare.verdict(rows).splitlines() == [
         "Fastest for 8 + 4 slots at batch 2: a, 2.00x plain.",
         "The cache pays for a; it does not pay for b; it makes no clear difference for c.",
         "Against the eager baseline of the same policy: plain 2.50x.",
@@ -43,16 +43,16 @@ def test_verdict_sorts_the_policies():
 
 
 def test_verdict_does_not_call_a_tie_a_gain():
-    assert "makes no clear difference for a" in compare_table.verdict({"rows": [row("plain", 1.0), row("a", 1.01)]})
+    assert "makes no clear difference for a" in compare.verdict([row("plain", 1.0), row("a", 1.01)])
 
 
 def test_verdict_of_one_round_does_not_say_what_pays():
-    said = compare_table.verdict({"rows": [row("plain", 1.0, rounds=1), row("a", 2.0, rounds=1)]})
+    said = compare.verdict([row("plain", 1.0, rounds=1), row("a", 2.0, rounds=1)])
     assert "One round cannot tell whether the cache pays: give --rounds 3." in said and "pays for a" not in said
 
 
 def test_verdict_without_a_right_answer_names_no_policy_as_exact():
-    said = compare_table.verdict({"rows": [row("plain", 1.0, exact=0.0), row("a", 2.0, exact=0.0)]})
+    said = compare.verdict([row("plain", 1.0, exact=0.0), row("a", 2.0, exact=0.0)])
     assert "Plain answers none of the problems exactly" in said and "as many" not in said
 
 
@@ -64,14 +64,20 @@ def test_verdict_ignores_the_baseline_and_names_the_fastest_that_is_as_exact():
         row("b", 1.5, exact=0.75),
         row("c", 2.0, exact=0.75),
     ]
-    said = compare_table.verdict({"rows": rows})
+    said = compare.verdict(rows)
     assert "Fastest for 8 + 4 slots at batch 2: a, 3.00x plain." in said
     assert "Plain answers 75% exactly; the fastest that answers as many: c." in said
-    assert "as many: none." in compare_table.verdict({"rows": rows[:3]})
+    assert "as many: none." in compare.verdict(rows[:3])
+
+
+def test_refusals_for_one_reason_share_a_line():
+    refused = {"prefill": "no, got a", "pd 8": "no, got b", "other": "never"}
+    said = "No eager baseline for prefill, pd 8: no\nNo eager baseline for other: never"
+    assert compare.refusals(refused) == said
 
 
 def test_verdict_of_plain_alone_says_nothing():
-    assert compare_table.verdict({"rows": [row("plain", 1.0)]}) == ""
+    assert compare.verdict([row("plain", 1.0)]) == ""
 
 
 def test_machine_line_names_model_machine_and_versions():
@@ -91,11 +97,18 @@ def test_machine_line_names_model_machine_and_versions():
     assert report.machine_line({**facts, "card": "G"}) == line.format("G")
 
 
+def test_a_table_that_is_printed_as_it_comes_has_fixed_widths():
+    columns = {"name": (6, "{name}"), "ms": (5, "{ms:.1f}"), "": (3, lambda row: row["note"])}
+    assert report.fixed(columns) == "name       ms"
+    assert report.fixed(columns, {"name": "a", "ms": 2, "note": "x"}) == "a         2.0    x"
+
+
 def test_empty_columns_are_left_out():
     cells = {
         "a": lambda row: row["a"],
-        "b": lambda row: report.shown(row["b"], "{:.1f}x"),
-        "c": lambda row: report.shown(row["c"], "{}"),
+        "b": "{b:.1f}x",
+        "c": "{c}",
+        "d": "{d} of {b}",
     }
     rows = [{"a": "x", "b": None, "c": None}, {"a": "y", "b": 2.0, "c": None}]
     assert report.table(rows, cells) == "a     b\nx\ny  2.0x"

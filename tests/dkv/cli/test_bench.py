@@ -11,8 +11,8 @@ from dkv.bench import plots
 from dkv.bench.lineup import LINEUP
 from dkv.bench.options import Options
 from dkv.bench.shapes import SHAPES
-from dkv.bench.speed import blocks, compare, compare_table
-from dkv.cli import bench, bench_sizes, build_parser
+from dkv.bench.speed import blocks, compare
+from dkv.cli import bench, build_parser
 from dkv.models.bundled.tasks import TASKS
 
 SIZES = ("--shape", "d128x4", "--layers", 1, "--prompt", 8, "--new", 8, "--threads", 1)
@@ -27,8 +27,8 @@ def idle(monkeypatch):
 
 def test_names_are_those_of_the_benchmark():
     assert tuple(SHAPES) == bench.SHAPES
-    assert bench_sizes.MULTIPLE["blocks"] == blocks.BLOCK and set(bench_sizes.USES) == {"comparison", *bench.OTHERS}
-    assert (TASKS["balance"].new_tokens, Options.new) == bench_sizes.NEW
+    assert bench.MULTIPLE["blocks"] == blocks.BLOCK and set(bench.USES) == {"comparison", *bench.OTHERS}
+    assert (TASKS["balance"].new_tokens, Options.new) == bench.NEW
     for kind, batches, changes in bench.ALL.values():
         assert kind in ("comparison", *bench.OTHERS) and min(batches) >= 1
         assert set(changes.get("policies", ())) <= set(LINEUP)
@@ -87,15 +87,9 @@ def test_a_sweep_has_a_table_per_batch(run, tmp_path):
     assert (tmp_path / "batch.png").exists()
 
 
-def test_a_policy_without_baseline_says_why(run):
-    out = run("bench", *SMALL, "--policies", "prefill", "pd 8")[1]
-    (line,) = (line for line in out.splitlines() if line.startswith("No eager baseline"))
-    assert line.startswith("No eager baseline for prefill, pd 8: cache must be ") and "got" not in line
-
-
 @pytest.fixture
 def measured(monkeypatch):
-    """Stand-ins for the other measurements: what they were asked, and a row each."""
+    """Stand-ins for the measurements: what they were asked, and a row each."""
     asked = []
 
     def load(name):
@@ -103,7 +97,11 @@ def measured(monkeypatch):
             @staticmethod
             def measure(options):
                 asked.append((name.rpartition(".")[2], options))
-                return {"rows": [{"name": name}]}
+                return {"rows": [{"name": name}], "refused": {}}
+
+            @staticmethod
+            def one_batch(rows):
+                return f"{len(rows)} line"
 
             @staticmethod
             def table(found):
@@ -119,6 +117,8 @@ def measured(monkeypatch):
 def test_tables_are_printed_again_from_their_files(run, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     _, out, _ = run("bench", *SMALL, "--policies", "prefill", "--batch", 1, 2, "--json", path)
+    (line,) = (line for line in out.splitlines() if line.startswith("No eager baseline"))
+    assert line.startswith("No eager baseline for prefill: cache must be ") and "got" not in line
     monkeypatch.setattr(compare, "measure", lambda options: pytest.fail("the comparison ran"))
     assert run("bench", "--show", path) == (0, out, "")
     _, out, _ = run("bench", *SIZES, *TWO, "--memory", "--no-eager", "--json", path)
@@ -129,8 +129,7 @@ def test_tables_are_printed_again_from_their_files(run, tmp_path, monkeypatch):
         assert (code, out) == (2, "") and err.startswith("dkv bench: error: --show: ") and message in err
 
 
-def test_other_measurements_take_the_place_of_the_comparison(run, tmp_path, measured, monkeypatch):
-    monkeypatch.setattr(compare, "measure", lambda options: pytest.fail("the comparison ran"))
+def test_other_measurements_take_the_place_of_the_comparison(run, tmp_path, measured):
     path = tmp_path / "a.json"
     code, out, _ = run("bench", *SIZES, "--floor", "--memory", "--batch", 3, "--json", path)
     assert code == 0 and out.endswith("\ntable of dkv.bench.speed.floor\n\ntable of dkv.bench.speed.memory\n")
@@ -141,28 +140,14 @@ def test_other_measurements_take_the_place_of_the_comparison(run, tmp_path, meas
     assert list(json.loads(path.read_text())) == ["facts", "floor", "memory"]
 
 
-def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch):
-    row = {
-        "policy": "plain",
-        "way": "dkv",
-        "prompt": 1,
-        "new": 1,
-        "steps": 1,
-        "batch": 1,
-        "exact": None,
-        "over_eager": None,
-    }
-    monkeypatch.setattr(
-        compare, "measure", lambda o: measured.append(("comparison", o)) or {"rows": [row], "refused": {}}
-    )
-    monkeypatch.setattr(compare_table, "one_batch", lambda rows: "")
+def test_all_writes_a_file_per_measurement(run, tmp_path, measured):
     code, out, err = run("bench", "--all", "--shape", "d128x4", "--layers", 1, "--out", tmp_path / "new")
     assert (code, err) == (0, "")
     assert sorted(path.stem for path in (tmp_path / "new").iterdir()) == sorted(bench.ALL)
     assert [(name, o.name, o.prompt, o.batch, o.eager is None) for name, o in measured] == [
-        ("comparison", "d128x4, 1 layer", 128, 1, False),
-        ("comparison", "d128x4, 1 layer", 896, 1, True),
-        *(("comparison", "d128x4, 1 layer", 128, batch, False) for batch in (1, 2, 4)),
+        ("compare", "d128x4, 1 layer", 128, 1, False),
+        ("compare", "d128x4, 1 layer", 896, 1, True),
+        *(("compare", "d128x4, 1 layer", 128, batch, False) for batch in (1, 2, 4)),
         ("floor", "d128x4, 1 layer", 128, 1, False),
         ("growth", "d128x4, 1 layer", 64, 1, True),
         ("memory", "d128x4, 1 layer", 128, 1, False),
@@ -233,7 +218,6 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured, monkeypatch)
 def test_wrong_arguments(run, monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "import_module", lambda name: pytest.fail(f"{name} was measured"))
-    monkeypatch.setattr(compare, "measure", lambda options: pytest.fail("it was measured"))
     code, out, err = run("bench", *words)
     assert (code, out) == (2, "") and err.startswith(f"dkv bench: error: {message}") and err.count("\n") == 1
 
