@@ -15,11 +15,13 @@ from lm_eval.api.model import TemplateLM
 
 import dkv
 from dkv.common.bar import Bar
-from dkv.engine.config import DiffusionConfig, policy_of
+from dkv.core.validation import flag
+from dkv.engine.config import DiffusionConfig
 from dkv.engine.output import Stats
-from dkv.integrations.lm_eval.settings import count, stated, switch, task_config
+from dkv.integrations.lm_eval.settings import count, stated, task_config
+from dkv.policies import policy_of
 from dkv.tools.likelihood import are_greedy, log_likelihoods
-from dkv.tools.text import answer, encode, starts, turn_end_ids
+from dkv.tools.text import answer, encode, ids_of, starts, turn_end_ids
 from dkv.version import versions
 
 # Of lm-eval: not a wish of the user.
@@ -78,8 +80,8 @@ class DkvLM(TemplateLM):
         if max_batch_size is not None:
             raise ValueError("max_batch_size goes with batch_size auto, which dkv has not: give batch_size")
         self.batch_size, self.mc_num = count("batch_size", batch_size), count("mc_num", mc_num)
-        self.add_bos_token = switch("add_bos_token", add_bos_token)
-        self.is_check_greedy = switch("is_check_greedy", is_check_greedy)
+        self.add_bos_token = flag("add_bos_token", add_bos_token)
+        self.is_check_greedy = flag("is_check_greedy", is_check_greedy)
         self.stated = stated({"seed": torch.initial_seed() % 2**62, **settings})
         if str(device) in DEFAULT_DEVICES and not torch.cuda.is_available():
             log.warning("no device %s here: using the CPU", device)
@@ -130,9 +132,8 @@ class DkvLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text, with its start token once, if it is to have one."""
-        if add_special_tokens is False:
-            return self.tokenizer(string, add_special_tokens=False)["input_ids"]
-        return encode(self.tokenizer, [self._begun(string)])[0][0].tolist()
+        begun = string if add_special_tokens is False else self._begun(string)
+        return ids_of(self.tokenizer, begun, add_special_tokens is not False)
 
     def _begun(self, text: str) -> str:
         # Chat templates and `add_bos_token` write the start token, and some tokenizers do so again.
@@ -239,12 +240,8 @@ class DkvLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the `config` of lm-eval's results: work, speed, settings and versions under `dkv`."""
-        likelihood = {
-            "requests": self.scored,
-            "mc_num": self.mc_num,
-            "passes": self.scores.passes,
-            "seconds": self.scores.seconds,
-        }
+        work = {"passes": self.scores.passes, "seconds": self.scores.seconds}
+        likelihood = {"requests": self.scored, "mc_num": self.mc_num, **work}
         return {
             "model_num_parameters": self.model.num_parameters,
             "model_dtype": str(self.model.dtype),

@@ -9,7 +9,6 @@ import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 
-import dkv
 from dkv.integrations import hf_attention as hf
 from dkv.integrations.hf_support import kind_of_masks
 
@@ -23,11 +22,6 @@ IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 MASKS = [None, torch.ones_like(IDS), torch.ones_like(IDS).index_fill(1, torch.tensor([10, 11]), 0)]
 PADDING = pytest.mark.parametrize("mask", MASKS, ids=["none", "ones", "right"])
 new = pytest.mark.skipif(not V5, reason="goes through AttentionInterface since transformers 5")
-
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    dkv.register()
 
 
 def make(cls, config, implementation: str) -> nn.Module:

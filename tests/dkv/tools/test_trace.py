@@ -16,7 +16,7 @@ import torch
 import dkv
 from dkv.engine.output import Stats
 from dkv.tools import trace
-from dkv.tools.trace import files, picture
+from dkv.tools.trace import picture
 from dkv.tools.trace.record import label, texts_of
 
 CACHES = [dkv.NoCache(), dkv.DecodeCache(3), dkv.PrefillCache(), dkv.PrefillDecodeCache(3), dkv.GreedyCache(3, 2)]
@@ -170,7 +170,7 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 
 def test_the_page_holds_the_trace(found):
-    data = embedded(files.page(found))
+    data = embedded(trace.page(found))
     bits = np.unpackbits(unpacked(data["computed"], "u1"), bitorder="little", count=found.computed.size)
     assert np.array_equal(bits.reshape(found.computed.shape), found.computed)
     confidences = (unpacked(data["confidences"], "<u2").astype("<u4") << 16).view("<f4").reshape(found.computed.shape)
@@ -183,16 +183,16 @@ def test_the_page_holds_the_trace(found):
 def test_no_token_breaks_out_of_the_page(found):
     count = found.slots
     texts = tuple(HOSTILE[i % len(HOSTILE)] for i in range(count))
-    page = files.page(replace(found, texts=texts, model='<img src=x onerror="alert(1)">'))
+    page = trace.page(replace(found, texts=texts, model='<img src=x onerror="alert(1)">'))
     assert embedded(page)["texts"] == list(texts)
-    plain = files.page(replace(found, texts=("a",) * count, model="m"))
+    plain = trace.page(replace(found, texts=("a",) * count, model="m"))
     assert page.count("<script") == plain.count("<script") and page.count("</script>") == plain.count("</script>")
     assert page.count("{{") == plain.count("{{") + page.count("{{data}}")
     assert not set("\u2028\u2029\x07\t") & set(page) and "<img" not in page and html.escape("<img") in page
 
 
 def test_the_page_needs_nothing_else(found):
-    page = files.page(found)
+    page = trace.page(found)
     assert "default-src 'none'" in page and not re.search(r"\{\{\w+\}\}", page)
     own = re.sub(r"<script id=.data.*?</script>|<meta [^>]*>", "", page, flags=re.S)
     assert "<style>" in own and own.count("<script>") == 1
@@ -200,7 +200,7 @@ def test_the_page_needs_nothing_else(found):
 
 
 def test_a_page_of_2000_slots_and_1000_steps_is_small():
-    assert len(files.page(long_trace(1000, 2000, 1000))) < 2_000_000
+    assert len(trace.page(long_trace(1000, 2000, 1000))) < 2_000_000
 
 
 def pixels(found):
@@ -260,7 +260,7 @@ def test_the_picture_needs_matplotlib_and_the_page_does_not(found, tmp_path, mon
 def test_a_file_is_replaced_when_it_is_whole(found, tmp_path, monkeypatch):
     path = trace.write_page(found, str(tmp_path / "t.html"))
     before = path.read_text("utf-8")
-    monkeypatch.setattr(files, "page", lambda trace: 1 / 0)
+    monkeypatch.setattr(trace, "page", lambda trace: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trace.write_page(found, path)
     assert path.read_text("utf-8") == before
