@@ -142,9 +142,7 @@ def write(
 ) -> None:
     """Write an answer, as text or as JSON of the facts of every row; on standard error the notes, and what it cost.
 
-    Args:
-        notes: what there is to say of the answer.
-        begin: of the line with what it cost.
+    The line with what it cost starts with `begin`.
     """
     if args.json:
         facts = facts if args.lines else {name: values[0] for name, values in facts.items()}

@@ -165,15 +165,15 @@ class DkvLM(TemplateLM):
     def _jobs(self, requests: list[Instance]) -> Iterator[_Job]:
         groups: dict[tuple[str, int], list[int]] = defaultdict(list)
         seen: Counter[tuple[str, str]] = Counter()
+        configs: dict[str, tuple[DiffusionConfig, list[str]]] = {}
         for i, request in enumerate(requests):
             prompt, asked = request.args
             key = json.dumps(asked, sort_keys=True, default=str)
+            if key not in configs:
+                configs[key] = task_config(asked, self.stated, self.model.spec)
             # A request that is repeated asks for another sample, hence for another seed.
             groups[key, seen[prompt, key]].append(i)
             seen[prompt, key] += 1
-        spec = self.model.spec
-        alike = {key: requests[members[0]].args[1] for (key, _), members in groups.items()}
-        configs = {key: task_config(asked, self.stated, spec) for key, asked in alike.items()}
         for (key, repeat), members in groups.items():
             config, until = copy.copy(configs[key][0]), configs[key][1]
             config.update(seed=config.seed + repeat)
@@ -210,9 +210,10 @@ class DkvLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether the model itself gives the answer) for each request."""
         start = time.perf_counter()
-        rooms = [self.max_length - len(answer) for _, _, answer in requests]
-        self._note_truncated(sum(len(r[1]) > room for r, room in zip(requests, rooms, strict=True)))
-        questions = [(r[1][max(len(r[1]) - room, 0) :], r[2]) for r, room in zip(requests, rooms, strict=True)]
+        # What a prompt is too long by is lost at its beginning.
+        over = [max(len(prompt) + len(answer) - self.max_length, 0) for _, prompt, answer in requests]
+        self._note_truncated(sum(count > 0 for count in over))
+        questions = [(prompt[count:], answer) for (_, prompt, answer), count in zip(requests, over, strict=True)]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with _bar(len(requests) * (1 + self.is_check_greedy), "loglikelihood", disable_tqdm) as bar:
             if self.is_check_greedy:

@@ -39,9 +39,11 @@ QUICK = [
     # Weights of the hub are not here; what measures takes minutes, and recorded runs have tests of their own.
     if "GSAI-ML/" not in line and line.split()[1] not in ("demo", "bench", "verify")
 ]
+# As many slots as by default take seconds.
+LONG = [line for line in QUICK if line.split()[1] in ("generate", "trace") and "--max-new-tokens" not in line]
 
 
-@pytest.mark.parametrize("line", QUICK)
+@pytest.mark.parametrize("line", [pytest.param(x, marks=pytest.mark.slow) if x in LONG else x for x in QUICK])
 def test_an_example_runs_as_it_stands(line, capsys, tmp_path, monkeypatch, one_thread):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)

@@ -126,7 +126,13 @@ def check_interrupted(folder: Path, command: str, code: int, out: str, err: str)
     return said[0]
 
 
-@pytest.mark.parametrize("command", LONG)
+# One for each way to begin.
+BEGINNINGS = ("generate", "gpu", "train", "lm_eval")
+
+
+@pytest.mark.parametrize(
+    "command", [name if name in BEGINNINGS else pytest.param(name, marks=pytest.mark.slow) for name in LONG]
+)
 def test_an_interrupt_at_the_start(tmp_path, command):
     """While torch and the others are imported, which takes seconds."""
     running = python(tmp_path, BEGIN, *LONG[command])
