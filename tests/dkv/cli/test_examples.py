@@ -61,10 +61,14 @@ def test_the_examples_of_generate_are_answered_rightly(capsys, one_thread):
     for line in examples(generate.EXAMPLES)[:2]:
         assert cli.main(cut_at_redirections(line)[0]) == 0
         answers.append(capsys.readouterr().out.strip())
-    cells = "/".join((
-        "####..##.##.#.###.##..##..#", "#...###..#..#.#...#.###.###", "##.##..######.##.##.#...#..",
-        "#..#.###......#..#..##.###.",
-    ))  # fmt: skip
+    cells = "/".join(
+        (
+            "####..##.##.#.###.##..##..#",
+            "#...###..#..#.#...#.###.###",
+            "##.##..######.##.##.#...#..",
+            "#..#.###......#..#..##.###.",
+        )
+    )
     assert answers == ["51 53 50 51 49 52 55 54 52 53 55 52 51 53 55 54 57 55 52 53 55", cells]
 
 

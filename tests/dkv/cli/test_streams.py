@@ -117,10 +117,12 @@ def test_no_input_and_a_failing_message(tmp_path):
 def test_a_prompt_of_bytes_that_are_not_text(tmp_path, locale):
     (tmp_path / "prompt").write_bytes(b"1=\xff\n")
     for line, source in (
-        ("dkv generate $'1=\\xff'", "PROMPT"), ("dkv generate < prompt", "standard input"),
-        ("dkv generate --lines < prompt", "standard input"), ("dkv generate --file prompt", "prompt"),
+        ("dkv generate $'1=\\xff'", "PROMPT"),
+        ("dkv generate < prompt", "standard input"),
+        ("dkv generate --lines < prompt", "standard input"),
+        ("dkv generate --file prompt", "prompt"),
         ("dkv trace --file prompt", "prompt"),
-    ):  # fmt: skip
+    ):
         done = shell(tmp_path, line, **locale)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.lower() == f"{' '.join(line.split()[:2])}: error: {source} is not text in utf-8\n".lower()

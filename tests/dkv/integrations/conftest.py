@@ -30,7 +30,7 @@ CONFIGS = {
     "llama": ("LlamaConfig", GQA),
     "mistral": ("MistralConfig", {**GQA, "sliding_window": 6}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 64}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

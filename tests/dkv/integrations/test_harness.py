@@ -29,10 +29,22 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(1)
     spec = ModelSpec(
-        family="llada", vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
-        intermediate_size=48, max_positions=64, rope_theta=10000.0, norm_eps=1e-5, mask_token_id=MASK,
-        eos_token_id=EOS, pad_token_id=EOS, linear_bias=False,
-    )  # fmt: skip
+        family="llada",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        max_positions=64,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        mask_token_id=MASK,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        linear_bias=False,
+    )
     model = Transformer(spec)
     for parameter in model.parameters():
         if parameter.dim() == 2:

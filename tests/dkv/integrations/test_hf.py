@@ -92,8 +92,10 @@ def test_generation(small, name, cache, backend):
         pytest.skip("one model is enough for the interpreter")
     ids, mask, _ = small.batch("left")
     how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | {
-        "return_dict_in_generate": True, "output_logits": True, "disable_compile": True,
-    }  # fmt: skip
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "disable_compile": True,
+    }
     if cache == "static":
         how["cache_implementation"] = "static"
 
@@ -145,8 +147,11 @@ def test_cross_attention(small):
     """Fewer queries than keys, none of them causal, and padding among the keys."""
     ids, mask, _ = small.batch("left")
     sizes = {"d_model": 32, "vocab_size": 50, "dropout": 0.0, "pad_token_id": 0, "decoder_start_token_id": 2}
-    sizes |= {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in
-              (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    sizes |= {
+        f"{part}_{size}": n
+        for part in ("encoder", "decoder")
+        for size, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
     outs = []
     for implementation, dtype in (("dkv", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64)):
         torch.manual_seed(0)

@@ -67,21 +67,41 @@ def test_scaling_and_what_is_harmless(small):
         1, 2
     )
     out, _ = hf.attention(
-        module(is_causal=False), q, k, v, None, scaling=0.4, dropout=0.0, softcap=None, output_attentions=False,
-        position_ids=torch.arange(N), use_cache=True, num_items_in_batch=3, something_new=None,
-    )  # fmt: skip
+        module(is_causal=False),
+        q,
+        k,
+        v,
+        None,
+        scaling=0.4,
+        dropout=0.0,
+        softcap=None,
+        output_attentions=False,
+        position_ids=torch.arange(N),
+        use_cache=True,
+        num_items_in_batch=3,
+        something_new=None,
+    )
     small.assert_as_good(out, plain, truth)
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("softcap", 50.0), ("s_aux", torch.zeros(H)), ("sinks", torch.zeros(H)), ("dropout", 0.1),
-        ("output_attentions", True), ("head_mask", torch.ones(H)), ("position_bias", torch.zeros(1, H, N, S)),
-        ("cu_seq_lens_q", torch.tensor([0, 2, 5])), ("seq_idx", torch.zeros(B, N)), ("something_new", 3),
-        ("something_new", torch.zeros(1)), ("sliding_window", 4), ("indices", torch.zeros(B, N)),
+        ("softcap", 50.0),
+        ("s_aux", torch.zeros(H)),
+        ("sinks", torch.zeros(H)),
+        ("dropout", 0.1),
+        ("output_attentions", True),
+        ("head_mask", torch.ones(H)),
+        ("position_bias", torch.zeros(1, H, N, S)),
+        ("cu_seq_lens_q", torch.tensor([0, 2, 5])),
+        ("seq_idx", torch.zeros(B, N)),
+        ("something_new", 3),
+        ("something_new", torch.zeros(1)),
+        ("sliding_window", 4),
+        ("indices", torch.zeros(B, N)),
     ],
-)  # fmt: skip
+)
 def test_refused(name, value):
     with pytest.raises(ValueError, match=name):
         hf.attention(module(is_causal=False), *qkv(), None, **{name: value})

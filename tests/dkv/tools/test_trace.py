@@ -20,9 +20,7 @@ from dkv.tools.trace import picture
 from dkv.tools.trace.record import label, texts_of
 
 CACHES = [dkv.NoCache(), dkv.DecodeCache(3), dkv.PrefillCache(), dkv.PrefillDecodeCache(3), dkv.GreedyCache(3, 2)]
-HOSTILE = [
-    "</script><script>alert(1)</script>", "<!--", "&lt;", "\u2028", "\u2029", "\n", "\t", "{{data}}", '"', "\x07",
-]  # fmt: skip
+HOSTILE = ["</script><script>alert(1)</script>", "<!--", "&lt;", *"\u2028\u2029\n\t", "{{data}}", '"', "\x07"]
 BYTES = {40: b"\xe6", 41: b"\x97", 42: b"\xa5", **{i: text.encode() for i, text in enumerate(HOSTILE)}}
 IDS = torch.tensor([[5, 9, 63, 11]])
 
@@ -52,10 +50,18 @@ def long_trace(steps: int, slots: int, prompt: int) -> trace.Trace:
     computed = (decoded >= at - 1) & (np.arange(slots) >= prompt) | (at % 32 == 0)
     confidences = np.where(decoded >= at, np.log(draw.random((steps, slots))), np.nan).astype("f4")
     return trace.Trace(
-        model="m", policy="DecodeCache(refresh=32)", prompt=prompt, blocks=(prompt,), ids=np.zeros(slots, int),
-        texts=(" word",) * slots, special=np.zeros(slots, bool), decoded=decoded, computed=computed,
-        confidences=confidences, stats=Stats(settings={"confidence": "probability"}),
-    )  # fmt: skip
+        model="m",
+        policy="DecodeCache(refresh=32)",
+        prompt=prompt,
+        blocks=(prompt,),
+        ids=np.zeros(slots, int),
+        texts=(" word",) * slots,
+        special=np.zeros(slots, bool),
+        decoded=decoded,
+        computed=computed,
+        confidences=confidences,
+        stats=Stats(settings={"confidence": "probability"}),
+    )
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=label)
@@ -74,9 +80,8 @@ def test_a_trace_is_what_the_generation_did(model, cache):
     if model.spec.shifted:
         assert found.computed_share <= stats.computed_share
         return
-    assert (found.passes, found.full.sum(), found.computed_share) == (
-        stats.passes, stats.full_passes, stats.computed_share
-    )  # fmt: skip
+    cost = (stats.passes, stats.full_passes, stats.computed_share)
+    assert (found.passes, found.full.sum(), found.computed_share) == cost
 
 
 def test_a_step_without_a_pass_and_several_tokens_in_a_step(dream):
@@ -274,13 +279,16 @@ def test_the_page_in_a_browser(found, tmp_path):
         pytest.skip("there is no chromium or google-chrome")
     texts = tuple(HOSTILE[i % len(HOSTILE)] for i in range(found.slots))
     path = trace.write_page(replace(found, texts=texts), tmp_path / "t.html")
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
     options = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=5000", "--enable-logging=stderr", "--v=0", "--dump-dom",
-    )  # fmt: skip
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --v=0 --dump-dom "
+        "--disable-background-networking --disable-component-update --virtual-time-budget=5000 --enable-logging=stderr"
+    )
     done = subprocess.run(
-        [browser, *options, f"{path.as_uri()}#step=3&slot=0"], capture_output=True, text=True, timeout=60
+        [browser, *options.split(), profile, f"{path.as_uri()}#step=3&slot=0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     kinds = re.findall(r'<span data-slot="\d+"[^>]*class="slot (\w+)( computed)?', done.stdout)
     expected = ["prompt" if d < 0 else "mask" if d > 2 else "new" if d == 2 else "old" for d in found.decoded]
