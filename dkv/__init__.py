@@ -19,32 +19,20 @@ _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 if os.path.isfile(os.path.join(_root, "kernels", "__init__.py")):
     __path__.append(_root)
 
-# Public name -> module. Imported at first use, so that `import dkv` is quick and takes no device.
-_PUBLIC = {
-    "load": "dkv.models",
-    "load_tokenizer": "dkv.models",
-    "wrap": "dkv.models",
-    "unpack": "dkv.models",
-    "generate": "dkv.engine.generate",
-    "infill": "dkv.engine.generate",
-    "fill_gaps": "dkv.tools.gaps",
-    "Gap": "dkv.tools.gaps",
-    "stream": "dkv.engine.generate",
-    "DiffusionConfig": "dkv.engine.config",
-    "DiffusionOutput": "dkv.engine.output",
-    "Stats": "dkv.engine.output",
-    "DraftStreamer": "dkv.tools.streaming",
-    "KVCache": "dkv.core.kv_cache",
-    "NoCache": "dkv.policies",
-    "DecodeCache": "dkv.policies",
-    "GreedyCache": "dkv.policies",
-    "PrefillCache": "dkv.policies",
-    "PrefillDecodeCache": "dkv.policies",
-    "PrefixCache": "dkv.policies",
-    "DualCache": "dkv.policies",
-    "use_backend": "dkv.kernels",
-    "register": "dkv.integrations.hf_attention",
+# Public names by module. Imported at first use, so that `import dkv` is quick and takes no device.
+_MODULES = {
+    "dkv.models": "load load_tokenizer wrap unpack",
+    "dkv.engine.generate": "generate infill stream",
+    "dkv.tools.gaps": "fill_gaps Gap",
+    "dkv.engine.config": "DiffusionConfig",
+    "dkv.engine.output": "DiffusionOutput Stats",
+    "dkv.tools.streaming": "DraftStreamer",
+    "dkv.core.kv_cache": "KVCache",
+    "dkv.policies": "NoCache DecodeCache GreedyCache PrefillCache PrefillDecodeCache PrefixCache DualCache",
+    "dkv.kernels": "use_backend",
+    "dkv.integrations.hf_attention": "register",
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = ["__version__", *_PUBLIC]
 

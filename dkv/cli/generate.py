@@ -142,9 +142,7 @@ def write(
 ) -> None:
     """Write an answer, as text or as JSON of the facts of every row; on standard error the notes, and what it cost.
 
-    Args:
-        notes: what there is to say of the answer.
-        begin: of the line with what it cost.
+    The line with what it cost starts with `begin`.
     """
     if args.json:
         facts = facts if args.lines else {name: values[0] for name, values in facts.items()}
@@ -237,14 +235,13 @@ def read_source(args: argparse.Namespace, name: str, newline: str | None = None)
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `dkv.DiffusionConfig` that the arguments ask for."""
-    from dkv.engine.config import DEFAULTS
-    from dkv.policies import POLICY_OPTIONS
+    from dkv.engine.settings import DEFAULTS
+    from dkv.policies import POLICY_OPTIONS, joined_policy
 
-    given = vars(args)
-    policy = {name: given[name] for name in POLICY_OPTIONS if given.get(name) is not None}
-    # Without a budget there are gaps to fill, and no slots to add.
-    chosen = {"max_new_tokens": 0} | {name: value for name, value in given.items() if name in DEFAULTS}
-    return {**chosen, "cache": {"name": args.cache, **policy}}
+    given = {name: value for name, value in vars(args).items() if name in DEFAULTS or name in POLICY_OPTIONS}
+    # An option of the policy that is left out is the policy's own; without a budget there are gaps to fill.
+    given = {name: value for name, value in given.items() if name in DEFAULTS or value is not None}
+    return joined_policy({"max_new_tokens": 0, **given})
 
 
 def summary(stats: Any) -> str:

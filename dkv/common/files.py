@@ -103,9 +103,7 @@ def check_writable(option: str, path: str | os.PathLike, regular: bool = False) 
         old = _checked(place)
         if isinstance(place, Path) and (old is None or stat.S_ISREG(old.st_mode)):
             place.parent.mkdir(parents=True, exist_ok=True)
-            part = place.with_name(f".dkv-{secrets.token_hex(8)}.part")
-            part.touch()
-            part.unlink()
+            tempfile.TemporaryFile(dir=place.parent).close()
         elif regular:
             raise OSError(errno.EINVAL, "Not a regular file")
     except OSError as error:

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, SimpleNamespace
 
 INTERRUPTED, UNREAD = 130, 141
 # What bad input raises. Anything else is a fault of ours and keeps its traceback.
@@ -24,17 +24,8 @@ USER_ERRORS = (ValueError, IndexError, TypeError, OSError, MemoryError)
 ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-class _State:
-    """Of this process: its name in messages, whether `begin` made it ours, its exit code, and open work."""
-
-    name, ours, code = "dkv", False, 1
-
-    def __init__(self) -> None:
-        self.undo: list[Callable[[], object]] = []
-        self.notes: list[Callable[[], str]] = []
-
-
-_state = _State()
+# Of this process: its name in messages, whether `begin` made it ours, its exit code, and open work.
+_state = SimpleNamespace(name="dkv", ours=False, code=1, undo=[], notes=[])
 
 
 def name() -> str:

@@ -10,6 +10,8 @@ The flag `is_causal` of an attention module is believed only in models whose att
 `kind_of_masks`): for these alone a causal mask is left out, and every other model is given it whole.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, masking_utils
@@ -26,22 +28,19 @@ HARMLESS = {
     *("labels", "shift_labels", "token_type_ids", "mm_token_type_ids"),
 }
 
-# Arguments that change the result in a way that the kernels do not know, and what to do instead.
-REFUSED = {
-    "softcap": ELSEWHERE,
-    "s_aux": ELSEWHERE,
-    "sinks": ELSEWHERE,
-    "head_mask": ELSEWHERE,
-    "layer_head_mask": ELSEWHERE,
-    "output_attentions": f"attention weights are never stored; to see them, {ELSEWHERE}",
-    "position_bias": 'load the model with attn_implementation="sdpa"',
-    "indices": ELSEWHERE,
-    "block_indices": ELSEWHERE,
-    "block_table": 'continuous batching needs attn_implementation="paged|eager"',
-}
-
 # Arguments that cut a row into several sequences: a 4-D mask says the same, nothing else does.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens", "seq_idx")
+
+# Arguments that change the result in a way that the kernels do not know, and what to do instead.
+_BY_EAGER = ("softcap", "s_aux", "sinks", "head_mask", "layer_head_mask", "indices", "block_indices")
+_WHOLE = "give a 4-D bool mask that keeps the packed sequences apart, or one sequence a row with padding"
+REFUSED = {
+    **dict.fromkeys(_BY_EAGER, ELSEWHERE),
+    **dict.fromkeys(PACKED, _WHOLE),
+    "output_attentions": f"attention weights are never stored; to see them, {ELSEWHERE}",
+    "position_bias": 'load the model with attn_implementation="sdpa"',
+    "block_table": 'continuous batching needs attn_implementation="paged|eager"',
+}
 
 # An additive mask hides a key by a number so low that its weight is 0; -10000 is the least that is in use.
 HIDDEN = -1e4
@@ -77,29 +76,19 @@ def register() -> None:
 def make_mask(
     batch_size: int,
     *,
-    kv_length: int,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    q_length: int | None = None,
-    q_offset: int | Tensor | None = None,
-    cache_position: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
-    **how,
+    **asked: Any,
 ) -> Tensor | None:
     """The mask of a model, in the cheapest form that `attention` takes; transformers calls it.
 
     Args:
-        kv_length, kv_offset: number of keys, and the position of the first.
-        attention_mask: [B, S] bool, False at padding. Read back once, as for sdpa, so that a mask that hides
-            nothing costs nothing; not while compiling or capturing.
-        q_length, q_offset: number of queries, and the position of the first; older versions of transformers
-            give `cache_position` [N] instead.
-        local_size: width of the window of a sliding or chunked pattern.
         allow_is_causal_skip, allow_is_bidirectional_skip: whether the pattern, but for its window, is causal or
             without any limit.
-        how: other arguments of transformers' mask functions.
+        asked: the other arguments of transformers' mask functions. `attention_mask`, [B, S] bool, False at padding, is
+            read back once, as for sdpa, so that a mask that hides nothing costs nothing; not while compiling or
+            capturing. Older versions of transformers give the positions of the queries, `cache_position` [N], and newer
+            ones `q_length` and `q_offset`.
 
     Returns:
         None, bool [B, 1, 1, S] or bool [B, 1, N, S]; see the top of this file. For models that transformers never
@@ -108,37 +97,31 @@ def make_mask(
     Raises:
         ValueError: the attention of the model does not go through `AttentionInterface`.
     """
-    config = how.get("config")
+    config, mask, keys = asked.get("config"), asked.get("attention_mask"), asked["kv_length"]
     takes_bool, flags = kind_of_masks(type(config))
-    queries = cache_position.shape[0] if q_length is None else q_length
-    if q_length is None:
-        place = {"cache_position": cache_position}
-    else:
-        place = {"q_length": q_length, "q_offset": 0 if q_offset is None else q_offset}
-    asked = {
-        "batch_size": batch_size,
-        "kv_length": kv_length,
-        "kv_offset": kv_offset,
-        "attention_mask": attention_mask,
-        "local_size": local_size,
-        **place,
-        **how,
-    }
+    offset, queries = asked.get("q_offset"), asked.get("q_length")
+    if queries is None:
+        queries = len(asked["cache_position"])
+    elif offset is None:
+        asked["q_offset"] = 0
     if not takes_bool:
-        return masking_utils.eager_mask(allow_is_bidirectional_skip=allow_is_bidirectional_skip, **asked)
-    plain = (local_size is None or kv_length < local_size) and kv_offset == 0
-    if plain and (attention_mask is None or attention_mask.shape == (batch_size, kv_length)):
+        how = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
+        return masking_utils.eager_mask(batch_size=batch_size, **how, **asked)
+    window = asked.get("local_size")
+    plain = (window is None or keys < window) and asked.get("kv_offset", 0) == 0
+    if plain and (mask is None or mask.shape == (batch_size, keys)):
         encoder = made_an_encoder(config)
         if allow_is_bidirectional_skip:
             unlimited, left_out = True, encoder or not flags
         else:
-            unlimited = allow_is_causal_skip and _at_the_end(queries, q_offset, kv_length)
+            unlimited = allow_is_causal_skip and _at_the_end(queries, offset, keys)
             left_out = queries == 1 or (flags and not encoder)
-        if unlimited and left_out and _hides_nothing(attention_mask):
+        if unlimited and left_out and _hides_nothing(mask):
             return None
-        if allow_is_bidirectional_skip and attention_mask is not None:
-            return attention_mask[:, None, None]
-    return masking_utils.sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **asked)
+        if allow_is_bidirectional_skip and mask is not None:
+            return mask[:, None, None]
+    how = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return masking_utils.sdpa_mask(batch_size=batch_size, **how, **asked)
 
 
 def _at_the_end(queries: int, offset: int | Tensor | None, keys: int) -> bool:
@@ -246,11 +229,7 @@ def _refuse(kwargs: dict, dropout: float, whole: bool) -> None:
     for name, given in kwargs.items():
         if given is None or given is False or name in HARMLESS or (whole and name in PACKED):
             continue
-        remedy = REFUSED.get(name)
-        if name in PACKED:
-            remedy = "give a 4-D bool mask that keeps the packed sequences apart, or one sequence a row with padding"
-        if remedy is None:
-            remedy = f"leave the argument out if it does not matter, else {ELSEWHERE}"
+        remedy = REFUSED.get(name, f"leave the argument out if it does not matter, else {ELSEWHERE}")
         raise ValueError(f"attn_implementation 'dkv' does not support {name}: {remedy}")
 
 

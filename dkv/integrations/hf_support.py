@@ -81,14 +81,7 @@ def refuse(model: type[PreTrainedModel], part: bool = False) -> None:
 @cache
 def _reason(model: type[PreTrainedModel], part_of_another: bool) -> str | None:
     """Why a class of models cannot be served. Its parts that are models answer for themselves when they are built."""
-    built = _built(model)
-    whole, todo = dict(built), list(built.values())
-    while todo:  # what the parts are made of, where the class of a part is known
-        part = todo.pop()
-        if _is_class(part) and issubclass(part, PreTrainedModel):
-            more = {name: x for name, x in _built(part).items() if name not in whole}
-            whole |= more
-            todo += more.values()
+    built, whole = _built(model), _built(model, parts=True)
     served = any(_is_chosen(x) or _asks_the_interface(x) for x in (model, *whole.values()))
     for name, thing in (built if served else whole).items():
         if isinstance(thing, dict) and "eager" in thing and NAME not in thing:
@@ -100,9 +93,9 @@ def _reason(model: type[PreTrainedModel], part_of_another: bool) -> str | None:
     return f"does not go through transformers' AttentionInterface (it has {', '.join(own) or 'no attention'})"
 
 
-def _built(model: type[nn.Module]) -> dict[str, Any]:
+def _built(model: type[nn.Module], parts: bool = False) -> dict[str, Any]:
     """What the constructor of a model names: classes of modules, and what theirs name; tables of classes; other
-    models, which are not looked into."""
+    models, which are looked into if `parts`."""
     found, todo = {}, [model]
     while todo:
         for function in _constructors(todo.pop()):
@@ -110,7 +103,8 @@ def _built(model: type[nn.Module]) -> dict[str, Any]:
                 thing = function.__globals__.get(name)
                 kinds = _kinds(thing)
                 if kinds or _is_chosen(thing):
-                    todo += [x for x in kinds if not issubclass(x, PreTrainedModel) and x.__name__ not in found]
+                    within = [x for x in kinds if parts or not issubclass(x, PreTrainedModel)]
+                    todo += [x for x in within if x.__name__ not in found]
                     found |= {x.__name__: x for x in kinds} | {name: thing}
     return found
 
@@ -118,23 +112,19 @@ def _built(model: type[nn.Module]) -> dict[str, Any]:
 def _kinds(thing: Any) -> list[type[nn.Module]]:
     """The classes of modules in a global: itself, or the entries of a table."""
     entries = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else [thing]
-    return [x for x in entries if _is_class(x) and issubclass(x, nn.Module)]
-
-
-def _is_class(thing: Any) -> bool:
-    return isinstance(thing, type)
+    return [x for x in entries if isinstance(x, type) and issubclass(x, nn.Module)]
 
 
 def _is_chosen(thing: Any) -> bool:
     """One of the ways to make a model whose class its configuration names."""
     return getattr(thing, "__name__", "") == "load_backbone" or (
-        _is_class(thing) and issubclass(thing, _BaseAutoModelClass)
+        isinstance(thing, type) and issubclass(thing, _BaseAutoModelClass)
     )
 
 
 def _asks_the_interface(thing: Any) -> bool:
     """The class looks up its attention by name where transformers keeps the registered ones."""
-    return _is_class(thing) and any(INTERFACE in _names(x.__code__) for x in _methods(thing))
+    return isinstance(thing, type) and any(INTERFACE in _names(x.__code__) for x in _methods(thing))
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:
@@ -184,13 +174,11 @@ def kind_of_masks(config: type[PretrainedConfig]) -> tuple[bool, bool]:
 
 @cache
 def _kind_of_masks(config: type[PretrainedConfig]) -> tuple[bool, bool]:
-    names, classes = {x.__name__ for x in config.__mro__}, {}
-    for module in _modules(config):
-        classes[module.__name__] = [x for x in vars(module).values() if isinstance(x, type)]
-    for model in _models(config):  # those of a configuration without a module of its own, written for another
-        names.add(model.config_class.__name__)
-        module = sys.modules[model.__module__]
-        classes[module.__name__] = [x for x in vars(module).values() if isinstance(x, type)]
+    # Those that transformers makes may have been written for another configuration, in a module of its own.
+    made = _models(config)
+    names = {x.__name__ for x in (*config.__mro__, *(model.config_class for model in made))}
+    modules = [*_modules(config), *(sys.modules[model.__module__] for model in made)]
+    classes = {m.__name__: [x for x in vars(m).values() if isinstance(x, type)] for m in modules}
     attentions = {x for found in classes.values() for x in found if _asks_the_interface(x)}
     homes = [name for name, found in classes.items() if attentions.intersection(found)] or list(classes)
     models = [x for name in homes for x in classes[name] if issubclass(x, PreTrainedModel) and x.__module__ == name]
@@ -222,11 +210,9 @@ def _modules(config: type[PretrainedConfig]) -> list[ModuleType]:
         package, file = kind.__module__.rpartition(".")[0], getattr(own, "__file__", None)
         for path in sorted(Path(file).parent.glob("modeling_*.py")) if package and file else ():
             if re.search(rf"\b{kind.__name__}\b", path.read_text(encoding="utf-8")):
-                try:
+                with suppress(ImportError):  # of another framework, or of a package that is not there: not in use
                     module = importlib.import_module(f"{package}.{path.stem}")
-                except ImportError:  # of another framework, or of a package that is not there: so it is not in use
-                    continue
-                found[module.__name__] = module
+                    found[module.__name__] = module
     return list(found.values())
 
 

@@ -16,6 +16,16 @@ POLICIES: dict[str, type[Policy]] = {
 POLICY_OPTIONS = tuple(dict.fromkeys(field.name for policy in POLICIES.values() for field in fields(policy)))
 
 
+def joined_policy(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a generation in which options of the policy, given beside `cache`, have become a part of it."""
+    options = {name: value for name, value in settings.items() if name in POLICY_OPTIONS}
+    plain = {name: value for name, value in settings.items() if name not in options}
+    if options:
+        cache = plain.get("cache") or "none"
+        plain["cache"] = {**(cache if isinstance(cache, dict) else {"name": cache}), **options}
+    return plain
+
+
 def policy_of(value: Any) -> Policy:
     """A policy from itself, its name, a dict {"name": ..., **arguments}, or None for `NoCache`.
 
@@ -42,4 +52,5 @@ def policy_of(value: Any) -> Policy:
     return POLICIES[name](**arguments)
 
 
-__all__ = ["POLICIES", "POLICY_OPTIONS", "Policy", "View", "policy_of", *(p.__name__ for p in POLICIES.values())]
+__all__ = ["POLICIES", "POLICY_OPTIONS", "Policy", "View", "joined_policy", "policy_of"]
+__all__ += [policy.__name__ for policy in POLICIES.values()]

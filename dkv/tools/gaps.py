@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from dkv.engine.inputs import check_settings
 from dkv.engine.output import Stats
 from dkv.engine.records import NAMES
 from dkv.engine.settings import BY_ROW
-from dkv.tools.likelihood import Copy, log_probabilities, masked_places
+from dkv.tools.likelihood import Copy, masked_places, terms_of
 from dkv.tools.text import padded
 
 # Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.
@@ -74,6 +74,8 @@ class FilledGaps:
 
 # A text with gaps: token ids, and a `Gap` wherever something is missing.
 Text = Sequence[int | Gap]
+# The same as token ids, gap, token ids, ..., token ids. A gap whose length is known is so many masks.
+Parts = list[list[int] | Gap]
 
 
 @torch.no_grad()
@@ -111,81 +113,54 @@ def fill_gaps(
     """
     config = infill_config(generation_config, overrides)
     check_settings(model, config)
-    layouts = [_Layout.of(text) for text in _listed(texts)]
-    _check(model, layouts, config)
-    search, begin = Stats(), time.perf_counter()
-    scores: list[list[dict[int, float]]] = [[{} for _ in layout.gaps] for layout in layouts]
-    for row, layout in enumerate(layouts):
-        for number in layout.unknown:
-            scores[row][number] = found = _scores(model, layout, number, search)
-            # Of equal scores the shorter length: there is no reason for more.
-            layout.lengths[number] = max(found, key=found.get)
-    ids, real = (t.to(model.device) for t in padded([layout.tokens(model.spec.mask_token_id) for layout in layouts]))
+    cut = [_cut(text) for text in _listed(texts)]
+    _check(model, cut, config)
+    search, begin, mask_id = Stats(), time.perf_counter(), model.spec.mask_token_id
+    scores: list[list[dict[int, float]]] = []
+    for parts in cut:
+        for at in range(1, len(parts), 2):
+            if parts[at].least == parts[at].most:
+                parts[at] = [mask_id] * parts[at].most
+        scores.append([])
+        for at in range(1, len(parts), 2):
+            found = _scores(model, parts, at, search) if isinstance(parts[at], Gap) else {}
+            if found:
+                # Of equal scores the shorter length: there is no reason for more.
+                parts[at] = [mask_id] * max(found, key=found.get)
+            scores[-1].append(found)
+    ids, real = (t.to(model.device) for t in padded([_known(parts) for parts in cut]))
     output = infill(model, ids, real, generation_config=config, streamer=streamer)
-    rows = [row[: layout.size] for row, layout in zip(output.sequences.tolist(), layouts, strict=True)]
+    rows, fillings = [], []
+    for row, parts in zip(output.sequences.tolist(), cut, strict=True):
+        ends = list(accumulate(map(len, parts)))
+        rows.append(row[: ends[-1]])
+        fillings.append([row[start:end] for start, end in pairwise(ends)][::2])
     counts = ("passes", "full_passes", "computed_slots", "total_slots")
     more = {name: getattr(output.stats, name) + getattr(search, name) for name in counts}
-    stats = replace(output.stats, seconds=time.perf_counter() - begin, **more)
-    fillings = [[row[a:b] for a, b in layout.spans] for row, layout in zip(rows, layouts, strict=True)]
-    return FilledGaps(rows, fillings, scores, stats)
+    return FilledGaps(rows, fillings, scores, replace(output.stats, seconds=time.perf_counter() - begin, **more))
 
 
-@dataclass
-class _Layout:
-    """Pieces of a text, the gaps between them (one fewer), and the lengths of these, None as long as they are open."""
-
-    pieces: list[list[int]]
-    gaps: list[Gap]
-    lengths: list[int | None]
-
-    @classmethod
-    def of(cls, text: Text) -> "_Layout":
-        pieces: list[list[int]] = [[]]
-        gaps: list[Gap] = []
-        for known, run in groupby(text, key=lambda part: not isinstance(part, Gap)):
-            if known:
-                pieces[-1] = list(run)
-            else:
-                parts = list(run)
-                gaps.append(Gap(sum(gap.least for gap in parts), sum(gap.most for gap in parts)))
-                pieces.append([])
-        return cls(pieces, gaps, [gap.least if gap.least == gap.most else None for gap in gaps])
-
-    @property
-    def unknown(self) -> list[int]:
-        """Numbers of the gaps whose length is open."""
-        return [number for number, length in enumerate(self.lengths) if length is None]
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """Where each gap begins and ends, when all lengths are known."""
-        ends = list(accumulate(len(piece) + length for piece, length in zip(self.pieces, self.lengths, strict=False)))
-        return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.pieces)) + sum(self.lengths)
-
-    def tokens(self, mask_id: int) -> list[int]:
-        """The text with masks in its gaps."""
-        return self.around(len(self.gaps), mask_id)[0]
-
-    def around(self, number: int, mask_id: int) -> tuple[list[int], list[int]]:
-        """The text before a gap, and after it up to the next gap whose length is open."""
-        sides: tuple[list[int], list[int]] = ([], [])
-        for at, piece in enumerate(self.pieces):
-            sides[at > number].extend(piece)
-            if at < len(self.gaps) and at != number:
-                if self.lengths[at] is None:
-                    break
-                sides[at > number].extend([mask_id] * self.lengths[at])
-        return sides
+def _cut(text: Text) -> Parts:
+    """A text cut at its gaps; neighbouring ones are joined."""
+    parts: Parts = [[]]
+    for is_gap, run in groupby(text, key=lambda part: isinstance(part, Gap)):
+        if is_gap:
+            gaps = list(run)
+            parts += [Gap(sum(gap.least for gap in gaps), sum(gap.most for gap in gaps)), []]
+        else:
+            parts[-1] = list(run)
+    return parts
 
 
-def _scores(model: Any, layout: _Layout, number: int, stats: Stats) -> dict[int, float]:
-    """The score of every length that the gap may have."""
-    mask_id, gap = model.spec.mask_token_id, layout.gaps[number]
-    left, right = layout.around(number, mask_id)
+def _known(parts: Parts) -> list[int]:
+    """The tokens up to the first gap whose length is open."""
+    return list(chain(*takewhile(lambda part: not isinstance(part, Gap), parts)))
+
+
+def _scores(model: Any, parts: Parts, at: int, stats: Stats) -> dict[int, float]:
+    """The score of every length that the gap in a place may have."""
+    mask_id, gap = model.spec.mask_token_id, parts[at]
+    left, right = _known(parts[:at]), _known(parts[at + 1 :])
     # Slots of given tokens, those to the right counted from the end of the gap. Nothing predicts the first slot of
     # a shifted model.
     before = [i for i in range(model.spec.shifted, len(left)) if left[i] != mask_id][-REACH:]
@@ -201,12 +176,9 @@ def _scores(model: Any, layout: _Layout, number: int, stats: Stats) -> dict[int,
             tokens = [mask_id if slot in hidden else token for slot, token in enumerate(text)]
             copies.append(Copy(tokens, reads, [length], weight))
     scores = dict.fromkeys(range(gap.least, gap.most + 1), 0.0)
-    for start in range(0, len(copies), COPIES):
-        batch = copies[start : start + COPIES]
-        found = iter(log_probabilities(model, batch, stats).tolist())
-        for copy in batch:
-            for _, _, length in copy.reads:
-                scores[length] += copy.weight * next(found)
+    for _, terms in terms_of(model, copies, COPIES, stats):
+        for length, term in terms:
+            scores[length] += term
     return scores
 
 
@@ -221,30 +193,30 @@ def _listed(texts: Any) -> list[list[Any]]:
     return [[part if isinstance(part, Gap) else plain(part) for part in text] for text in texts]
 
 
-def _check(model: Any, layouts: Sequence[_Layout], config: DiffusionConfig) -> None:
+def _check(model: Any, texts: list[Parts], config: DiffusionConfig) -> None:
     spec = model.spec
-    if not layouts:
+    if not texts:
         raise ValueError("texts holds no text")
     if records := [name for name in NAMES if getattr(config, f"output_{name}")]:
         raise ValueError(f"output_{records[0]} has no effect on fill_gaps: fill the rows that it finds by dkv.infill")
     for name in BY_ROW:
-        if isinstance(value := getattr(config, name), list) and len(value) != len(layouts):
-            raise ValueError(f"{name} is a list of {len(value)}, but there are {len(layouts)} texts")
-    for row, layout in enumerate(layouts, 1):
-        name = f"text {row} of {len(layouts)}"
-        given, most = sum(map(len, layout.pieces)), sum(gap.most for gap in layout.gaps)
+        if isinstance(value := getattr(config, name), list) and len(value) != len(texts):
+            raise ValueError(f"{name} is a list of {len(value)}, but there are {len(texts)} texts")
+    for row, parts in enumerate(texts):
+        name, tokens, gaps = f"text {row + 1} of {len(texts)}", list(chain(*parts[::2])), parts[1::2]
+        given, most = len(tokens), sum(gap.most for gap in gaps)
         if given + most > spec.max_positions:
             raise ValueError(
                 f"{name} has {given} tokens and gaps of up to {most}, which need {given + most} positions; the model "
                 f"has {spec.max_positions}: shorten the text or its gaps"
             )
-        if layout.unknown and given <= spec.shifted:
+        if given <= spec.shifted and any(gap.least < gap.most for gap in gaps):
             raise ValueError(f"{name} has a gap of unknown length and no text beside it, by which it is found")
-        for token in chain(*layout.pieces):
+        for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise ValueError(f"{name} must hold token ids and gaps, got {token!r}")
             if not 0 <= token < spec.vocab_size:
                 raise IndexError(f"{name} must hold ids in 0..{spec.vocab_size - 1}, got {token}")
             if token == spec.mask_token_id:
                 raise ValueError(f"{name} holds the mask id {token}: write Gap(1, 1) in its place")
-        config.plan(bool(spec.shifted), row=row - 1, to_fill=most)
+        config.plan(bool(spec.shifted), row=row, to_fill=most)

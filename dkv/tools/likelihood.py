@@ -8,7 +8,7 @@ estimated from a number of such copies, or taken over all of them where there ar
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from math import comb
@@ -66,15 +66,13 @@ def log_likelihoods(
     left = [min(2 ** len(answer) - 1, samples) for _, answer in questions]
     yield from ((i, 0.0) for i, copies in enumerate(left) if copies == 0)
     copies = _copies(questions, samples, seed, model.spec.mask_token_id)
-    while batch := list(islice(copies, batch_size)):
-        found = iter(log_probabilities(model, batch, stats).tolist())
-        for copy in batch:
-            for _, _, owner in copy.reads:
-                values[owner] += copy.weight * next(found)
-            for owner in copy.owners:
-                left[owner] -= 1
-                if left[owner] == 0:
-                    yield owner, values[owner]
+    for copy, terms in terms_of(model, copies, batch_size, stats):
+        for owner, term in terms:
+            values[owner] += term
+        for owner in copy.owners:
+            left[owner] -= 1
+            if left[owner] == 0:
+                yield owner, values[owner]
 
 
 def are_greedy(model: Any, questions: Sequence[Question], *, batch_size: int = 32) -> Iterator[tuple[int, bool]]:
@@ -144,14 +142,25 @@ def masked_places(length: int, samples: int, rng: random.Random) -> list[tuple[s
     return [(set(rng.sample(range(length), count)), length / (count * samples)) for count in counts]
 
 
+def terms_of(
+    model: Any, copies: Iterable[Copy], batch_size: int, stats: Stats
+) -> Iterator[tuple[Copy, list[tuple[int, float]]]]:
+    """Every copy with (owner, weighted log-probability) of each of its reads; `batch_size` copies make a pass."""
+    copies = iter(copies)
+    while batch := list(islice(copies, batch_size)):
+        found = iter(log_probabilities(model, batch, stats).tolist())
+        for copy in batch:
+            yield copy, [(owner, copy.weight * next(found)) for _, _, owner in copy.reads]
+
+
 @torch.no_grad()
 def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     """Float [n]: the log-probability of every read of the copies, one copy after the other."""
     spec, device, lengths = model.spec, model.device, [len(copy.tokens) for copy in copies]
     tokens, size = padded([copy.tokens for copy in copies])[0].to(device), max(lengths)
     # The output that predicts a slot is its own, or in a shifted model that of the slot before.
-    places = padded([[slot - spec.shifted for slot, _, _ in copy.reads] for copy in copies])
-    rows, real = (t.to(device) for t in places)
+    reads = padded([[slot - spec.shifted for slot, _, _ in copy.reads] for copy in copies])
+    rows, real = (t.to(device) for t in reads)
     targets = torch.tensor([token for copy in copies for _, token, _ in copy.reads], device=device)
     ranges = None if min(lengths) == size else torch.tensor([[0, length] for length in lengths], device=device)
     positions = torch.arange(size, device=device).expand(len(copies), size)

@@ -59,14 +59,21 @@ def marked(text: str, marker: str = MARKER, own: str | None = None, most: int | 
     """
     if not marker:
         raise ValueError("--marker must not be empty")
+    pattern = re.escape(marker)
+    if len(marker) > 2 and BRACKETS.get(marker[-1]) == marker[0]:
+        left, right = re.escape(marker[:-1]), re.escape(marker[-1])
+        pattern = f"{left}(?::(?P<number>[^{right}]*))?{right}"
+    if own:
+        pattern = f"{re.escape(own)}|{pattern}"
     bare = Gap(1, 1) if most is None else Gap(0, most)
     pieces, gaps, end = [], [], 0
-    for found in _pattern(marker, own).finditer(text):
-        number = found["number"]
+    for found in re.finditer(pattern, text):
+        number = found.groupdict().get("number")
         if number is not None and not NUMBER.fullmatch(number):
+            five = f"{marker[:-1]}:5{marker[-1]}"
             raise ValueError(
-                f"{found[0]!r} is no gap: write {marker} for one token or {_sized(marker, 5)} for five; or let another "
-                "--marker mark the gaps"
+                f"{found[0]!r} is no gap: write {marker} for one token or {five} for five; or let another --marker "
+                "mark the gaps"
             )
         gap = bare if number is None else Gap(int(number), int(number))
         if gaps and found.start() == end:
@@ -76,25 +83,6 @@ def marked(text: str, marker: str = MARKER, own: str | None = None, most: int | 
             gaps.append(gap)
         end = found.end()
     return Marked([*pieces, text[end:]], gaps)
-
-
-def _pattern(marker: str, own: str | None) -> re.Pattern[str]:
-    """Finds both markers; the group `number` is what stands behind a colon."""
-    plain = re.escape(marker)
-    if _in_brackets(marker):
-        plain = f"{re.escape(marker[:-1])}(?::(?P<number>[^{re.escape(marker[-1])}]*))?{re.escape(marker[-1])}"
-    else:
-        plain += "(?P<number>(?!))?"
-    return re.compile(f"{re.escape(own)}|{plain}" if own else plain)
-
-
-def _in_brackets(marker: str) -> bool:
-    return len(marker) > 2 and BRACKETS.get(marker[-1]) == marker[0]
-
-
-def _sized(marker: str, count: int) -> str:
-    """How a gap of so many tokens is marked."""
-    return f"{marker[:-1]}:{count}{marker[-1]}" if _in_brackets(marker) else marker * count
 
 
 class GapStreamer(DraftStreamer):

@@ -137,17 +137,14 @@ def wrapped(pieces: Iterable[tuple[str, str]], columns: int, colour: bool = True
     used = 0
     for style, text in pieces:
         for char in text.replace("\t", "    "):
-            if char == "\n":
+            width = 0 if char == "\n" else _columns(char)
+            if char == "\n" or used + width > columns:
                 lines.append([])
                 used = 0
-                continue
-            width = _columns(char)
-            if used + width > columns:
-                lines.append([])
-                used = 0
-            # A control character would move the cursor, and the next draft to the wrong place.
-            lines[-1].append((style, char if unicodedata.category(char) != "Cc" else "\ufffd"))
-            used += width
+            if char != "\n":
+                # A control character would move the cursor, and the next draft to the wrong place.
+                lines[-1].append((style, char if unicodedata.category(char) != "Cc" else "\ufffd"))
+                used += width
     return ["".join(_painted(line, colour)) for line in lines]
 
 

@@ -69,27 +69,19 @@ def find_cases(folder: Path) -> list[Case]:
 
 def llada_settings(case: Case) -> dict[str, Any]:
     """The settings of `dkv.generate` that stand for those of a LLaDA run."""
-    s = case.settings
-    refresh = s["cache_reloading_step"] if s.get("enable_cache", case.facts["variant"] != "origin") else None
-    cache = dkv.NoCache()
-    if refresh is not None and case.facts["variant"] == "decode":
-        cache = dkv.DecodeCache(refresh)
-    elif refresh is not None and case.facts["variant"] == "greedy":
-        cache = dkv.GreedyCache(refresh, s["window_size"])
+    s, cache = case.settings, dkv.NoCache()
+    if s["enable_cache"]:
+        refresh, greedy = s["cache_reloading_step"], case.facts["variant"] == "greedy"
+        cache = dkv.GreedyCache(refresh, s["window_size"]) if greedy else dkv.DecodeCache(refresh)
     names = ("gen_length", "steps", "block_length", "remasking", "temperature", "mask_id")
     return {"cache": cache, "schedule": "blocks", **{name: s[name] for name in names}}
 
 
 def dream_settings(case: Case) -> dict[str, Any]:
     """The settings of `dkv.generate` that stand for those of a Dream run."""
-    s = case.settings
-    kind = s["cache_type"] if s["use_cache"] else None
-    cache = {None: dkv.NoCache(), "prefill": dkv.PrefillCache()}.get(kind)
-    if cache is None:
-        policy = {"decoded": dkv.DecodeCache, "pd": dkv.PrefillDecodeCache}[kind]
-        cache = policy(s["cache_steps"], shift_rule=s["shift_type"])
-    names = ("max_new_tokens", "steps", "eps", "alg", "alg_temp", "temperature", "top_p", "top_k")
-    return {"cache": cache, "schedule": "time", "mask_token_id": s["mask_id"], **{name: s[name] for name in names}}
+    names = ("max_new_tokens", "steps", "eps", "alg", "alg_temp", "temperature", "top_p", "top_k", "mask_id")
+    caches = ("use_cache", "cache_type", "cache_steps", "shift_type")
+    return {"schedule": "time", **{name: case.settings[name] for name in (*names, *caches)}}
 
 
 def recorded_numbers(tensors: dict[str, Tensor]) -> Numbers | None:
@@ -163,10 +155,8 @@ def _check_tokens(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
         found = output.history[min(step, len(output.history) - 1)]
         if not torch.equal(found, expected):
             row, column = (found != expected).nonzero()[0].tolist()
-            raise Mismatch(
-                f"step {step}, row {row}, column {column}: token {int(found[row, column])}, "
-                f"recorded {int(expected[row, column])}"
-            )
+            here, recorded = int(found[row, column]), int(expected[row, column])
+            raise Mismatch(f"step {step}, row {row}, column {column}: token {here}, recorded {recorded}")
     _check_final(t, output)
 
 
@@ -175,18 +165,16 @@ def _check_final(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
         raise Mismatch("the final sequences differ from the recorded ones")
 
 
-def _real(t: dict[str, Tensor]) -> Tensor:
-    """bool [B, L]: columns that are not padding."""
-    real = torch.ones_like(t["final"], dtype=torch.bool)
+def _active(t: dict[str, Tensor]) -> Tensor:
+    """bool [steps, B, L]: the recorded active slots, without padding."""
+    active = t["active"].bool()
     if "attention_mask" in t:
-        real[:, : t["attention_mask"].shape[1]] = t["attention_mask"].bool()
-    return real
+        active[:, :, : t["attention_mask"].shape[1]] &= t["attention_mask"].bool()
+    return active
 
 
 def _check_active(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
-    real = _real(t)
-    for step, found in enumerate(output.active):
-        expected = t["active"][step].bool() & real
+    for step, (found, expected) in enumerate(zip(output.active, _active(t), strict=False)):
         if not torch.equal(found, expected):
             extra, missing = (found & ~expected).nonzero().tolist(), (expected & ~found).nonzero().tolist()
             raise Mismatch(f"step {step}: computed but not recorded {extra}, recorded but not computed {missing}")
@@ -194,10 +182,8 @@ def _check_active(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
 
 def _check_logits(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> float:
     """The largest difference from any recorded logit, maximum or log-sum-exp."""
-    worst, real, columns = 0.0, _real(t), t["logit_cols"].long()
-    for step, logits in enumerate(output.logits):
-        active = t["active"][step].bool()
-        here = active & real
+    worst, columns = 0.0, t["logit_cols"].long()
+    for step, (logits, here) in enumerate(zip(output.logits, _active(t), strict=False)):
         best = logits.amax(-1)
         # Two tokens may be equally good: which one is the larger by a bit depends on the processor.
         recorded = logits[here].gather(-1, t["argmax"][step].long()[here][:, None]).squeeze(-1)
@@ -205,11 +191,11 @@ def _check_logits(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> float:
             raise Mismatch(f"step {step}: another best token than recorded at an active slot")
         pairs = [(best[here], t["maxlogit"][step][here]), (logits.logsumexp(-1)[here], t["lse"][step][here])]
         if (raw := t.get(f"logits_step{step:03d}")) is not None:
+            active = t["active"][step].bool()
             wide = torch.zeros(*active.shape, len(columns))
             wide[active] = raw.flatten(0, 1)
             pairs.append((logits[..., columns][here], wide[here]))
-        for found, expected in pairs:
-            worst = max(worst, (found - expected).abs().max().item())
+        worst = max(worst, *((found - expected).abs().max().item() for found, expected in pairs))
         if not worst <= LOGIT_TOLERANCE:
             raise Mismatch(f"step {step}: logits differ by {worst:.2e}, more than {LOGIT_TOLERANCE}")
     return worst

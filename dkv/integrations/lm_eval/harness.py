@@ -15,11 +15,13 @@ from lm_eval.api.model import TemplateLM
 
 import dkv
 from dkv.common.bar import Bar
-from dkv.engine.config import DiffusionConfig, policy_of
+from dkv.core.validation import flag
+from dkv.engine.config import DiffusionConfig
 from dkv.engine.output import Stats
-from dkv.integrations.lm_eval.settings import count, stated, switch, task_config
+from dkv.integrations.lm_eval.settings import count, stated, task_config
+from dkv.policies import policy_of
 from dkv.tools.likelihood import are_greedy, log_likelihoods
-from dkv.tools.text import answer, encode, starts, turn_end_ids
+from dkv.tools.text import answer, encode, ids_of, starts, turn_end_ids
 from dkv.version import versions
 
 # Of lm-eval: not a wish of the user.
@@ -78,8 +80,8 @@ class DkvLM(TemplateLM):
         if max_batch_size is not None:
             raise ValueError("max_batch_size goes with batch_size auto, which dkv has not: give batch_size")
         self.batch_size, self.mc_num = count("batch_size", batch_size), count("mc_num", mc_num)
-        self.add_bos_token = switch("add_bos_token", add_bos_token)
-        self.is_check_greedy = switch("is_check_greedy", is_check_greedy)
+        self.add_bos_token = flag("add_bos_token", add_bos_token)
+        self.is_check_greedy = flag("is_check_greedy", is_check_greedy)
         self.stated = stated({"seed": torch.initial_seed() % 2**62, **settings})
         if str(device) in DEFAULT_DEVICES and not torch.cuda.is_available():
             log.warning("no device %s here: using the CPU", device)
@@ -130,9 +132,8 @@ class DkvLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text, with its start token once, if it is to have one."""
-        if add_special_tokens is False:
-            return self.tokenizer(string, add_special_tokens=False)["input_ids"]
-        return encode(self.tokenizer, [self._begun(string)])[0][0].tolist()
+        begun = string if add_special_tokens is False else self._begun(string)
+        return ids_of(self.tokenizer, begun, add_special_tokens is not False)
 
     def _begun(self, text: str) -> str:
         # Chat templates and `add_bos_token` write the start token, and some tokenizers do so again.
@@ -164,15 +165,15 @@ class DkvLM(TemplateLM):
     def _jobs(self, requests: list[Instance]) -> Iterator[_Job]:
         groups: dict[tuple[str, int], list[int]] = defaultdict(list)
         seen: Counter[tuple[str, str]] = Counter()
+        configs: dict[str, tuple[DiffusionConfig, list[str]]] = {}
         for i, request in enumerate(requests):
             prompt, asked = request.args
             key = json.dumps(asked, sort_keys=True, default=str)
+            if key not in configs:
+                configs[key] = task_config(asked, self.stated, self.model.spec)
             # A request that is repeated asks for another sample, hence for another seed.
             groups[key, seen[prompt, key]].append(i)
             seen[prompt, key] += 1
-        spec = self.model.spec
-        alike = {key: requests[members[0]].args[1] for (key, _), members in groups.items()}
-        configs = {key: task_config(asked, self.stated, spec) for key, asked in alike.items()}
         for (key, repeat), members in groups.items():
             config, until = copy.copy(configs[key][0]), configs[key][1]
             config.update(seed=config.seed + repeat)
@@ -209,9 +210,10 @@ class DkvLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether the model itself gives the answer) for each request."""
         start = time.perf_counter()
-        rooms = [self.max_length - len(answer) for _, _, answer in requests]
-        self._note_truncated(sum(len(r[1]) > room for r, room in zip(requests, rooms, strict=True)))
-        questions = [(r[1][max(len(r[1]) - room, 0) :], r[2]) for r, room in zip(requests, rooms, strict=True)]
+        # What a prompt is too long by is lost at its beginning.
+        over = [max(len(prompt) + len(answer) - self.max_length, 0) for _, prompt, answer in requests]
+        self._note_truncated(sum(count > 0 for count in over))
+        questions = [(prompt[count:], answer) for (_, prompt, answer), count in zip(requests, over, strict=True)]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with _bar(len(requests) * (1 + self.is_check_greedy), "loglikelihood", disable_tqdm) as bar:
             if self.is_check_greedy:
@@ -239,12 +241,8 @@ class DkvLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the `config` of lm-eval's results: work, speed, settings and versions under `dkv`."""
-        likelihood = {
-            "requests": self.scored,
-            "mc_num": self.mc_num,
-            "passes": self.scores.passes,
-            "seconds": self.scores.seconds,
-        }
+        work = {"passes": self.scores.passes, "seconds": self.scores.seconds}
+        likelihood = {"requests": self.scored, "mc_num": self.mc_num, **work}
         return {
             "model_num_parameters": self.model.num_parameters,
             "model_dtype": str(self.model.dtype),

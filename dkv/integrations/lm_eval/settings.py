@@ -9,63 +9,36 @@ from dkv.core.naming import instead
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.published_names import ACTING, ALIASES, NO_EFFECT, OTHERS, own_name
 from dkv.engine.settings import DEFAULTS
-from dkv.policies import POLICY_OPTIONS
+from dkv.policies import POLICY_OPTIONS, joined_policy
 
 # Slots of an answer where neither task nor model_args say: what lm-eval's other models have.
 NEW_TOKENS = 256
-# What the number of slots and the temperature may be called, or follow from, in a task.
-WORDS = {
-    "max_gen_toks": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-}
-# Arguments of lm-eval's own models of Hugging Face, by what they are about, and what to do here.
-_ONE_DEVICE = "dkv runs a model on one device, --device"
-_QUANTISED = "dkv runs weights in float32, bfloat16 or float16, given by dtype"
-_ADAPTERS = "dkv loads no adapters: merge them into the weights, and give that folder as pretrained"
-_BESIDE = "dkv takes the files that stand beside the weights: give a local folder as pretrained"
-_OWN = "dkv has its own way to compute, and DKV_BACKEND to choose it"
-FOREIGN = {
-    **dict.fromkeys(
-        (
-            "parallelize",
-            "device_map",
-            "device_map_option",
-            "max_memory_per_gpu",
-            "max_cpu_memory",
-            "offload_folder",
-            "tp_plan",
-            "gpus",
-            "tensor_parallel_size",
-            "data_parallel_size",
-        ),
-        _ONE_DEVICE,
+# What the number of slots may be called in a task.
+WORDS = dict.fromkeys(("max_gen_toks", "max_tokens", "max_completion_tokens"), "max_new_tokens")
+# What to do here instead of arguments that lm-eval's own models of Hugging Face have.
+INSTEAD = {
+    "dkv runs a model on one device, --device": (
+        "parallelize device_map device_map_option max_memory_per_gpu max_cpu_memory offload_folder tp_plan gpus "
+        "tensor_parallel_size data_parallel_size"
     ),
-    **dict.fromkeys(
-        (
-            "load_in_8bit",
-            "load_in_4bit",
-            "quantization_config",
-            "bnb_4bit_quant_type",
-            "bnb_4bit_compute_dtype",
-            "autogptq",
-            "gptqmodel",
-            "gguf_file",
-            "softmax_dtype",
-            "mixed_precision_dtype",
-        ),
-        _QUANTISED,
+    "dkv runs weights in float32, bfloat16 or float16, given by dtype": (
+        "load_in_8bit load_in_4bit quantization_config bnb_4bit_quant_type bnb_4bit_compute_dtype autogptq gptqmodel "
+        "gguf_file softmax_dtype mixed_precision_dtype"
     ),
-    **dict.fromkeys(("peft", "delta"), _ADAPTERS),
-    **dict.fromkeys(("revision", "subfolder", "tokenizer", "use_fast_tokenizer", "cache_dir"), _BESIDE),
-    **dict.fromkeys(("attn_implementation", "use_flash_attention_2", "backend", "logits_cache"), _OWN),
-    "truncation": "dkv always cuts the beginning of a prompt that is too long, and counts such prompts",
-    "prefix_token_id": "dkv begins with the tokenizer's start token, or else its end token",
-    **dict.fromkeys(
-        ("think_end_token", "enable_thinking", "chat_template_args"),
-        "dkv calls the chat template without arguments, and cuts answers at stop strings alone",
+    "dkv loads no adapters: merge them into the weights, and give that folder as pretrained": "peft delta",
+    "dkv takes the files that stand beside the weights: give a local folder as pretrained": (
+        "revision subfolder tokenizer use_fast_tokenizer cache_dir"
+    ),
+    "dkv has its own way to compute, and DKV_BACKEND to choose it": (
+        "attn_implementation use_flash_attention_2 backend logits_cache"
+    ),
+    "dkv always cuts the beginning of a prompt that is too long, and counts such prompts": "truncation",
+    "dkv begins with the tokenizer's start token, or else its end token": "prefix_token_id",
+    "dkv calls the chat template without arguments, and cuts answers at stop strings alone": (
+        "think_end_token enable_thinking chat_template_args"
     ),
 }
+FOREIGN = {name: instead for instead, names in INSTEAD.items() for name in names.split()}
 # Values of these with which lm-eval's models do nothing.
 NOTHING = (None, False, "", "main", "default")
 # What `dkv.integrations.lm_eval.harness.DkvLM` takes beside settings.
@@ -82,13 +55,6 @@ def count(name: str, value: int | str) -> int:
         automatic = "; dkv does not search for it: give a number, such as 8" if str(value).startswith("auto") else ""
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}{automatic}")
     return int(value)
-
-
-def switch(name: str, value: bool) -> bool:
-    """True or False, and nothing that Python merely takes for one of them, such as the text "no"."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def known(settings: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +82,7 @@ def stated(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, or an impossible value.
     """
-    plain = _with_policy(known(settings))
+    plain = joined_policy(known(settings))
     for name, value in plain.items():
         if isinstance(value, list | tuple) and name not in ("eos_token_id", "eot_token_id"):
             raise ValueError(f"{name} must be one value for all requests, got {value!r}")
@@ -148,7 +114,7 @@ def task_config(asked: dict[str, Any], first: dict[str, Any], spec: Any) -> tupl
     if sampled:
         task.setdefault("temperature", 1.0)
     task = {"max_new_tokens": new, **stated(task)}
-    told = {WORDS.get(name, own_name(name)) for name in _with_policy(asked)}
+    told = {WORDS.get(name, own_name(name)) for name in joined_policy(asked)}
     for name in sorted(told & first.keys() & task.keys()):
         if task[name] != first[name]:
             log.warning("%s: %r of model_args is used, not %r of the task", name, first[name], task[name])
@@ -161,13 +127,3 @@ def task_config(asked: dict[str, Any], first: dict[str, Any], spec: Any) -> tupl
         )
     config.check_steps(spec.shifted)
     return config, [stop for stop in until if stop]
-
-
-def _with_policy(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, where options of the policy have become a part of `cache`."""
-    plain = {name: value for name, value in settings.items() if name not in POLICY_OPTIONS}
-    options = {name: value for name, value in settings.items() if name in POLICY_OPTIONS}
-    if options:
-        cache = plain.get("cache") or "none"
-        plain["cache"] = {**(cache if isinstance(cache, dict) else {"name": cache}), **options}
-    return plain

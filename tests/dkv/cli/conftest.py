@@ -17,10 +17,21 @@ ALPHABET, EOS, MASK = "0123456789+-= ", 14, 15
 def write_random_model(folder: Path, vocab_size: int = 16) -> Path:
     torch.manual_seed(0)
     spec = ModelSpec(
-        family="llada", vocab_size=vocab_size, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
-        intermediate_size=24, max_positions=256, rope_theta=10000.0, norm_eps=1e-5, mask_token_id=MASK,
-        eos_token_id=EOS, pad_token_id=EOS,
-    )  # fmt: skip
+        family="llada",
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        intermediate_size=24,
+        max_positions=256,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        mask_token_id=MASK,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
     model = Transformer(spec)
     for parameter in model.parameters():
         if parameter.dim() == 2:

@@ -39,9 +39,11 @@ QUICK = [
     # Weights of the hub are not here; what measures takes minutes, and recorded runs have tests of their own.
     if "GSAI-ML/" not in line and line.split()[1] not in ("demo", "bench", "verify")
 ]
+# As many slots as by default take seconds.
+LONG = [line for line in QUICK if line.split()[1] in ("generate", "trace") and "--max-new-tokens" not in line]
 
 
-@pytest.mark.parametrize("line", QUICK)
+@pytest.mark.parametrize("line", [pytest.param(x, marks=pytest.mark.slow) if x in LONG else x for x in QUICK])
 def test_an_example_runs_as_it_stands(line, capsys, tmp_path, monkeypatch, one_thread):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
@@ -59,10 +61,14 @@ def test_the_examples_of_generate_are_answered_rightly(capsys, one_thread):
     for line in examples(generate.EXAMPLES)[:2]:
         assert cli.main(cut_at_redirections(line)[0]) == 0
         answers.append(capsys.readouterr().out.strip())
-    cells = "/".join((
-        "####..##.##.#.###.##..##..#", "#...###..#..#.#...#.###.###", "##.##..######.##.##.#...#..",
-        "#..#.###......#..#..##.###.",
-    ))  # fmt: skip
+    cells = "/".join(
+        (
+            "####..##.##.#.###.##..##..#",
+            "#...###..#..#.#...#.###.###",
+            "##.##..######.##.##.#...#..",
+            "#..#.###......#..#..##.###.",
+        )
+    )
     assert answers == ["51 53 50 51 49 52 55 54 52 53 55 52 51 53 55 54 57 55 52 53 55", cells]
 
 

@@ -36,7 +36,10 @@ SHORT = {
     "audit": "audit --quick --op commit --arch sm_80 --jobs 1",
 }
 # What a process does with its streams is the same for all commands; what each writes into them is not, and is below.
-STREAMS = pytest.mark.parametrize(("command", "unbuffered"), [("help", ""), ("help", "1"), ("generate", "")])
+STREAMS = pytest.mark.parametrize(
+    ("command", "unbuffered"), [("help", ""), ("help", "1"), pytest.param("generate", "", marks=pytest.mark.slow)]
+)
+LONGER = ("demo", "audit")
 
 
 @STREAMS
@@ -65,7 +68,9 @@ def check_full(command: str, code: int, err: str) -> None:
     assert all(" of " in line or "machine is busy" in line for line in others)
 
 
-@pytest.mark.parametrize("command", SHORT)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow) if name in LONGER else name for name in SHORT]
+)
 def test_what_a_command_writes_may_fail_at_its_first_line(tmp_path, monkeypatch, capsys, folder, command):
     """In this process: a pipe that nobody reads, and a device that is full; at last a terminal of ASCII."""
     monkeypatch.chdir(tmp_path)
@@ -112,16 +117,24 @@ def test_no_input_and_a_failing_message(tmp_path):
 def test_a_prompt_of_bytes_that_are_not_text(tmp_path, locale):
     (tmp_path / "prompt").write_bytes(b"1=\xff\n")
     for line, source in (
-        ("dkv generate $'1=\\xff'", "PROMPT"), ("dkv generate < prompt", "standard input"),
-        ("dkv generate --lines < prompt", "standard input"), ("dkv generate --file prompt", "prompt"),
+        ("dkv generate $'1=\\xff'", "PROMPT"),
+        ("dkv generate < prompt", "standard input"),
+        ("dkv generate --lines < prompt", "standard input"),
+        ("dkv generate --file prompt", "prompt"),
         ("dkv trace --file prompt", "prompt"),
-    ):  # fmt: skip
+    ):
         done = shell(tmp_path, line, **locale)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.lower() == f"{' '.join(line.split()[:2])}: error: {source} is not text in utf-8\n".lower()
 
 
-def test_text_is_utf8_whatever_the_terminal_has(tmp_path):
+def test_an_argument_that_ascii_made_of_utf8_is_utf8(folder, capsys):
     """The bytes are those of an é, which the model does not know, not of what ASCII makes of them."""
+    assert main(["generate", "--model", str(folder), b"1\xc3\xa9=".decode("ascii", "surrogateescape")]) == 2
+    assert "the model has no token for 'é'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_text_is_utf8_whatever_the_terminal_has(tmp_path):
     done = shell(tmp_path, "dkv generate 1é=", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.returncode == 2 and "the model has no token for '\\xe9'" in done.stderr

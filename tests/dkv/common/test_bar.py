@@ -61,8 +61,13 @@ def test_a_terminal_has_a_bar(monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "what", "said"),
-    [(0, "token", "0 tokens"), (1, "token", "1 token"), (2, "pass", "2 passes"), (1, "pass", "1 pass"),
-     (3, "batch", "3 batches")],
-)  # fmt: skip
+    [
+        (0, "token", "0 tokens"),
+        (1, "token", "1 token"),
+        (2, "pass", "2 passes"),
+        (1, "pass", "1 pass"),
+        (3, "batch", "3 batches"),
+    ],
+)
 def test_one_has_no_plural(number, what, said):
     assert counted(number, what) == said

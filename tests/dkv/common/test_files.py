@@ -137,8 +137,11 @@ def test_what_cannot_be_written_is_refused_by_its_name(tmp_path, monkeypatch):
         bound.bind("socket")
     (tmp_path / "file").touch()
     cases = {
-        "socket": "Is a socket", ".": "Is a directory", "file/a": "Not a directory", "n" * 300: "File name too long",
-    }  # fmt: skip
+        "socket": "Is a socket",
+        ".": "Is a directory",
+        "file/a": "Not a directory",
+        "n" * 300: "File name too long",
+    }
     before = names(tmp_path)
     for name, reason in cases.items():
         with pytest.raises(ValueError, match=r"--csv: cannot write ") as error:
@@ -223,8 +226,14 @@ def test_standard_output_is_for_the_file_alone(tmp_path, path, kind):
     (tmp_path / "link").symlink_to("/dev/stdout")
     with (tmp_path / "out").open("w") as out:
         where = {"stdout": out if kind == "file" else subprocess.PIPE, "stderr": subprocess.PIPE}
-        done = subprocess.run([sys.executable, "-c", WRITE, path], cwd=tmp_path, text=True, check=True, **where,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", WRITE, path],
+            cwd=tmp_path,
+            text=True,
+            check=True,
+            **where,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
     text = done.stdout if kind == "pipe" else (tmp_path / "out").read_text()
     assert json.loads(text) == {"a": 1} and text.count("\n") == 1
     assert done.stderr == "before\nafter\n" and names(tmp_path) == ["link", "out"]
@@ -256,8 +265,13 @@ def call():
 process.run(call)
 """
     (tmp_path / "a").write_text("old")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     said = (130, "dkv test: interrupted\n") if ends == "INT" else (-{"TERM": 15, "HUP": 1}[ends], "")
     assert (done.returncode, done.stderr) == said
     assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]

@@ -69,8 +69,11 @@ for number, path in enumerate((os.devnull, "out.txt", "err.txt")):
 sys.stdin = open(0)
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-NAMES = {"gpu": "python -m dkv.bench.gpu", "train": "python -m dkv.models.bundled.train",
-         "lm_eval": "python -m dkv.lm_eval"}  # fmt: skip
+NAMES = {
+    "gpu": "python -m dkv.bench.gpu",
+    "train": "python -m dkv.models.bundled.train",
+    "lm_eval": "python -m dkv.lm_eval",
+}
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -82,11 +85,16 @@ def environment(folder: Path) -> dict[str, str]:
 
 def python(folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", *words], cwd=folder, env=environment(folder), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", *words],
+        cwd=folder,
+        env=environment(folder),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         # Where the tests run in the background, the shell has interrupts ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 class Fork:
@@ -126,7 +134,13 @@ def check_interrupted(folder: Path, command: str, code: int, out: str, err: str)
     return said[0]
 
 
-@pytest.mark.parametrize("command", LONG)
+# One for each way to begin.
+BEGINNINGS = ("generate", "gpu", "train", "lm_eval")
+
+
+@pytest.mark.parametrize(
+    "command", [name if name in BEGINNINGS else pytest.param(name, marks=pytest.mark.slow) for name in LONG]
+)
 def test_an_interrupt_at_the_start(tmp_path, command):
     """While torch and the others are imported, which takes seconds."""
     running = python(tmp_path, BEGIN, *LONG[command])
@@ -188,19 +202,26 @@ process.run(globals()[sys.argv[1]])
 
 def busy(folder: Path, code: str, how: str, handler: signal.Handlers) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code, how], cwd=folder, env=environment(folder), text=True, capture_output=True,
+        [sys.executable, "-c", code, how],
+        cwd=folder,
+        env=environment(folder),
+        text=True,
+        capture_output=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
-    )  # fmt: skip
+    )
+
+
+INTERRUPTED = "dkv test: interrupted"
 
 
 @pytest.mark.parametrize(
     ("how", "code", "said"),
     [
-        ("finalizer", 130, "dkv test: interrupted\n"), ("handler", 130, "dkv test: interrupted\n"),
-        ("twice", 130, "dkv test: interrupted\n"), ("other_thread", 130, "dkv test: interrupted\n"),
-        ("note", 130, "dkv test: interrupted; 3 runs are kept in x\n"), ("teardown", 0, ""),
+        *((how, 130, f"{INTERRUPTED}\n") for how in ("finalizer", "handler", "twice", "other_thread")),
+        ("note", 130, f"{INTERRUPTED}; 3 runs are kept in x\n"),
+        ("teardown", 0, ""),
     ],
-)  # fmt: skip
+)
 def test_an_interrupt_is_not_swallowed(tmp_path, how, code, said):
     """By a finalizer, by a handler of everything, while the first is at work, by the threads that the end waits for."""
     done = busy(tmp_path, BUSY, how, signal.SIG_DFL)
@@ -225,19 +246,17 @@ def test_where_dkv_is_a_guest_its_signals_are_left_alone():
 @pytest.mark.slow
 def test_what_is_kept_is_said(tmp_path, fork):
     """`dkv bench` has written the measurement that is done, and `dkv eval` goes on where it was."""
-    words = ("dkv", "bench", "--shape", "d128x4", "--prompt", "8", "--new", "16", "--no-eager", "--policies", "plain",
-             "--rounds", "1", "--json", "b.json", "--batch", *map(str, range(1, 60)))  # fmt: skip
-    running = fork(tmp_path, *words)
+    bench = "dkv bench --shape d128x4 --prompt 8 --new 16 --no-eager --policies plain --rounds 1 --json b.json --batch"
+    running = fork(tmp_path, *bench.split(), *map(str, range(1, 60)))
     while not (tmp_path / "b.json").exists():
         time.sleep(0.05)
     assert check_interrupted(tmp_path, "bench", *running.ended(signal.SIGINT)) == (
         "dkv bench: interrupted; finished measurements are kept in b.json"
     )
     assert len(json.loads((tmp_path / "b.json").read_text())["comparison"]["rows"]) >= 1
-    words = ("dkv", "eval", "--problems", "3", "--tasks", "balance", "--run", "steps=half,quarter", "--batch", "1",
-             "--out", "out")  # fmt: skip
+    evaluation = "dkv eval --problems 3 --tasks balance --run steps=half,quarter --batch 1 --out out"
     (tmp_path / "err.txt").unlink()
-    running = fork(tmp_path, *words)
+    running = fork(tmp_path, *evaluation.split())
     log = tmp_path / "out" / "runs.jsonl"
     while not log.exists() or log.read_text().count("\n") < 4:
         time.sleep(0.05)
@@ -246,7 +265,7 @@ def test_what_is_kept_is_said(tmp_path, fork):
     kept = len(lines) - 1
     assert said == f"dkv eval: interrupted; {kept} finished batches kept in out/runs.jsonl: repeat the command to go on"
     assert all(json.loads(line) for line in lines)
-    assert fork(tmp_path, *words).ended()[0] == 0 and log.read_text().splitlines()[: kept + 1] == lines
+    assert fork(tmp_path, *evaluation.split()).ended()[0] == 0 and log.read_text().splitlines()[: kept + 1] == lines
 
 
 @pytest.mark.slow

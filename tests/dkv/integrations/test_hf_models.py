@@ -92,10 +92,14 @@ def classes(kind: str) -> list[type[PreTrainedModel]]:
         with contextlib.suppress(ImportError):
             module = importlib.import_module(f"{package.__name__}.{path.stem}")
             found += [
-                x for x in vars(module).values()
-                if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.config_class is config
-                and "forward" in vars(x) and x.__module__ == module.__name__
-            ][:2]  # fmt: skip
+                x
+                for x in vars(module).values()
+                if isinstance(x, type)
+                and issubclass(x, PreTrainedModel)
+                and x.config_class is config
+                and "forward" in vars(x)
+                and x.__module__ == module.__name__
+            ][:2]
     return list(dict.fromkeys(found))
 
 

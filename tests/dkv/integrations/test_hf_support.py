@@ -9,25 +9,25 @@ import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM
 
-import dkv
 from dkv.integrations import hf_attention as hf
 from dkv.integrations.hf_support import kind_of_masks
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50,
-    "pad_token_id": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 GQA = {**{k: v for k, v in SIZES.items() if "prob" not in k}, "num_key_value_heads": 2}
 IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 MASKS = [None, torch.ones_like(IDS), torch.ones_like(IDS).index_fill(1, torch.tensor([10, 11]), 0)]
 PADDING = pytest.mark.parametrize("mask", MASKS, ids=["none", "ones", "right"])
 new = pytest.mark.skipif(not V5, reason="goes through AttentionInterface since transformers 5")
-
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    dkv.register()
 
 
 def make(cls, config, implementation: str) -> nn.Module:
@@ -78,8 +78,11 @@ def test_R01_a_module_without_a_flag_is_not_causal(name, mask):
 
 
 def nllb():
-    sizes = {f"{part}_{x}": n for part in ("encoder", "decoder") for x, n in
-             (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48), ("sparse_step", 2))}  # fmt: skip
+    sizes = {
+        f"{part}_{x}": n
+        for part in ("encoder", "decoder")
+        for x, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48), ("sparse_step", 2))
+    }
     return transformers.NllbMoeConfig(
         **sizes, d_model=32, vocab_size=50, num_experts=4, dropout=0.0, attention_dropout=0.0, pad_token_id=0
     )

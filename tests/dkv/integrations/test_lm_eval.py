@@ -66,15 +66,16 @@ def test_lm_evals_own_command_line_scores_the_bundled_model(tmp_path):
     (tmp_path / "tasks").mkdir()
     for name, task in (("generation", GENERATION), ("choice", CHOICE)):
         (tmp_path / "tasks" / f"{name}.yaml").write_text(task.format(data=data), "utf-8")
-    command = [
-        sys.executable, "-m", "dkv.lm_eval", "run", "--model", "dkv", "--tasks", "balance,balance_choice",
-        "--model_args", "pretrained=tiny,cache=decode,refresh=8,max_new_tokens=64,mc_num=8", "--batch_size", "2",
-        "--seed", "7", "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out",
-    ]  # fmt: skip
+    words = (
+        "-m dkv.lm_eval run --model dkv --tasks balance,balance_choice --batch_size 2 --seed 7 "
+        "--model_args pretrained=tiny,cache=decode,refresh=8,max_new_tokens=64,mc_num=8"
+    )
+    paths = ["--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out"]
+    command = [sys.executable, *words.split(), *paths]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, env={**os.environ, **offline, "PYTHONPATH": path}, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=900)  # fmt: skip
+    environment = {**os.environ, **offline, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text("utf-8"))

@@ -16,13 +16,11 @@ import torch
 import dkv
 from dkv.engine.output import Stats
 from dkv.tools import trace
-from dkv.tools.trace import files, picture
+from dkv.tools.trace import picture
 from dkv.tools.trace.record import label, texts_of
 
 CACHES = [dkv.NoCache(), dkv.DecodeCache(3), dkv.PrefillCache(), dkv.PrefillDecodeCache(3), dkv.GreedyCache(3, 2)]
-HOSTILE = [
-    "</script><script>alert(1)</script>", "<!--", "&lt;", "\u2028", "\u2029", "\n", "\t", "{{data}}", '"', "\x07",
-]  # fmt: skip
+HOSTILE = ["</script><script>alert(1)</script>", "<!--", "&lt;", *"\u2028\u2029\n\t", "{{data}}", '"', "\x07"]
 BYTES = {40: b"\xe6", 41: b"\x97", 42: b"\xa5", **{i: text.encode() for i, text in enumerate(HOSTILE)}}
 IDS = torch.tensor([[5, 9, 63, 11]])
 
@@ -52,10 +50,18 @@ def long_trace(steps: int, slots: int, prompt: int) -> trace.Trace:
     computed = (decoded >= at - 1) & (np.arange(slots) >= prompt) | (at % 32 == 0)
     confidences = np.where(decoded >= at, np.log(draw.random((steps, slots))), np.nan).astype("f4")
     return trace.Trace(
-        model="m", policy="DecodeCache(refresh=32)", prompt=prompt, blocks=(prompt,), ids=np.zeros(slots, int),
-        texts=(" word",) * slots, special=np.zeros(slots, bool), decoded=decoded, computed=computed,
-        confidences=confidences, stats=Stats(settings={"confidence": "probability"}),
-    )  # fmt: skip
+        model="m",
+        policy="DecodeCache(refresh=32)",
+        prompt=prompt,
+        blocks=(prompt,),
+        ids=np.zeros(slots, int),
+        texts=(" word",) * slots,
+        special=np.zeros(slots, bool),
+        decoded=decoded,
+        computed=computed,
+        confidences=confidences,
+        stats=Stats(settings={"confidence": "probability"}),
+    )
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=label)
@@ -74,9 +80,8 @@ def test_a_trace_is_what_the_generation_did(model, cache):
     if model.spec.shifted:
         assert found.computed_share <= stats.computed_share
         return
-    assert (found.passes, found.full.sum(), found.computed_share) == (
-        stats.passes, stats.full_passes, stats.computed_share
-    )  # fmt: skip
+    cost = (stats.passes, stats.full_passes, stats.computed_share)
+    assert (found.passes, found.full.sum(), found.computed_share) == cost
 
 
 def test_a_step_without_a_pass_and_several_tokens_in_a_step(dream):
@@ -170,7 +175,7 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 
 def test_the_page_holds_the_trace(found):
-    data = embedded(files.page(found))
+    data = embedded(trace.page(found))
     bits = np.unpackbits(unpacked(data["computed"], "u1"), bitorder="little", count=found.computed.size)
     assert np.array_equal(bits.reshape(found.computed.shape), found.computed)
     confidences = (unpacked(data["confidences"], "<u2").astype("<u4") << 16).view("<f4").reshape(found.computed.shape)
@@ -183,16 +188,16 @@ def test_the_page_holds_the_trace(found):
 def test_no_token_breaks_out_of_the_page(found):
     count = found.slots
     texts = tuple(HOSTILE[i % len(HOSTILE)] for i in range(count))
-    page = files.page(replace(found, texts=texts, model='<img src=x onerror="alert(1)">'))
+    page = trace.page(replace(found, texts=texts, model='<img src=x onerror="alert(1)">'))
     assert embedded(page)["texts"] == list(texts)
-    plain = files.page(replace(found, texts=("a",) * count, model="m"))
+    plain = trace.page(replace(found, texts=("a",) * count, model="m"))
     assert page.count("<script") == plain.count("<script") and page.count("</script>") == plain.count("</script>")
     assert page.count("{{") == plain.count("{{") + page.count("{{data}}")
     assert not set("\u2028\u2029\x07\t") & set(page) and "<img" not in page and html.escape("<img") in page
 
 
 def test_the_page_needs_nothing_else(found):
-    page = files.page(found)
+    page = trace.page(found)
     assert "default-src 'none'" in page and not re.search(r"\{\{\w+\}\}", page)
     own = re.sub(r"<script id=.data.*?</script>|<meta [^>]*>", "", page, flags=re.S)
     assert "<style>" in own and own.count("<script>") == 1
@@ -200,7 +205,7 @@ def test_the_page_needs_nothing_else(found):
 
 
 def test_a_page_of_2000_slots_and_1000_steps_is_small():
-    assert len(files.page(long_trace(1000, 2000, 1000))) < 2_000_000
+    assert len(trace.page(long_trace(1000, 2000, 1000))) < 2_000_000
 
 
 def pixels(found):
@@ -260,7 +265,7 @@ def test_the_picture_needs_matplotlib_and_the_page_does_not(found, tmp_path, mon
 def test_a_file_is_replaced_when_it_is_whole(found, tmp_path, monkeypatch):
     path = trace.write_page(found, str(tmp_path / "t.html"))
     before = path.read_text("utf-8")
-    monkeypatch.setattr(files, "page", lambda trace: 1 / 0)
+    monkeypatch.setattr(trace, "page", lambda trace: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trace.write_page(found, path)
     assert path.read_text("utf-8") == before
@@ -274,13 +279,16 @@ def test_the_page_in_a_browser(found, tmp_path):
         pytest.skip("there is no chromium or google-chrome")
     texts = tuple(HOSTILE[i % len(HOSTILE)] for i in range(found.slots))
     path = trace.write_page(replace(found, texts=texts), tmp_path / "t.html")
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
     options = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=5000", "--enable-logging=stderr", "--v=0", "--dump-dom",
-    )  # fmt: skip
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --v=0 --dump-dom "
+        "--disable-background-networking --disable-component-update --virtual-time-budget=5000 --enable-logging=stderr"
+    )
     done = subprocess.run(
-        [browser, *options, f"{path.as_uri()}#step=3&slot=0"], capture_output=True, text=True, timeout=60
+        [browser, *options.split(), profile, f"{path.as_uri()}#step=3&slot=0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     kinds = re.findall(r'<span data-slot="\d+"[^>]*class="slot (\w+)( computed)?', done.stdout)
     expected = ["prompt" if d < 0 else "mask" if d > 2 else "new" if d == 2 else "old" for d in found.decoded]
