@@ -100,13 +100,13 @@ def report_of(run, listed):
 
 def test_our_kernels_pass(run, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    code, out, err = run("audit", "--quick", "--op", "rope_scatter", "commit")
+    code, out, err = run("audit", "--quick", "--op", "rope_scatter", "commit", "--arch", "sm_90", "gfx942")
     header, *lines, empty, summary = out.splitlines()
     assert (code, err, empty) == (0, "", "")
     assert header.split()[:2] == ["case", "arch"] and header.endswith("verdict")
-    assert sorted(arch for line in lines for arch in ARCHS if f" {arch} " in line) == sorted(ARCHS * 2)
+    assert sorted(arch for line in lines for arch in ARCHS if f" {arch} " in line) == ["gfx942"] * 2 + ["sm_90"] * 2
     assert all(line.endswith("  ok") for line in lines)
-    assert summary.startswith("8 kernels: 0 over budget, 0 that do not compile; triton ")
+    assert summary.startswith("4 kernels: 0 over budget, 0 that do not compile; triton ")
 
 
 def test_instructions_of_the_architectures(report_of):
