@@ -139,7 +139,7 @@ def test_log1p_has_the_digits_of_small_numbers():
 # Tiles and parts
 
 
-@pytest.mark.parametrize(("parts", "rule", "temperature"), sweep(PARTS, RULES, (0.0, 0.8), quick=2))
+@pytest.mark.parametrize(("parts", "rule", "temperature"), sweep(PARTS, RULES, (0.0, 0.8)))
 def test_parts(parts, rule, temperature):
     logits = 4 * torch.randn(4, 5 * 128)
     for limits in ({}, {"banned": (0, 300, 639)}, {"vocab_limit": 200}, {"banned": (130, 639), "vocab_limit": 131}):
