@@ -12,7 +12,7 @@ from torch import Tensor
 from dkv.kernels.common.launch import Call, Chip, Launch, trial
 
 NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPES = {dtype: name for name, dtype in NUMBERS.items()} | {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {dtype: name for name, dtype in NUMBERS.items()} | {torch.bool: "u1", torch.int32: "i32", torch.int64: "i64"}
 # The launches that are compiled are those of a chip of this many multiprocessors.
 PROCESSORS = 128
 

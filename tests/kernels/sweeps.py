@@ -14,5 +14,6 @@ def sweep(*lists: Any, quick: int = 3) -> list:
     cases = []
     for places in product(*(range(len(values)) for values in lists)):
         values = [x[place] for x, place in zip(lists, places, strict=True)]
-        cases.append(pytest.param(*values, marks=() if sum(places) % quick == 0 else pytest.mark.slow))
+        name = "-".join(str(x).removeprefix("torch.") for x in values)
+        cases.append(pytest.param(*values, id=name, marks=() if sum(places) % quick == 0 else pytest.mark.slow))
     return cases

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dkv.kernels import cached_attention, use_backend
 from dkv.kernels.common.backend import chosen
+from tests.kernels.sweeps import sweep
 
 # B rows, N queries, S slots, Hq and Hkv heads, D head size
 SHAPES = [
@@ -95,16 +96,12 @@ def compare(assert_close, q, k, v, visible, **options) -> None:
         assert_close(x, exact, rough)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dtype"), sweep(SHAPES, DTYPES, quick=2))
 def test_everything_visible(shape, dtype, backend, assert_close):
     compare(assert_close, *inputs(shape, dtype), None)
 
 
-@pytest.mark.parametrize(
-    "shape", [*SHAPES[:4], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[4:])], ids=shape_id
-)
-@pytest.mark.parametrize("names", [*([rule] for rule in RULES), RULES[:2], RULES], ids="+".join)
+@pytest.mark.parametrize(("shape", "names"), sweep(SHAPES, [*([rule] for rule in RULES), RULES[:2], RULES], quick=2))
 def test_visibility(shape, names, backend, assert_close):
     options = rules(shape, names)
     compare(assert_close, *inputs(shape), seen(shape, **options), **options)
@@ -180,7 +177,7 @@ def test_A05_head_sizes(size, backend, assert_close):
 
 @pytest.mark.parametrize("which", ["q", "k_buf", "v_buf", "all"])
 def test_A07_strides(which, restride, backend):
-    tensors = dict(zip(("q", "k_buf", "v_buf"), inputs((1, 5, 62, 16, 16, 128)), strict=True))
+    tensors = dict(zip(("q", "k_buf", "v_buf"), inputs((1, 5, 62, 2, 2, 128)), strict=True))
     strided = {name: restride(x) if which in (name, "all") else x for name, x in tensors.items()}
     assert not all(x.is_contiguous() for x in strided.values())
     torch.testing.assert_close(cached_attention(**strided), cached_attention(**tensors))

@@ -47,8 +47,7 @@ def test_what_is_hidden_leaves_no_trace(where, name, bad, backend):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("hkv", [1, 4])
+@pytest.mark.parametrize(("hkv", "dtype"), sweep((1, 4), (torch.float16, torch.bfloat16, torch.float64), quick=2))
 def test_in_other_dtypes_and_groups(hkv, dtype, backend):
     q, k, v = inputs(dtype, hkv)
     clean = both(q, k, v, **rules("all"))
@@ -57,7 +56,7 @@ def test_in_other_dtypes_and_groups(hkv, dtype, backend):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("bad", "where", "name"), sweep((NAN, INF), ("query", "key", "value"), RULES, quick=2))
+@pytest.mark.parametrize(("bad", "where", "name"), sweep((NAN, INF), ("query", "key", "value"), RULES))
 def test_what_is_visible_shows(bad, where, name, backend):
     """Row 1 sees a slot or asks a query that is not finite, row 0 does not."""
     args = dict(zip(("query", "key", "value"), inputs(), strict=True))
@@ -182,7 +181,7 @@ def test_one_visible_number_lets_no_hidden_one_through(name, backend):
 
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
-QUICK = [(INF, 1, HALF), (NAN, 3, HALF), (NAN, 3, BRAIN), (INF, 8, BRAIN), (NAN, 20, SINGLE), (INF, 1, DOUBLE)]
+QUICK = [(INF, 1, HALF), (NAN, 3, BRAIN), (NAN, 20, SINGLE), (INF, 8, DOUBLE)]
 SWEEP = [x for x in product((NAN, INF), (1, 3, 8, 20), (HALF, BRAIN, SINGLE, DOUBLE)) if x not in QUICK]
 
 

@@ -110,7 +110,7 @@ def test_any_settings(name, choice, dtype, first):
 SIZES = [(1, 1), (5, 257), (2, 4099), (1, 20001)]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "rule", "temperature"), sweep(SIZES, DTYPES, RULES, (0.0, 0.8)))
+@pytest.mark.parametrize(("shape", "dtype", "rule", "temperature"), sweep(SIZES, DTYPES, RULES, (0.0, 0.8), quick=5))
 def test_vocabulary_sizes(shape, dtype, rule, temperature, backend):
     logits = (4 * torch.randn(shape)).to(dtype)
     how = {"banned": (0, 3, 255), "vocab_limit": shape[1] - 1} if shape[1] > 1 else {}

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dkv.kernels import BACKENDS, commit_, use_backend
+from tests.kernels.sweeps import sweep
 
 MASK = 99
 
@@ -132,8 +133,7 @@ def ranking(n: int, b: int = 3) -> dict:
     }
 
 
-@pytest.mark.parametrize("tile", [(1, 1), (4, 4), (4, 16), (16, 2), (8, 8)], ids=str)
-@pytest.mark.parametrize("n", [3, 4, 5, 9])
+@pytest.mark.parametrize(("tile", "n"), sweep([(1, 1), (4, 4), (4, 16), (16, 2), (8, 8)], (3, 4, 5, 9), quick=2))
 def test_around_one_tile(tile, n, interpreted):
     """As many entries as a tile has, one fewer and one more, as those that are ranked and as the others."""
     from dkv.kernels.common.launch import Launch

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dkv import kernels
 from dkv.kernels import use_backend
+from dkv.kernels.common.backend import interpreted
 
 B, N, S, HQ, HKV, D, P, V = 2, 3, 7, 4, 2, 16, 9, 33
 EXACT = {"rtol": 0, "atol": 0}
@@ -135,10 +136,18 @@ SAMPLES = {
 }
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "triton")]
+
+
+@pytest.mark.parametrize("run_by", ["torch", *OTHERS])
 @pytest.mark.parametrize("name", sorted(SAMPLES))
-def test_opcheck(name, backend):
-    for args in SAMPLES[name]():
-        library.opcheck(getattr(torch.ops.dkv, name).default, tuple(args))
+def test_opcheck(name, run_by):
+    """Of the kernels the tests above see what is written and what is dense."""
+    if run_by == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    with use_backend(run_by):
+        for args in SAMPLES[name]():
+            library.opcheck(getattr(torch.ops.dkv, name).default, tuple(args))
 
 
 def test_compiled_in_one_graph(operation, backend):
