@@ -5,7 +5,8 @@ products give empty tensors of the right shape. So nothing large is computed or 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from dkv.bench import report
 from dkv.core.sequences import Sequences
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending, id_list
 from dkv.engine.engine import PADDINGS, Engine
 from dkv.engine.noise import Noise
-from dkv.engine.stages import Shape
 from dkv.kernels import use_backend
 from dkv.kernels.common.launch import Chip, trial
 from dkv.models.joining import join_
@@ -56,7 +57,7 @@ class Count(TorchDispatchMode):
 
 
 def steps_of(
-    spec: ModelSpec, settings: dict[str, Any], batch: int, prompt: int, new: int, steps: int
+    spec: ModelSpec, settings: dict[str, Any], batch: int = 1, prompt: int = 448, new: int = 64, steps: int = 4
 ) -> Iterator[tuple[bool, Counter[str]]]:
     """Whether each of the first steps of a generation is full, and what the host starts for it.
 
@@ -69,7 +70,7 @@ def steps_of(
     with torch.device("meta"):
         model = join_(Transformer(spec).eval().requires_grad_(False))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    config = DiffusionConfig(max_new_tokens=new, **settings)
+    config = DiffusionConfig(**{"max_new_tokens": new, **settings})
     ids, mask = torch.zeros(batch, prompt, dtype=torch.int64), torch.ones(batch, prompt, dtype=torch.bool)
     budgets = [config.of_row("max_new_tokens", row) for row in range(batch)]
     rows = Sequences.after_prompts(ids, mask, budgets, spec.mask_token_id)
@@ -78,12 +79,65 @@ def steps_of(
     with use_backend("triton"), trial(chip=H100) as tried, torch.no_grad():
         engine = Engine(model, rows, config, Noise([0] * batch, rows), spec.mask_token_id, ending=ending)
         engine.padding = PADDINGS["cuda"]
+        # What a generation makes once.
+        model.rope_tables(engine.cache.slots)
+        for layer in range(spec.num_layers):
+            like = torch.empty(1, spec.num_kv_heads, spec.head_dim, dtype=model.dtype)
+            engine.cache.layer(layer, like)
         for _ in range(steps):
-            status, size = engine.status, rows.size
-            shape = Shape(engine.padding.filled(status.active, size), engine.padding.filled(status.scored, size))
-            full, before = status.active == rows.row_lengths, len(tried.calls)
+            full, before, shape = engine.status.active == rows.row_lengths, len(tried.calls), engine.shape()
             with Count() as count:
                 engine.advance(shape)
             count.kinds["triton"] = len(tried.calls) - before
             yield full, count.kinds
-            engine._read_status()
+            engine.read_status()
+
+
+# By name, settings that change what a step is made of, and how many rows.
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": ({}, 1),
+    "decode 8": ({"cache": {"name": "decode", "refresh": 8}}, 1),
+    "decode 8, threshold": ({"cache": {"name": "decode"}, "threshold": 0.9}, 1),
+    "decode 8, end token": ({"cache": {"name": "decode"}, "eos_token_id": 3}, 1),
+    "decode 8, drawn": ({"cache": {"name": "decode"}, "temperature": 0.7}, 1),
+    "decode 8, 4 budgets": ({"cache": {"name": "decode"}, "max_new_tokens": [64, 48, 32, 16]}, 4),
+    "greedy 4": ({"cache": {"name": "greedy", "refresh": 4}, "confidence": "random"}, 1),
+    "prefill": ({"cache": "prefill"}, 1),
+    "dual": ({"cache": "dual", "block_length": 32}, 1),
+}
+
+
+def measure(spec: ModelSpec, names: Sequence[str] = tuple(CASES)) -> Iterator[dict[str, Any]]:
+    """A result line for the full and for the cached steps of each case: launches, uploads and waits, by number."""
+    for name in names:
+        settings, batch = CASES[name]
+        both = [list(steps_of(replace(spec, num_layers=n), settings, batch)) for n in (spec.num_layers, 1)]
+        for kind in (True, False):
+            # The last of its kind: the first ones may be different.
+            found = [[kinds for full, kinds in steps if full == kind][-1:] for steps in both]
+            if not all(found):
+                continue
+            (whole,), (single,) = found
+            launches, one = (kinds["aten"] + kinds["triton"] for kinds in (whole, single))
+            per_layer = (launches - one) / (spec.num_layers - 1) if spec.num_layers > 1 else None
+            counts = {key: whole[key] for key in ("aten", "triton", "uploads", "waits")}
+            yield {"case": name, "step": "full" if kind else "cached", "launches": launches, **counts} | {
+                "per_layer": per_layer
+            }
+
+
+CELLS = {
+    "policy": "{case}",
+    "step": "{step}",
+    "launches": "{launches}",
+    "PyTorch": "{aten}",
+    "Triton": "{triton}",
+    "a layer": "{per_layer:.1f}",
+    "uploads": "{uploads}",
+    "waits": "{waits}",
+}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as text."""
+    return report.table(found["rows"], CELLS, left=2)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from dkv.models import ModelSpec, Transformer
+from dkv.models.joining import join_
 from dkv.models.packing import can_pack, pack_
 
 LLADA = {"family": "llada", "max_positions": 4096, "rope_theta": 500000.0, "norm_eps": 1e-5}
@@ -57,6 +58,6 @@ def random_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype, std:
 
 
 def as_loaded(model: Transformer) -> Transformer:
-    """The model as `dkv.load` would give it: a packed copy where it packs, else the model itself."""
+    """A copy of the model as `dkv.load` would give it: packed where it packs, else with joined products."""
     packs = model.device.type == "cpu" and model.dtype == torch.float32 and can_pack()
-    return pack_(copy.deepcopy(model)) if packs else model
+    return (pack_ if packs else join_)(copy.deepcopy(model))

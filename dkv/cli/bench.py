@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dkv.bench.lineup import COMPARED
+from dkv.cli import bench_host
 from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
 
@@ -21,6 +22,7 @@ examples:
   dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
   dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
   dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
+  dkv bench --host --shape dream-7b                         what the host starts in a step on a GPU
   dkv bench --all --out results                             everything, with plots: 12 minutes on 2 cores
 
 Measure on an idle machine. Every round runs each policy once, in turn; speeds are ratios to plain
@@ -94,12 +96,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", action="store_true", help=what)
     add("--all", action="store_true", help="the comparison at several sizes, and all others; needs --out")
     add("--out", type=Path, metavar="DIR", help="where --all writes its JSON and PNG files")
+    add("--host", action="store_true", help="launches of a step on a GPU, by kind, counted without one")
     add("--show", type=Path, metavar="FILE", help="print the tables of a JSON file again, and measure nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.show is not None:
         return show(args.show)
+    if args.host:
+        return bench_host.run(args)
     check(args)
     ready(args)
     return run_all(args) if args.all else run_some(args)

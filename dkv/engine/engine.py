@@ -91,17 +91,21 @@ class Engine:
         self.runner = runner_of(self)
         if self.numbers:
             self._plan_next()
-            self._read_status()
+            self.read_status()
 
     def step(self) -> None:
         """Take a step with every row that is not finished."""
-        most, status = self.rows.size, self.status
-        shape = Shape(self.padding.filled(status.active, most), self.padding.filled(status.scored, most))
-        self._count(status.active)
+        shape = self.shape()
+        self._count(self.status.active)
         result = self.advance(shape) if self.runner is None else self.runner.advance(shape)
         for hook in self.hooks:
             hook(self, result)
-        self._read_status()
+        self.read_status()
+
+    def shape(self) -> Shape:
+        """The shape of the next step, its entries filled up."""
+        most, status = self.rows.size, self.status
+        return Shape(self.padding.filled(status.active, most), self.padding.filled(status.scored, most))
 
     def advance(self, shape: Shape) -> StepResult:
         """A whole step in a shape that holds all its entries, and the plan of the next one.
@@ -126,7 +130,7 @@ class Engine:
         invalid = self._invalid.expand(len(rows.tokens))
         self.report = torch.stack((plan.active.sum(1), plan.scored.sum(1), rows.masked.sum(1), self._cut, invalid))
 
-    def _read_status(self) -> None:
+    def read_status(self) -> None:
         """Read what the host has to know of the next step, once, and let finished rows go."""
         *counts, invalid = self.report.tolist()
         if any(invalid):
@@ -173,20 +177,21 @@ class Engine:
         if self.branches == 2:
             hidden = guided(hidden, config.cfg_scale)
         self.seen |= plan.active & ~rows.masked
-        return Forward(positions, slots, scored, hidden, place, every)
+        counts, full = self.status.active, self.status.active == rows.row_lengths
+        return Forward(positions, counts, full, slots, scored, hidden, place, every)
 
     def _layout(self, entries: Sequence[int], slots: Tensor) -> Varlen:
         """The layout of so many entries a row, of which those count that stand for `slots` (bool [B, S])."""
         return Varlen(entries, slots.device, slots.sum(1) if self.padding.alike else None)
 
-    def _count(self, active: Sequence[int]) -> None:
+    def _count(self, active: list[int]) -> None:
         """Count a pass that computes so many slots of every row, if it computes any."""
-        stats, computed, total = self.stats, sum(active), sum(self.rows.row_lengths)
-        if computed:
+        stats, lengths = self.stats, self.rows.row_lengths
+        if any(active):
             stats.passes += 1
-            stats.full_passes += computed == total
-            stats.computed_slots += self.branches * computed
-            stats.total_slots += self.branches * total
+            stats.full_passes += active == lengths
+            stats.computed_slots += self.branches * sum(active)
+            stats.total_slots += self.branches * sum(lengths)
 
     def _choose(self, plan: StepPlan, forward: Forward) -> Choice:
         """A token for each of the scored slots."""

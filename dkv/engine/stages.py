@@ -83,12 +83,15 @@ class Forward:
     """What went through the model in a step.
 
     Attributes:
-        positions: int64 [B, N], the slots computed, ascending, filled up with S.
+        positions: int64 [B, N], the slots computed, ascending, filled up with S; `counts` of a row count.
+        full: these are all.
         slots: int64 [B, R], the slots that are scored, filled up with S, in the layout `scored`.
         hidden: [B, R, d], of what predicts these slots; or [B, N, d] if `every`, and `place` [B, R] says where.
     """
 
     positions: Tensor
+    counts: list[int]
+    full: bool
     slots: Tensor
     scored: Varlen
     hidden: Tensor

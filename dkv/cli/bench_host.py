@@ -1,0 +1,37 @@
+"""`dkv bench --host`: what the host starts in a step on a GPU, counted without one."""
+
+import argparse
+from dataclasses import asdict
+
+from dkv.common import files
+from dkv.common.bar import Bar
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the counts, and write them with --json.
+
+    Raises:
+        ValueError: an option that has no effect here, or Triton is missing.
+    """
+    for name in ("model", "policies", "no_eager", "prompt", "new", "steps", "batch", "rounds", "csv", "plots", "all"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on --host: leave it out")
+    from dkv.bench import host
+    from dkv.bench.shapes import shape
+    from dkv.version import versions
+
+    files.check_outputs([("--json", args.json)])
+    title = args.shape or "llada-8b"
+    spec = shape(title, args.layers)
+    print(
+        f"{title}, {spec.num_layers} layers, bfloat16, 448 + 64 slots: launches of a step as on an H100\n", flush=True
+    )
+    found = {"facts": {"shape": title, **asdict(spec), **versions()}, "host": {"rows": []}}
+    with Bar(len(host.CASES), "setting") as bar:
+        for name in host.CASES:
+            found["host"]["rows"].extend(host.measure(spec, [name]))
+            bar.update()
+    print(host.table(found["host"]))
+    if args.json is not None:
+        files.write_json(args.json, found, indent=1)
+    return 0
