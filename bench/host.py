@@ -21,12 +21,10 @@ from dkv.engine.ending import Ending, id_list
 from dkv.engine.engine import PADDINGS, Engine
 from dkv.engine.noise import Noise
 from dkv.kernels import use_backend
-from dkv.kernels.common.launch import Chip, trial
 from dkv.models.joining import join_
 from dkv.models.spec import ModelSpec
 from dkv.models.transformer import Transformer
 
-H100 = Chip("sm_90", 132)
 # Operations that start no kernel, beside views.
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "promote_types", "scalar_tensor", "_unsafe_view")
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
@@ -67,6 +65,9 @@ def steps_of(
         batch, prompt, new: rows, and their slots.
         steps: to take.
     """
+    # Where there is no Triton, this module can still be imported.
+    from dkv.kernels.common.launch import Chip, trial
+
     with torch.device("meta"):
         model = join_(Transformer(spec).eval().requires_grad_(False))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
@@ -76,7 +77,7 @@ def steps_of(
     rows = Sequences.after_prompts(ids, mask, budgets, spec.mask_token_id)
     eos = id_list(config.eos_token_id)
     ending = Ending(eos, None, batch, ids.device) if eos else None
-    with use_backend("triton"), trial(chip=H100) as tried, torch.no_grad():
+    with use_backend("triton"), trial(chip=Chip("sm_90", 132)) as tried, torch.no_grad():
         engine = Engine(model, rows, config, Noise([0] * batch, rows), spec.mask_token_id, ending=ending)
         engine.padding = PADDINGS["cuda"]
         # What a generation makes once.

@@ -14,10 +14,10 @@ from dkv.kernels.choose.op import choose_token, choose_token_fused
 from dkv.kernels.commit.op import commit_
 from dkv.kernels.common.backend import BACKENDS, use_backend
 from dkv.kernels.common.workspace import Workspace
-from dkv.kernels.rms_norm.op import rms_norm
+from dkv.kernels.gate.op import swiglu
+from dkv.kernels.norm.op import rms_norm
 from dkv.kernels.rope_scatter.op import rope_scatter_
 from dkv.kernels.rope_scatter.reference import head_norm, rotate
-from dkv.kernels.swiglu.op import swiglu
 
 __all__ = [
     "BACKENDS",

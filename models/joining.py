@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dkv.kernels.swiglu.op import SWIGLU
+from dkv.kernels.gate.op import SWIGLU
 from dkv.models.transformer import Block, Layer
 
 # By the joined product, those that it stands for, in their order.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dkv import kernels
 from dkv.core.kv_cache import KVCache
 from dkv.core.varlen import Varlen
-from dkv.kernels.rms_norm.op import RMS_NORM
+from dkv.kernels.norm.op import RMS_NORM
 from dkv.models.spec import ModelSpec
 
 # Positions of the smallest rotary table: texts that grow from a few slots on do not make it anew each time.

@@ -16,6 +16,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("model", "policies", "no_eager", "prompt", "new", "steps", "batch", "rounds", "csv", "plots", "all"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect on --host: leave it out")
+    from dkv.kernels.common.backend import named
+
+    named("triton", "--host")
     from dkv.bench import host
     from dkv.bench.shapes import shape
     from dkv.version import versions

@@ -90,8 +90,7 @@ class Engine:
             self.stats.reused_slots = take_over(self, past)
         self.runner = runner_of(self)
         if self.numbers:
-            self._plan_next()
-            self.read_status()
+            self.prepare()
 
     def step(self) -> None:
         """Take a step with every row that is not finished."""
@@ -129,6 +128,11 @@ class Engine:
             self.next_plan.copy_(plan)
         invalid = self._invalid.expand(len(rows.tokens))
         self.report = torch.stack((plan.active.sum(1), plan.scored.sum(1), rows.masked.sum(1), self._cut, invalid))
+
+    def prepare(self) -> None:
+        """Plan the next step from the state as it is."""
+        self._plan_next()
+        self.read_status()
 
     def read_status(self) -> None:
         """Read what the host has to know of the next step, once, and let finished rows go."""

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from dkv.kernels.common.launch import Call, LaunchTable
 from dkv.kernels.dev.cases import Case, described
 
-OPERATIONS = ("attention", "choose", "commit", "rms_norm", "rope_scatter", "swiglu")
+OPERATIONS = ("attention", "choose", "commit", "gate", "norm", "rope_scatter")
 KB = 1024
 
 

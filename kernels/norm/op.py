@@ -5,7 +5,7 @@ from torch import Tensor
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS
 from dkv.kernels.common.operation import Operation
-from dkv.kernels.rms_norm import reference
+from dkv.kernels.norm import reference
 
 RMS_NORM = Operation(
     reference.rms_norm,

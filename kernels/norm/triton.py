@@ -8,8 +8,8 @@ import triton
 from dkv.kernels.common.arguments import computable
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev.cases import Case, calls_of, meta
-from dkv.kernels.rms_norm import torch as fallback
-from dkv.kernels.rms_norm.kernel import rms_norm_kernel
+from dkv.kernels.norm import torch as fallback
+from dkv.kernels.norm.kernel import rms_norm_kernel
 
 # Tile: (rows,). Regime: numbers of a row up to. A lane holds 16 numbers of a row where it is long enough. None has been
 # timed on a GPU; `dkv audit` finds no spilled registers.

@@ -8,8 +8,8 @@ import triton
 from dkv.kernels.common.arguments import computable
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev.cases import Case, calls_of, meta
-from dkv.kernels.swiglu import torch as fallback
-from dkv.kernels.swiglu.kernel import swiglu_kernel
+from dkv.kernels.gate import torch as fallback
+from dkv.kernels.gate.kernel import swiglu_kernel
 
 # Tile: (rows, columns). One regime: all. 8 numbers to a lane, which is 128 bits of 2-byte ones. None has been timed on
 # a GPU; `dkv audit` finds no spilled registers.

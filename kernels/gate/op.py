@@ -5,7 +5,7 @@ from torch import Tensor
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS
 from dkv.kernels.common.operation import Operation
-from dkv.kernels.swiglu import reference
+from dkv.kernels.gate import reference
 
 SWIGLU = Operation(reference.swiglu, lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 
