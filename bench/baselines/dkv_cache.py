@@ -69,7 +69,7 @@ def generate(
     rows = Sequences.after_prompts(
         input_ids, torch.ones_like(input_ids, dtype=torch.bool), [new] * len(input_ids), mask_id
     )
-    noise = Noise([0] * len(input_ids), rows) if numbers is None else RecordedNoise(numbers, rows)
+    noise = Noise([0] * len(input_ids), rows) if numbers is None else RecordedNoise(numbers, rows, len(plan))
     way = WAYS[type(config.cache)](config, input_ids.shape[1], mask_id, noise, Counter(s.block for s in plan))
     rope = tuple(torch.cat((table, table), -1)[: x.shape[1]] for table in model.rope_tables(x.shape[1]))
     for step in plan:

@@ -159,11 +159,6 @@ class Timetable:
         self.at = torch.zeros(len(plans), dtype=torch.int64, device=device)
         self._table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
 
-    @property
-    def longest(self) -> int:
-        """Steps of the longest schedule."""
-        return self._table.shape[1]
-
     def now(self) -> Now:
         """The steps that come next."""
         at = self.at[:, None]

@@ -1,7 +1,6 @@
 """Generations whose random orders are given, and whose steps are watched: for recorded runs and measurements."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,29 +18,30 @@ Numbers = Callable[[int, tuple[int, int]], Tensor]
 
 
 class RecordedNoise(Noise):
-    """The noise of a generation whose random orders are given; its tokens are not drawn, or from seed 0."""
+    """The noise of a generation whose random orders are given; its tokens are not drawn, or from seed 0.
 
-    def __init__(self, numbers: Numbers, rows: Sequences):
+    Args:
+        numbers: asked for every one of the `steps` at once.
+        rows: as for `Noise`.
+    """
+
+    def __init__(self, numbers: Numbers, rows: Sequences, steps: int):
         super().__init__([0] * len(rows.tokens), rows)
-        self._numbers, self._rows = numbers, rows
-        self._table: Tensor | None = None
+        shape, orders = tuple(rows.ids.shape), []
+        for at in range(steps):
+            found = torch.as_tensor(numbers(at, shape), dtype=torch.float32)
+            if tuple(found.shape) != shape:
+                raise ValueError(f"numbers must return {list(shape)} values, got {list(found.shape)}")
+            orders.append(rows.from_caller(found.to(rows.tokens.device)))
+        self._orders = torch.stack(orders, 1)  # [B, steps, S]
 
     def order(self, step: Tensor) -> Tensor:
-        if self._table is None:
-            self._table = torch.stack([self._of_step(at) for at in range(self._rows.timetable.longest)], 1)
-        at = step[..., None].expand(-1, -1, self._table.shape[2])
-        return self._table.gather(1, at).squeeze(1)
-
-    def _of_step(self, at: int) -> Tensor:
-        shape = tuple(self._rows.ids.shape)
-        found = torch.as_tensor(self._numbers(at, shape), dtype=torch.float32)
-        if tuple(found.shape) != shape:
-            raise ValueError(f"numbers must return {list(shape)} values, got {list(found.shape)}")
-        return self._rows.from_caller(found.to(self._rows.tokens.device))
+        at = step[..., None].expand(-1, -1, self._orders.shape[2])
+        return self._orders.gather(1, at).squeeze(1)
 
     def keep(self, rows: Sequence[int]) -> None:
         super().keep(rows)
-        self._table = None if self._table is None else self._table[rows]
+        self._orders = self._orders[rows]
 
 
 @torch.no_grad()
@@ -54,7 +54,12 @@ def replay(
     **settings: Any,
 ) -> DiffusionOutput:
     """`dkv.generate`, with random orders from `numbers` if they are given; `on_step` is called after each step."""
-    noise = None if numbers is None else partial(RecordedNoise, numbers)
     config = DiffusionConfig(**settings)
+
+    def recorded(rows: Sequences) -> Noise:
+        plans = [config.plan(model.spec.shifted, row, count) for row, count in enumerate(rows.to_fill)]
+        return RecordedNoise(numbers, rows, max(map(len, plans)))
+
+    noise = None if numbers is None else recorded
     ids, run = Run.after_prompts(model, input_ids, attention_mask, config, noise=noise, on_step=on_step)
     return run.to_the_end(None, ids, new=ids.shape[1])
