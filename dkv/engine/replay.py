@@ -58,7 +58,7 @@ def replay(
 
     def recorded(rows: Sequences) -> Noise:
         plans = [config.plan(model.spec.shifted, row, count) for row, count in enumerate(rows.to_fill)]
-        return RecordedNoise(numbers, rows, max(map(len, plans)))
+        return RecordedNoise(numbers, rows, max(1, *map(len, plans)))
 
     noise = None if numbers is None else recorded
     ids, run = Run.after_prompts(model, input_ids, attention_mask, config, noise=noise, on_step=on_step)
