@@ -1,0 +1,61 @@
+"""What the host starts in a step stays within its budget."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dkv.bench import host
+from dkv.bench.shapes import shape
+from dkv.cli import main
+
+BUDGET = json.loads(Path(__file__).with_name("launch_budget.json").read_text())
+# As few layers as can be told apart; the counts do not depend on the sizes of a layer.
+SPECS = {name: replace(shape(name, 3), vocab_size=64, intermediate_size=64) for name in ("llada-8b", "dream-7b")}
+SPECS = {name: replace(spec, mask_token_id=63) for name, spec in SPECS.items()}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("case", host.CASES)
+def test_steps_stay_within_their_budget(name, case):
+    rows = list(host.measure(SPECS[name], [case]))
+    assert [row["step"] for row in rows] == (["full"] if case == "plain" else ["full", "cached"])
+    for row in rows:
+        assert row["per_layer"] <= BUDGET["a layer"][row["step"]], row
+        # A shifted model finds the slots that predict others.
+        extra = 12 if SPECS[name].shifted else 0
+        assert row["launches"] - 3 * row["per_layer"] <= BUDGET["outside the layers"][case] + extra, row
+        assert row["uploads"] <= BUDGET["uploads"] and row["waits"] <= BUDGET["waits"], row
+
+
+def test_every_kind_is_counted():
+    with host.Count() as count:
+        x = torch.ones(4, 4)
+        x.view(16).relu()
+        x[x > 0].sum().item()
+        torch.tensor([1, 2]) + 1
+        torch.empty(3)
+    # ones, relu, gt, index, sum, add.
+    assert count.kinds == {"aten": 6, "waits": 1, "uploads": 1}
+
+
+def test_products_are_of_the_right_shape_and_not_computed():
+    with host.Count() as count:
+        found = torch.nn.functional.linear(torch.ones(5, 8), torch.empty(3, 8, device="meta"))
+    assert found.shape == (5, 3) and not found.any() and count.kinds["aten"] == 1
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    assert main(["bench", "--host", "--shape", "d128x4", "--json", str(path)]) == 0
+    text, rows = capsys.readouterr().out, json.loads(path.read_text())["host"]["rows"]
+    assert "d128x4, 4 layers" in text and {row["case"] for row in rows} == {*host.CASES}
+    assert all(str(row["launches"]) in text for row in rows)
+
+
+@pytest.mark.parametrize("option", ["--batch=2", "--model=tiny", "--rounds=1", "--all"])
+def test_options_without_effect(option, capsys):
+    assert main(["bench", "--host", option]) == 2
+    assert f"{option.split('=')[0]} has no effect on --host" in capsys.readouterr().err
