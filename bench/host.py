@@ -102,7 +102,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "decode 8, end token": ({"cache": {"name": "decode"}, "eos_token_id": 3}, 1),
     "decode 8, drawn": ({"cache": {"name": "decode"}, "temperature": 0.7}, 1),
     "decode 8, 4 budgets": ({"cache": {"name": "decode"}, "max_new_tokens": [64, 48, 32, 16]}, 4),
-    "greedy 4": ({"cache": {"name": "greedy", "refresh": 4}, "confidence": "random"}, 1),
+    "greedy 4": ({"cache": {"name": "greedy", "refresh": 4}, "confidence": "random", "schedule": "blocks"}, 1),
     "prefill": ({"cache": "prefill"}, 1),
     "dual": ({"cache": "dual", "block_length": 32}, 1),
 }

@@ -101,6 +101,7 @@ def test_checkout_needs_no_installation(python: Path):
 FOUND = "from transformers.utils import is_kernels_available as found\nassert not found()\n"
 
 
+@pytest.mark.slow
 def test_transformers_finds_our_folder_called_kernels():
     """In a checkout transformers takes kernels/ for the package of that name and imports it. The other order: below."""
     run(sys.executable, "-c", f"import transformers.modeling_utils\nimport dkv.models\n{FOUND}", cwd=ROOT)
@@ -111,6 +112,7 @@ def test_editable_install(python: Path, source: Path, tmp_path: Path):
     assert locate(python, cwd=tmp_path) == [source / "dkv", source / "kernels", source / "models"]
 
 
+@pytest.mark.slow
 def test_wheel_installs_dkv_alone_and_complete(python: Path, source: Path, tmp_path: Path):
     bundled = [source / "models" / name for name in ("tiny", "tiny-dream")]
     for folder in bundled:

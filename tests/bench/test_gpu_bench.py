@@ -172,8 +172,8 @@ def test_a_wrong_operation_is_noticed(monkeypatch, operation, check):
 def test_what_is_read_or_written_beside_a_tensor_is_noticed(monkeypatch, operation):
     right = getattr(fast(operation), operation)
 
-    def careless(*given):
-        found, q = right(*given), given[0]
+    def careless(*given, **hints):
+        found, q = right(*given, **hints), given[0]
         if operation == "cached_attention" and q._base is not None:
             found[0].add_(q._base.flatten()[0])
         elif operation == "rope_scatter_" and (v_buf := given[7])._base is not None:
@@ -187,9 +187,11 @@ def test_what_is_read_or_written_beside_a_tensor_is_noticed(monkeypatch, operati
 
 def test_tokens_that_are_not_drawn_are_noticed(monkeypatch):
     right = fast("choose_token").choose_token
-    monkeypatch.setattr(
-        fast("choose_token"), "choose_token", lambda logits, choice, *_: right(logits, replace(choice, temperature=0.0))
-    )
+
+    def best(logits, choice, row_keys, **hints):
+        return right(logits, replace(choice, temperature=0.0), None)
+
+    monkeypatch.setattr(fast("choose_token"), "choose_token", best)
     for name in ("sampling_distribution", "drawn_tokens_are_those_of_the_definition"):
         with pytest.raises(AssertionError):
             run_check(name, CPU, "torch")
