@@ -86,10 +86,12 @@ def steps_of(
             like = torch.empty(1, spec.num_kv_heads, spec.head_dim, dtype=model.dtype)
             engine.cache.layer(layer, like)
         for _ in range(steps):
-            full, before, shape = engine.status.active == rows.row_lengths, len(tried.calls), engine.shape()
+            full, shape = engine.status.active == rows.row_lengths, engine.shape()
             with Count() as count:
                 engine.advance(shape)
-            count.kinds["triton"] = len(tried.calls) - before
+            count.kinds["triton"] = len(tried.calls)
+            # They hold on to their arguments.
+            tried.calls.clear()
             yield full, count.kinds
             engine.read_status()
 
