@@ -16,14 +16,15 @@ class GraphRunner:
     """Takes the steps of an engine, from the third one of a shape on by replaying a graph.
 
     The first step of a shape compiles kernels and allocates memory, and the second one is captured. All graphs of a
-    generation share one pool of memory; they go with it.
+    generation share one pool of memory; they go with it. Where a step cannot be captured, all are taken as they come.
 
     Args:
         engine: whose state is written in place, and whose rows are filled up alike.
     """
 
     def __init__(self, engine: "Engine"):
-        self.engine = engine
+        self.engine, device = engine, engine.rows.tokens.device
+        self._on_device = torch.cuda.device(device if device.type == "cuda" else -1)
         self._pool: Any = None
         self.forget()
 
@@ -31,6 +32,8 @@ class GraphRunner:
         """Drop the graphs, as the tensors of the state are others."""
         self._met: Counter[Shape] = Counter()
         self._graphs: dict[Shape, tuple[Any, torch.Tensor]] = {}
+        # What graphs read and nothing else may keep alive: scratch memory and rotary tables are replaced as they grow.
+        self._held: list[Any] = []
 
     def advance(self, shape: Shape) -> StepResult | None:
         """As `Engine.advance`; None where the step was replayed."""
@@ -39,18 +42,37 @@ class GraphRunner:
         if self._met[shape] == 1:
             return engine.advance(shape)
         if shape not in self._graphs:
-            graph = self.capture(shape)
+            try:
+                graph = self.capture(shape)
+            except RuntimeError as error:
+                # Nothing of the step has run.
+                engine.runner, engine.stats.eager_reason = None, f"a step could not be captured: {error}"
+                return engine.advance(shape)
             self._graphs[shape] = graph, engine.report
+            self._held.append((engine.workspace.memory(), engine.model.rope_tables(0)))
         graph, engine.report = self._graphs[shape]
-        graph.replay()
+        with self._on_device:
+            graph.replay()
         engine.stats.replayed_passes += 1
         return None
 
     def capture(self, shape: Shape) -> Any:
-        """A step as a graph; it has not run."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self.engine.advance(shape)
+        """A step as a graph; it has not run.
+
+        Raises:
+            RuntimeError: CUDA refuses something in it, or memory is short.
+        """
+        with self._on_device:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # Other threads may allocate: they are not captured.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    self.engine.advance(shape)
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
         self._pool = graph.pool()
         return graph
 

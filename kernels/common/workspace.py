@@ -24,6 +24,10 @@ class Workspace:
             memory = self._memory[key] = torch.empty(size, dtype=dtype, device=device)
         return memory[:size].view(shape)
 
+    def memory(self) -> list[Tensor]:
+        """What is held now; requests that are larger take its place."""
+        return list(self._memory.values())
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""

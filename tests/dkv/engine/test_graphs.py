@@ -8,6 +8,7 @@ from dkv.core.varlen import Padding
 from dkv.engine import engine, graphs
 from dkv.engine.plan import Planner
 from dkv.engine.replay import replay
+from dkv.engine.run import Run
 from dkv.kernels.attention import torch as attention
 from dkv.kernels.attention.reference import Rules
 from dkv.tools.verify import FAST_DLLM, dream_settings, llada_settings, recorded_numbers
@@ -107,6 +108,47 @@ def test_what_a_graph_cannot_hold_is_taken_step_by_step(llada, taped):
     }.items():
         stats = dkv.generate(llada, ids, max_new_tokens=8, **settings).stats
         assert reason in stats.eager_reason and not stats.replayed_passes
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_it_comes(llada, taped, monkeypatch):
+    def capture(self, shape):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ids, call = torch.tensor([[1, 2, 3]]), {"max_new_tokens": 12, "cache": "decode", "seed": 0}
+    expected = dkv.generate(llada, ids, **call)
+    monkeypatch.setattr(TapeRunner, "capture", capture)
+    found = dkv.generate(llada, ids, **call)
+    assert expected.stats.replayed_passes and not found.stats.replayed_passes
+    assert "could not be captured: operation not permitted" in found.stats.eager_reason
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_graphs_keep_the_memory_that_they_read(llada, taped):
+    """Scratch memory and rotary tables are replaced by larger ones while graphs that read them are replayed."""
+    held = []
+
+    def look(engine):
+        held.append([x.data_ptr() for scratch, rope in engine.runner._held for x in (*scratch, *rope)])
+
+    run = Run.after_prompts(llada, torch.tensor([[1, 2, 3]]), None, dkv.DiffusionConfig(max_new_tokens=12, seed=0))[1]
+    while run.engine.numbers:
+        run.engine.step()
+        look(run.engine)
+    rope = [table.data_ptr() for table in llada.rope_tables(0)]
+    assert held[-1] and set(rope) <= set(held[-1]) and len(held[-1]) >= len(held[0])
+
+
+def test_two_generations_at_once(llada, taped):
+    ids, call = torch.tensor([[1, 2, 3]]), {"cache": "decode", "seed": 0}
+    alone = [dkv.generate(llada, ids, max_new_tokens=new, **call).sequences for new in (12, 30)]
+    both = [dkv.stream(llada, ids, max_new_tokens=new, **call) for new in (12, 30)]
+    last = [None, None]
+    while both[1] is not None:
+        for i, drafts in enumerate(both):
+            draft = next(drafts, None) if drafts is not None else None
+            both[i], last[i] = (None, last[i]) if draft is None else (drafts, draft)
+    assert all(torch.equal(one.sequences, other) for one, other in zip(last, alone, strict=True))
+    assert all(one.stats.replayed_passes for one in last)
 
 
 def test_sizes_of_a_pass():
