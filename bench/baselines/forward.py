@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dkv.bench.baselines.operations import norm as eager_norm
 from dkv.models import Transformer
 from dkv.models.transformer import Layer, RMSNorm
 
@@ -39,8 +40,7 @@ def _attention(layer: Layer, h: Tensor, join: Join, by_query: tuple[Tensor, ...]
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+    return eager_norm(x, norm.weight, norm.eps)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The operations in eager PyTorch, as they are commonly written: what the kernels are timed and checked against."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -44,6 +45,21 @@ def rope_cat(q, k, v, cos, sin, positions, kept_k, kept_v, order) -> tuple[Tenso
     k, v = (torch.cat(pair, 1)[row, order] for pair in ((k, kept_k), (v, kept_v)))
     slots = k.shape[1]
     return rotate(q, cos[positions], sin[positions]), rotate(k, cos[:slots], sin[:slots]), v
+
+
+def rms_norm(x: Tensor, gain: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The sum of both, and before it its norm as LLaDA and Dream have it: in float32, cast back, then scaled."""
+    total = residual + x
+    return norm(total, gain, eps), total
+
+
+def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return gain * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def choose_token(logits: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -153,6 +153,16 @@ def sampling_distribution(device, few) -> None:
             assert statistic < bound, f"{logits[:3]} at {temperature}, {dtype}: {statistic:.1f} over {bound:.1f}"
 
 
+@check(*DTYPES)
+def norms_and_gates(device, few, dtype) -> None:
+    """Odd and even sizes, up to those beyond a tile."""
+    for size in thin(few, (1, 64, 1000, 2048, 3584, 4096, 8192, 16384, 16385), 4):
+        spec = replace(TINY, hidden_size=size, intermediate_size=size)
+        z = replace(small(dtype, 2, 33, 40), spec=spec)
+        agree(table.norm(z, device))
+        agree(table.gate(z, device))
+
+
 @check()
 def commit(device, few) -> None:
     """Equal to the definition, ties included, for any count; casebook A17."""

@@ -1,8 +1,6 @@
 """All operations together: repeated bits, graphs, compilation, several devices, whole generations."""
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,9 +11,10 @@ from dkv import kernels
 from dkv.bench.contenders import of_lineup
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Inputs, distinct, mapped
-from dkv.bench.gpu.tools import Skipped, check, equal, every_operation, need_gpu, same, small, thin
+from dkv.bench.gpu.tools import Skipped, check, equal, every_operation, need_gpu, same, small, thin, variable
 from dkv.bench.shapes import random_model, shape, tiny
 from dkv.kernels.common import backend
+from dkv.models.joining import join_
 
 
 def together(device: torch.device) -> tuple[Callable[[list[Inputs]], list[Tensor]], list[Inputs]]:
@@ -40,16 +39,6 @@ def repeated_calls_give_the_same_bits(device, few) -> None:
         equal(step(inputs), first, "result")
 
 
-@contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    old = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name) if old is None else os.environ.update({name: old})
-
-
 @check(torch.float32, torch.bfloat16)
 def a_row_alone_and_in_a_batch_of_8(device, few, dtype) -> None:
     """With DKV_BATCH_INVARIANT=1 a row gives the same bits alone and among 8."""
@@ -57,7 +46,7 @@ def a_row_alone_and_in_a_batch_of_8(device, few, dtype) -> None:
     need_gpu(device)
     if backend.chosen() != "triton":
         raise Skipped("the products of torch depend on the batch")
-    with _variable("DKV_BATCH_INVARIANT", "1"):
+    with variable("DKV_BATCH_INVARIANT", "1"):
         for n, s in ((4, 700), (48, 300)):
             z, keys = small(dtype, 8, n, s), torch.arange(8 * n, device=device)[:, None]
             attention, logits = table.attention(z, device), table.choose(z, device, drawn=True, row_keys=keys)
@@ -141,3 +130,23 @@ def generation(device, few, case) -> None:
         with kernels.use_backend("torch"):
             expected = dkv.generate(model, ids, mask, **call)
         same(found.history, expected.history, f"tokens by step, {settings or 'the surest first'}")
+
+
+@check(*(f"{family}_{policy}" for family in ("llada", "dream") for policy in ("none", "decode", "prefill")))
+def replayed_steps(device, few, case) -> None:
+    """Steps from graphs give the tokens of steps one by one: two generations in turn, rows that leave, drawn tokens."""
+    need_gpu(device)
+    family, policy = case.split("_")
+    spec = tiny(shape({"llada": "llada-8b", "dream": "dream-7b"}[family]))
+    model = join_(random_model(spec, torch.device("cpu"), torch.float32, std=0.3)).to(device)
+    ids = torch.randint(spec.vocab_size - 1, (3, 11)).to(device)
+    for settings in ({}, {"threshold": 0.5}, {"temperature": 0.9}, {"max_new_tokens": [40, 25, 9]}):
+        call = {"max_new_tokens": 40, "seed": 4, **of_lineup(POLICIES[policy]).settings, **settings}
+        with variable("DKV_GRAPHS", "0"):
+            expected = dkv.generate(model, ids, **call)
+        drafts = [dkv.stream(model, ids, **call) for _ in range(2)]
+        for pair in zip(*drafts, strict=True):
+            found = pair
+        assert found[0].stats.replayed_passes, f"no step was replayed: {found[0].stats.eager_reason}"
+        for one in found:
+            same(one.sequences, expected.sequences, f"tokens, {settings or 'one a step'}")

@@ -256,10 +256,44 @@ def commit(z: Sizes, device: torch.device, count: Tensor | None = None, steps: i
     )
 
 
+def norm(z: Sizes, device: torch.device) -> Case:
+    """The residual is added, kept and normed."""
+    size = (z.batch, z.active, z.spec.hidden_size)
+    x, residual = (randn(device, *size, dtype=z.dtype) for _ in range(2))
+    inputs: Inputs = {"x": x, "gain": randn(device, size[-1], dtype=z.dtype), "residual": residual}
+
+    return Case(
+        "rms_norm",
+        {"B": z.batch, "N": z.active, "d": size[-1]},
+        inputs,
+        lambda x: kernels.rms_norm(x["x"], x["gain"], residual=x["residual"]),
+        # The sum is rounded to the dtype before it is normed, which float64 does not do.
+        tolerance(z.dtype, 4),
+        nbytes(*inputs.values()) + 2 * nbytes(x),
+        others={"eager": lambda x: eager.rms_norm(**x)},
+    )
+
+
+def gate(z: Sizes, device: torch.device) -> Case:
+    """The gated activation on the joined product of gate and up."""
+    inputs: Inputs = {"gate_up": randn(device, z.batch, z.active, 2 * z.spec.intermediate_size, dtype=z.dtype)}
+    return Case(
+        "swiglu",
+        {"B": z.batch, "N": z.active, "d": z.spec.intermediate_size},
+        inputs,
+        lambda x: kernels.swiglu(x["gate_up"]),
+        tolerance(z.dtype, 2),
+        nbytes(*inputs.values()) * 3 // 2,
+        others={"eager": lambda x: eager.swiglu(*x["gate_up"].chunk(2, -1))},
+    )
+
+
 OPERATIONS: dict[str, Callable[..., Case]] = {
     "cached_attention": attention,
     "rope_scatter_": rope_scatter,
     "choose_token": choose,
     "choose_token_fused": choose_fused,
     "commit_": commit,
+    "rms_norm": norm,
+    "swiglu": gate,
 }

@@ -13,13 +13,17 @@ from dkv import kernels
 from dkv.bench.contenders import of_lineup
 from dkv.bench.gpu.ops import BATCHES, SLOTS, TITLES
 from dkv.bench.gpu.report import Report, must_answer, short
+from dkv.bench.gpu.tools import variable
 from dkv.bench.lineup import ON_GPU, PLAIN
 from dkv.bench.report import fixed
 from dkv.bench.shapes import random_model
 from dkv.bench.timing import in_turn
 from dkv.models import ModelSpec, Transformer
+from dkv.models.joining import join_
 
 ROUNDS = 2
+# In place of a backend: the Triton kernels, each step launched as it comes.
+STEPWISE = "stepwise"
 COLUMNS = {
     "model, batch, slots, policy": (36, "{name}"),
     "backend": (9, "{backend}"),
@@ -28,18 +32,21 @@ COLUMNS = {
     "to plain": (9, lambda values: f"{values['ratio_to_plain']:.2f}x" if "ratio_to_plain" in values else "-"),
     "computed": (9, "{computed_share:.0%}"),
     "peak GB": (8, "{peak_gb:.2f}"),
+    "replayed": (9, "{replayed_passes}"),
     "": (0, lambda values: "" if values["warm"] else "  first run, compilation included"),
 }
+COUNTS = ("computed_share", "passes", "full_passes", "replayed_passes")
 FAILED = dict(list(COLUMNS.items())[:2]) | {"": (0, "{error}")}
 
 
 def _once(model: Transformer, ids: torch.Tensor, new: int, policy: str, backend: str) -> tuple[dkv.Stats, float]:
-    """What a generation cost, and the most gigabytes that it held."""
+    """What a generation cost, and the most gigabytes that it held; `STEPWISE` is Triton without graphs."""
     gpu, settings = model.device.type == "cuda", of_lineup(policy).settings
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
-    with kernels.use_backend(backend):
+    stepwise = backend == STEPWISE
+    with kernels.use_backend("triton" if stepwise else backend), variable("DKV_GRAPHS", str(int(not stepwise))):
         stats = dkv.generate(model, ids, max_new_tokens=new, schedule="blocks", seed=0, **settings).stats
     return stats, torch.cuda.max_memory_allocated(model.device) / 1e9 if gpu else 0.0
 
@@ -51,7 +58,7 @@ def _values(runs: list, plain: list) -> dict[str, Any]:
     typical = statistics.median(seconds)
     values = {"runs": len(timed), "warm": len(runs) > 1, "seconds": seconds, "peak_gb": peak}
     values |= {"ms_per_step": typical / stats.passes * 1e3, "tokens_per_second": stats.new_tokens / typical}
-    values |= {name: getattr(stats, name) for name in ("computed_share", "passes", "full_passes")}
+    values |= {name: getattr(stats, name) for name in COUNTS}
     if plain:
         ratios = [a.seconds / b.seconds for (a, _), (b, _) in zip(against, timed, strict=False)]
         values["ratio_to_plain"] = statistics.median(ratios)
@@ -97,7 +104,7 @@ def run(report: Report, device: torch.device, backends: list[str], specs: dict[s
     for number, (family, spec) in enumerate(specs.items()):
         # Each model has its share of the time that is left.
         until = report.spent + (report.limit - report.spent) / (len(specs) - number)
-        model = random_model(spec, device, torch.float32 if tiny else torch.bfloat16)
+        model = join_(random_model(spec, device, torch.float32 if tiny else torch.bfloat16))
         for slots, batch in product(all_slots, batches):
             label = f"{TITLES[family]} B{batch} S{slots}"
             wanted = [policy for policy in ON_GPU if report.wanted(f"{label} {policy}")]
@@ -108,7 +115,7 @@ def run(report: Report, device: torch.device, backends: list[str], specs: dict[s
             contenders = {
                 (policy, backend): partial(_once, model, ids, new, policy, backend)
                 for policy in dict.fromkeys([PLAIN, *wanted])
-                for backend in backends
+                for backend in [*backends, *([STEPWISE] if device.type == "cuda" and "triton" in backends else [])]
             }
             if report.spent >= until:
                 report.left_out += [f"{label} {policy} on {backend}" for policy, backend in contenders]

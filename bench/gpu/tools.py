@@ -4,7 +4,9 @@ A check is a function of a device and of whether its cases are to be few, as in 
 where something is wrong, so that it runs with pytest and without.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +43,17 @@ def check(*values: Any) -> Callable[[Callable], Callable]:
     return enlist
 
 
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment inside the `with` block."""
+    old = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if old is None else os.environ.update({name: old})
+
+
 def thin(few: bool, cases: Sequence[Any], every: int = 5) -> Sequence[Any]:
     """All cases, or one in so many."""
     return cases[::every] if few else cases
@@ -69,6 +82,8 @@ def every_operation(device: torch.device, dtype: torch.dtype = torch.float32) ->
         table.choose(logits, device, drawn=True, row_keys=keys),
         table.choose_fused(logits, device, bias=True),
         table.commit(z, device, torch.tensor([2, 4], device=device)),
+        table.norm(z, device),
+        table.gate(z, device),
     ]
 
 

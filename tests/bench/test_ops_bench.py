@@ -76,6 +76,8 @@ def by_hand(operation: str) -> tuple[int, int]:
         "choose_token": (r * v * 4 + r * 12, 4 * r * v),
         "choose_token_fused": ((r + v) * d * 4 + r * 12, 2 * r * d * v),
         "commit_": (r * (8 + 4 + 1 + 8 + 1) + b * 16, 0),
+        "rms_norm": (4 * (4 * r * d + d), 0),
+        "swiglu": (4 * 3 * r * 96, 0),
     }[operation]
 
 
