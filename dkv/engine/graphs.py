@@ -25,11 +25,12 @@ class GraphRunner:
     def __init__(self, engine: "Engine"):
         self.engine, device = engine, engine.rows.tokens.device
         self._on_device = torch.cuda.device(device if device.type == "cuda" else -1)
-        self._pool: Any = None
+        self._stream: Any = None
         self.forget()
 
     def forget(self) -> None:
-        """Drop the graphs, as the tensors of the state are others."""
+        """Drop the graphs, as the tensors of the state are others; their memory goes with them."""
+        self._pool: Any = None
         self._met: Counter[Shape] = Counter()
         self._graphs: dict[Shape, tuple[Any, torch.Tensor]] = {}
         # What graphs read and nothing else may keep alive: scratch memory and rotary tables are replaced as they grow.
@@ -63,7 +64,8 @@ class GraphRunner:
             RuntimeError: CUDA refuses something in it, or memory is short.
         """
         with self._on_device:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            # One stream for all captures, as the libraries keep scratch memory for each that they meet.
+            graph, stream = torch.cuda.CUDAGraph(), self._stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 # Other threads may allocate: they are not captured.
@@ -73,7 +75,7 @@ class GraphRunner:
                 finally:
                     graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
-        self._pool = graph.pool()
+        self._pool, self._stream = graph.pool(), stream
         return graph
 
 
