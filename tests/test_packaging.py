@@ -139,6 +139,12 @@ def test_wheel_installs_dkv_alone_and_complete(python: Path, source: Path, tmp_p
     assert (python.parent / "dkv").exists()
 
 
-@pytest.mark.parametrize("hide", ["", "import sys; sys.modules['triton'] = None"], ids=["as is", "without triton"])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        pytest.param("", id="as is", marks=pytest.mark.slow),
+        pytest.param("import sys; sys.modules['triton'] = None", id="without triton"),
+    ],
+)
 def test_A13_every_module_imports_without_a_gpu(hide: str):
     run(sys.executable, "-c", f"{hide}{IMPORT_ALL}{FOUND}", cwd=ROOT, CUDA_VISIBLE_DEVICES="")

@@ -66,8 +66,8 @@ def generate(
             the new tokens [B, new] last, and with a `put_draft(ids)` those on the canvas after every step.
         generator: source of the seeds if the settings have none; default: torch's own.
         logits_processor: as in transformers, one or a `LogitsProcessorList`: (ids [n, length], scores [n, V]) ->
-            scores. Called once a row and step, with the slots that may be filled as n, filled up to a multiple of
-            4; the ids of each are all the row on its canvas, without padding, the mask id where there is no token.
+            scores. Called once a row and step, with the slots that may be filled as n, filled up to one of a few
+            sizes; the ids of each are all the row on its canvas, without padding, the mask id where there is no token.
             Processors that go by the length of a text, such as `MinLengthLogitsProcessor`, find it always full.
         stopping_criteria: as in transformers, one or a `StoppingCriteriaList`; `dkv.engine.ending.Ending` says what
             they see. What a row has beyond its end becomes padding.

@@ -17,7 +17,7 @@ SMALL = {"num_layers": 3, "vocab_size": 64, "intermediate_size": 64, "mask_token
 SPECS = {name: replace(shape(name), **SMALL) for name in ("llada-8b", "dream-7b")}
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["llada-8b", pytest.param("dream-7b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", host.CASES)
 def test_steps_stay_within_their_budget(name, case):
     rows = list(host.measure(SPECS[name], [case]))

@@ -80,7 +80,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "settings"), sweep(POLICIES, SETTINGS, quick=4))
+@pytest.mark.parametrize(("policy", "settings"), sweep(POLICIES, SETTINGS, quick=8))
 def test_replayed_steps_are_the_eager_ones(model, policy, settings, taped, monkeypatch):
     if policy == "greedy" and {"threshold", "factor"} & {*settings}:
         pytest.skip("is not captured")
