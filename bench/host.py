@@ -18,7 +18,7 @@ from dkv.bench import report
 from dkv.core.sequences import Sequences
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending, id_list
-from dkv.engine.engine import PADDINGS, Engine
+from dkv.engine.engine import GRAPHED, Engine
 from dkv.engine.noise import Noise
 from dkv.kernels import use_backend
 from dkv.models.joining import join_
@@ -79,7 +79,7 @@ def steps_of(
     ending = Ending(eos, None, batch, ids.device) if eos else None
     with use_backend("triton"), trial(chip=Chip("sm_90", 132)) as tried, torch.no_grad():
         engine = Engine(model, rows, config, Noise([0] * batch, rows), spec.mask_token_id, ending=ending)
-        engine.padding = PADDINGS["cuda"]
+        engine.padding = GRAPHED
         # What a generation makes once.
         model.rope_tables(engine.cache.slots)
         for layer in range(spec.num_layers):

@@ -53,13 +53,22 @@ class JoinedLayer(Block):
         """Names and weights of the plain layer, which share the memory of the joined ones."""
         return self.unpacked(own=False).state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
         for name, parts in JOINED.items():
-            for kind in ("weight", "bias"):
+            for kind, held in getattr(self, name).named_parameters():
                 names = [f"{prefix}{part}.{kind}" for part in parts]
-                if all(name in state_dict for name in names):
-                    state_dict[f"{prefix}{name}.{kind}"] = torch.cat([state_dict.pop(name) for name in names])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                missing += [part for part in names if part not in state_dict]
+                # What is missing stays as it is.
+                pairs = zip(names, held.detach().split(self.sizes[name]), strict=True)
+                state_dict[f"{prefix}{name}.{kind}"] = torch.cat([state_dict.pop(*pair) for pair in pairs])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+
+    def __getattr__(self, name: str) -> Any:
+        if any(name in parts for parts in JOINED.values()):
+            raise AttributeError(f"{name} is joined with others: call dkv.unpack(model), or load it with pack=False")
+        return super().__getattr__(name)
 
 
 def join_(model: nn.Module) -> nn.Module:

@@ -106,7 +106,12 @@ def load(
     model.eval()
     if pack or (pack is None and packs):
         return pack_(model)
-    return join_(model) if pack is None else model
+    if pack is None:
+        join_(model)
+        if device.type == "cuda":
+            # The parts are freed, but too small for what comes next.
+            torch.cuda.empty_cache()
+    return model
 
 
 def wrap(hf_model: nn.Module) -> Transformer:

@@ -24,7 +24,7 @@ class Padding:
     alike: bool = False
 
     def filled(self, counts: Sequence[int], most: int) -> tuple[int, ...]:
-        """The entries of each row, at most `most` where all are alike; no row without an entry is given one."""
+        """The entries of each row, where all are alike at most `most`; none where no row has one."""
         if not self.alike:
             return tuple(map(self._size, counts))
         longest = max(counts)

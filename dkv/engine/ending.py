@@ -36,6 +36,11 @@ def unwanted_ends(config: DiffusionConfig, spec: Any) -> tuple[list[int], list[i
     return eos if config.logits_eos_inf else [], sorted({*eos, *eot}) if config.confidence_eos_eot_inf else []
 
 
+def among(x: Tensor, ids: Tensor) -> Tensor:
+    """bool, shape of x: whether each is one of `ids` [n]. `torch.isin` waits for a GPU where these are many."""
+    return (x[..., None] == ids).any(-1)
+
+
 class Ending:
     """Looks for the ends of rows after every step.
 
@@ -66,7 +71,7 @@ class Ending:
         found = torch.full_like(rows.lengths, never)
         known = rows.masked.cumsum(1) == 0
         if self._eos is not None:
-            end = torch.isin(rows.tokens[:, :-1], self._eos) & known & (rows.rank >= 0)
+            end = among(rows.tokens[:, :-1], self._eos) & known & (rows.rank >= 0)
             length = torch.arange(1, never, device=known.device)
             found = torch.where(end, length, never).amin(1, keepdim=True)
         if self.criteria is not None:

@@ -24,9 +24,11 @@ from dkv.engine.reuse import take_over
 from dkv.engine.sampler import Sampler
 from dkv.engine.stages import Choice, Forward, Shape, Status, StepPlan, StepResult
 
-# By the kind of device. oneDNN compiles a product anew for a shape that it has not met, and every step would have
-# another one. On a GPU rows cost next to nothing up to some 200, and each shape is a graph.
-PADDINGS = {"cpu": Padding(4), "cuda": Padding(64, (16, 32, 64, 96, 128, 192, 256), alike=True)}
+# By the kind of device, where steps are taken as they come. oneDNN compiles a product anew for a shape that it has not
+# met, and every step would have another one.
+PADDINGS = {"cpu": Padding(4)}
+# Where steps are replayed: each shape is a graph. Few entries cost a GPU about what one costs.
+GRAPHED = Padding(64, (16, 32, 64, 96, 128, 192, 256), alike=True)
 
 
 # Called after every step.
@@ -82,13 +84,13 @@ class Engine:
         self._final = (rows.tokens[:, :-1].clone(), torch.zeros_like(rows.masked))
         self._invalid = torch.zeros((), dtype=torch.bool, device=device)
         self._cut = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.padding = PADDINGS.get(device.type, PADDINGS["cuda"])
         self.next_plan: StepPlan | None = None
         self.stats, self._start = Stats(), time.perf_counter()
         self._wanted, self._given_up = sum(rows.to_fill), 0
         if past is not None:
             self.stats.reused_slots = take_over(self, past)
         self.runner = runner_of(self)
+        self.padding = GRAPHED if self.runner else PADDINGS.get(device.type, Padding(1))
         if self.numbers:
             self.prepare()
 
@@ -254,6 +256,8 @@ class Engine:
         tokens, seen = self._final
         tokens[numbers], seen[numbers] = self.rows.tokens[finished, :-1], self.seen[finished]
         self._given_up += sum(self.status.cut[row] for row in finished)
+        if self.runner is not None:
+            self.runner.forget()
         if not others:
             self.numbers = []
             return
@@ -266,8 +270,6 @@ class Engine:
         self.seen, self._cut = self.seen[order], self._cut[order]
         self.next_plan, self.status = self.next_plan.keep(order), self.status.keep(order)
         self.numbers = [self.numbers[row] for row in order]
-        if self.runner is not None:
-            self.runner.forget()
 
     def finish(self) -> KVCache:
         """The keys and values, with the text that they belong to; after the last step."""

@@ -17,7 +17,7 @@ class Stats:
         passes, full_passes: forward passes, and those that computed every slot.
         computed_slots, total_slots: slots sent through the network, and what plain decoding sends.
         replayed_passes: those that were replayed from a graph.
-        eager_reason: why none was; None: some may have been.
+        eager_reason: why steps were, or from some step on were, taken as they came; None: they were not.
         reused_slots: slots whose keys and values were taken over from an earlier generation, all rows.
         new_tokens: slots filled, all rows; without those beyond the end of a row.
         seconds: wall time of the whole call.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dkv import kernels
 from dkv.engine.config import DiffusionConfig
-from dkv.engine.ending import unwanted_ends
+from dkv.engine.ending import among, unwanted_ends
 
 LOGITS_AT_A_TIME = 1 << 24
 # As in transformers: (ids [n, length], scores [n, V]) -> scores
@@ -39,6 +39,7 @@ class Sampler:
         self.never, self.late = unwanted_ends(config, model.spec)
         # Made once: to make them in a step would make the host wait for the device.
         self._late_ids = torch.tensor(self.late, dtype=torch.int64, device=model.device)
+        self._never_ids = torch.tensor(self.never, dtype=torch.int64, device=model.device)
         # How the head is handed on, by the ids whose logits are at -inf.
         self._heads: dict[tuple[int, ...], dict[str, Any]] = {}
         drawn = config.temperature > 0
@@ -88,7 +89,7 @@ class Sampler:
             return token, confidence
         _, without = choose(self.never + self.late)
         without = without.clamp(min=torch.finfo(without.dtype).min)
-        is_end = torch.isin(token, self._late_ids)
+        is_end = among(token, self._late_ids)
         return token, without.masked_fill(is_end, -torch.inf).masked_fill(confidence.isnan(), torch.nan)
 
     def _head(self, gone: Sequence[int]) -> dict[str, Any]:
@@ -102,8 +103,8 @@ class Sampler:
         """The choice from logits, which may be overwritten."""
 
         def choose(gone: Sequence[int]) -> tuple[Tensor, Tensor]:
-            if gone:
-                logits[:, gone] = -torch.inf
+            for ids in (self._never_ids, self._late_ids)[: len(gone) and 1 + (len(gone) > len(self.never))]:
+                logits.index_fill_(1, ids, -torch.inf)
             last = len(gone) == len(self.never) + len(self.late)
             return kernels.choose_token(logits, row_keys=keys, overwrite=last, workspace=self.workspace, **self.how)
 

@@ -27,7 +27,9 @@ TABLE = LaunchTable(
 def rms_norm(x, gain, eps, residual):
     size = x.shape[-1]
     regime = next((most for most in SIZES if size <= most), None)
-    if x.dtype == torch.float64 or regime is None:
+    # Under autocast they may differ, and PyTorch promotes.
+    alike = all(t is None or t.dtype == x.dtype for t in (residual, gain))
+    if x.dtype == torch.float64 or regime is None or not alike:
         return fallback.rms_norm(x, gain, eps, residual)
     given = [None if t is None else computable(t.contiguous()) for t in (x, residual, gain)]
     out = torch.empty_like(given[0])

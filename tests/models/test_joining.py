@@ -66,8 +66,14 @@ def test_weights_are_taken_under_the_plain_names(plain):
     joined.load_state_dict(other.state_dict())
     same(joined.state_dict(), other.state_dict())
     missing = {name: w for name, w in other.state_dict().items() if "layers.0.k_proj" not in name}
-    with pytest.raises(RuntimeError, match=r"layers\.0\.qkv_proj"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.0\.k_proj\.weight"):
         joined.load_state_dict(missing)
+    before = {name: weight.clone() for name, weight in joined.state_dict().items()}
+    changed = {"layers.0.k_proj.weight": torch.zeros_like(before["layers.0.k_proj.weight"])}
+    joined.load_state_dict(changed, strict=False)
+    same(joined.state_dict(), before | changed)
+    with pytest.raises(AttributeError, match=r"dkv\.unpack"):
+        joined.layers[0].up_proj  # noqa: B018
 
 
 def test_unpacking_gives_the_plain_layers_back(plain):

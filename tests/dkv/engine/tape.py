@@ -80,7 +80,7 @@ def state_of(engine):
     for holder in (engine, engine.rows, engine.rows.timetable, engine.planner, engine.noise, engine.next_plan):
         for name, value in vars(holder).items():
             if isinstance(value, torch.Tensor) and (holder, name) != (engine, "report"):
-                found[f"{type(holder).__name__}.{name}"] = value.data_ptr()
+                found[f"{holder.__class__.__name__}.{name}"] = value.data_ptr()
     for index, pair in engine.cache._layers.items():
         found[f"layer {index}"] = tuple(x.data_ptr() for x in pair)
     return found

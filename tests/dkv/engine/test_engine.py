@@ -24,7 +24,7 @@ def test_what_fills_a_pass_changes_nothing(model, policy, settings, monkeypatch)
     ids, mask = torch.tensor([[5, 9, 3, 8], [7, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     call = {"attention_mask": mask, "max_new_tokens": 13, "cache": policy, "seed": 3, **settings}
     found = dkv.generate(model, ids, **call)
-    for padding in (Padding(1), engine.PADDINGS["cuda"]):
+    for padding in (Padding(1), engine.GRAPHED):
         monkeypatch.setitem(engine.PADDINGS, "cpu", padding)
         other = dkv.generate(model, ids, **call)
         assert torch.equal(found.sequences, other.sequences)

@@ -1,5 +1,8 @@
 """Steps that are replayed: on a CPU from tapes, which refuse what a CUDA graph cannot capture."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -24,7 +27,6 @@ POLICIES = ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual")
 @pytest.fixture
 def taped(monkeypatch):
     """Generations on the CPU that pad as on a GPU and replay from tapes."""
-    monkeypatch.setitem(engine.PADDINGS, "cpu", engine.PADDINGS["cuda"])
     monkeypatch.setitem(graphs.RUNNERS, "cpu", TapeRunner)
     monkeypatch.setattr(TapeRunner, "captured", 0)
     monkeypatch.setattr(attention, "_each_row_alone", all_rows)
@@ -70,7 +72,7 @@ SETTINGS = [
     {"threshold": 0.3},
     {"factor": 1.5},
     {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 0},
-    {"max_new_tokens": [19, 12, 3]},
+    {"max_new_tokens": [19, 12, 9]},
     {"cfg_scale": 1.5},
     {"temperature": 0.8, "top_k": 20},
     {"selection_temperature": 0.5},
@@ -108,6 +110,14 @@ def test_what_a_graph_cannot_hold_is_taken_step_by_step(llada, taped):
     }.items():
         stats = dkv.generate(llada, ids, max_new_tokens=8, **settings).stats
         assert reason in stats.eager_reason and not stats.replayed_passes
+    with dkv.use_backend("reference"):
+        assert "reference" in dkv.generate(llada, ids, max_new_tokens=8).stats.eager_reason
+    long, mask = pad_rows([[1] * 40, [2], [3]])
+    assert "length" in dkv.generate(llada, long, mask, max_new_tokens=8).stats.eager_reason
+    handle = llada.layers[0].register_forward_hook(lambda *_: None)
+    assert "hooks" in dkv.generate(llada, ids, max_new_tokens=8).stats.eager_reason
+    handle.remove()
+    assert dkv.generate(llada, ids, max_new_tokens=8).stats.replayed_passes
 
 
 def test_a_step_that_cannot_be_captured_is_taken_as_it_comes(llada, taped, monkeypatch):
@@ -128,14 +138,31 @@ def test_graphs_keep_the_memory_that_they_read(llada, taped):
     held = []
 
     def look(engine):
-        held.append([x.data_ptr() for scratch, rope in engine.runner._held for x in (*scratch, *rope)])
+        held.append([x.data_ptr() for read in engine.runner._held for x in read])
 
     run = Run.after_prompts(llada, torch.tensor([[1, 2, 3]]), None, dkv.DiffusionConfig(max_new_tokens=12, seed=0))[1]
     while run.engine.numbers:
         run.engine.step()
-        look(run.engine)
+        if run.engine.numbers:
+            look(run.engine)
     rope = [table.data_ptr() for table in llada.rope_tables(0)]
     assert held[-1] and set(rope) <= set(held[-1]) and len(held[-1]) >= len(held[0])
+
+
+def test_nothing_outlives_its_generation(llada, taped):
+    """Graphs hold much memory: it must not wait for the collector of cycles."""
+    run = Run.after_prompts(llada, torch.tensor([[1, 2, 3]]), None, dkv.DiffusionConfig(max_new_tokens=12, seed=0))[1]
+    for _ in range(5):
+        run.engine.step()
+    seen = weakref.ref(run.engine), weakref.ref(run.engine.runner)
+    assert run.engine.stats.replayed_passes
+    gc.collect()
+    gc.disable()
+    try:
+        del run
+        assert [one() for one in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_two_generations_at_once(llada, taped):
@@ -152,7 +179,7 @@ def test_two_generations_at_once(llada, taped):
 
 
 def test_sizes_of_a_pass():
-    alike = engine.PADDINGS["cuda"]
+    alike = engine.GRAPHED
     assert [alike.filled([count], 10**6)[0] for count in (0, 1, 16, 17, 129, 256, 257, 321)] == [
         0, 16, 16, 32, 192, 256, 320, 384
     ]  # fmt: skip
