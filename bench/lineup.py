@@ -1,7 +1,9 @@
 """The line-up: the ways to generate that benchmarks compare, by name, in the words of `dkv eval --run`.
 
-Nothing is imported here, so that the command line can name them at once. `dkv.bench.contenders` reads the texts.
+Nothing heavy is imported here, so that the command line can name them at once. `dkv.bench.contenders` reads the texts.
 """
+
+from typing import Any
 
 # Greedy goes with the random order, as published, or plans by confidences; all others fill the surest slot first.
 LINEUP = {
@@ -52,3 +54,17 @@ FULL = (
 )
 # Further runs of a model whose logits are shifted.
 SHIFTED = ("cache=decode,pd refresh=2,4,8,16 shift_rule=un_right",)
+
+LONG, BATCHED = ("plain", "decode 32", "prefill", "pd 8"), ("plain", "decode 8", "greedy 4")
+# What --all measures: file -> measurement, batches, and settings of `dkv.bench.options`. Eager runs and
+# long canvases cost most of the time, hence few rounds of them.
+ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "comparison": ("comparison", (1,), {"new": 64, "policies": COMPARED[:-1]}),
+    "long": ("comparison", (1,), {"prompt": 896, "new": 64, "rounds": 1, "eager": False, "policies": LONG}),
+    "batches": ("comparison", (1, 2, 4), {"new": 32, "rounds": 1, "policies": BATCHED}),
+    "floor": ("floor", (1,), {}),
+    "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
+    "memory": ("memory", (1,), {}),
+    "blocks": ("blocks", (1,), {"new": 64, "rounds": 1, "rules": ("one a step",)}),
+    "blocks_tiny": ("blocks", (1,), {"model": "tiny"}),
+}

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dkv.bench.lineup import COMPARED
+from dkv.bench.lineup import ALL, COMPARED
 from dkv.cli import bench_host
 from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
@@ -51,19 +51,6 @@ USES = {
 MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3}
 # Slots where --new does not say, of tiny and of all others.
 NEW = (64, 128)
-LONG, BATCHED = ("plain", "decode 32", "prefill", "pd 8"), ("plain", "decode 8", "greedy 4")
-# What --all measures: file -> measurement, batches, and settings of `dkv.bench.options`. Eager runs and
-# long canvases cost most of the time, hence few rounds of them.
-ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-    "comparison": ("comparison", (1,), {"new": 64, "policies": COMPARED[:-1]}),
-    "long": ("comparison", (1,), {"prompt": 896, "new": 64, "rounds": 1, "eager": False, "policies": LONG}),
-    "batches": ("comparison", (1, 2, 4), {"new": 32, "rounds": 1, "policies": BATCHED}),
-    "floor": ("floor", (1,), {}),
-    "growth": ("growth", (1,), {"prompt": 64, "eager": False}),
-    "memory": ("memory", (1,), {}),
-    "blocks": ("blocks", (1,), {"new": 64, "rounds": 1, "rules": ("one a step",)}),
-    "blocks_tiny": ("blocks", (1,), {"model": "tiny"}),
-}
 # Options that go into `dkv.bench.options.Options` as they are.
 SETTINGS = ("prompt", "new", "steps", "rounds")
 

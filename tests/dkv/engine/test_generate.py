@@ -294,9 +294,3 @@ def test_an_interrupted_generation_leaves_the_model_as_it_was(llada):
     with pytest.raises(Stop):
         dkv.generate(llada, ids, **call, streamer=Streamer())
     assert torch.equal(dkv.generate(llada, ids, **call).sequences, before)
-
-
-def test_the_callers_configuration_and_ids_are_left_alone(llada):
-    config, ids = dkv.DiffusionConfig(max_new_tokens=4), torch.tensor([[5, 9]])
-    dkv.generate(llada, ids, generation_config=config, max_new_tokens=2, cache="decode")
-    assert config.max_new_tokens == 4 and config.cache == dkv.NoCache() and ids.tolist() == [[5, 9]]
