@@ -27,7 +27,8 @@ from dkv.models.transformer import Transformer
 
 # Operations that start no kernel, beside views.
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "promote_types", "scalar_tensor", "_unsafe_view")
-WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+# Operations after which the host has a value, or a shape that depends on values.
+WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "bincount")
 PRODUCTS = ("mm", "addmm", "bmm", "embedding", "linear")
 
 
@@ -57,13 +58,16 @@ class Count(TorchDispatchMode):
 def steps_of(
     spec: ModelSpec, settings: dict[str, Any], batch: int = 1, prompt: int = 448, new: int = 64, steps: int = 4
 ) -> Iterator[tuple[bool, Counter[str]]]:
-    """Whether each of the first steps of a generation is full, and what the host starts for it.
+    """Take the first steps of a generation on an H100, as far as the host is concerned.
 
     Args:
         spec: of the model; weights of its size are never touched.
         settings: of `dkv.DiffusionConfig`.
         batch, prompt, new: rows, and their slots.
         steps: to take.
+
+    Yields:
+        Whether the step is full, and how often the host starts each kind: "aten", "triton", "uploads", "waits".
     """
     # Where there is no Triton, this module can still be imported.
     from dkv.kernels.common.launch import Chip, trial

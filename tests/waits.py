@@ -3,8 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Values on the host, and shapes that depend on values.
-READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "bincount")
+from dkv.bench.host import WAITS
 
 MASKS = (torch.bool, torch.uint8)
 
@@ -18,7 +17,7 @@ class NoWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in READS:
+        if name in WAITS:
             raise Waits(f"{name} waits for the device")
         # A list made into a tensor is a copy from the host; a number is an argument of the launch.
         if name == "lift_fresh" and args[0].dim():

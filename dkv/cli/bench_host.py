@@ -3,8 +3,15 @@
 import argparse
 from dataclasses import asdict
 
+from dkv.cli.measuring import check_counts
 from dkv.common import files
 from dkv.common.bar import Bar
+
+# Options of `dkv bench` that have no effect here.
+OTHERS = (
+    *("model", "policies", "no_eager", "prompt", "new", "steps", "batch", "rounds", "threads", "device", "dtype"),
+    *("csv", "plots", "all", "out", "floor", "growth", "memory", "blocks"),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -13,9 +20,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an option that has no effect here, or Triton is missing.
     """
-    for name in ("model", "policies", "no_eager", "prompt", "new", "steps", "batch", "rounds", "csv", "plots", "all"):
-        if getattr(args, name):
+    for name, value in vars(args).items():
+        if value and name in OTHERS:
             raise ValueError(f"--{name.replace('_', '-')} has no effect on --host: leave it out")
+    check_counts(args, ["layers"])
     from dkv.kernels.common.backend import named
 
     named("triton", "--host")
@@ -26,15 +34,14 @@ def run(args: argparse.Namespace) -> int:
     files.check_outputs([("--json", args.json)])
     title = args.shape or "llada-8b"
     spec = shape(title, args.layers)
-    print(
-        f"{title}, {spec.num_layers} layers, bfloat16, 448 + 64 slots: launches of a step as on an H100\n", flush=True
-    )
     found = {"facts": {"shape": title, **asdict(spec), **versions()}, "host": {"rows": []}}
-    with Bar(len(host.CASES), "setting") as bar:
+    with files.beside(args.json), Bar(len(host.CASES), "setting") as bar:
+        size = f"{spec.num_layers} layers, bfloat16, 448 + 64 slots"
+        print(f"{title}, {size}: launches of a step as on an H100\n", flush=True)
         for name in host.CASES:
             found["host"]["rows"].extend(host.measure(spec, [name]))
             bar.update()
-    print(host.table(found["host"]))
-    if args.json is not None:
-        files.write_json(args.json, found, indent=1)
+        print(host.table(found["host"]))
+        if args.json is not None:
+            files.write_json(args.json, found, indent=1)
     return 0

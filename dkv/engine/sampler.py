@@ -37,9 +37,8 @@ class Sampler:
         self.model, self.workspace, self.processor = model, workspace, processor
         self.rounded = config.confidence_dtype == "model"
         self.never, self.late = unwanted_ends(config, model.spec)
-        # Made once: to make them in a step would make the host wait for the device.
-        self._late_ids = torch.tensor(self.late, dtype=torch.int64, device=model.device)
-        self._never_ids = torch.tensor(self.never, dtype=torch.int64, device=model.device)
+        # By ids, a tensor of them: made once, as to make it in a step would make the host wait for the device.
+        self._tensors: dict[tuple[int, ...], Tensor] = {}
         # How the head is handed on, by the ids whose logits are at -inf.
         self._heads: dict[tuple[int, ...], dict[str, Any]] = {}
         drawn = config.temperature > 0
@@ -89,8 +88,14 @@ class Sampler:
             return token, confidence
         _, without = choose(self.never + self.late)
         without = without.clamp(min=torch.finfo(without.dtype).min)
-        is_end = among(token, self._late_ids)
+        is_end = among(token, self._tensor(self.late))
         return token, without.masked_fill(is_end, -torch.inf).masked_fill(confidence.isnan(), torch.nan)
+
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        key = tuple(ids)
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(key, device=self.model.device)
+        return self._tensors[key]
 
     def _head(self, gone: Sequence[int]) -> dict[str, Any]:
         """The head with the logits of some ids at -inf, as `choose_token_fused` takes it."""
@@ -103,8 +108,8 @@ class Sampler:
         """The choice from logits, which may be overwritten."""
 
         def choose(gone: Sequence[int]) -> tuple[Tensor, Tensor]:
-            for ids in (self._never_ids, self._late_ids)[: len(gone) and 1 + (len(gone) > len(self.never))]:
-                logits.index_fill_(1, ids, -torch.inf)
+            if gone:
+                logits.index_fill_(1, self._tensor(gone), -torch.inf)
             last = len(gone) == len(self.never) + len(self.late)
             return kernels.choose_token(logits, row_keys=keys, overwrite=last, workspace=self.workspace, **self.how)
 

@@ -56,7 +56,18 @@ def test_command(tmp_path, capsys):
     assert all(str(row["launches"]) in text for row in rows)
 
 
-@pytest.mark.parametrize("option", ["--batch=2", "--model=tiny", "--rounds=1", "--all"])
+def test_standard_output_is_json_alone(capfd):
+    assert main(["bench", "--host", "--shape", "d128x4", "--json", "-"]) == 0
+    out, err = capfd.readouterr()
+    assert len(json.loads(out)["host"]["rows"]) > len(host.CASES) and "d128x4, 4 layers" in err
+
+
+@pytest.mark.parametrize("option", ["--batch=2", "--model=tiny", "--rounds=1", "--all", "--floor", "--device=cpu"])
 def test_options_without_effect(option, capsys):
     assert main(["bench", "--host", option]) == 2
     assert f"{option.split('=')[0]} has no effect on --host" in capsys.readouterr().err
+
+
+def test_no_layers(capsys):
+    assert main(["bench", "--host", "--layers", "0"]) == 2
+    assert "--layers must be at least 1, got 0" in capsys.readouterr().err

@@ -11,19 +11,10 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 from dkv.integrations import hf_attention as hf
 from dkv.integrations.hf_support import kind_of_masks
+from tests.dkv.integrations.conftest import GQA, NO_DROPOUT, V5
+from tests.dkv.integrations.conftest import SIZES as PLAIN
 
-V5 = int(transformers.__version__.split(".")[0]) >= 5
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 50,
-    "pad_token_id": 0,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-GQA = {**{k: v for k, v in SIZES.items() if "prob" not in k}, "num_key_value_heads": 2}
+SIZES = {**PLAIN, **NO_DROPOUT}
 IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(1))
 MASKS = [None, torch.ones_like(IDS), torch.ones_like(IDS).index_fill(1, torch.tensor([10, 11]), 0)]
 PADDING = pytest.mark.parametrize("mask", MASKS, ids=["none", "ones", "right"])
