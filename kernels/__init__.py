@@ -1,8 +1,8 @@
 """Masked bidirectional attention over a position-indexed K/V buffer, and what goes with it.
 
 Every operation checks its arguments, then the current backend runs it. Letters in shapes: B rows,
-S slots, N active slots, R rows of output, Hq query heads, Hkv key heads, D head size, P positions
-of the rotary table, V vocabulary, d hidden size.
+S slots, N active slots of a row, T of all rows, R those with an output, Hq query heads, Hkv key heads, D head size,
+P positions of the rotary table, V vocabulary, d hidden size.
 
 Checks of shapes, dtypes and devices are free. Checks of values (index ranges, NaN) read numbers
 back from the device; `validate=False` leaves them out, for a caller that owns its indices.
@@ -11,11 +11,12 @@ back from the device; `validate=False` leaves them out, for a caller that owns i
 from dkv.kernels.attention.op import cached_attention
 from dkv.kernels.choose.choice import RULES, Choice
 from dkv.kernels.choose.op import choose_token, choose_token_fused
-from dkv.kernels.commit.op import commit_
+from dkv.kernels.commit.op import advance_, commit_
 from dkv.kernels.common.backend import BACKENDS, use_backend
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.gate.op import swiglu
 from dkv.kernels.norm.op import rms_norm
+from dkv.kernels.plan.op import pack_pass, plan_pass, with_masked_window
 from dkv.kernels.rope_scatter.op import rope_scatter_
 from dkv.kernels.rope_scatter.reference import head_norm, rotate
 
@@ -24,14 +25,18 @@ __all__ = [
     "RULES",
     "Choice",
     "Workspace",
+    "advance_",
     "cached_attention",
     "choose_token",
     "choose_token_fused",
     "commit_",
     "head_norm",
+    "pack_pass",
+    "plan_pass",
     "rms_norm",
     "rope_scatter_",
     "rotate",
     "swiglu",
     "use_backend",
+    "with_masked_window",
 ]

@@ -1,6 +1,6 @@
 """The kernels of attention.
 
-The query heads of one key head are packed into the M entries of a tile: entry m of key head h is token
+The query heads of one key head share the M entries of a tile: entry m of key head h is token
 m // GROUP, query head h * GROUP + m % GROUP. Where queries are few, the keys are divided among
 several programs, and a second kernel merges their partial results.
 """
@@ -45,7 +45,7 @@ def _absorb(
     seen = (n >= start - first) & (n < stop - first)  # [N]; on an edge alone not all true
     k_at = k.ptr + first * k.stride[1] + (n[None, :] * k.stride[1] + d[:, None])
     key = _load(k_at, seen[None, :], (d < C.D)[:, None], EDGE, C.D != C.BLOCK_D)  # [D, N]
-    scores = tl.dot(query, key, input_precision=C.PRECISION) * scale  # [M, N]
+    scores = tl.dot(query, key, input_precision=C.PRECISION)  # [M, N]
     if rules.mask is not None:
         of_mask, stride = rules.mask.ptr, rules.mask.stride
         of_mask += row * stride[0] + first_token.to(tl.int64) * stride[1] + first * stride[2]
@@ -58,9 +58,11 @@ def _absorb(
         seen = seen & (_of_slots(rules.key_mask, row, first, n, seen) != 0)
     if EDGE:
         scores = tl.where(seen[None, :], scores, float("-inf"))
-    highest = tl.maximum(top, tl.max(scores, 1))  # [M]
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    weight, keep = tl.exp2(scores - shift[:, None]), tl.exp2(top - shift)
+    highest = tl.maximum(top, tl.max(scores, 1) * scale)  # [M]
+    # Scores are scaled and shifted in one instruction, and their maximum alone is scaled before. -inf is not subtracted
+    # as all weights would be NaN, infinity as those of scores that only the scale makes infinite would be 0.
+    shift = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
+    weight, keep = tl.exp2(scores * scale - shift[:, None]), tl.exp2(top - shift)
     # What a hidden slot holds is not read: 0 times NaN is NaN.
     v_at = v.ptr + first * v.stride[1] + (n[:, None] * v.stride[1] + d[None, :])
     value = _load(v_at, seen[:, None], (d < C.D)[None, :], EDGE, C.D != C.BLOCK_D)  # [N, D]
@@ -80,24 +82,28 @@ def _of_slots(x, row, first, n, seen):
 
 
 @triton.jit
-def _entry(row, token, head, member, split, tokens, C):
-    """The place [M] of a query's part in [B, N, Hq, SPLITS]."""
-    return ((row * tokens + token) * tl.num_programs(1) * C.GROUP + head * C.GROUP + member) * C.SPLITS + split
+def _entry(token, head, member, split, splits, C):
+    """The place [M] of a query's part in [B, N, Hq, splits], or packed [T, Hq, splits], by its token of all rows."""
+    return (token * tl.num_programs(1) * C.GROUP + head * C.GROUP + member) * splits + split
 
 
-@triton.jit
-def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, C):
-    """One tile of packed queries over one part of the slots; grid (tiles of queries x SPLITS, Hkv, B).
+# What only bounds masks and loops is compiled for any number, so that another length needs no other kernel.
+@triton.jit(do_not_specialize=["tokens", "slots", "splits"])
+def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
+    """One tile of queries over one part of the slots; grid (tiles of queries x splits, Hkv, B).
+
+    A row has `tokens` queries at most. `splits` are the programs that the slots are divided among.
 
     A value that is hidden from some queries of a tile alone has the weight 0 there, and 0 times NaN is NaN. REPAIR:
     where a tile of `out` is not finite, compute it again without such values, but for numbers of which one is seen.
 
-    C is known at compile time. GROUP: query heads of a key head. SPLITS: programs that the slots are divided among.
-    TESTED: every tile of slots is held against the rules, not only those at an end of the range. WIDE: an offset within
-    a tile may need 64 bits. PRECISION: how float32 is multiplied. The tile is BLOCK_M queries, BLOCK_N slots, BLOCK_D
-    numbers of the D of a head.
+    `scale` is positive, and for powers of 2.
+
+    C is known at compile time. GROUP: query heads of a key head. TESTED: every tile of slots is held against the rules,
+    not only those at an end of the range. WIDE: an offset within a tile may need 64 bits. PRECISION: how float32 is
+    multiplied. The tile is BLOCK_M queries, BLOCK_N slots, BLOCK_D numbers of the D of a head.
     """
-    query_tile, split = tl.program_id(0) // C.SPLITS, (tl.program_id(0) % C.SPLITS).to(tl.int64)
+    query_tile, split = tl.program_id(0) // splits, (tl.program_id(0) % splits).to(tl.int64)
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     m, d = query_tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_D)
     token, member = m // C.GROUP, m % C.GROUP  # [M]
@@ -105,12 +111,17 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, C):
     if rules.query_lengths is not None:
         length = tl.minimum(tokens, tl.load(rules.query_lengths.ptr + row * rules.query_lengths.stride[0])).to(tl.int32)
     asked = token < length
-    q_at = q.ptr + row * q.stride[0] + head * C.GROUP * q.stride[2]
+    # Where the queries of the row start: in memory, and counted over all rows.
+    q_at, before = q.ptr + row * q.stride[0], row * tokens
+    if rules.query_starts is not None:
+        before = tl.load(rules.query_starts.ptr + row * rules.query_starts.stride[0]).to(tl.int64)
+        q_at = q.ptr + before * q.stride[1]
+    q_at += head * C.GROUP * q.stride[2]
     q_at += token.to(tl.int64)[:, None] * q.stride[1] + member.to(tl.int64)[:, None] * q.stride[2] + d[None, :]
     query = tl.load(q_at, mask=asked[:, None] & (d < C.D)[None, :], other=0.0)
 
     # The slots of this part that are in the range of the row.
-    part = tl.cdiv(tl.cdiv(slots, C.BLOCK_N), C.SPLITS) * C.BLOCK_N
+    part = tl.cdiv(tl.cdiv(slots, C.BLOCK_N), splits) * C.BLOCK_N
     start, stop = split * part, tl.minimum(slots, (split + 1) * part)
     if rules.key_ranges is not None:
         range_at = rules.key_ranges.ptr + row * rules.key_ranges.stride[0]
@@ -135,10 +146,10 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, C):
     state = tl.zeros((C.BLOCK_M, C.BLOCK_D), tl.float32), top, total, met
     # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends. Where
     # every tile is tested there is one loop, as one takes fewer registers than two.
-    before, whole, after = start // C.BLOCK_N, tl.cdiv(start, C.BLOCK_N), stop // C.BLOCK_N
-    first, last = (before, tl.cdiv(stop, C.BLOCK_N)) if C.TESTED else (whole, after)
+    least, whole, after = start // C.BLOCK_N, tl.cdiv(start, C.BLOCK_N), stop // C.BLOCK_N
+    first, last = (least, tl.cdiv(stop, C.BLOCK_N)) if C.TESTED else (whole, after)
     if C.REPAIR:
-        at = _entry(row, token, head, member, split, tokens, C)
+        at = _entry(before + token, head, member, split, splits, C)
         found = tl.load(out + at[:, None] * C.D + d[None, :], mask=asked[:, None] & (d < C.D)[None, :], other=0.0)
         strange = tl.max(tl.max(tl.where(tl.abs(found) < float("inf"), 0, 1), 1), 0)
         last = tl.where(strange > 0, last, first)
@@ -148,19 +159,22 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, C):
             state, query, mask_m, query_block, k, v, rules, row, first_token, slot, start, stop, scale, C, C.TESTED
         )
     if not C.TESTED:
-        has_tail = (after * C.BLOCK_N < stop) & ((after > before) | (whole == before))
-        for end in tl.range(tl.where(before < whole, 0, 1), tl.where(has_tail, 2, 1), num_stages=1):
-            slot = tl.where(end == 0, before, after) * C.BLOCK_N
+        has_tail = (after * C.BLOCK_N < stop) & ((after > least) | (whole == least))
+        for end in tl.range(tl.where(least < whole, 0, 1), tl.where(has_tail, 2, 1), num_stages=1):
+            slot = tl.where(end == 0, least, after) * C.BLOCK_N
             state = _absorb(
                 state, query, mask_m, query_block, k, v, rules, row, first_token, slot, start, stop, scale, C, True
             )
 
-    # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing.
+    # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing. Behind the queries of a packed
+    # row stand those of another.
     acc, top, total, met = state
     total = tl.where(asked, total, 0.0)
     acc = tl.where(total[:, None] != 0.0, acc / tl.where(total != 0.0, total, 1.0)[:, None], 0.0)
     log_total = tl.where(total != 0.0, (top + tl.log2(tl.where(total != 0.0, total, 1.0))) * LN2, float("-inf"))
-    at, inside = _entry(row, token, head, member, split, tokens, C), token < tokens
+    at, inside = _entry(before + token, head, member, split, splits, C), token < tokens
+    if rules.query_starts is not None:
+        inside = asked
     stored = inside[:, None] & (d < C.D)[None, :]
     if C.REPAIR:
         stored = stored & (asked[:, None] & (strange > 0) & (met == 0.0))
@@ -169,34 +183,37 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, C):
         tl.store(lse + at, log_total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "splits"])
 def merge_kernel(
     part,
     part_lse,
     out,
     lse,
     entries,
+    splits,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """The outputs of the parts, weighted by their share of the softmax; grid (tiles of entries [B * N * Hq],)."""
     r = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    inside = r < entries
-    at = r[:, None] * SPLITS + split[None, :]
-    own = tl.load(part_lse + at, mask=inside[:, None], other=float("-inf"))  # [R, P]
+    split, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    inside, wanted = r < entries, (d < D)[None, :]
+    there, at = inside[:, None] & (split < splits)[None, :], r[:, None] * splits + split[None, :]  # [R, P]
+    own = tl.load(part_lse + at, mask=there, other=float("-inf"))
     top = tl.max(own, 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2((own - shift[:, None]) * LOG2E)
     total = tl.sum(weight, 1)
-    total = tl.where(total == 0.0, 1.0, total)  # of no part
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
     share = weight / total[:, None]
     value_at = part + at[:, :, None] * D + d[None, None, :]
-    value = tl.load(value_at, mask=inside[:, None, None] & (d < D)[None, None, :], other=0.0)  # [R, P, D]
+    value = tl.load(value_at, mask=there[:, :, None] & wanted[None, :, :], other=0.0)  # [R, P, D]
     merged = tl.sum(value * share[:, :, None], 1).to(out.dtype.element_ty)
-    tl.store(out + r[:, None] * D + d[None, :], merged, mask=inside[:, None] & (d < D)[None, :])
+    tl.store(out + r[:, None] * D + d[None, :], merged, mask=inside[:, None] & wanted)
     if lse is not None:
-        log_total = tl.where(tl.abs(top) == float("inf"), top, shift + tl.log(total))
+        # The largest of NaN and -inf is -inf: a sum that is NaN says that there was one.
+        log_total = tl.where(nothing | (top == float("inf")), top, shift + tl.log(total))
         tl.store(lse + r, log_total, mask=inside)

@@ -17,6 +17,7 @@ class Rules(NamedTuple):
     mask: Tensor | None = None
     query_blocks: Tensor | None = None
     key_blocks: Tensor | None = None
+    query_starts: Tensor | None = None
 
     @property
     def of_pairs(self) -> bool:
@@ -45,9 +46,14 @@ class Rules(NamedTuple):
 
 
 def cached_attention(
-    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, **_
+    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, most_queries: int, scale: float, return_lse: bool, **_
 ) -> tuple[Tensor, Tensor | None]:
-    """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for."""
+    """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for.
+
+    `most_queries` is N, or of packed rows no less than the queries of one: what spares work, and changes no result.
+    """
+    if rules.query_starts is not None:
+        return _packed(q, k_buf, v_buf, rules, scale, return_lse)
     group = q.shape[2] // k_buf.shape[2]
     key, value = (wide(x).repeat_interleave(group, 2) for x in (k_buf, v_buf))
     scores = torch.einsum("bnhd,bshd->bhns", wide(q), key) * scale
@@ -58,6 +64,17 @@ def cached_attention(
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
     out = weighted_sum(weights, value, visible).to(q.dtype)
     return out, lse.transpose(1, 2) if return_lse else None
+
+
+def _packed(q, k_buf, v_buf, rules: Rules, scale, return_lse) -> tuple[Tensor, Tensor | None]:
+    """Packed queries: every row is a batch of its own. Entries of no row give 0."""
+    out, lse = torch.zeros_like(q), wide(q).new_zeros(q.shape[:2])
+    for row, (start, length) in enumerate(zip(rules.query_starts.tolist(), rules.query_lengths.tolist(), strict=True)):
+        own, this = slice(start, start + max(length, 0)), slice(row, row + 1)
+        keys = Rules(*(None if x is None else x[this] for x in (None, rules.key_ranges, rules.key_mask)))
+        found, found_lse = cached_attention(q[own].unsqueeze(0), k_buf[this], v_buf[this], keys, length, scale, True)
+        out[own], lse[own] = found[0], found_lse[0]
+    return out, lse if return_lse else None
 
 
 def weighted_sum(weights: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dkv.kernels.attention.reference import Rules
 from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.operation import recorded
 from dkv.kernels.common.workspace import Workspace
 
 # SDPA on a CPU takes the maximum of fewer scores than this one by one, in a way that skips NaN.
@@ -22,12 +23,22 @@ MOST_SCORES = 1 << 22
 
 
 def cached_attention(
-    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, *, workspace=None
+    q: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    rules: Rules,
+    most_queries: int,
+    scale: float,
+    return_lse: bool,
+    *,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for."""
     by_length = rules.query_lengths is not None or rules.key_ranges is not None
-    if by_length and not (rules.of_pairs or rules.key_mask is not None or return_lse) and q.device.type == "cpu":
+    if by_length and not (rules.of_pairs or rules.key_mask is not None or return_lse) and _readable(q):
         return _each_row_alone(q, k_buf, v_buf, rules, scale, workspace), None
+    if rules.query_starts is not None:
+        return _side_by_side(q, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace)
     visible = rules.visible(q.shape[1], k_buf.shape[1])
     if visible is None:
         return _attend(q, k_buf, v_buf, None, scale, return_lse, workspace)
@@ -102,20 +113,54 @@ def _with_lse(q, key, value, bias, scale) -> tuple[Tensor, Tensor]:
     return out, lse.squeeze(-1).flatten(1, 2).transpose(1, 2)
 
 
+def _readable(q: Tensor) -> bool:
+    """Whether the lengths of rows cost nothing to read."""
+    return q.device.type == "cpu" and not recorded(q)
+
+
 def _each_row_alone(q, k_buf, v_buf, rules: Rules, scale, workspace) -> Tensor:
     """Attention where rows differ in length alone: each over its own slots, without padding and without a mask."""
-    lengths = [q.shape[1]] * len(q) if rules.query_lengths is None else rules.query_lengths.tolist()
-    ranges = [(0, k_buf.shape[1])] * len(q) if rules.key_ranges is None else rules.key_ranges.tolist()
-    outputs = []
-    for row, (length, (start, stop)) in enumerate(zip(lengths, ranges, strict=True)):
-        slots = slice(row, row + 1), slice(max(start, 0), max(stop, 0))
-        query, key, value = q[row : row + 1, : max(length, 0)], k_buf[slots], v_buf[slots]
+    batch, slots = k_buf.shape[:2]
+    if rules.query_starts is not None:
+        packed, starts, lengths = q, rules.query_starts.tolist(), rules.query_lengths.tolist()
+    else:
+        packed, width = q.flatten(0, 1), q.shape[1]
+        starts = [row * width for row in range(batch)]
+        lengths = [width] * batch if rules.query_lengths is None else rules.query_lengths.clamp(max=width).tolist()
+    alike = lengths[:1] * batch == lengths and [row * lengths[0] for row in range(batch)] == starts
+    if rules.key_ranges is None and alike and batch and slots and batch * lengths[0] == len(packed) > 0:
+        rows = packed.view(batch, -1, *packed.shape[1:])
+        return _attend(rows, k_buf, v_buf, None, scale, False, workspace)[0].reshape(q.shape)
+    ranges = [(0, slots)] * batch if rules.key_ranges is None else rules.key_ranges.tolist()
+    parts = []
+    for row, (start, length, (first, stop)) in enumerate(zip(starts, lengths, ranges, strict=True)):
+        own, here = slice(start, start + max(length, 0)), (slice(row, row + 1), slice(max(first, 0), max(stop, 0)))
+        query, key, value = packed[own].unsqueeze(0), k_buf[here], v_buf[here]
         if query.shape[1] and key.shape[1]:
-            out, _ = _attend(query, key, value, None, scale, False, workspace)
-            outputs.append(F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
-        else:
-            outputs.append(torch.zeros_like(q[row : row + 1]))
-    return torch.cat(outputs) if outputs else q.clone()
+            parts.append((own, _attend(query, key, value, None, scale, False, workspace)[0][0]))
+    if not parts:
+        return q.masked_fill(torch.ones((), dtype=torch.bool), 0)
+    if len(parts[0][1]) == len(packed):
+        return parts[0][1].reshape(q.shape)
+    out = torch.zeros_like(packed)
+    for own, part in parts:
+        out[own] = part
+    return out.view(q.shape)
+
+
+def _side_by_side(
+    q, k_buf, v_buf, rules: Rules, most_queries, scale, return_lse, workspace
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of packed queries, which are brought to [B, most_queries, Hq, D] and back."""
+    column = torch.arange(most_queries, device=q.device)
+    own = column < rules.query_lengths.unsqueeze(1)
+    entry = rules.query_starts.unsqueeze(1) + column  # [B, most_queries], of T
+    rules, query = rules._replace(query_starts=None), q[entry.where(own, 0)]
+    found = cached_attention(query, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace=workspace)
+    # What is of no row is written behind the last entry.
+    to = entry.where(own, len(q))
+    out, lse = (x if x is None else x.new_zeros(len(q) + 1, *x.shape[2:]).index_put_((to,), x)[:-1] for x in found)
+    return out, lse
 
 
 def _few_queries(query: Tensor, k_buf: Tensor, v_buf: Tensor) -> bool:

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from dkv.kernels.attention import torch as fallback
 from dkv.kernels.attention.kernel import LOG2E, attention_kernel, merge_kernel
 from dkv.kernels.attention.reference import Rules
-from dkv.kernels.common.arguments import computable, constants, precision, strided, unit_stride
-from dkv.kernels.common.launch import Call, Launch, LaunchTable, splits
+from dkv.kernels.common.arguments import computable, constants, precision, restored, strided, strided_alone, unit_stride
+from dkv.kernels.common.launch import Call, Launch, LaunchTable, batch_invariant, chip, splits
+from dkv.kernels.common.prepared import Scratch
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.dev.cases import Case, calls_of, described, meta
 
@@ -34,12 +36,12 @@ def _entries(*lines: list) -> dict[tuple, Launch]:
 
 _ENTRIES = {}
 _ENTRIES["default"] = _entries(
-    ["few", "plain", (16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 1), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
-    ["few", "masked", (16, 32, 4, 2), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)],
+    ["few", "plain", (16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 1), (16, 32, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
+    ["few", "masked", (16, 32, 4, 2), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
     ["some", "plain", (32, 64, 4, 3), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
-    ["some", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)],
+    ["some", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
     ["many", "plain", (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
-    ["many", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
+    ["many", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
 )
 _ENTRIES["sm_80"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
@@ -48,9 +50,20 @@ _ENTRIES["sm_80"] = _entries(
     ["many", "plain", (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1)],
     ["many", "masked", (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
 )
+# A program has 99 KB of shared memory here, where it has 163 on sm_80. sm_89 uses these too.
+_ENTRIES["sm_86"] = _ENTRIES["sm_80"] | {
+    ("few", "plain", 2, 256): Launch((16, 32), 4, 3),
+    ("some", "plain", 2, 256): Launch((32, 32), 8, 3),
+    ("some", "masked", 2, 256): Launch((32, 32), 8, 2),
+    ("many", "masked", 2, 256): Launch((32, 32), 8, 2),
+}
+# As much shared memory, and a compiler that needs more registers.
+_ENTRIES["sm_120"] = _ENTRIES["sm_86"] | {("many", "plain", 2, 128): Launch((64, 64), 8, 3)}
+# With 64 queries the products are wgmma. Compiled for "some", D 128: 64 x 32 takes 164 registers and 64 KB, so that 3
+# programs share a multiprocessor; 32 x 64 takes 226 and 76 KB, and 2 do. D 64: 117 against 128 registers.
 _ENTRIES["sm_90"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
-    ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)],
+    ["some", "plain", (64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)],
     ["some", "masked", (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)],
     ["many", "plain", (128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
     ["many", "masked", (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)],
@@ -76,50 +89,83 @@ _CANDIDATES = product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
 TABLE = LaunchTable("cached_attention", _ENTRIES, [Launch((m, n), *how) for m, n, *how in _CANDIDATES])
 
 LARGEST_HEAD = 256
-# The most parts that the slots are divided in: the merge holds a state of each in registers. Not timed.
-MOST_PARTS = 16
-MERGE = Launch((4,), 4)
+# The kernel multiplies the largest product of a query by the scale, so the scale must be positive, in float32.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+# The most parts that the slots are divided in. The merge has room for so many, so that one kernel serves any number of
+# them, and takes few entries to a program, as it holds all parts of each in registers. A part may be one tile of slots:
+# what it leaves for the merge stays in the L2 cache, and other multiprocessors would idle. Not timed.
+MOST_PARTS = 32
+# Fewer tiles of slots than these are not divided, as the merge is one more launch. Not timed.
+DIVIDED_TILES = 4
+MERGE = {"default": Launch((1,), 4), "interpreter": Launch((64,), 4)}
 
 
 def cached_attention(
-    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, scale: float, return_lse: bool, *, workspace=None
+    q: Tensor,
+    k_buf: Tensor,
+    v_buf: Tensor,
+    rules: Rules,
+    most_queries: int,
+    scale: float,
+    return_lse: bool,
+    *,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`dkv.kernels.cached_attention`. Heads of over 256 numbers do not fit the registers: PyTorch attends with them."""
-    (_, tokens, heads, size), dtype = q.shape, q.dtype
-    if size > LARGEST_HEAD:
-        return fallback.cached_attention(q, k_buf, v_buf, rules, scale, return_lse, workspace=workspace)
+    if q.shape[-1] > LARGEST_HEAD:
+        return fallback.cached_attention(q, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace=workspace)
+    dtype = q.dtype
+    if not scale >= SMALLEST_SCALE:
+        q, scale = (-q, -scale) if scale <= -SMALLEST_SCALE else (q * (0 * scale), 1.0)
     q, k, v = (unit_stride(computable(x)) for x in (q, k_buf, v_buf))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
-    work = workspace or Workspace()
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+    if out.numel() and len(k) and most_queries:
+        TABLE.start(_plan, (q, k, v, out, lse, *rules), most_queries, scale, batch_invariant(), work=workspace)
+    return restored(out, dtype), lse
+
+
+def _plan(q, k, v, out, lse, *others):
+    *rules, tokens, scale, invariant = others
+    rules, packed, size = Rules(*rules), tokens * (q.shape[-2] // k.shape[2]), q.shape[-1]
+    many = "few" if packed <= 16 else "some" if packed <= 64 else "many"
 
     def calls(launch: Launch) -> list[Call]:
-        return _calls(q, k, v, out, lse, rules, scale, work, launch)
+        return _calls(q, k, v, out, lse, rules, tokens, scale, invariant, launch)
 
-    if out.numel():
-        packed = tokens * (heads // k.shape[2])
-        many = "few" if packed <= 16 else "some" if packed <= 64 else "many"
-        TABLE.start(q.device, (many, _kind(rules), q.element_size(), max(64, _block_d(size))), calls)
-    return out.to(dtype), lse
+    return (many, _kind(rules), q.element_size(), max(64, _block_d(size))), calls
 
 
 def _calls(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rules: Rules, scale: float, work, launch: Launch
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    rules: Rules,
+    tokens: int,
+    scale: float,
+    invariant: bool,
+    launch: Launch,
 ) -> list[Call]:
     """The attention; again where NaN may have reached queries that do not see it; the merge of the parts."""
-    (batch, tokens, heads, size), (slots, kv_heads) = q.shape, k.shape[1:3]
+    (heads, size), (batch, slots, kv_heads) = q.shape[-2:], k.shape[:3]
     (block_m, block_n), block_d, group = launch.tile, _block_d(size), heads // kv_heads
-    tiles = triton.cdiv(tokens * group, block_m)
-    split = splits(q.device, tiles * kv_heads * batch, batch, min(MOST_PARTS, triton.cdiv(slots, block_n) // 2))
+    tiles, slot_tiles = triton.cdiv(tokens * group, block_m), triton.cdiv(slots, block_n)
+    most = min(MOST_PARTS, slot_tiles) if slot_tiles >= DIVIDED_TILES else 1
+    split = splits(q.device, tiles * kv_heads * (1 if invariant else batch), most)
     part, part_lse = out, lse
     if split > 1:
-        part = work.take("parts", (*q.shape[:3], split, size), torch.float32, q.device)
-        part_lse = work.take("parts lse", part.shape[:-1], torch.float32, q.device)
+        part = Scratch("parts", (*q.shape[:-1], split, size), torch.float32)
+        part_lse = Scratch("parts lse", part.shape[:-1], torch.float32)
     masked, wide = _kind(rules) == "masked", _wide(launch, k, v, rules)
-    tensors = {"q": strided(q), "k": strided(k), "v": strided(v), "out": part, "lse": part_lse}
+    queries = strided(q) if rules.query_starts is None else strided_alone(q)
+    tensors = {"q": queries, "k": strided(k), "v": strided(v), "out": part, "lse": part_lse}
     tensors["rules"] = Rules(*map(strided, rules))
     arguments = tensors | {"scale": scale * LOG2E.value, "tokens": tokens, "slots": slots}
-    sizes = {"GROUP": group, "D": size, "SPLITS": split, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    # With masks a number that is not known at compile time would cost registers: counted by `dkv audit`.
+    arguments["splits"] = tl.constexpr(split) if masked or split == 1 else split
+    sizes = {"GROUP": group, "D": size, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n}
     # Every tile is tested where a rule asks for it, or where a loop that tests and one that does not would not fit
     # the registers together: counted by `dkv audit`, from 512 bytes a head on.
     sizes |= {"TESTED": masked or q.element_size() * block_d > 512, "WIDE": wide}
@@ -139,11 +185,12 @@ def _calls(
     return calls
 
 
-def _merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> Call:
-    (split, size), entries = part.shape[-2:], out.shape[:3].numel()
-    arguments = {"part": part, "part_lse": part_lse, "out": out, "lse": lse, "entries": entries}
-    arguments |= {"D": size, "SPLITS": split, "BLOCK_D": _block_d(size), "ENTRIES": MERGE.tile[0]}
-    return Call(merge_kernel, (triton.cdiv(entries, MERGE.tile[0]),), MERGE, arguments)
+def _merge(part: Scratch, part_lse: Scratch, out: Tensor, lse: Tensor | None) -> Call:
+    (split, size), entries = part.shape[-2:], out.shape[:-1].numel()
+    arguments = {"part": part, "part_lse": part_lse, "out": out, "lse": lse, "entries": entries, "splits": split}
+    launch = MERGE.get(chip(out.device).arch, MERGE["default"])
+    arguments |= {"D": size, "BLOCK_P": MOST_PARTS, "BLOCK_D": _block_d(size), "ENTRIES": launch.tile[0]}
+    return Call(merge_kernel, (triton.cdiv(entries, launch.tile[0]),), launch, arguments)
 
 
 def _block_d(size: int) -> int:
@@ -194,7 +241,8 @@ def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
     bare, masked, dtype = kind == "bare", masking == "masked", "bf16" if width == 2 else "fp32"
     tokens, slots, apart = _QUERIES[many][not bare], 1001, 2**29 if kind == "wide" else None
     size = size if bare else size - 16
-    q = meta(2, tokens, 4 if bare else 28, size, dtype=dtype)
+    # Packed, where nothing asks for [B, N].
+    q = meta(*((2, tokens) if bare or masked else (2 * tokens,)), 4 if bare else 28, size, dtype=dtype)
     k, v = (meta(2, slots, 4, size, dtype=dtype, apart=apart) for _ in range(2))
     rules: dict[str, Tensor] = {}
     if masked:
@@ -204,8 +252,10 @@ def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
         if masked:
             shapes |= {"query_blocks": (2, tokens), "key_blocks": (2, slots)}
             rules["mask"] = meta(2, tokens, slots, dtype=torch.bool)
+        else:
+            shapes["query_starts"] = (2,)
         rules |= {name: meta(*shape, dtype=torch.int64) for name, shape in shapes.items()}
-    return q, k, v, Rules(**rules), 0.125, not bare
+    return q, k, v, Rules(**rules), tokens, 0.125, not bare
 
 
 def _name(regime: tuple[str, str, int, int], call: Call, kind: str) -> str:

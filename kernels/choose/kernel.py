@@ -140,7 +140,8 @@ def store(state, floats, ids, r, inside, part, C):
         tl.store(ids_at + 1, drawn, mask=inside)
 
 
-@triton.jit
+# How many rows there are bounds masks alone: no kernel of its own for a multiple of 16.
+@triton.jit(do_not_specialize=["rows"])
 def merge_kernel(floats, ids, token_out, confidence_out, rows, heat, C, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
     """Token and log-confidence of the rows from the states of the parts of the vocabulary; grid (tiles of rows,)."""
     r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
@@ -187,12 +188,12 @@ def merge_kernel(floats, ids, token_out, confidence_out, rows, heat, C, BLOCK_P:
 
 
 @triton.jit
-def _logits(x, weight, bias, r, column, rows, vocabulary, size, C):
-    """A tile of logits [R, V] in float32: of x, or of x @ weight.T + bias; -inf for no id."""
+def _logits(x, weight, bias, r, column, first_column, rows, vocabulary, size, C):
+    """A tile of logits [R, V] in float32: x or x @ weight.T, plus bias; -inf for no id."""
     inside, known = (r < rows)[:, None], (column < vocabulary)[None, :]
     column = column.to(tl.int64)
     if weight is None:
-        at = x.ptr + r[:, None] * x.stride[0] + column[None, :] * x.stride[1]
+        at = x.ptr + r[:, None] * x.stride[0] + (column - first_column)[None, :] * x.stride[1]
         logits = tl.load(at, mask=inside & known, other=float("-inf")).to(tl.float32)
     else:
         d = tl.arange(0, C.BLOCK_D)
@@ -208,25 +209,40 @@ def _logits(x, weight, bias, r, column, rows, vocabulary, size, C):
             logits = tl.dot(h, w, logits, input_precision=C.PRECISION)
             x_at += x.stride[1] * C.BLOCK_D
             weight_at += weight.stride[1] * C.BLOCK_D
-        if bias is not None:
-            logits += tl.load(bias.ptr + column[None, :] * bias.stride[0], mask=known, other=0.0).to(tl.float32)
-        logits = tl.where(known, logits, float("-inf"))
-    return logits
+    if bias is not None:
+        logits += tl.load(bias.ptr + column[None, :] * bias.stride[0], mask=known, other=0.0).to(tl.float32)
+    return tl.where(known, logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def choose_kernel(
-    x, weight, bias, row_keys, floats, ids, rows, vocabulary, size, limit, tiles, heat, C, BANNED: tl.constexpr
+    x,
+    weight,
+    bias,
+    row_keys,
+    floats,
+    ids,
+    rows,
+    vocabulary,
+    size,
+    limit,
+    tiles,
+    first_column,
+    heat,
+    C,
+    BANNED: tl.constexpr,
 ):
-    """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, PARTS).
+    """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, parts).
 
-    x holds logits, or hidden states of `size` numbers if `weight`, the head, is given.
+    x holds hidden states of `size` numbers if `weight`, the head, is given, else logits: from `first_column` on, with
+    which a part begins, to the end of the last part of the grid.
     """
-    r, part = tl.program_id(0).to(tl.int64) * C.BLOCK_R + tl.arange(0, C.BLOCK_R), tl.program_id(1)
+    r = tl.program_id(0).to(tl.int64) * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
+    part = first_column // (tiles * C.BLOCK_V) + tl.program_id(1)
     a, b = row_hash(row_keys, r, r < rows, C.KEYS)
     state = fresh(C)
     for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, C.BLOCK_V))):
         column = tile * C.BLOCK_V + tl.arange(0, C.BLOCK_V)  # [V]
-        logits = _logits(x, weight, bias, r, column, rows, vocabulary, size, C)
+        logits = _logits(x, weight, bias, r, column, first_column, rows, vocabulary, size, C)
         state = absorb(state, logits, column, limit, heat, a, b, C, BANNED)
     store(state, floats, ids, r, r < rows, part, C)

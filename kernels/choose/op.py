@@ -79,9 +79,10 @@ def choose_token_fused(
 ) -> tuple[Tensor, Tensor]:
     """`choose_token` of `hidden @ head_weight.T + head_bias`; no more than a scratch of logits is held.
 
-    The Triton kernel holds no logits at all, and adds up half-precision products in float32 without
-    rounding the logits to the dtype of `hidden`. With top-k, top-p or confidence_dtype="model", for which logits
-    are rounded, it leaves the work to PyTorch.
+    The Triton backend adds up half-precision products in float32 without rounding the logits to the dtype of
+    `hidden`. For few rows it holds no logits at all; for many, a strip of the vocabulary of them, from PyTorch's
+    product. With top-k, top-p or confidence_dtype="model", for which logits are rounded, it leaves the work to
+    PyTorch.
 
     Args:
         hidden: [R, d].

@@ -4,7 +4,9 @@ A strip of logits is made, used while it is in the cache, and forgotten: rows of
 never held. Only top-k and top-p need them, to sort, and confidences in the dtype of the model.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import starmap
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +30,21 @@ LOG2_E = 1.4426950408889634
 # Numbers that PyTorch's loops over a CPU's vectors take at a time.
 VECTOR = 32
 
+# Logits of some columns [R, C], which are not written, and memory of that shape; they are the same if logits are free.
+Strip = tuple[Tensor, Tensor]
+
 
 def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
     work = workspace or Workspace()
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
-    def strips(rows: slice) -> Iterator[Tensor]:
+    def strips(rows: slice) -> Iterator[Strip]:
         for part in logits[rows].split(STRIP, 1):
-            free = overwrite and part.dtype == dtype
-            yield part if free else work.take("strip", part.shape, dtype, part.device).copy_(part)
+            if overwrite and part.dtype == dtype:
+                yield part, part
+            else:
+                scratch = work.take("strip", part.shape, dtype, part.device)
+                yield part if part.dtype == dtype else scratch.copy_(part), scratch
 
     return _by_rows(strips, *logits.shape, logits.dtype, choice, row_keys)
 
@@ -44,14 +52,14 @@ def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace
 def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys, *, workspace=None):
     if not isinstance(head_weight, Tensor):
 
-        def strips(rows: slice) -> Iterator[Tensor]:
-            return head_weight.strips(hidden[rows])
+        def strips(rows: slice) -> Iterator[Strip]:
+            return ((x, x) for x in head_weight.strips(hidden[rows]))
 
         return _by_rows(strips, len(hidden), head_weight.out_features, hidden.dtype, choice, row_keys)
     work = workspace or Workspace()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
-    def strips(rows: slice) -> Iterator[Tensor]:
+    def strips(rows: slice) -> Iterator[Strip]:
         part = hidden[rows]
         for start in range(0, len(head_weight), STRIP):
             weight = head_weight[start : start + STRIP]
@@ -62,13 +70,15 @@ def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys,
                 torch.mm(part, some.T, out=out)
             if head_bias is not None:
                 logits.add_(head_bias[start : start + STRIP])
-            yield logits if logits.dtype == dtype else work.take("strip", shape, dtype, part.device).copy_(logits)
+            if logits.dtype != dtype:
+                logits = work.take("strip", shape, dtype, part.device).copy_(logits)
+            yield logits, logits
 
     return _by_rows(strips, len(hidden), len(head_weight), hidden.dtype, choice, row_keys)
 
 
 def _by_rows(
-    strips: Callable[[slice], Iterable[Tensor]],
+    strips: Callable[[slice], Iterable[Strip]],
     rows: int,
     vocabulary: int,
     dtype: torch.dtype,
@@ -84,15 +94,15 @@ def _by_rows(
         part = slice(start, start + step)
         keys = None if row_keys is None else row_keys[part]
         if rounded:
-            logits = torch.cat([strip.to(dtype, copy=True) for strip in strips(part)], 1)
+            logits = torch.cat([x.to(dtype, copy=True) for x, _ in strips(part)], 1)
             parts.append(reference.choose_token(logits, choice, keys))
         else:
             parts.append(_choose_in_strips(strips(part), vocabulary, choice, keys))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
-def _choose_in_strips(strips: Iterable[Tensor], vocabulary: int, choice: Choice, row_keys) -> tuple[Tensor, Tensor]:
-    """Tokens and log-confidences [R] of logits that come as strips of columns [R, C] and are destroyed.
+def _choose_in_strips(strips: Iterable[Strip], vocabulary: int, choice: Choice, row_keys) -> tuple[Tensor, Tensor]:
+    """Tokens and log-confidences [R] of logits that come as strips of columns.
 
     A strip is used up before the next one is asked for.
     """
@@ -107,30 +117,38 @@ def _choose_in_strips(strips: Iterable[Tensor], vocabulary: int, choice: Choice,
 
     found = _Strips(choice.rule, choice.confidence_temperature, draw if choice.temperature > 0 else None)
     closed, start = [], 0
-    for x in map(_padded, strips):
+    for x, scratch in starmap(_padded, strips):
         stop = start + x.shape[1]
-        for token in choice.banned:
-            if start <= token < min(stop, limit):
-                closed.append(x[:, token - start, None].clone())
-                x[:, token - start] = -torch.inf
-        if start < limit:
-            found.add(x[:, : limit - start], start)
-        if stop > limit:
-            found.add_closed(x[:, max(limit - start, 0) :])
+        banned = [token - start for token in choice.banned if start <= token < min(stop, limit)]
+        if banned:
+            x = x if x is scratch else scratch.copy_(x)
+            columns = [x.narrow(1, column, 1) for column in banned]
+            closed += [column.clone() for column in columns]
+            for column in columns:
+                column.fill_(-torch.inf)
+        if stop <= limit:
+            found.add(x, scratch, start)
+        else:
+            open_ = max(limit - start, 0)
+            if open_:
+                found.add(x[:, :open_], scratch[:, :open_], start)
+            found.add_closed(x[:, open_:], scratch[:, open_:])
         start = stop
     if closed:
-        found.add_closed(torch.cat(closed, 1))
+        x = torch.cat(closed, 1)
+        found.add_closed(x, x)
     return found.choice()
 
 
-def _padded(x: Tensor) -> Tensor:
-    """x [R, C], laid out so that a row begins anew for vector instructions.
+def _padded(x: Tensor, scratch: Tensor) -> Strip:
+    """A strip whose memory is laid out so that a row begins anew for vector instructions.
 
     What is left over at the end of a tensor is computed otherwise than the rest, in the last bit of exp2; a row
     must not depend on how many there are.
     """
-    spare = -x.shape[1] % VECTOR
-    return F.pad(x, (0, spare))[:, : x.shape[1]] if spare else x
+    if spare := -x.shape[1] % VECTOR:
+        x = scratch = F.pad(x, (0, spare))[:, : x.shape[1]]
+    return x, scratch
 
 
 class _Strips:
@@ -152,19 +170,21 @@ class _Strips:
         self.tops, self.others, self.weighted = [], [], []
         self.best, self.pairs, self.drawn = [], [], []
 
-    def add(self, x: Tensor, start: int) -> None:
-        """Columns from `start` on that may be chosen, those among them that may not at -inf; x is destroyed."""
+    def add(self, x: Tensor, scratch: Tensor, start: int) -> None:
+        """Columns from `start` on that may be chosen, those among them that may not at -inf."""
         if self.draw is not None:
             value, place = _best(self.draw(x, start))
             self.drawn.append((value, place + start, x.gather(1, place)))
         if self.rule == "margin":
             self.pairs.append(x.topk(min(2, x.shape[1])).values)
-        self.best.append(self.add_closed(x) + start)
+        self.best.append(self.add_closed(x, scratch) + start)
 
-    def add_closed(self, x: Tensor) -> Tensor:
+    def add_closed(self, x: Tensor, scratch: Tensor) -> Tensor:
         """Columns that cannot be chosen, but have their share of the probability; the place of the largest."""
         top, place = _best(x)
-        self._cool(x.scatter_(1, place, -torch.inf).sub_(top.masked_fill(top == -torch.inf, 0)))
+        # Infinities are not subtracted from themselves.
+        x = torch.sub(x, top.clamp(min=torch.finfo(x.dtype).min), out=scratch)
+        self._cool(x.scatter_(1, place, -torch.inf))
         if self.rule == "entropy":
             weight = x.clamp_(min=-1e4).exp()
             self.others.append(weight.sum(1, keepdim=True))
@@ -212,27 +232,26 @@ def _best(x: Tensor) -> tuple[Tensor, Tensor]:
     """The largest value of each row [R, C] and its lowest index, both [R, 1].
 
     `max` with an index goes through a CPU's values one by one: it gets only the winners of blocks, and then the
-    block of the winner.
+    block of the winner. Columns that cannot be divided into blocks are few: of the last strip, or beside a limit.
     """
-    columns = x.shape[1]
-    if columns <= 2 * BLOCK:
+    rows, columns = x.shape
+    block = math.gcd(columns, BLOCK)
+    if block < VECTOR or columns <= 2 * BLOCK:
         return x.max(-1, keepdim=True)
-    whole = columns // BLOCK * BLOCK
-    winners = x[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1)
-    if whole < columns:
-        winners = torch.cat((winners, x[:, whole:].amax(-1, keepdim=True)), 1)
-    # The last block may begin before its first column, but then that holds nothing larger.
-    start = (winners.argmax(-1, keepdim=True) * BLOCK).clamp_(max=columns - BLOCK)
-    first, place = x.gather(1, start + torch.arange(BLOCK, device=x.device)).max(-1, keepdim=True)
-    return first, start + place
+    blocks = x.view(rows, columns // block, block)
+    # `argmax` and `gather`, as `max` starts all threads for however few values.
+    winner = blocks.amax(-1).argmax(-1, keepdim=True)
+    place = blocks.gather(1, winner.unsqueeze(2).expand(-1, -1, block)).view(rows, block).argmax(-1, keepdim=True)
+    place.add_(winner, alpha=block)
+    return x.gather(1, place), place
 
 
-def _filtered(strips: Iterable[Tensor], choice: Choice, limit: int) -> tuple[Tensor, ...]:
+def _filtered(strips: Iterable[Strip], choice: Choice, limit: int) -> Iterator[Strip]:
     """The strips, with the ids outside top-p and top-k at -inf."""
-    x = torch.cat([strip.clone() for strip in strips], 1)
+    x = torch.cat([x.clone() for x, _ in strips], 1)
     allowed = x.clone()
     for token in choice.banned:
         allowed[:, token] = -torch.inf
     allowed[:, limit:] = -torch.inf
     gone = reference.dropped(tempered(x, choice.confidence_temperature), allowed.argmax(-1), choice)
-    return x.masked_fill_(gone, -torch.inf).split(STRIP, 1)
+    return ((part, part) for part in x.masked_fill_(gone, -torch.inf).split(STRIP, 1))

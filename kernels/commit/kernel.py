@@ -1,7 +1,19 @@
-"""The kernel of the commit: an entry counts those that come before it."""
+"""The kernels of the commit: `commit_kernel`, in which an entry counts those that come before it, and `advance_kernel`.
+
+The latter takes a step: a program takes a row, tile after tile of its slots, and carries what it has counted.
+
+The lanes that own a slot decide all about it, so that nothing is read that another lane has written: the entry of a
+scored slot is a running count, and whether it is filled is told by the entries that come before it, which are counted.
+Sizes and strides only bound masks and place rows: they are not specialised on, so that another length compiles nothing.
+"""
 
 import triton
 import triton.language as tl
+
+from dkv.kernels.plan.kernel import loaded
+
+SIZES = ["slots", "entries", "steps", "ends_count", "pad", "table_row", "starts"]
+ROWS = ["tokens", "masked", "fresh", "seen", "rank", "now", "active", "scored", "eligible"]
 
 
 @triton.jit
@@ -18,7 +30,8 @@ def _eligible(eligible, row, i, inside):
     return tl.load(at, mask=inside, other=0) != 0
 
 
-@triton.jit
+# How many entries there are bounds masks; it is also the stride of `committed`, of bytes that are stored one by one.
+@triton.jit(do_not_specialize=["entries"])
 def commit_kernel(
     canvas, token, confidence, eligible, count, positions, committed, entries, OWN: tl.constexpr, OTHERS: tl.constexpr
 ):
@@ -45,3 +58,214 @@ def commit_kernel(
         slot = tl.load(places, mask=chosen, other=0)
     value = tl.load(token.ptr + row * token.stride[0] + own_at * token.stride[1], mask=chosen, other=0)
     tl.store(canvas.ptr + row * canvas.stride[0] + slot * canvas.stride[1], value, mask=chosen)
+
+
+@triton.jit
+def _entries(scored, eligible, slot, inside, before, entries):
+    """Of slots [I] which are scored, which of these may be filled, and their entries; `before` is the first entry."""
+    score = loaded(scored, 0, slot, inside)
+    entry = before + tl.cumsum(score.to(tl.int32), 0) - 1
+    score = score & (entry < entries)
+    may = score
+    if eligible is not None:
+        may = loaded(eligible, 0, slot, score)
+    return score, may, entry
+
+
+@triton.jit
+def _level(values, entry, mask, FINITE: tl.constexpr):
+    """What entries are ordered by, float32 [I], NaN as the lowest; with FINITE -inf as the lowest finite number."""
+    value = tl.load(values + entry, mask=mask, other=float("-inf")).to(tl.float32)
+    value = tl.where(value == value, value, float("-inf"))
+    if FINITE:
+        value = tl.maximum(value, -3.4028234663852886e38)
+    return value
+
+
+@triton.jit
+def _less_one(x):
+    """exp(x) - 1 to the last digits: the error of exp is undone by that of log (Kahan)."""
+    x = tl.maximum(x, -80.0)  # where exp(x) is not yet 0
+    y = tl.exp(x)
+    return tl.where(y == 1.0, x, (y - 1.0) * (x / tl.log(tl.where(y == 1.0, 2.0, y))))
+
+
+@triton.jit
+def _places(
+    values,
+    scored,
+    eligible,
+    own,
+    slot,
+    low,
+    high,
+    first,
+    entries,
+    OTHERS: tl.constexpr,
+    FINITE: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """How many entries of the row come before each of `own` (slots [I]): higher ones, and equal ones further left.
+
+    Only what may be filled counts; of values -inf only if ALL. The scored slots of the row lie in low .. high - 1.
+    """
+    place = tl.zeros_like(slot)
+    before = first
+    for start in tl.range(low, high, OTHERS, num_stages=1):
+        other = start + tl.arange(0, OTHERS)
+        score, may, entry = _entries(scored, eligible, other, other < high, before, entries)
+        value = _level(values, entry, may, FINITE)
+        if not ALL:
+            raw = tl.load(values + entry, mask=may, other=float("-inf")).to(tl.float32)
+            may = may & (raw > float("-inf"))
+        above = value[None, :] > own[:, None]
+        level = (value[None, :] == own[:, None]) & (other[None, :] < slot[:, None])
+        place += tl.sum(((above | level) & may[None, :]).to(tl.int32), 1)
+        before += tl.sum(score.to(tl.int32))
+    return place
+
+
+@triton.jit(do_not_specialize=SIZES + [f"{name}_row" for name in ROWS])
+def advance_kernel(
+    tokens,
+    masked,
+    fresh,
+    seen,
+    rank,
+    at,
+    now,
+    cut,
+    invalid,
+    table,
+    active,
+    scored,
+    eligible,
+    count,
+    starts,
+    token,
+    confidence,
+    score,
+    ends,
+    slots,
+    entries,
+    steps,
+    ends_count,
+    pad,
+    bound,
+    table_row,
+    tokens_row,
+    masked_row,
+    fresh_row,
+    seen_row,
+    rank_row,
+    now_row,
+    active_row,
+    scored_row,
+    eligible_row,
+    INDEX: tl.constexpr,
+    START: tl.constexpr,
+    STOP: tl.constexpr,
+    NEXT_BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RULE: tl.constexpr,
+    FINITE_ONLY: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHERS: tl.constexpr,
+):
+    """What `advance_` of the reference does to one row; grid (B,)."""
+    row = tl.program_id(0).to(tl.int64)
+    tokens += row * tokens_row
+    masked += row * masked_row
+    fresh += row * fresh_row
+    seen += row * seen_row
+    rank += row * rank_row
+    now += row * now_row
+    active += row * active_row
+    scored += row * scored_row
+    if eligible is not None:
+        eligible += row * eligible_row
+    lane = tl.arange(0, OWN)
+    # Whether the row is finished, and where its scored slots lie.
+    masks_seen, low, high = tl.zeros((OWN,), tl.int32), tl.zeros((OWN,), tl.int32) + slots, tl.zeros((OWN,), tl.int32)
+    for first in tl.range(0, slots, OWN, num_stages=1):
+        slot = first + lane
+        masks_seen += loaded(masked, 0, slot, slot < slots).to(tl.int32)
+        scores = loaded(scored, 0, slot, slot < slots)
+        low = tl.minimum(low, tl.where(scores, slot, slots))
+        high = tl.maximum(high, tl.where(scores, slot + 1, 0))
+    unfinished, low, high = tl.sum(masks_seen) > 0, tl.min(low), tl.max(high)
+    begin = tl.load(starts + row).to(tl.int32)
+    wanted = tl.load(count + row)
+    if RULE != "fixed":
+        sure = tl.zeros((OWN,), tl.int32)
+        before = begin
+        for first in tl.range(low, high, OWN, num_stages=1):
+            slot = first + lane
+            scores, may, entry = _entries(scored, eligible, slot, slot < high, before, entries)
+            before += tl.sum(scores.to(tl.int32))
+            known = _level(confidence, entry, may, True)
+            if FINITE_ONLY:
+                may = may & (_level(confidence, entry, may, False) > float("-inf"))
+            if RULE == "threshold":
+                sure += (may & (known >= bound)).to(tl.int32)
+            else:
+                place = _places(
+                    confidence, scored, eligible, known, slot, low, high, begin, entries, OTHERS, True, not FINITE_ONLY
+                )
+                sure += (may & ((place + 2).to(tl.float32) * -_less_one(known) < bound)).to(tl.int32)
+        wanted = tl.maximum(wanted, tl.sum(sure))
+    start, stop = tl.load(now + START), tl.load(now + STOP)
+    before = begin
+    open_left, unknown, ended, beyond_seen, nan = 0, 0, 0, 0, 0
+    for first in tl.range(0, slots, OWN, num_stages=1):
+        slot = first + lane
+        inside = slot < slots
+        masks = loaded(masked, 0, slot, inside)
+        known_slots = loaded(seen, 0, slot, inside) | (loaded(active, 0, slot, inside) & (masks == 0))
+        scores, may, entry = _entries(scored, eligible, slot, inside, before, entries)
+        number = tl.sum(scores.to(tl.int32))
+        before += number
+        filled = may
+        if number > 0:
+            sureness = tl.load(confidence + entry, mask=scores, other=0.0).to(tl.float32)
+            nan += tl.sum((sureness != sureness).to(tl.int32))
+            own = _level(score, entry, may, False)
+            place = _places(score, scored, eligible, own, slot, low, high, begin, entries, OTHERS, False, True)
+            filled = may & (place < wanted)
+        masks = masks & (filled == 0)
+        value = tl.load(token + entry, mask=filled, other=0)
+        written = filled
+        place_of = tl.load(rank + slot, mask=inside, other=-1)
+        open_left += tl.sum((masks & (place_of >= start) & (place_of < stop)).to(tl.int32))
+        if ends is not None:
+            # The first end that has no masked slot before it; a finished row has had its own.
+            known = unknown + tl.cumsum(masks.to(tl.int32), 0) == 0
+            candidate = known & inside & (place_of >= 0) & unfinished
+            value += tl.load(tokens + slot, mask=candidate & (filled == 0), other=0)
+            end = tl.zeros((OWN,), tl.int1)
+            for i in tl.range(0, ends_count, num_stages=1):
+                end = end | (value == tl.load(ends + i))
+            end = (end & candidate).to(tl.int32)
+            beyond = inside & (place_of >= 0) & (ended + tl.cumsum(end, 0) - end > 0)
+            unknown += tl.sum(masks.to(tl.int32))
+            ended += tl.sum(end)
+            beyond_seen += tl.sum(beyond.to(tl.int32))
+            value = tl.where(beyond, pad, value)
+            written = written | beyond
+            masks = masks & (beyond == 0)
+            known_slots = known_slots & (beyond == 0)
+        tl.store(tokens + slot, value, mask=written)
+        tl.store(masked + slot, masks, mask=inside)
+        tl.store(fresh + slot, filled, mask=inside)
+        tl.store(seen + slot, known_slots, mask=inside)
+    tl.store(invalid, True, mask=nan > 0)
+    tl.store(cut + row, tl.load(cut + row) + beyond_seen, mask=beyond_seen > 0)
+    following = tl.where(open_left > 0, tl.load(now + INDEX) + 1, tl.load(now + NEXT_BLOCK))
+    following = tl.minimum(following, steps - 1)
+    column = tl.arange(0, COLUMNS)
+    fields = tl.load(table + row * table_row + following * FIELDS + column, mask=column < FIELDS, other=0)
+    # All lanes have read the old step by now.
+    tl.debug_barrier()
+    tl.store(at + row, following, mask=unfinished)
+    tl.store(now + column, fields, mask=(column < FIELDS) & unfinished)

@@ -1,14 +1,19 @@
-"""`commit_`: its arguments, and their checks."""
+"""`commit_` and `advance_`: their arguments, and their checks."""
 
 import torch
 from torch import Tensor
 
 from dkv.kernels.commit import reference
+from dkv.kernels.commit.reference import Chosen, Pass, Rules, State
 from dkv.kernels.common import checks
-from dkv.kernels.common.dtypes import FLOATS, INTEGERS
+from dkv.kernels.common.dtypes import BOOLS, FLOATS, INTEGERS, LONGS
 from dkv.kernels.common.operation import Operation
+from dkv.kernels.plan.reference import FIELDS
 
 COMMIT = Operation(reference.commit_, lambda *args: torch.empty_like(args[3]), mutates=("canvas",))
+ADVANCE = Operation(
+    reference.advance_, lambda *_: None, mutates=[f"state_{name}" for name in State._fields if name != "rank"]
+)
 
 
 def commit_(
@@ -59,3 +64,51 @@ def commit_(
         if bool((log_confidence.isnan() & eligible).any()):
             raise ValueError("log_confidence is NaN at an eligible slot: look for NaN in the logits")
     return COMMIT(canvas, token, log_confidence, eligible, count, positions)
+
+
+def advance_(state: State, table: Tensor, passed: Pass, choice: Chosen, rules: Rules) -> None:
+    """Take the step that was computed, in place: fill the best slots, go on in the schedule, cut rows at their ends.
+
+    The `count` eligible slots of highest score are filled, of equal ones the lower slot first; NaN counts as -inf. A
+    row whose block has no masked slot left goes on to the next block. A row ends at the first of its filled slots
+    that holds an end token and has no masked slot before it: all of them after that take the padding. A row without a
+    masked slot stays as it is.
+
+    Args:
+        state: of the rows.
+        table: int64 [B, L, 7], the schedules; the columns are `dkv.kernels.plan.reference.FIELDS`.
+        passed: what was computed.
+        choice: the tokens found, and how sure they are.
+        rules: how many slots are filled, and what ends a row.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the rule is unknown.
+    """
+    b, s = checks.shape("state.masked", state.masked, None, None)
+    slots, rows, entries, fields = (b, s), (b,), (len(choice.token),), len(FIELDS)
+    checks.fit(
+        {
+            "state.masked": (state.masked, BOOLS, slots),
+            "state.fresh": (state.fresh, BOOLS, slots),
+            "state.seen": (state.seen, BOOLS, slots),
+            "state.tokens": (state.tokens, LONGS, (b, s + 1)),
+            "state.rank": (state.rank, LONGS, slots),
+            "state.at": (state.at, LONGS, rows),
+            "state.now": (state.now, LONGS, (b, fields)),
+            "state.cut": (state.cut, LONGS, rows),
+            "state.invalid": (state.invalid, BOOLS, ()),
+            "table": (table, LONGS, (b, None, fields)),
+            "passed.active": (passed.active, BOOLS, slots),
+            "passed.scored": (passed.scored, BOOLS, slots),
+            "passed.eligible": (passed.eligible, BOOLS, slots),
+            "passed.count": (passed.count, LONGS, rows),
+            "passed.starts": (passed.starts, LONGS, rows),
+            "choice.token": (choice.token, LONGS, entries),
+            "choice.confidence": (choice.confidence, FLOATS, entries),
+            "choice.score": (choice.score, FLOATS, entries),
+            "rules.ends": (rules.ends, LONGS, (None,)),
+        }
+    )
+    if rules.rule not in reference.RULES:
+        raise ValueError(f"rules.rule must be one of {', '.join(reference.RULES)}, got {rules.rule!r}")
+    ADVANCE(state, table, passed, choice, rules)

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dkv.kernels.common.launch import chip
+from dkv.kernels.common.launch import INTERPRETED, chip
 
 
 class Strided(NamedTuple):
@@ -23,9 +23,19 @@ def strided(x: Tensor | None) -> Strided | None:
     return None if x is None else Strided(x, x.stride())
 
 
+def strided_alone(x: Tensor) -> Strided:
+    """x with its strides, as the only one of a batch. The tensor is the very one: `Ready` looks for it."""
+    return Strided(x, x.unsqueeze(0).stride())
+
+
 def computable(x: Tensor) -> Tensor:
     """x, in float32 if it is bfloat16 in the interpreter, which multiplies the bit patterns of those."""
-    return x.float() if x.dtype == torch.bfloat16 and chip(x.device).arch == "interpreter" else x
+    return x.float() if INTERPRETED and x.dtype == torch.bfloat16 and chip(x.device).arch == "interpreter" else x
+
+
+def restored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a kernel gave for `computable` tensors, in their own dtype."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def unit_stride(x: Tensor) -> Tensor:

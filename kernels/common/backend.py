@@ -37,20 +37,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _launches() -> ModuleType:
+    return importlib.import_module("dkv.kernels.common.launch")
+
+
 def interpreted() -> bool:
     """Whether this process runs the Triton kernels in Triton's interpreter, on CPU tensors."""
-    if not has_triton():
-        return False
-    from dkv.kernels.common import launch
-
-    return launch.INTERPRETED
-
-
-def collecting() -> bool:
-    """Whether launches are only collected, on tensors of any device."""
-    from dkv.kernels.common import launch
-
-    return launch.collecting()
+    return has_triton() and _launches().INTERPRETED
 
 
 def named(name: str, source: str) -> str:
@@ -68,13 +62,23 @@ def chosen() -> str | None:
     Raises:
         ValueError: `DKV_BACKEND` names no backend.
     """
-    name = _chosen.get() or os.environ.get("DKV_BACKEND")
+    if name := _chosen.get():
+        return name
+    name = os.environ.get("DKV_BACKEND")
     return name and named(name, "DKV_BACKEND")
 
 
+@functools.cache
+def too_old(device: torch.device) -> bool:
+    """Whether a GPU is from before sm_80: Triton uses no tensor cores there since 3.3 (its pull request 5066)."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def default(device: torch.device) -> str:
-    """The backend of a device when none is chosen: "triton" on CUDA and ROCm, "torch" elsewhere."""
-    return "triton" if device.type == "cuda" and has_triton() else "torch"
+    """The backend of a device when none is chosen: "triton" on ROCm and on CUDA from sm_80 on, "torch" elsewhere."""
+    return "triton" if device.type == "cuda" and has_triton() and not too_old(device) else "torch"
 
 
 def current(x: Tensor) -> str:
@@ -88,10 +92,16 @@ def current(x: Tensor) -> str:
     name = chosen() or default(x.device)
     if name != "triton":
         return name
-    if x.device.type != "cuda" and not interpreted() and not collecting():
+    if not x.is_cuda and not interpreted() and not _launches().pretended():
         raise ValueError(
             f"backend 'triton' was chosen, but the tensors are on {x.device}: move them to a GPU, or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    if too_old(x.device):
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
+        raise ValueError(
+            f"backend 'triton' was chosen, but {x.device} is of compute capability {capability} and the kernels need "
+            "8.0: choose 'torch', which is the default there"
         )
     return "torch" if x.dtype == torch.float64 else "triton"
 
@@ -102,7 +112,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "triton" (the fused kernels, on a GPU), "torch" (any device) or "reference" (the eager
-            definition). Without a choice: "triton" on CUDA and ROCm tensors, "torch" on others.
+            definition). Without a choice: "triton" on ROCm and CUDA (from sm_80 on) tensors, "torch" on others.
 
     Raises:
         ValueError: no such backend.

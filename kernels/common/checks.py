@@ -7,8 +7,9 @@ from torch import Tensor
 def shape(name: str, x: Tensor, *expected: int | None) -> tuple[int, ...]:
     """x has `expected` sizes, which are returned; None stands for any size."""
     sizes = x.shape
+    if sizes == expected:  # at once, as this runs several times in every layer of every step
+        return sizes
     fits = len(sizes) == len(expected)
-    # A loop, as this runs several times in every layer of every step.
     for size, want in zip(sizes, expected, strict=False):
         if want is not None and size != want:
             fits = False
@@ -34,10 +35,14 @@ def same_dtype(**tensors: Tensor) -> None:
 
 def same_device(**tensors: Tensor | None) -> None:
     """All tensors that are not None live on one device."""
-    (first, device), *others = ((name, x.device) for name, x in tensors.items() if x is not None)
-    for name, other in others:
-        if other != device:
-            raise ValueError(f"{name} is on {other} but {first} is on {device}: move one of them")
+    first = device = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if first is None:
+            first, device = name, x.device
+        elif x.device != device:
+            raise ValueError(f"{name} is on {x.device} but {first} is on {device}: move one of them")
 
 
 def index_range(name: str, index: Tensor, size: int) -> None:
@@ -47,3 +52,12 @@ def index_range(name: str, index: Tensor, size: int) -> None:
     low, high = (int(v) for v in index.aminmax())
     if low < 0 or high >= size:
         raise IndexError(f"{name} must be in 0..{size - 1}, got {low if low < 0 else high}")
+
+
+def fit(tensors: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...], tuple[int | None, ...]]]) -> None:
+    """Each tensor that is given has one of its dtypes and its shape, and all live on the device of the first."""
+    for name, (x, allowed, sizes) in tensors.items():
+        if x is not None:
+            shape(name, x, *sizes)
+            dtype(name, x, allowed)
+    same_device(**{name: x for name, (x, _, _) in tensors.items()})

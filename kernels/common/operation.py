@@ -8,7 +8,7 @@ recorded operation gives dense results, as a compiler must know their strides.
 from collections.abc import Callable, Collection
 from inspect import Parameter, Signature, signature
 from itertools import islice
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, library, nn
@@ -22,7 +22,7 @@ class Operation:
     Args:
         definition: the function of the backend "reference". Its positional arguments are those of the custom op:
             tensors if it does not say otherwise, and a class of `dkv` stands for its fields. What only spares work is a
-            keyword, and is not recorded.
+            keyword, and is not recorded. It gives a tensor, a tuple of a fixed number of them, or None.
         fake: gives results of the right shapes and dtypes for tensors without memory.
         mutates: names of the arguments that are written.
         gradient: whether there is one, by PyTorch: the kernels have no backward pass.
@@ -47,9 +47,10 @@ class Operation:
         def run(*values: Any) -> Any:
             return _dense(self.backend(values[0])(*self._grouped(values)), values[0])
 
+        parts = get_args(form.return_annotation)
         run.__signature__ = Signature(
             [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for name, kind in flat],
-            return_annotation=Tensor if form.return_annotation is Tensor else tuple[Tensor, Tensor],
+            return_annotation=tuple[(Tensor,) * len(parts)] if parts else form.return_annotation,
         )
         self._recorded = library.custom_op(f"dkv::{self.name}", run, mutates_args=mutates)
         self._recorded.register_fake(lambda *values: _dense(fake(*self._grouped(values)), values[0]))
@@ -58,19 +59,23 @@ class Operation:
         """The function of the backend that runs tensors such as `like`."""
         return getattr(backend.load(self.package, backend.current(like)), self.name)
 
-    def __call__(self, like: Tensor, *args: Any, **hints: Any) -> Any:
-        """Run or record the operation; device and dtype of `like`, its first argument, choose the backend.
+    def __call__(self, *args: Any, **hints: Any) -> Any:
+        """Run or record the operation; device and dtype of its first tensor choose the backend.
 
         Raises:
             ValueError: a gradient is asked for from an operation that has none.
         """
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self._flat(like, *args)):
+        like = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        # The way of every layer of every step.
+        if type(like) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.backend(like)(*args, **hints)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self._flat(*args)):
             if self.with_gradient is None:
                 raise ValueError(f"{self.name} has no gradient: call it under torch.no_grad(), or detach its arguments")
-            return self.with_gradient(like, *args, **hints)
+            return self.with_gradient(*args, **hints)
         if recorded(like):
-            return self._recorded(*self._flat(like, *args))
-        return self.backend(like)(like, *args, **hints)
+            return self._recorded(*self._flat(*args))
+        return self.backend(like)(*args, **hints)
 
     def _flat(self, *args: Any) -> list[Any]:
         values = []
@@ -89,7 +94,7 @@ def recorded(like: Tensor) -> bool:
 
 
 def _dense(results: Any, like: Tensor) -> Any:
-    """Dense results; a custom op cannot leave one out, and gives an empty tensor for None."""
-    if isinstance(results, Tensor):
-        return results.contiguous()
+    """Dense results; a custom op cannot leave one out of several, and gives an empty tensor for None."""
+    if results is None or isinstance(results, Tensor):
+        return results if results is None else results.contiguous()
     return tuple(like.new_empty(0) if x is None else x.contiguous() for x in results)

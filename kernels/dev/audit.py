@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dkv.kernels.common.launch import Call, LaunchTable
+from dkv.kernels.common.launch import Call, LaunchTable, entries_of
 from dkv.kernels.dev.cases import Case, described
 
-OPERATIONS = ("attention", "choose", "commit", "gate", "norm", "rope_scatter")
+OPERATIONS = ("attention", "choose", "commit", "gate", "norm", "plan", "rope_scatter")
 KB = 1024
 
 
@@ -35,7 +35,7 @@ class Chip:
     """What a multiprocessor (AMD: compute unit) offers to the programs on it.
 
     Each is made of 4 parts (AMD: SIMDs), and each of those has 512 registers per lane, which a warp
-    takes in units of 8: so on all four architectures.
+    takes in units of 8: so on all of these architectures.
 
     Attributes:
         warps: the most resident warps (AMD: waves).
@@ -57,8 +57,11 @@ class Chip:
 # AMD: CDNA 3 instruction set reference, and LLVM's user guide of the AMDGPU backend.
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 64, 32, 164 * KB, KB, 163 * KB),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 48, 16, 100 * KB, KB, 99 * KB),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 48, 24, 100 * KB, KB, 99 * KB),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 64, 32, 228 * KB, KB, 227 * KB),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 64, 32, 228 * KB, KB, 227 * KB),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 48, 24, 100 * KB, KB, 99 * KB),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 32, 32, 64 * KB, 0, 64 * KB),
 }
 PARTS, REGISTERS, REGISTER_UNIT = 4, 512, 8
@@ -79,7 +82,7 @@ INSTRUCTIONS = {
 EXPECTED = {
     "tensor core": (("wgmma", "tcgen05", "mma.sync", "v_mfma"), tuple(CHIPS)),
     "wgmma": (("wgmma",), ("sm_90",)),
-    "async copy": (("cp.async", "cp.async.bulk"), ("sm_80", "sm_90", "sm_100")),
+    "async copy": (("cp.async", "cp.async.bulk"), tuple(arch for arch in CHIPS if arch != "gfx942")),
 }
 
 
@@ -101,7 +104,7 @@ def cases(module: Any, arch: str) -> dict[str, tuple[Case, int]]:
     tables = [x for x in vars(module).values() if isinstance(x, LaunchTable)]
     defaults = {id(launch) for table in tables for launch in table.entries["default"].values()}
     found: dict[str, tuple[Case, int]] = {}
-    for case in module.audit_cases(arch):
+    for case in module.audit_cases(entries_of(arch)):
         limit = CHIPS[arch].limit
         if id(case.call.launch) in defaults:
             limit = min(limit, DEFAULT_LIMIT)

@@ -50,7 +50,8 @@ def calls_of(
 
 
 class Described(NamedTuple):
-    """The arguments of a call as Triton sees them: it compiles anew for other types, ones, and multiples of 16.
+    """The arguments of a call as Triton sees them: it compiles anew for other types, ones, and multiples of 16; for
+    what a kernel names in `do_not_specialize` for other types alone, unless that is in a tuple.
 
     `types` has "*bf16", "i32", "constexpr" or a tuple of those by name. The others go by a name and places in tuples:
     values of what is "constexpr", what is divisible by 16, and pointers to tensors that end before 2 GiB.
@@ -64,9 +65,12 @@ class Described(NamedTuple):
 
 def described(call: Call) -> Described:
     """What `call` asks the compiler for."""
-    parameters = inspect.signature(call.kernel.fn).parameters
+    parameters, plain = inspect.signature(call.kernel.fn).parameters, _not_specialized(call.kernel)
     known = Described({}, {}, [], [])
     for name, x in call.arguments.items():
+        if name in plain and isinstance(x, int | Tensor):
+            known.types[name] = _kind(x)
+            continue
         fixed = name in parameters and "constexpr" in str(parameters[name].annotation)
         known.types[name] = _type(tl.constexpr(x) if fixed else x, (name,), known)
     return known
@@ -82,7 +86,7 @@ def _type(x: Any, path: tuple, known: Described) -> Any:
             known.aligned.append(path)
         if span * x.element_size() < 2**31:
             known.near.append(path)
-        return f"*{TYPES[x.dtype]}"
+        return _kind(x)
     if isinstance(x, tl.constexpr) or x is None or (isinstance(x, int) and x == 1):
         known.constants[path] = x.value if isinstance(x, tl.constexpr) else x
         return "constexpr"
@@ -90,4 +94,16 @@ def _type(x: Any, path: tuple, known: Described) -> Any:
         return "fp32"
     if x % 16 == 0:
         known.aligned.append(path)
+    return _kind(x)
+
+
+def _kind(x: Tensor | int) -> str:
+    if isinstance(x, Tensor):
+        return f"*{TYPES[x.dtype]}"
     return "i32" if -(2**31) <= x < 2**31 else "i64"
+
+
+def _not_specialized(kernel: Any) -> tuple[str, ...]:
+    """Names that a kernel gives in `do_not_specialize`; in the interpreter it keeps them among its options."""
+    options = getattr(kernel, "kwargs", None) or vars(kernel)
+    return tuple(options.get("do_not_specialize") or ())

@@ -5,4 +5,4 @@ import torch.nn.functional as F
 
 def swiglu(gate_up):
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from dkv.kernels.common.arguments import computable
+from dkv.kernels.common.arguments import computable, restored
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev.cases import Case, calls_of, meta
 from dkv.kernels.gate import torch as fallback
@@ -23,17 +23,23 @@ TABLE = LaunchTable(
 def swiglu(gate_up):
     if gate_up.dtype == torch.float64:
         return fallback.swiglu(gate_up)
-    x, size = computable(gate_up.contiguous()), gate_up.shape[-1] // 2
-    out = x.new_empty((*x.shape[:-1], size))
+    x = computable(gate_up.contiguous())
+    out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+    if out.numel():
+        TABLE.start(_plan, (x, out))
+    return restored(out, gate_up.dtype)
+
+
+def _plan(x, out):
+    size = out.shape[-1]
+    total = out.numel() // size
 
     def calls(launch: Launch) -> list[Call]:
-        (rows, columns), total = launch.tile, out.numel() // size
+        rows, columns = launch.tile
         arguments = {"gate_up": x, "out": out, "rows": total, "D": size, "ROWS": rows, "BLOCK": columns}
         return [Call(swiglu_kernel, (triton.cdiv(total, rows), triton.cdiv(size, columns)), launch, arguments)]
 
-    if out.numel():
-        TABLE.start(x.device, "all", calls)
-    return out.to(gate_up.dtype)
+    return "all", calls
 
 
 def audit_cases(arch: str) -> Iterator[Case]:

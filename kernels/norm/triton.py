@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from dkv.kernels.common.arguments import computable
+from dkv.kernels.common.arguments import computable, restored
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev.cases import Case, calls_of, meta
 from dkv.kernels.norm import torch as fallback
@@ -14,6 +14,7 @@ from dkv.kernels.norm.kernel import rms_norm_kernel
 # Tile: (rows,). Regime: numbers of a row up to. A lane holds 16 numbers of a row where it is long enough. None has been
 # timed on a GPU; `dkv audit` finds no spilled registers.
 SIZES = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16, 16384: 16}
+LARGEST = max(SIZES)
 TABLE = LaunchTable(
     "rms_norm",
     {
@@ -25,25 +26,30 @@ TABLE = LaunchTable(
 
 
 def rms_norm(x, gain, eps, residual):
-    size = x.shape[-1]
-    regime = next((most for most in SIZES if size <= most), None)
+    dtype = x.dtype
     # Under autocast they may differ, and PyTorch promotes.
-    alike = all(t is None or t.dtype == x.dtype for t in (residual, gain))
-    if x.dtype == torch.float64 or regime is None or not alike:
+    alike = gain.dtype == dtype and (residual is None or residual.dtype == dtype)
+    if not alike or dtype == torch.float64 or x.shape[-1] > LARGEST:
         return fallback.rms_norm(x, gain, eps, residual)
-    given = [None if t is None else computable(t.contiguous()) for t in (x, residual, gain)]
-    out = torch.empty_like(given[0])
-    total = None if residual is None else torch.empty_like(out)
-    arguments = dict(zip(("x", "residual", "gain"), given, strict=True)) | {"out": out, "total": total}
-    arguments |= {"rows": x.numel() // size, "eps": eps, "D": size, "BLOCK": triton.next_power_of_2(size)}
+    x, gain, total = computable(x.contiguous()), computable(gain.contiguous()), None
+    if residual is not None:
+        residual, total = computable(residual.contiguous()), torch.empty_like(x)
+    out = torch.empty_like(x)
+    if out.numel():
+        TABLE.start(_plan, (x, residual, gain, out, total), eps)
+    return restored(out, dtype), total if total is None else restored(total, dtype)
+
+
+def _plan(x, residual, gain, out, total, eps):
+    size, rows = x.shape[-1], x.shape[:-1].numel()
+    arguments = {"x": x, "residual": residual, "gain": gain, "out": out, "total": total, "rows": rows, "eps": eps}
+    arguments |= {"D": size, "BLOCK": triton.next_power_of_2(size)}
 
     def calls(launch: Launch) -> list[Call]:
-        (rows,) = launch.tile
-        return [Call(rms_norm_kernel, (triton.cdiv(arguments["rows"], rows),), launch, arguments | {"ROWS": rows})]
+        (tile,) = launch.tile
+        return [Call(rms_norm_kernel, (triton.cdiv(rows, tile),), launch, arguments | {"ROWS": tile})]
 
-    if out.numel():
-        TABLE.start(x.device, regime, calls)
-    return out.to(x.dtype), None if total is None else total.to(x.dtype)
+    return next(most for most in SIZES if size <= most), calls
 
 
 def audit_cases(arch: str) -> Iterator[Case]:

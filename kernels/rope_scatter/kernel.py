@@ -38,20 +38,47 @@ def _norm_and_rotate(first, second, norm, cos, sin, place, inside, C, DTYPE: tl.
 
 @triton.jit
 def _write(buffer, row, slot, head, first, second, inside, C, DTYPE: tl.constexpr):
-    """Both halves into a buffer at `slot` and `head` [R], rounded to DTYPE before its own dtype."""
+    """Both halves into one row or rows [R] of a buffer, at `slot` and `head` [R]; rounded to DTYPE before its dtype."""
     h = tl.arange(0, C.BLOCK_H)
     lane, mask = h.to(tl.int64)[None, :], inside[:, None] & (h < C.D // 2)[None, :]
-    at = buffer.ptr + row * buffer.stride[0] + (slot * buffer.stride[1] + head.to(tl.int64) * buffer.stride[2])[:, None]
+    at = row * buffer.stride[0] + slot * buffer.stride[1] + head.to(tl.int64) * buffer.stride[2]
+    at = buffer.ptr + at[:, None]
     own: tl.constexpr = buffer.ptr.dtype.element_ty
     tl.store(at + lane * buffer.stride[3], first.to(DTYPE).to(own), mask=mask)
     tl.store(at + (lane + C.D // 2) * buffer.stride[3], second.to(DTYPE).to(own), mask=mask)
 
 
-@triton.jit
+NOT_SPECIALIZED = ["positions", "positions_stride", "rows", "query_positions", "query_positions_stride"]
+NOT_SPECIALIZED += ["query_tokens", "tokens"]
+
+
+# Counts that only bound masks, and places of indices, are compiled for any number, so that another length needs no
+# other kernel.
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def rope_scatter_kernel(
-    q, k, v, cos, sin, positions, query_positions, k_buf, v_buf, out, q_norm, k_norm, query_tokens, tokens, C
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    positions,
+    positions_stride,
+    rows,
+    query_positions,
+    query_positions_stride,
+    k_buf,
+    v_buf,
+    out,
+    q_norm,
+    k_norm,
+    query_tokens,
+    tokens,
+    C,
 ):
     """One tile of heads of Q, K or V; grid (tiles of Q, then of K, then of V; B).
+
+    Packed entries are read as those of one row, and written to the rows that `rows` names. The indices of a row are
+    dense; the strides are those between rows.
 
     C is known at compile time: HQ and HKV heads of D numbers, tiles of ENTRIES heads by BLOCK_H numbers of a half.
     """
@@ -63,8 +90,7 @@ def rope_scatter_kernel(
         r += tile * C.ENTRIES
         token, head = (r // C.HQ).to(tl.int64), r % C.HQ
         asked = token < query_tokens
-        place_at = query_positions.ptr + row * query_positions.stride[0] + token * query_positions.stride[1]
-        place = tl.load(place_at, mask=asked, other=0)
+        place = tl.load(query_positions + row * query_positions_stride + token, mask=asked, other=0)
         first, second = _halves(q, row, token, head, asked, C)
         first, second = _norm_and_rotate(first, second, q_norm, cos, sin, place, asked, C, DTYPE)
         out_at = out + ((row * query_tokens * C.HQ + r) * C.D)[:, None] + h[None, :]
@@ -76,12 +102,13 @@ def rope_scatter_kernel(
         r += tl.where(rest < key_tiles, rest, rest - key_tiles) * C.ENTRIES
         token, head = (r // C.HKV).to(tl.int64), r % C.HKV
         wanted = token < tokens
-        slot_at = positions.ptr + row * positions.stride[0] + token * positions.stride[1]
-        slot = tl.load(slot_at, mask=wanted, other=0)
+        slot, to = tl.load(positions + row * positions_stride + token, mask=wanted, other=0), row
+        if rows is not None:
+            to = tl.load(rows + token, mask=wanted, other=0)
         if rest < key_tiles:
             first, second = _halves(k, row, token, head, wanted, C)
             first, second = _norm_and_rotate(first, second, k_norm, cos, sin, slot, wanted, C, DTYPE)
-            _write(k_buf, row, slot, head, first, second, wanted, C, DTYPE)
+            _write(k_buf, to, slot, head, first, second, wanted, C, DTYPE)
         else:
             first, second = _halves(v, row, token, head, wanted, C)
-            _write(v_buf, row, slot, head, first, second, wanted, C, DTYPE)
+            _write(v_buf, to, slot, head, first, second, wanted, C, DTYPE)

@@ -21,6 +21,7 @@ def rope_scatter_(
     k_buf: Tensor,
     v_buf: Tensor,
     *,
+    rows: Tensor | None = None,
     query_positions: Tensor | None = None,
     q_norm: tuple[Tensor, float] | None = None,
     k_norm: tuple[Tensor, float] | None = None,
@@ -28,41 +29,47 @@ def rope_scatter_(
 ) -> Tensor:
     """Rotate queries and keys at their positions and write keys and values into their slots.
 
+    The entries of rows of different lengths may be packed: `rows` names the row of each. Then q, k, v, `positions` and
+    `query_positions` have one dimension of entries in place of [B, N] and [B, R].
+
     Args:
-        q: [B, R, Hq, D]; R = N unless `query_positions` is given.
-        k, v: [B, N, Hkv, D], dtype of q.
+        q: [B, R, Hq, D], or packed [R, Hq, D]; R = N unless `query_positions` is given.
+        k, v: [B, N, Hkv, D], or packed [N, Hkv, D]; dtype of q.
         cos, sin: [P, D / 2]. The rotation ("rotate half" layout) is computed in the wider of their
             dtype and that of q, by the kernels in float32, and cast back.
-        positions: [B, N] int32 or int64, slots of the buffer and places in the tables. A row must not
+        positions: [B, N] or [N], int32 or int64, slots of the buffer and places in the tables. A row must not
             name a slot twice, unless what is written there does not matter.
         k_buf, v_buf: [B, S, Hkv, D], written in place in their own dtype.
-        query_positions: [B, R], where the queries stand if not where the keys do.
+        rows: [N] int32 or int64, the row of the buffer that each of the packed entries is written to.
+        query_positions: [B, R] or [R], where the queries stand if not where the keys do.
         q_norm, k_norm: (gain [D], eps) of an RMS norm per head before the rotation.
-        validate: check that the positions are in range.
+        validate: check that the positions and rows are in range.
 
     Returns:
-        The rotated queries [B, R, Hq, D].
+        The rotated queries, of the shape of q.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
-        IndexError: a position is outside the buffer or the tables.
+        IndexError: a position or a row is outside the buffer or the tables.
     """
-    b, r, _, d = checks.shape("q", q, None, None, None, None)
+    *b, r, _, d = checks.shape("q", q, *[None] * (4 if rows is None else 3))
     if d % 2:
         raise ValueError(f"q must have an even head size, got {d}")
-    checks.shape("k", k, b, None, None, d)
-    n, hkv = k.shape[1:3]
-    checks.shape("v", v, b, n, hkv, d)
+    *_, n, hkv, _ = checks.shape("k", k, *b, None, None, d)
+    checks.shape("v", v, *b, n, hkv, d)
     checks.dtype("q", q, FLOATS)
     checks.same_dtype(q=q, k=k, v=v)
     checks.shape("cos", cos, None, d // 2)
     checks.shape("sin", sin, len(cos), d // 2)
-    checks.shape("positions", positions, b, n)
+    checks.shape("positions", positions, *b, n)
     checks.dtype("positions", positions, INTEGERS)
-    checks.shape("k_buf", k_buf, b, None, hkv, d)
+    checks.shape("k_buf", k_buf, *(b or [None]), None, hkv, d)
     checks.shape("v_buf", v_buf, *k_buf.shape)
+    if rows is not None:
+        checks.shape("rows", rows, n)
+        checks.dtype("rows", rows, INTEGERS)
     if query_positions is not None:
-        checks.shape("query_positions", query_positions, b, r)
+        checks.shape("query_positions", query_positions, *b, r)
         checks.dtype("query_positions", query_positions, INTEGERS)
     elif r != n:
         raise ValueError(f"q has {r} entries and k has {n}: give query_positions, the places of the queries")
@@ -72,10 +79,12 @@ def rope_scatter_(
         if gain is not None:
             checks.shape(name, gain, d)
     placed = {"cos": cos, "sin": sin, "positions": positions, "k_buf": k_buf, "v_buf": v_buf}
-    checks.same_device(q=q, k=k, v=v, **placed, query_positions=query_positions, **gains)
+    checks.same_device(q=q, k=k, v=v, **placed, rows=rows, query_positions=query_positions, **gains)
     if validate:
         checks.index_range("positions", positions, min(k_buf.shape[1], len(cos)))
+        if rows is not None:
+            checks.index_range("rows", rows, len(k_buf))
         if query_positions is not None:
             checks.index_range("query_positions", query_positions, len(cos))
-    query_positions = None if query_positions is None else query_positions.long()
-    return ROPE_SCATTER(q, k, v, cos, sin, positions.long(), k_buf, v_buf, query_positions, *norms.values())
+    rows, query_positions = (None if x is None else x.long() for x in (rows, query_positions))
+    return ROPE_SCATTER(q, k, v, cos, sin, positions.long(), k_buf, v_buf, rows, query_positions, *norms.values())

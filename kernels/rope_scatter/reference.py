@@ -19,7 +19,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, "rotate half" layout, in the wider of the dtypes of x and the tables.
 
     Args:
-        x: [B, N, H, D].
+        x: [B, N, H, D], or packed [N, H, D].
         cos, sin: [N, D / 2] or [B, N, D / 2].
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -37,11 +37,22 @@ def head_norm(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
 
 
 def rope_scatter_(
-    q, k, v, cos, sin, positions, k_buf, v_buf, query_positions: Tensor | None, q_norm: Norm, k_norm: Norm
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    positions,
+    k_buf,
+    v_buf,
+    rows: Tensor | None,
+    query_positions: Tensor | None,
+    q_norm: Norm,
+    k_norm: Norm,
 ) -> Tensor:
     query_positions = positions if query_positions is None else query_positions
+    rows = torch.arange(len(positions), device=q.device).unsqueeze(1) if rows is None else rows  # [B, 1] or [N]
     key = rotate(head_norm(k, k_norm), cos[positions], sin[positions])
-    for b in range(len(positions)):
-        k_buf[b, positions[b]] = key[b].to(k_buf.dtype)
-        v_buf[b, positions[b]] = v[b].to(v_buf.dtype)
+    k_buf[rows, positions] = key.to(k_buf.dtype)
+    v_buf[rows, positions] = v.to(v_buf.dtype)
     return rotate(head_norm(q, q_norm), cos[query_positions], sin[query_positions])

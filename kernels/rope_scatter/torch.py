@@ -6,15 +6,16 @@ from torch import Tensor
 from dkv.kernels.rope_scatter.reference import head_norm, rotate
 
 
-def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, q_norm, k_norm):
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, rows, query_positions, q_norm, k_norm):
     tables = cos[positions], sin[positions]
     key = _rotate(head_norm(k, k_norm), *tables)
     if query_positions is not None:
         tables = cos[query_positions], sin[query_positions]
     query = _rotate(head_norm(q, q_norm), *tables)
-    batch = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+    if rows is None:
+        rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
     for buffer, entries in ((k_buf, key), (v_buf, v)):
-        buffer.index_put_((batch, positions), entries.to(buffer.dtype))
+        buffer.index_put_((rows, positions), entries.to(buffer.dtype))
     return query
 
 

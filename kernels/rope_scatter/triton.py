@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from dkv.kernels.common.arguments import computable, constants, strided, unit_stride
+from dkv.kernels.common.arguments import computable, constants, restored, strided, strided_alone, unit_stride
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev.cases import Case, calls_of, meta
 from dkv.kernels.rope_scatter.kernel import rope_scatter_kernel
@@ -25,15 +25,31 @@ TABLE = LaunchTable(
 )
 
 
-def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, q_norm, k_norm):
-    (batch, query_tokens, heads, size), (tokens, kv_heads) = q.shape, k.shape[1:3]
+def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, rows, query_positions, q_norm, k_norm):
     # Only numbers that are stored need care in the interpreter: a load is made float32 at once.
     keys, values, out = computable(k_buf), computable(v_buf), computable(q.new_empty(q.shape))
-    tensors = {name: unit_stride(x) for name, x in {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}.items()}
-    tensors |= {"positions": positions, "query_positions": positions if query_positions is None else query_positions}
-    arguments = {name: strided(x) for name, x in (tensors | {"k_buf": keys, "v_buf": values}).items()}
-    for name, (gain, eps) in (("q_norm", q_norm), ("k_norm", k_norm)):
-        arguments[name] = Norm(None if gain is None else gain.contiguous(), float(eps))
+    if q.numel() or k.numel():
+        read = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(cos), unit_stride(sin)
+        places = positions if query_positions is None else query_positions
+        index = unit_stride(positions), unit_stride(places), None if rows is None else rows.contiguous()
+        gains = [None if norm.gain is None else norm.gain.contiguous() for norm in (q_norm, k_norm)]
+        TABLE.start(_plan, (*read, *index, keys, values, out, *gains), float(q_norm.eps), float(k_norm.eps))
+    for buffer, written in ((k_buf, keys), (v_buf, values)):
+        if written is not buffer:
+            buffer.copy_(written)
+    return restored(out, q.dtype)
+
+
+def _plan(q, k, v, cos, sin, positions, query_positions, rows, k_buf, v_buf, out, q_gain, k_gain, q_eps, k_eps):
+    # Packed entries are of one row, as far as they are read.
+    batch = len(q) if rows is None else 1
+    (query_tokens, heads, size), (tokens, kv_heads) = q.shape[-3:], k.shape[-3:-1]
+    arguments = {name: strided(x) for name, x in {"cos": cos, "sin": sin, "k_buf": k_buf, "v_buf": v_buf}.items()}
+    read = strided if rows is None else strided_alone
+    arguments |= {"q": read(q), "k": read(k), "v": read(v)}
+    arguments |= {"positions": positions, "positions_stride": positions.stride(0), "rows": rows}
+    arguments |= {"query_positions": query_positions, "query_positions_stride": query_positions.stride(0)}
+    arguments |= {"q_norm": Norm(q_gain, q_eps), "k_norm": Norm(k_gain, k_eps)}
     arguments |= {"out": out, "query_tokens": query_tokens, "tokens": tokens}
     known = {"HQ": heads, "HKV": kv_heads, "D": size, "BLOCK_H": triton.next_power_of_2(size // 2)}
 
@@ -43,23 +59,20 @@ def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions, q
         sizes = {"C": constants(**known, ENTRIES=entries)}
         return [Call(rope_scatter_kernel, (tiles, batch), launch, arguments | sizes)]
 
-    if q.numel() or k.numel():
-        TABLE.start(q.device, min(max(SIZES[0], triton.next_power_of_2(size)), SIZES[-1]), calls)
-    for buffer, written in ((k_buf, keys), (v_buf, values)):
-        if written is not buffer:
-            buffer.copy_(written)
-    return out.to(q.dtype)
+    return min(max(SIZES[0], triton.next_power_of_2(size)), SIZES[-1]), calls
 
 
 def audit_cases(arch: str) -> Iterator[Case]:
-    """Every launch with nothing optional and with everything, and a head size that is no power of two."""
+    """Every launch with nothing optional, and packed with everything; and a head size that is no power of two."""
     for regime, launch in TABLE.on(arch):
         odd = regime - 16 if regime > 32 else 24
         for dtype, full, size in (("bf16", False, regime), ("bf16", True, regime), ("fp32", True, odd)):
-            q, kv, buffer = (meta(2, n, h, size, dtype=dtype) for n, h in ((33, 28), (33, 4), (1001, 4)))
-            table, places = meta(1001, size // 2, dtype=torch.float32), meta(2, 33, dtype=torch.int64)
+            entries = (33,) if full else (2, 33)
+            q, kv, buffer = (meta(*n, size, dtype=dtype) for n in ((*entries, 28), (*entries, 4), (2, 1001, 4)))
+            table, places = meta(1001, size // 2, dtype=torch.float32), meta(*entries, dtype=torch.int64)
+            rows = places if full else None
             norm = Norm(meta(size, dtype=dtype), 1e-6) if full else Norm()
-            given = (q, kv, kv, table, table, places, buffer, buffer, places if full else None, norm, norm)
+            given = (q, kv, kv, table, table, places, buffer, buffer, rows, rows, norm, norm)
             (call,) = calls_of(arch, regime, launch, rope_scatter_, *given)
             kind = "full" if full else "plain"
             yield Case(f"rope_scatter_ {dtype} D{size} {kind} {launch.tile[0]} entries", call)

@@ -114,9 +114,12 @@ def test_visibility_in_other_dtypes(shape, dtype, backend, assert_close):
     compare(assert_close, *inputs(shape, dtype), seen(shape, **options), **options)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.3, 2.0])
-def test_scale(scale, backend, assert_close):
-    compare(assert_close, *inputs(SHAPES[1]), None, scale=scale)
+@pytest.mark.parametrize("scale", [0.0, 0.3, 2.0, -0.7, 1e-42])
+@pytest.mark.parametrize("names", [[], RULES], ids=["plain", "all-rules"])
+def test_scale(scale, names, backend, assert_close):
+    options = rules(SHAPES[1], names)
+    visible = seen(SHAPES[1], **options) if names else None
+    compare(assert_close, *inputs(SHAPES[1]), visible, scale=scale, **options)
 
 
 def test_inputs_are_left_alone(backend):

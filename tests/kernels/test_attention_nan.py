@@ -81,6 +81,17 @@ def test_without_any_rule_it_shows_too(backend):
         assert where == 2 or lse[0, 1].isnan().all()
 
 
+@pytest.mark.parametrize("scale", [10.0, -10.0])
+def test_a_score_that_only_its_scale_makes_infinite(scale, backend):
+    q, k, v = inputs()
+    q[1, 2], k[1, 3] = torch.zeros(D), torch.zeros(D)
+    q[1, 2, :, 0], k[1, 3, :, 0] = 1e19, scale * 1e18
+    hit = torch.zeros(B, N, dtype=torch.bool)
+    hit[1, 2] = True
+    for found in both(q, k, v, scale=scale):
+        assert not found[hit].isfinite().any() and found[~hit].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["mask", "block_ids"])
 @pytest.mark.parametrize("where", ["key", "value", "one number of a value"])
 def test_a_slot_that_some_queries_see(where, name, backend):
@@ -142,6 +153,10 @@ def test_parts_of_the_slots_are_merged_with_their_nan(parts, interpreted):
     out, lse = attend(q, k, v, mask=mask, parts=parts, return_lse=True)
     assert torch.equal(out[0, 0], clean[0][0, 0]) and out[0, 1].isnan().all() and torch.equal(lse, clean[1])
     k[0, 270] = NAN
+    out, lse = attend(q, k, v, mask=mask, parts=parts, return_lse=True)
+    assert torch.equal(out[0, 0], clean[0][0, 0]) and torch.equal(lse[0, 0], clean[1][0, 0])
+    assert out[0, 1].isnan().all() and lse[0, 1].isnan().all()
+    q[0, 1] = NAN
     out, lse = attend(q, k, v, mask=mask, parts=parts, return_lse=True)
     assert torch.equal(out[0, 0], clean[0][0, 0]) and torch.equal(lse[0, 0], clean[1][0, 0])
     assert out[0, 1].isnan().all() and lse[0, 1].isnan().all()

@@ -1,12 +1,15 @@
 """cached_attention in Triton: what its launches, parts and scratch add to the definition."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from dkv.kernels import Workspace, cached_attention, use_backend
 from dkv.kernels.attention.triton import TABLE
-from dkv.kernels.common.launch import Launch
+from dkv.kernels.common.launch import Call, Chip, Launch, trial
+from dkv.kernels.dev.cases import meta
 
 SMALL = [Launch((16, 16), 4), Launch((32, 16), 4), Launch((16, 64), 4)]
 # B rows, N queries, S slots, Hq and Hkv heads, D head size: tiles that fill up and that do not, G in 1, 2, 4, 7.
@@ -145,6 +148,69 @@ def test_offsets_within_a_tile_of_more_than_32_bits(interpreted):
     options = {"mask": torch.rand(1, 3, 20) < 0.7}
     out = interpreted.cached_attention(q, k, v, launch=SMALL[0], **options)
     assert torch.equal(out, interpreted.cached_attention(q, k.contiguous(), v.contiguous(), launch=SMALL[0], **options))
+
+
+def test_a_scale_that_is_not_a_number(interpreted):
+    assert interpreted.cached_attention(*inputs(SHAPES[1]), scale=torch.nan).isnan().all()
+
+
+def collected(launch: Launch, slots: int, slot: int, row: int = 0, mask: tuple[int, int] | None = None) -> Call:
+    """What is launched on an H100 for 2 rows of 40 queries and two heads, keys and a mask having these strides."""
+    q = meta(2, 40, 2, 64)
+    k = torch.empty_strided((2, slots, 2, 64), (row, slot, 64, 1), dtype=torch.bfloat16, device="meta")
+    rules = {}
+    if mask:
+        rules["mask"] = torch.empty_strided((2, 40, slots), (0, *mask), dtype=torch.bool, device="meta")
+    with use_backend("triton"), trial(launch=launch, chip=Chip("sm_90", 132)) as tried:
+        cached_attention(q, k, k, **rules)
+    return tried.calls[0]
+
+
+@pytest.mark.parametrize(
+    ("launch", "strides", "wide"),
+    [
+        (Launch((64, 32), 4), {"slot": 2**25}, True),
+        (Launch((64, 32), 4), {"slot": 2**25 - 16}, False),
+        (Launch((64, 64), 4), {"slot": 2**25 - 16}, True),
+        (Launch((64, 64), 4), {"slot": 4096, "row": 2**40}, False),  # 64 bits of a program, not of a lane
+        (Launch((64, 64), 4), {"slot": 4096, "mask": (2**24 - 16, 1)}, False),
+        (Launch((64, 64), 4), {"slot": 4096, "mask": (2**24, 1)}, True),
+        (Launch((128, 64), 4), {"slot": 4096, "mask": (2**24 - 16, 1)}, True),
+        (Launch((64, 64), 4), {"slot": 4096, "mask": (1, 2**24)}, True),
+    ],
+)
+def test_when_offsets_within_a_tile_take_64_bits(launch, strides, wide):
+    call = collected(launch, 1000, **strides)
+    assert call.arguments["C"].WIDE.value == wide and call.rare == wide
+
+
+def test_llama_shaped_keys_never_take_64_bits():
+    for regime, launch in TABLE.on("sm_90"):
+        if regime[1:] == ("plain", 2, 128):
+            assert not collected(launch, 2**20, 32 * 128).arguments["C"].WIDE.value
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "slots", "programs"),
+    [
+        (4, (28, 4), 512, 4 * 16),  # one tile of slots to a program
+        (4, (28, 4), 2048, 4 * 32),
+        (64, (28, 4), 512, 16 * 8),
+        (4, (32, 32), 512, 32 * 4),
+        (64, (32, 32), 2048, 128),
+        (4, (4, 1), 10**5, 32),  # the most parts
+        (4, (4, 1), 192, 1),  # not worth a merge
+        (2048, (32, 32), 2048, 512),
+    ],
+)
+def test_a_small_grid_fills_the_device(tokens, heads, slots, programs):
+    q, k = meta(1, tokens, heads[0], 128), meta(1, slots, heads[1], 128)
+    with use_backend("triton"), trial(chip=Chip("sm_90", 132)) as tried:
+        cached_attention(q, k, k)
+    first, *merge = tried.calls
+    assert math.prod(first.grid) == programs
+    tiles = math.ceil(tokens * heads[0] // heads[1] / first.launch.tile[0])
+    assert len(merge) == (programs > tiles * heads[1])
 
 
 def test_A11_bfloat16_in_the_interpreter(interpreted):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,19 @@ from dkv.kernels import BACKENDS, Workspace, commit_, use_backend
 from dkv.kernels.common import backend, launch
 from dkv.kernels.common.backend import load
 
+# By public name the package, and the function of each of its backends.
 OPERATIONS = {
-    "cached_attention": "attention",
-    "choose_token": "choose",
-    "choose_token_fused": "choose",
-    "commit_": "commit",
-    "rope_scatter_": "rope_scatter",
+    "advance_": ("commit", "advance_"),
+    "cached_attention": ("attention", "cached_attention"),
+    "choose_token": ("choose", "choose_token"),
+    "choose_token_fused": ("choose", "choose_token_fused"),
+    "commit_": ("commit", "commit_"),
+    "pack_pass": ("plan", "pack"),
+    "plan_pass": ("plan", "plan"),
+    "rms_norm": ("norm", "rms_norm"),
+    "rope_scatter_": ("rope_scatter", "rope_scatter_"),
+    "swiglu": ("gate", "swiglu"),
+    "with_masked_window": ("plan", "with_masked_window"),
 }
 ROOT = Path(__file__).parents[2]
 X = torch.zeros(1, 2)
@@ -59,6 +67,44 @@ def test_default_without_triton(without_triton):
     assert backend.default(torch.device("cuda:1")) == "torch"
 
 
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """A process that takes its GPU to be of a compute capability."""
+
+    def call(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        backend.too_old.cache_clear()
+
+    yield call
+    backend.too_old.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize(("capability", "name"), [((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")])
+def test_default_of_a_gpu(capability, name, gpu_of):
+    gpu_of(*capability)
+    assert backend.default(torch.device("cuda:0")) == name
+    assert backend.default(torch.device("cpu")) == "torch"
+
+
+@needs_triton
+def test_triton_chosen_for_a_gpu_that_is_too_old(gpu_of, monkeypatch):
+    gpu_of(7, 5)
+    on_gpu = SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.float16, is_cuda=True)
+    message = (
+        r"^backend 'triton' was chosen, but cuda:1 is of compute capability 7\.5 and the kernels need 8\.0: choose "
+        "'torch', which is the default there$"
+    )
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        backend.current(on_gpu)
+    monkeypatch.setenv("DKV_BACKEND", "triton")
+    with pytest.raises(ValueError, match=message):
+        backend.current(on_gpu)
+    monkeypatch.delenv("DKV_BACKEND")
+    assert backend.current(on_gpu) == "torch"
+
+
 @pytest.mark.parametrize("name", INSTALLED)
 def test_use_backend_reaches_the_operations(name, monkeypatch):
     marker = torch.tensor([7])
@@ -74,8 +120,9 @@ def test_use_backend_reaches_the_operations(name, monkeypatch):
 @pytest.mark.parametrize("name", INSTALLED)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_backend_has_every_operation(operation, name):
+    package, function = OPERATIONS[operation]
     assert operation in dkv.kernels.__all__
-    assert callable(getattr(load(OPERATIONS[operation], name), operation))
+    assert callable(getattr(load(package, name), function))
 
 
 def test_blocks_nest_and_end_on_errors():

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from dkv.kernels.choose import kernel
-from dkv.kernels.choose.triton import choose_token, choose_token_fused
+from dkv.kernels.choose.triton import by_kernel, by_strips, choose_token
 from dkv.kernels.common.arguments import strided
 from dkv.kernels.common.launch import Launch, trial
 from tests.kernels.sweeps import sweep
@@ -55,12 +55,14 @@ def choose(logits: Tensor, **how) -> tuple[Tensor, Tensor]:
         return choose_token(logits.to(DEVICE), choice, row_keys, workspace=Poisoned())
 
 
-def choose_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **how) -> tuple[Tensor, Tensor]:
+def choose_fused(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, way=by_kernel, **how
+) -> tuple[Tensor, Tensor]:
     hidden, weight, bias = (None if x is None else x.to(DEVICE) for x in (hidden, weight, bias))
     choice, others = settings(how)
     row_keys = others.pop("row_keys", keys(len(hidden)))
-    with trial(**{"launch": SMALL_FUSED} | others):
-        return choose_token_fused(hidden, weight, choice, bias, row_keys, workspace=Poisoned())
+    with trial(**{"launch": SMALL if way is by_strips else SMALL_FUSED} | others):
+        return way(hidden, weight, choice, bias, row_keys, Poisoned())
 
 
 def agrees(choice: tuple[Tensor, Tensor], logits: Tensor, **how) -> None:

@@ -5,6 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dkv import kernels
+from dkv.kernels.commit.reference import RULES, Chosen, Pass, Rules
+from dkv.kernels.plan.reference import KINDS
+from tests.kernels.steps import Rows
 
 SIZES = [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0), (2, 0, 0)]
 sizes = pytest.mark.parametrize("size", SIZES, ids="B{0[0]}-N{0[1]}-S{0[2]}".format)
@@ -101,3 +104,51 @@ def test_recorded(compiled, backend):
             with FakeTensorMode() as mode:
                 found = function(*(mode.from_tensor(x) for x in args))
         assert found.shape == real.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(0, 5), (2, 0), (0, 0)], ids="B{0[0]}-S{0[1]}".format)
+def test_state_of_the_rows(size, kind, backend):
+    """A step of rows without slots, and of no rows; entries that fill up a pass are of row 0, where there is one."""
+    rows = Rows.random(*size)
+    given, others = rows.plan(kind)
+    active, scored, eligible, count, report = kernels.plan_pass(*given, **others)
+    assert active.shape == scored.shape == size and report.shape == (5, size[0]) and count.shape == size[:1]
+    assert (report[:3] == 0).all() and report[3].equal(others["cut"])
+    filling = 3 if size[0] else 0
+    tokens, positions, of_entry, slots, *_ = kernels.pack_pass(
+        rows.state.tokens, active, scored, rows.lengths, report, filling, filling
+    )
+    assert tokens.tolist() == rows.state.tokens[:1, -1:].flatten().tolist() * filling
+    assert positions.tolist() == slots.tolist() == [size[1]] * filling and of_entry.tolist() == [0] * filling
+    assert kernels.with_masked_window(active, rows.state.masked, longs(size[0], 2), 4).shape == size
+    for rule in RULES:
+        state = rows.copy()
+        passed = Pass(active, scored, eligible, count, longs(size[0]))
+        choice = Chosen(tokens, torch.zeros(filling), torch.zeros(filling))
+        kernels.advance_(state, rows.table, passed, choice, Rules(longs(1), 0, rule, 0.5))
+        for x, y in zip(state, rows.state, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_without_scored_slots_fills_nothing(rule, backend):
+    rows = Rows.random(3, 8)
+    passed, _ = rows.passed()
+    state, none = rows.copy(), torch.zeros(0)
+    kernels.advance_(state, rows.table, passed, Chosen(longs(0), none, none), Rules(None, 0, rule, 0.5))
+    assert torch.equal(state.tokens, rows.state.tokens) and torch.equal(state.masked, rows.state.masked)
+    unfinished = rows.state.masked.any(1)
+    assert not state.fresh[unfinished].any() and (state.at != rows.state.at)[unfinished].any()
+
+
+@pytest.mark.parametrize("totals", [(1, 0), (0, 1), (-1, 0)])
+def test_entries_of_no_rows_are_refused(totals, backend):
+    given = longs(0, 6), longs(0, 5).bool(), longs(0, 5).bool(), longs(0), longs(5, 0)
+    with pytest.raises(ValueError, match="total must be"):
+        kernels.pack_pass(*given, *totals)
+
+
+def test_a_window_of_fewer_than_no_slots_is_refused(backend):
+    with pytest.raises(ValueError, match="window must be at least 0, got -1"):
+        kernels.with_masked_window(longs(1, 5).bool(), longs(1, 5).bool(), longs(1, 1), -1)

@@ -16,7 +16,6 @@ from dkv.kernels.dev import audit
 from dkv.kernels.dev.autotune import search
 from dkv.kernels.dev.cases import Case
 
-CPU = torch.device("cpu")
 SMALL, MIDDLE, LARGE, HUGE = Launch((16, 32), 4), Launch((64, 64), 4, 2), Launch((128, 64), 8, 3), Launch((512, 512), 8)
 FEW, MANY = ("few", 2), ("many", 2)
 TABLES = {
@@ -84,6 +83,12 @@ def test_shipped_tables(name):
     assert len({len(row.tile) for row in (*rows, *table.candidates)}) == 1
 
 
+def test_every_architecture_of_the_audit_has_entries():
+    named = {arch for table in TABLES.values() for arch in table.entries}
+    assert {launch.entries_of(arch) for arch in audit.CHIPS} == named - {"default", "interpreter"}
+    assert launch.entries_of("sm_89") == "sm_86" and launch.entries_of("sm_42") == "sm_42"
+
+
 def test_search_returns_and_prints_the_fastest(capsys):
     ran, timer = timer_of({LARGE: 2.0, SMALL: 3.0, MIDDLE: 1.5})
     assert search(made(SMALL, LARGE, MIDDLE), "sm_90", MANY, ran.append, timer) == MIDDLE
@@ -149,7 +154,7 @@ def started(table: LaunchTable, regime, row: Launch | None = None) -> list[Launc
         return []
 
     with launch.trial(launch=row):
-        table.start(CPU, regime, calls)
+        table.start(lambda x: (regime, calls), (torch.zeros(1),))
     return ran
 
 

@@ -8,78 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dkv import kernels
 from dkv.kernels import use_backend
 from dkv.kernels.common.backend import interpreted
+from tests.kernels.samples import FUNCTIONS, HKV, HQ, SAMPLES, B, D, N, P, S, V, buffers, indices, numbers
 
-B, N, S, HQ, HKV, D, P, V = 2, 3, 7, 4, 2, 16, 9, 33
 EXACT = {"rtol": 0, "atol": 0}
-
-
-def numbers(*size: int) -> Tensor:
-    return torch.randn(size)
-
-
-def indices(high: int, *size: int) -> Tensor:
-    return torch.rand(*size[:-1], high).argsort(-1)[..., : size[-1]]
-
-
-def buffers() -> tuple[Tensor, Tensor]:
-    return numbers(B, S, HKV, D), numbers(B, S, HKV, D)
-
-
-# Every operation as a function of tensors alone, and its inputs; what it writes in place is among the outputs.
-def _attend(q, k, v, ranges):
-    return kernels.cached_attention(q, k, v, key_ranges=ranges, return_lse=True)
-
-
-def _rope_scatter(q, k, v, cos, sin, positions, k_buf, v_buf, gain):
-    out = kernels.rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, q_norm=(gain, 1e-6), validate=False)
-    return out, k_buf, v_buf
-
-
-def _choose(logits, keys):
-    return kernels.choose_token(logits, temperature=0.7, row_keys=keys, banned=(1,), validate=False)
-
-
-def _choose_fused(hidden, weight, bias):
-    return kernels.choose_token_fused(hidden, weight, head_bias=bias, rule="entropy", vocab_limit=30, validate=False)
-
-
-def _commit(canvas, token, confidence, eligible, count):
-    return kernels.commit_(canvas, token, confidence, eligible, count, validate=False), canvas
-
-
-FUNCTIONS = {
-    "rms_norm": (
-        lambda *given: kernels.rms_norm(given[0], given[2], residual=given[1]),
-        lambda: (numbers(B, N, D), numbers(B, N, D), numbers(D)),
-    ),
-    "swiglu": (kernels.swiglu, lambda: (numbers(B, N, D),)),
-    "cached_attention": (_attend, lambda: (numbers(B, N, HQ, D), *buffers(), torch.tensor([[0, S], [2, 5]]))),
-    "rope_scatter_": (
-        _rope_scatter,
-        lambda: (
-            numbers(B, N, HQ, D),
-            numbers(B, N, HKV, D),
-            numbers(B, N, HKV, D),
-            numbers(P, D // 2),
-            numbers(P, D // 2),
-            indices(S, B, N),
-            *buffers(),
-            numbers(D),
-        ),
-    ),
-    "choose_token": (_choose, lambda: (numbers(N, V), torch.arange(N)[:, None])),
-    "choose_token_fused": (_choose_fused, lambda: (numbers(N, D), numbers(V, D), numbers(V))),
-    "commit_": (
-        _commit,
-        lambda: (
-            torch.zeros(B, S, dtype=torch.int64),
-            torch.randint(V, (B, S)),
-            -torch.rand(B, S),
-            torch.rand(B, S) < 0.6,
-            torch.tensor([1, 3]),
-        ),
-    ),
-}
 
 
 def copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -96,44 +27,6 @@ def same(actual, expected, **tolerance) -> None:
 def operation(request):
     function, make = FUNCTIONS[request.param]
     return function, make()
-
-
-# What opcheck is given: the arguments of the op itself, with and without what is optional.
-SAMPLES = {
-    "cached_attention": lambda: [
-        (q, k, v, *rules, 0.25, lse)
-        for q, (k, v) in [(numbers(B, N, HQ, D), buffers())]
-        for lse in (False, True)
-        for rules in (
-            [None] * 6,
-            [
-                torch.tensor([1, 3]),
-                torch.tensor([[0, S], [2, 5]]),
-                torch.rand(B, S) < 0.5,
-                torch.rand(B, N, S) < 0.5,
-                torch.randint(3, (B, N)),
-                torch.randint(3, (B, S)),
-            ],
-        )
-    ],
-    "rope_scatter_": lambda: [
-        (*FUNCTIONS["rope_scatter_"][1]()[:8], *options)
-        for options in (
-            [None, None, 0.0, None, 0.0],
-            [indices(S, B, N), numbers(D), 1e-5, numbers(D), 1e-6],
-        )
-    ],
-    "choose_token": lambda: [
-        (numbers(N, V), rule, heat, 1.0, "exact", None, None, [1], None, torch.arange(N)[:, None] if heat else None)
-        for rule in kernels.RULES
-        for heat in (0.0, 0.8)
-    ],
-    "choose_token_fused": lambda: [
-        (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias, None)
-        for bias in (None, numbers(V))
-    ],
-    "commit_": lambda: [(*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))],
-}
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "triton")]
@@ -202,7 +95,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones(operation, backend):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
-DIFFERENTIABLE = {"cached_attention": 3, "rope_scatter_": 3}
+DIFFERENTIABLE = {"cached_attention": 3, "cached_attention, packed": 3, "rope_scatter_": 3, "rope_scatter_, packed": 3}
 
 
 @pytest.mark.parametrize("name", sorted(DIFFERENTIABLE))
@@ -238,7 +131,8 @@ def test_a_choice_has_no_gradient_and_says_so(name, backend):
 
 
 def test_an_op_asked_directly_never_detaches_in_silence(backend):
-    out, _ = torch.ops.dkv.cached_attention(numbers(B, N, HQ, D).requires_grad_(), *buffers(), *[None] * 6, 0.25, False)
+    q = numbers(B, N, HQ, D).requires_grad_()
+    out, _ = torch.ops.dkv.cached_attention(q, *buffers(), *[None] * 7, N, 0.25, False)
     assert out.requires_grad
     with pytest.raises(RuntimeError, match="autograd"):
         out.sum().backward()

@@ -135,6 +135,15 @@ def test_strides(restride, backend):
         torch.testing.assert_close(strided[name], args[name])
 
 
+def test_positions_that_are_columns_of_wider_ones(backend):
+    args, extra = inputs(SHAPES[1]), options(SHAPES[1], OPTIONS[:1])
+    wider = {
+        name: torch.cat([x, x + 1000], 1)[:, : x.shape[1]] for name, x in (args | extra).items() if "posit" in name
+    }
+    assert set(wider) == {"positions", "query_positions"} and not any(x.is_contiguous() for x in wider.values())
+    torch.testing.assert_close(rope_scatter_(**args | wider), rope_scatter_(**args, **extra))
+
+
 def test_nothing_around_a_slice_of_a_buffer_is_written(backend):
     args = inputs(SHAPES[1])
     for name in ("k_buf", "v_buf"):

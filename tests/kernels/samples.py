@@ -1,0 +1,218 @@
+"""Every operation as a custom op takes it: functions of tensors alone, their inputs, and arguments of the op itself."""
+
+import torch
+from torch import Tensor
+
+from dkv import kernels
+from dkv.kernels.commit.reference import Chosen, Pass, Rules, State
+from dkv.kernels.plan.reference import KINDS
+from tests.kernels.steps import Rows
+
+B, N, S, HQ, HKV, D, P, V = 2, 3, 7, 4, 2, 16, 9, 33
+
+
+def numbers(*size: int) -> Tensor:
+    return torch.randn(size)
+
+
+def indices(high: int, *size: int) -> Tensor:
+    return torch.rand(*size[:-1], high).argsort(-1)[..., : size[-1]]
+
+
+def buffers() -> tuple[Tensor, Tensor]:
+    return numbers(B, S, HKV, D), numbers(B, S, HKV, D)
+
+
+# Every operation as a function of tensors alone, and its inputs; what it writes in place is among the outputs.
+def _attend(q, k, v, ranges):
+    return kernels.cached_attention(q, k, v, key_ranges=ranges, return_lse=True)
+
+
+def _attend_packed(q, k, v, starts, lengths):
+    return kernels.cached_attention(q, k, v, query_starts=starts, query_lengths=lengths, most_queries=4)
+
+
+def _rope_scatter(q, k, v, cos, sin, positions, k_buf, v_buf, gain):
+    out = kernels.rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, q_norm=(gain, 1e-6), validate=False)
+    return out, k_buf, v_buf
+
+
+def _rope_scatter_packed(q, k, v, cos, sin, positions, k_buf, v_buf, rows):
+    return kernels.rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, rows=rows, validate=False), k_buf, v_buf
+
+
+def _choose(logits, keys):
+    return kernels.choose_token(logits, temperature=0.7, row_keys=keys, banned=(1,), validate=False)
+
+
+def _choose_fused(hidden, weight, bias):
+    return kernels.choose_token_fused(hidden, weight, head_bias=bias, rule="entropy", vocab_limit=30, validate=False)
+
+
+def _commit(canvas, token, confidence, eligible, count):
+    return kernels.commit_(canvas, token, confidence, eligible, count, validate=False), canvas
+
+
+def _plan(now, masked, rank, lengths, active, cut, invalid, chosen):
+    state = (now, masked[:, :-1], rank, lengths, active)
+    return kernels.plan_pass(*state, cut=cut, invalid=invalid, chosen=chosen, kind="window", shifted=True)
+
+
+def _pack(tokens, active, scored, lengths, report):
+    return kernels.pack_pass(tokens, active, scored, lengths, report, B * S + 1, B * S + 2, shifted=True)
+
+
+def _window(chosen, masked, centers):
+    return kernels.with_masked_window(chosen, masked[:, :-1], centers, 2)
+
+
+def _advance(tokens, masked, *others):
+    # Masks are kept as a view: the last column is left out.
+    state, (table, *rest) = State(tokens, masked[:, :-1], *others[:7]), others[7:]
+    passed, choice = Pass(*rest[:5]), Chosen(*rest[5:8])
+    kernels.advance_(state, table, passed, choice, Rules(rest[8], 0, "threshold", -0.5))
+    return tokens, masked, *others[:7]
+
+
+def _of_plan() -> tuple[Tensor, ...]:
+    rows = Rows.random(B, S)
+    (now, masked, *state), others = rows.plan("window")
+    return now, masked._base, *state, others["cut"], others["invalid"], others["chosen"]
+
+
+def _of_pack() -> tuple[Tensor, ...]:
+    rows = Rows.random(B, S)
+    given, others = rows.plan()
+    active, scored, _, _, report = kernels.plan_pass(*given, **others)
+    return rows.state.tokens, active, scored, rows.lengths, report
+
+
+def _of_window() -> tuple[Tensor, ...]:
+    return torch.rand(B, S) < 0.2, Rows.random(B, S).state.masked._base, torch.tensor([[1, S], [4, 0]])
+
+
+def _of_advance() -> tuple[Tensor, ...]:
+    rows = Rows.random(B, S)
+    tokens, masked, *others = rows.state
+    passed, choice = rows.passed("window", filling=2)
+    return tokens, masked._base, *others, rows.table, *passed, *choice, torch.tensor([1, 25])
+
+
+def _steps(kind: str, rule: str) -> tuple:
+    """Arguments of the op `advance_` for a pass of a kind, with ends or without."""
+    rows = Rows.random(B, S)
+    passed, choice = rows.passed(kind, filling=1)
+    ends = None if kind == "open" else torch.tensor([1, 25])
+    return *rows.state, rows.table, *passed, *choice, ends, 7, rule, -0.5, rule == "factor"
+
+
+FUNCTIONS = {
+    "rms_norm": (
+        lambda *given: kernels.rms_norm(given[0], given[2], residual=given[1]),
+        lambda: (numbers(B, N, D), numbers(B, N, D), numbers(D)),
+    ),
+    "swiglu": (kernels.swiglu, lambda: (numbers(B, N, D),)),
+    "cached_attention": (_attend, lambda: (numbers(B, N, HQ, D), *buffers(), torch.tensor([[0, S], [2, 5]]))),
+    "cached_attention, packed": (
+        _attend_packed,
+        lambda: (numbers(B * N, HQ, D), *buffers(), torch.tensor([0, 2]), torch.tensor([2, 4])),
+    ),
+    "rope_scatter_": (
+        _rope_scatter,
+        lambda: (
+            numbers(B, N, HQ, D),
+            numbers(B, N, HKV, D),
+            numbers(B, N, HKV, D),
+            numbers(P, D // 2),
+            numbers(P, D // 2),
+            indices(S, B, N),
+            *buffers(),
+            numbers(D),
+        ),
+    ),
+    "rope_scatter_, packed": (
+        _rope_scatter_packed,
+        lambda: (
+            numbers(N, HQ, D),
+            numbers(N, HKV, D),
+            numbers(N, HKV, D),
+            numbers(P, D // 2),
+            numbers(P, D // 2),
+            indices(S, N),
+            *buffers(),
+            torch.tensor([1, 0, 1]),
+        ),
+    ),
+    "choose_token": (_choose, lambda: (numbers(N, V), torch.arange(N)[:, None])),
+    "choose_token_fused": (_choose_fused, lambda: (numbers(N, D), numbers(V, D), numbers(V))),
+    "commit_": (
+        _commit,
+        lambda: (
+            torch.zeros(B, S, dtype=torch.int64),
+            torch.randint(V, (B, S)),
+            -torch.rand(B, S),
+            torch.rand(B, S) < 0.6,
+            torch.tensor([1, 3]),
+        ),
+    ),
+    "plan_pass": (_plan, _of_plan),
+    "pack_pass": (_pack, _of_pack),
+    "with_masked_window": (_window, _of_window),
+    "advance_": (_advance, _of_advance),
+}
+
+
+# What opcheck is given: the arguments of the op itself, with and without what is optional.
+SAMPLES = {
+    "cached_attention": lambda: [
+        (q, k, v, *rules, N, 0.25, lse)
+        for (k, v) in [buffers()]
+        for lse in (False, True)
+        for q, *rules in (
+            [numbers(B, N, HQ, D), *[None] * 7],
+            [numbers(5, HQ, D), torch.tensor([2, 3]), *[None] * 5, torch.tensor([0, 2])],
+            [
+                numbers(B, N, HQ, D),
+                torch.tensor([1, 3]),
+                torch.tensor([[0, S], [2, 5]]),
+                torch.rand(B, S) < 0.5,
+                torch.rand(B, N, S) < 0.5,
+                torch.randint(3, (B, N)),
+                torch.randint(3, (B, S)),
+                None,
+            ],
+        )
+    ],
+    "rope_scatter_": lambda: (
+        [
+            (*FUNCTIONS["rope_scatter_"][1]()[:8], *options)
+            for options in (
+                [None, None, None, 0.0, None, 0.0],
+                [None, indices(S, B, N), numbers(D), 1e-5, numbers(D), 1e-6],
+            )
+        ]
+        + [
+            (*FUNCTIONS["rope_scatter_, packed"][1](), None, None, 0.0, None, 0.0),
+        ]
+    ),
+    "choose_token": lambda: [
+        (numbers(N, V), rule, heat, 1.0, "exact", None, None, [1], None, torch.arange(N)[:, None] if heat else None)
+        for rule in kernels.RULES
+        for heat in (0.0, 0.8)
+    ],
+    "choose_token_fused": lambda: [
+        (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias, None)
+        for bias in (None, numbers(V))
+    ],
+    "commit_": lambda: [(*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))],
+    "plan": lambda: [
+        (*given, others.get("chosen"), others.get("everything"), others["cut"], others["invalid"], kind, *flags)
+        for kind, everything, flags in zip(
+            KINDS, (False, True, False), ((True, False, False), (False, True, True), (False, False, True)), strict=True
+        )
+        for given, others in [Rows.random(B, S).plan(kind, everything)]
+    ],
+    "pack": lambda: [(*_of_pack(), B * S, total, shifted) for total, shifted in ((B * S, False), (B * S + 3, True))],
+    "with_masked_window": lambda: [(chosen, masked[:, :-1], centers, 2) for chosen, masked, centers in [_of_window()]],
+    "advance_": lambda: [_steps("open", "fixed"), _steps("window", "factor")],
+}
