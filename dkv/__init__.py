@@ -26,6 +26,7 @@ _MODULES = {
     "dkv.tools.gaps": "fill_gaps Gap",
     "dkv.engine.config": "DiffusionConfig",
     "dkv.engine.output": "DiffusionOutput Stats",
+    "dkv.engine.graphs": "release_graphs",
     "dkv.tools.streaming": "DraftStreamer",
     "dkv.core.kv_cache": "KVCache",
     "dkv.policies": "NoCache DecodeCache GreedyCache PrefillCache PrefillDecodeCache PrefixCache DualCache",

@@ -29,12 +29,13 @@ class JoinedLayer(Block):
         for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm", "o_proj", "down_proj"):
             setattr(self, name, getattr(layer, name))
         self.sizes = {name: [getattr(layer, part).out_features for part in parts] for name, parts in JOINED.items()}
+        self.heads = [size // self.head_dim for size in self.sizes["qkv_proj"]]
         for name, parts in JOINED.items():
             setattr(self, name, _joined([getattr(layer, part) for part in parts]))
         self.train(layer.training)
 
     def _qkv(self, h: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = map(self._heads, self.qkv_proj(h).split_with_sizes(self.sizes["qkv_proj"], -1))
+        query, key, value = self._heads(self.qkv_proj(h)).split_with_sizes(self.heads, -2)
         # The queries of all entries cost less than a product of their own.
         return query if rows is None else query.index_select(0, rows), key, value
 
@@ -66,9 +67,13 @@ class JoinedLayer(Block):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
     def __getattr__(self, name: str) -> Any:
-        if any(name in parts for parts in JOINED.values()):
-            raise AttributeError(f"{name} is joined with others: call dkv.unpack(model), or load it with pack=False")
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if any(name in parts for parts in JOINED.values()):
+                text = f"{name} is joined with others: call dkv.unpack(model), or load it with pack=False"
+                raise AttributeError(text) from None
+            raise
 
 
 def join_(model: nn.Module) -> nn.Module:

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 
 from dkv import kernels
 from dkv.core.kv_cache import KVCache
-from dkv.core.varlen import Varlen
+from dkv.core.varlen import Segments
+from dkv.kernels.attention.op import ATTENTION
+from dkv.kernels.attention.reference import Rules
 from dkv.kernels.norm.op import RMS_NORM
+from dkv.kernels.rope_scatter.op import ROPE_SCATTER
+from dkv.kernels.rope_scatter.reference import Norm
 from dkv.models.spec import ModelSpec
 
 # Positions of the smallest rotary table: texts that grow from a few slots on do not make it anew each time.
@@ -53,7 +57,8 @@ class Block(nn.Module):
         return x, self._mlp(h)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        *rest, width = x.shape
+        return x.view(*rest, width // self.head_dim, self.head_dim)
 
 
 class Layer(Block):
@@ -190,56 +195,75 @@ class Transformer(nn.Module):
         positions: Tensor,
         buffer: KVCache,
         *,
-        key_ranges: Tensor | None = None,
         rows: Tensor | None = None,
-        varlen: Varlen | None = None,
-        varlen_rows: Varlen | None = None,
+        segments: Segments | None = None,
+        key_ranges: Tensor | None = None,
+        outputs: Tensor | None = None,
+        output_segments: Segments | None = None,
         workspace: kernels.Workspace | None = None,
     ) -> Tensor:
         """Recompute the active slots over the buffer: their K and V are written, then attended to.
 
         Args:
-            tokens: [B, N] ids at the active slots.
-            positions: [B, N] int64, their slots, which are also their rotary positions. The slot
-                after the last visible one may be used to fill up ragged rows.
+            tokens: [T] ids at the active slots, those of each row of the buffer one after the other; or [B, N].
+            positions: shape of tokens, int64, their slots, which are also their rotary positions. The slot after the
+                last visible one may be used to fill up.
             buffer: keys and values of all slots; every visible slot must have been written.
+            rows: int64 [T], the row of the buffer of each; None for tokens [B, N].
+            segments: where the entries of each row stand in [T]; None for tokens [B, N].
             key_ranges: [B, 2] first visible slot and the one after the last; None: all slots.
-            rows: [B, R] which of the N active slots need an output; None: all.
-            varlen, varlen_rows: how many of the N and of the R count in each row; None: all. The others are not
-                computed.
+            outputs: [R] which of the T need an output, or [B, R] which of the N; None: all.
+            output_segments: where those of each row stand in [R]; None for outputs [B, R].
             workspace: scratch to use again between calls.
 
         Returns:
-            [B, R or N, d] hidden states after the final norm, ready for `head`; those that do not count mean nothing.
+            Hidden states [R or T, d], or [B, R or N, d], after the final norm, ready for `head`; what fills up means
+            nothing.
         """
+        if tokens.dim() == 2:
+            (batch, n), device = tokens.shape, tokens.device
+            rows = torch.arange(batch, device=device).repeat_interleave(n)
+            segments, shape = Segments.equal(batch, n, device), tokens.shape
+            if outputs is not None:
+                shape, output_segments = outputs.shape, Segments.equal(batch, outputs.shape[1], device)
+                outputs = (outputs + segments.starts[:, None]).flatten()
+            hidden = self.step(
+                tokens.flatten(),
+                positions.flatten(),
+                buffer,
+                rows=rows,
+                segments=segments,
+                key_ranges=key_ranges,
+                outputs=outputs,
+                output_segments=output_segments,
+                workspace=workspace,
+            )
+            return hidden.view(*shape, -1)
         cos, sin = self.rope_tables(buffer.slots)
-        last = len(self.layers) - 1
-        entries = Varlen.equal(positions) if varlen is None else varlen
-        outputs = entries
-        if rows is not None:
-            outputs = Varlen.equal(rows) if varlen_rows is None else varlen_rows
+        scale, last = self.spec.head_dim**-0.5, self.layers[-1].index if outputs is not None else None
+        # Of all layers, and of the last one: where queries stand, whose they are, and the most of a row.
+        ways = {False: (None, Rules(segments.lengths, key_ranges, query_starts=segments.starts), segments.most)}
+        if outputs is not None:
+            places, of = positions.index_select(0, outputs), output_segments
+            ways[True] = places, Rules(of.lengths, key_ranges, query_starts=of.starts), of.most
 
+        # The operations themselves: what the public functions check holds here, in every layer of every step.
         def attend(layer: Block, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             k_buf, v_buf = buffer.layer(layer.index, like=key)
-            some = layer.index == last and rows is not None
-            here, layout = (positions.gather(1, rows), outputs) if some else (None, entries)
-            query, key, value = layout.padded(query), entries.padded(key), entries.padded(value)
-            norms = {"q_norm": _head_norm(layer.q_norm), "k_norm": _head_norm(layer.k_norm)}
-            query = kernels.rope_scatter_(
-                query, key, value, cos, sin, positions, k_buf, v_buf, query_positions=here, validate=False, **norms
-            )
-            keys, values = k_buf[:, : buffer.length], v_buf[:, : buffer.length]
-            out = kernels.cached_attention(
-                query, keys, values, query_lengths=layout.lengths, key_ranges=key_ranges, workspace=workspace
-            )
-            return layout.packed(out)
+            here, rules, most = ways[layer.index == last]
+            norms = _head_norm(layer.q_norm), _head_norm(layer.k_norm)
+            query = ROPE_SCATTER(query, key, value, cos, sin, positions, k_buf, v_buf, rows, here, *norms)
+            keys, values = buffer.visible(layer.index)
+            return ATTENTION(query, keys, values, rules, most, scale, False, workspace=workspace)[0]
 
-        x, delta = self.embed(entries.packed(tokens)), None
-        places = None if rows is None else outputs.packed(entries.places(rows))
+        x, delta = self.embed(tokens), None
         for layer in self.layers:
-            x, delta = layer(x, delta, attend, places if layer.index == last else None)
-        return outputs.padded(self.norm.added(x, delta)[0])
+            x, delta = layer(x, delta, attend, outputs if layer.index == last else None)
+        return self.norm.added(x, delta)[0]
 
 
-def _head_norm(norm: RMSNorm | None) -> tuple[Tensor, float] | None:
-    return None if norm is None else (norm.weight, norm.eps)
+NO_NORM = Norm()
+
+
+def _head_norm(norm: RMSNorm | None) -> Norm:
+    return NO_NORM if norm is None else Norm(norm.weight, norm.eps)

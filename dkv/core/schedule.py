@@ -1,10 +1,12 @@
 """How many slots each step fills: built once, on the host, and kept as a table on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dkv.kernels.plan.reference import FIELDS
 
 
 @dataclass(frozen=True)
@@ -106,28 +108,18 @@ def time_schedule(new_tokens: int, steps: int, eps: float, by_chance: bool) -> l
 
 
 class Now:
-    """The step that every row is about to take, as columns [B, 1] of int64: the fields of `Step`, and
+    """Steps as columns [..., 1] of int64: the fields of `Step`, and
 
     Attributes:
         next_block: number of the step that begins the next block; of the last block, the number of steps.
+        full: whether every slot is computed, 0 or 1.
         chance: float32, `Step.probability`; None where counts are fixed.
     """
 
-    FIELDS = ("index", "in_block", "start", "stop", "left", "next_block")
-
     def __init__(self, numbers: Tensor, chance: Tensor | None):
-        self._numbers, self.chance = numbers, chance
-        self.index, self.in_block, self.start, self.stop, self.left, self.next_block = numbers.split(1, 1)
-
-    def copy_(self, other: "Now") -> None:
-        """Take over the steps of as many rows, in place."""
-        self._numbers.copy_(other._numbers)
-        if self.chance is not None:
-            self.chance.copy_(other.chance)
-
-    def __getitem__(self, rows: Tensor) -> "Now":
-        """The steps of these rows, in this order."""
-        return Now(self._numbers[rows], None if self.chance is None else self.chance[rows])
+        self.numbers, self.chance = numbers, chance
+        for name, column in zip(FIELDS, numbers.split(1, -1), strict=True):
+            setattr(self, name, column)
 
 
 class Timetable:
@@ -136,14 +128,19 @@ class Timetable:
     Args:
         plans: by row, its steps.
         device: of the tensors.
+        full: (steps) -> bool, whether each of them computes every slot; None: none does.
 
     Attributes:
-        at: int64 [B], changed in place.
+        table: int64 [B, steps, fields].
+        at: int64 [B], the step that every row is about to take, changed in place; `current` [B, fields] is that step.
+        by_chance: whether it is drawn how many slots a step fills.
     """
 
-    def __init__(self, plans: Sequence[Sequence[Step]], device: torch.device):
+    def __init__(
+        self, plans: Sequence[Sequence[Step]], device: torch.device, full: Callable[[Now], Tensor] | None = None
+    ):
         longest = max(map(len, plans), default=0) or 1
-        table = torch.zeros(len(plans), longest, len(Now.FIELDS), dtype=torch.int64)
+        table = torch.zeros(len(plans), longest, len(FIELDS), dtype=torch.int64)
         chance = torch.zeros(len(plans), longest)
         for row, plan in enumerate(plans):
             if not plan:
@@ -153,28 +150,20 @@ class Timetable:
                 after.append(following)
                 following = step.index if step.in_block == 0 else following
             fields = [(s.index, s.in_block, s.start, s.stop, s.left) for s in plan]
-            table[row, : len(plan)] = torch.cat((torch.tensor(fields), torch.tensor(after[::-1])[:, None]), 1)
+            table[row, : len(plan), :5] = torch.tensor(fields)
+            table[row, : len(plan), 5] = torch.tensor(after[::-1])
             chance[row, : len(plan)] = torch.tensor([step.probability for step in plan])
+        if full is not None:
+            table[..., 6:] = full(Now(table, None))
         self.by_chance = any(step.count is None for plan in plans for step in plan)
         self.at = torch.zeros(len(plans), dtype=torch.int64, device=device)
-        self._table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
+        self.table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
+        self.current = self.table[:, 0].clone()
 
     def now(self) -> Now:
         """The steps that come next."""
-        at = self.at[:, None]
-        numbers = self._table.gather(1, at[..., None].expand(-1, -1, len(Now.FIELDS))).squeeze(1)
-        return Now(numbers, None if self._chance is None else self._chance.gather(1, at))
+        return Now(self.current, None if self._chance is None else self._chance.gather(1, self.at[:, None]))
 
     def steps(self, row: int) -> Now:
         """All steps of a row, as columns [T, 1]."""
-        return Now(self._table[row], None if self._chance is None else self._chance[row][:, None])
-
-    def advance(self, now: Now, open_left: Tensor) -> None:
-        """Go to the next step, or where nothing of the block is left open (bool [B, 1]) to the next block."""
-        following = torch.where(open_left, now.index + 1, now.next_block).squeeze(1)
-        torch.clamp(following, max=self._table.shape[1] - 1, out=self.at)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order."""
-        self.at, self._table = self.at[rows], self._table[rows]
-        self._chance = None if self._chance is None else self._chance[rows]
+        return Now(self.table[row], None if self._chance is None else self._chance[row][:, None])

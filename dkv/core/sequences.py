@@ -1,11 +1,15 @@
 """The state of the rows: their tokens, what is masked, and where each stands in its schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dkv.core.schedule import Now, Step, Timetable
+
+# By the kind of device, of what the number of slots is a multiple: graphs of one generation then fit the next one,
+# whose text is a little longer.
+MULTIPLES = {"cuda": 64}
 
 
 def slots_of(mask: Tensor, count: int, spare: int) -> Tensor:
@@ -50,7 +54,7 @@ class Sequences:
         lengths: int64 [B, 1], slots of each row; `row_lengths` is the same on the host.
         everywhere: bool [B, S], the slots that a row has.
         key_ranges: [B, 2], first and last + 1 of these; None when all rows have all.
-        size: S.
+        size: S, at least as many slots as the longest row has.
         to_fill: how many slots each row fills, on the host.
         timetable: the schedules, once they are set.
     """
@@ -58,16 +62,19 @@ class Sequences:
     def __init__(self, ids: Tensor, real: Tensor, fill: Tensor, mask_token_id: int):
         self.ids, self.lengths = ids, real.sum(1, keepdim=True)
         self.row_lengths, self.to_fill = self.lengths.flatten().tolist(), fill.sum(1).tolist()
-        self.size = max(self.row_lengths, default=0)
+        multiple = MULTIPLES.get(ids.device.type, 1)
+        self.size = -(-max(self.row_lengths, default=0) // multiple) * multiple
         # Where each column of the caller's layout stands here; padding on the spare.
         self._slot = torch.where(real, real.cumsum(1) - 1, self.size)
         self.tokens = ids.new_zeros(len(ids), self.size + 1)
         self.tokens.scatter_(1, self._slot, torch.where(fill, mask_token_id, ids * real))
         self.masked = self.from_caller(fill)
         self.rank = torch.where(self.masked, self.masked.cumsum(1) - 1, -1)
-        self._fresh = self.masked.new_zeros(len(ids), self.size + 1)
+        self.fresh = torch.zeros_like(self.masked)
+        self.everywhere = torch.arange(self.size, device=ids.device) < self.lengths
+        ranges = torch.cat((torch.zeros_like(self.lengths), self.lengths), 1)
+        self.key_ranges = None if all(length == self.size for length in self.row_lengths) else ranges
         self.timetable: Timetable | None = None
-        self._measure()
 
     @classmethod
     def after_prompts(
@@ -83,33 +90,13 @@ class Sequences:
         fill = torch.cat((torch.zeros_like(attention_mask), new), 1)
         return cls(ids, torch.cat((attention_mask, new), 1), fill, mask_token_id)
 
-    @property
-    def fresh(self) -> Tensor:
-        return self._fresh[:, :-1]
-
-    def _measure(self) -> None:
-        """What follows from the rows that there are: once, not in every step."""
-        self.everywhere = torch.arange(self.size, device=self.tokens.device) < self.lengths
-        ranges = torch.cat((torch.zeros_like(self.lengths), self.lengths), 1)
-        self.key_ranges = None if all(length == self.size for length in self.row_lengths) else ranges
-
-    def begin(self, plans: Sequence[Sequence[Step]]) -> None:
-        """Set the schedules of the rows."""
-        self.timetable = Timetable(plans, self.tokens.device)
+    def begin(self, plans: Sequence[Sequence[Step]], full: Callable[[Now], Tensor]) -> None:
+        """Set the schedules of the rows; `full` says which steps compute every slot."""
+        self.timetable = Timetable(plans, self.tokens.device, full)
 
     def open(self, now: Now) -> Tensor:
         """bool [B, S]: the masked slots of the current blocks."""
         return self.masked & (self.rank >= now.start) & (self.rank < now.stop)
-
-    def commit(self, now: Now, open_: Tensor, slots: Tensor, committed: Tensor) -> None:
-        """Note that the entries `committed` (bool [B, n]) of `slots` [B, n] were filled, and go to the next step.
-
-        `open_` is what was open in the step `now`.
-        """
-        self._fresh.zero_().scatter_(1, slots, committed)
-        others = ~self.fresh
-        self.masked &= others
-        self.timetable.advance(now, (open_ & others).any(1, keepdim=True))
 
     def cut(self, ends: Tensor, pad: int) -> Tensor:
         """Let the slots to fill from `ends` [B, 1] on take `pad`; returns which they are, bool [B, S]."""
@@ -118,16 +105,6 @@ class Sequences:
         self.tokens[:, :-1].masked_fill_(beyond, pad)
         self.masked &= ~beyond
         return beyond
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order."""
-        index = torch.tensor(rows, device=self.tokens.device)
-        for name in ("ids", "lengths", "_slot", "tokens", "masked", "_fresh", "rank"):
-            setattr(self, name, getattr(self, name)[index])
-        self.row_lengths = [self.row_lengths[row] for row in rows]
-        self.to_fill = [self.to_fill[row] for row in rows]
-        self.timetable.keep(index)
-        self._measure()
 
     def texts(self) -> list[Tensor]:
         """The ids of every row, [length] each, the mask id where there is no token yet."""

@@ -34,16 +34,27 @@ def confident_counts(confidence: Tensor, eligible: Tensor, least: Tensor, config
         eligible: bool [B, N].
         least: int64 [B].
     """
-    if config.confidence_eos_eot_inf:
+    rule, bound, finite_only = sureness(config)
+    if finite_only:
         eligible = eligible & (confidence > -torch.inf)
     known = confidence.float().clamp(min=torch.finfo(torch.float32).min)
     best = known.masked_fill(~eligible, -torch.inf).sort(dim=1, descending=True).values
-    if config.threshold is not None:
-        least_confidence = config.threshold
-        if config.confidence != "entropy":
-            least_confidence = math.log(config.threshold) if config.threshold > 0 else -math.inf
-        sure = best >= max(least_confidence, torch.finfo(torch.float32).min)
+    if rule == "threshold":
+        sure = best >= bound
     else:
         number = torch.arange(2, best.shape[1] + 2, device=best.device)
-        sure = (number * -torch.expm1(best) < config.factor) & (best > -torch.inf)
+        sure = (number * -torch.expm1(best) < bound) & (best > -torch.inf)
     return torch.maximum(sure.sum(1), least)
+
+
+def sureness(config: DiffusionConfig) -> tuple[str, float, bool]:
+    """The rule by which slots are sure enough, its bound, and whether a confidence of -inf never is."""
+    rule, bound = "fixed", 0.0
+    if config.threshold is not None:
+        rule, bound = "threshold", config.threshold
+        if config.confidence != "entropy":
+            bound = math.log(bound) if bound > 0 else -math.inf
+        bound = max(bound, torch.finfo(torch.float32).min)
+    elif config.factor is not None:
+        rule, bound = "factor", config.factor
+    return rule, bound, config.confidence_eos_eot_inf

@@ -58,29 +58,30 @@ class Ending:
 
     def __init__(self, eos: Sequence[int], criteria: StoppingCriteriaList | None, rows: int, device: torch.device):
         self.criteria = criteria
-        self._eos = torch.tensor(list(eos), dtype=torch.int64, device=device) if eos else None
+        self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device) if eos else None
         self._clocks = StoppingCriteriaList(c for c in criteria or () if isinstance(c, MaxTimeCriteria))
         self._asked = [-1] * rows
 
     def ends(self, rows: Sequences, numbers: Sequence[int]) -> Tensor:
-        """int64 [B, 1]: the length of a row if it ends now, else more than it has; `numbers` are those in the batch.
+        """int64 [B, 1]: the length of a row if it ends now, else more than it has.
 
-        End ids ask nothing of the device; criteria, which are Python, do.
+        Criteria are Python, and read the rows. Only those with `numbers` are looked at.
         """
         never = rows.size + 1
         found = torch.full_like(rows.lengths, never)
         known = rows.masked.cumsum(1) == 0
-        if self._eos is not None:
-            end = among(rows.tokens[:, :-1], self._eos) & known & (rows.rank >= 0)
+        if self.eos is not None:
+            end = among(rows.tokens[:, :-1], self.eos) & known & (rows.rank >= 0)
             length = torch.arange(1, never, device=known.device)
             found = torch.where(end, length, never).amin(1, keepdim=True)
-        if self.criteria is not None:
-            lengths = (known & rows.everywhere).sum(1).tolist()
-            # Of the slots before the first one to fill.
-            prompts = ((rows.rank < 0).cumprod(1)).sum(1).tolist()
-            asked = [self._asked_for(*of, never) for of in zip(numbers, rows.texts(), prompts, lengths, strict=True)]
-            found = torch.minimum(found, torch.tensor(asked, device=found.device)[:, None])
-        return found
+        lengths = (known & rows.everywhere).sum(1).tolist()
+        # Of the slots before the first one to fill.
+        prompts, texts = ((rows.rank < 0).cumprod(1)).sum(1).tolist(), rows.texts()
+        asked = [-1] * len(texts)
+        for row in numbers:
+            asked[row] = self._asked_for(row, texts[row], prompts[row], lengths[row], never)
+        asked = torch.tensor(asked, device=found.device)[:, None]
+        return torch.where(asked < 0, never, torch.minimum(found, asked))
 
     def _asked_for(self, row: int, text: Tensor, prompt: int, length: int, never: int) -> int:
         """The first length, of those not asked for yet, that the criteria stop at."""

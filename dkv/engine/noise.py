@@ -43,14 +43,10 @@ class Noise:
         """Gumbel noise [B, S] for drawing slots by their confidence."""
         return noise.gumbel(self._step_keys(_SELECTION, step), self._size)
 
-    def token_keys(self, slots: Tensor, step: Tensor) -> Tensor:
-        """Keys [B, R, 4] for drawing the tokens of `slots` [B, R]."""
-        rows = self._keys.unsqueeze(1).expand(*slots.shape, 2)
-        return torch.cat((rows, torch.stack((slots, step.expand_as(slots)), -1)), -1)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order."""
-        self._keys = self._keys[rows]
+    def token_keys(self, slots: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+        """Keys [R, 4] for drawing the tokens of `slots` [R] of `rows` [R]."""
+        own = torch.cat((self._keys, step), 1).index_select(0, rows)
+        return torch.cat((own[:, :2], slots[:, None], own[:, 2:]), 1)
 
     def _step_keys(self, use: int, step: Tensor) -> Tensor:
         return torch.cat((self._keys, torch.full_like(step, use), step), 1)

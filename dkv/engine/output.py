@@ -17,6 +17,8 @@ class Stats:
         passes, full_passes: forward passes, and those that computed every slot.
         computed_slots, total_slots: slots sent through the network, and what plain decoding sends.
         replayed_passes: those that were replayed from a graph.
+        graphs, graph_bytes: graphs that stood ready after the last one was made, those of earlier generations of the
+            kind among them, and the memory of the device that was reserved for them; 0 where none was made.
         eager_reason: why steps were, or from some step on were, taken as they came; None: they were not.
         reused_slots: slots whose keys and values were taken over from an earlier generation, all rows.
         new_tokens: slots filled, all rows; without those beyond the end of a row.
@@ -30,6 +32,8 @@ class Stats:
     computed_slots: int = 0
     total_slots: int = 0
     replayed_passes: int = 0
+    graphs: int = 0
+    graph_bytes: int = 0
     eager_reason: str | None = None
     reused_slots: int = 0
     new_tokens: int = 0

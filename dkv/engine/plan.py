@@ -10,8 +10,9 @@ from dkv.core.sequences import Sequences, mask_of, slots_of
 from dkv.engine.commit import confident_counts, first_slots
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.noise import Noise
-from dkv.engine.stages import StepPlan
+from dkv.engine.stages import Packed, StepPlan
 from dkv.kernels.choose.temperature import shares
+from dkv.kernels.plan.op import PLAN
 from dkv.policies.base import View
 
 
@@ -39,7 +40,7 @@ class Planner:
         self._by_chance = rows.timetable.by_chance
         # The most slots that a step fills, where the schedule tells.
         counts = [step.count for plan in plans for step in plan]
-        self._most = None if self.dynamic or self._by_chance else max(counts, default=0)
+        self.most = None if self.dynamic or self._by_chance else max(counts, default=0)
         # A policy that plans needs the order of a whole block, which is drawn once.
         per_block = self.random and self.policy.plans and not self._by_chance
         self._order = self._block_orders(plans) if per_block else None
@@ -48,75 +49,64 @@ class Planner:
         self._remembered = torch.full(wide, -torch.inf, device=rows.tokens.device)
         # Slots whose keys and values were taken over from an earlier generation.
         self.spared: Tensor | None = None
+        # Whether a plan may ask the device how many slots chance or confidence fill; else it takes any number for them.
+        self.waits = True
 
-    @property
-    def reads(self) -> bool:
-        """Whether a plan reads from the device how many slots there are: only chance and confidence make it ask."""
-        return self.policy.plans and self._most is None
+    def plan(self, cut: Tensor, invalid: Tensor) -> StepPlan:
+        """What the next step does; `cut` [B] and `invalid` [] go into the report of it."""
+        rows, policy = self.rows, self.policy
+        now, planned, chosen = rows.timetable.now(), None, None
+        if self.random or policy.plans:
+            planned, chosen = self._planned(now)
+        active = policy.active(View(rows, now, planned, self.shifted))
+        kind = "chosen" if self.random else "window" if policy.plans else "open"
+        state = (now.numbers, rows.masked, rows.rank, rows.lengths.squeeze(1), active, chosen)
+        how = (kind, self.dynamic, self._by_chance, self.shifted)
+        return StepPlan(*PLAN(*state, self._everything(now), cut, invalid, *how))
 
-    def plan(self) -> StepPlan:
-        rows = self.rows
-        now = rows.timetable.now()
-        open_ = rows.open(now)
-        count = open_.sum(1, keepdim=True) - now.left
-        if self.dynamic:
-            count = count.clamp(min=1)
-        planned, chosen = self._planned(now, open_, count)
-        full = self.policy.full(now, self.shifted)
-        view = View(rows, now, planned, self.shifted)
-        active = torch.where(full, self._everything(now), self.policy.active(view))
-        if self.random:
-            scored = eligible = chosen
-        else:
-            # A slot is predicted by its own output, or in a shifted model by that of the slot before it.
-            reached = torch.cat((active[:, :1], active[:, :-1]), 1) if self.shifted else active
-            # A policy that plans scores its window, too: the next plan is made of these confidences.
-            scored = open_ & reached if self.policy.plans else open_ & (count > 0)
-            eligible = torch.where(full, open_, chosen) if self.policy.plans else scored
-        if self._by_chance:
-            count = torch.full_like(count, rows.size)
-        return StepPlan(now, open_, active, full, scored, eligible, count)
-
-    def remember(self, slots: Tensor, confidence: Tensor) -> None:
-        """Keep the confidences [B, R] of `slots` [B, R], which may be filled up with S."""
+    def remember(self, packed: Packed, confidence: Tensor) -> None:
+        """Keep the confidences [R] of the scored slots."""
         if self.policy.plans and not self.random:
-            self._remembered.scatter_(1, slots, confidence.to(self._remembered.dtype))
+            self._remembered.view(-1).scatter_(0, self._of_all(packed), confidence.to(self._remembered.dtype))
 
-    def score(self, confidence: Tensor, now: Now, slots: Tensor | None = None) -> Tensor:
+    def score(self, confidence: Tensor, now: Now, packed: Packed | None = None) -> Tensor:
         """What slots are ranked by: their confidence, or a draw that favours confident ones.
 
         With a `selection_temperature` T slots are drawn without replacement with weights
         exp(confidence / T), confidence being a probability, a margin or a negative entropy: what
         Dream's `alg_temp` is meant to do (its published code raises).
+
+        Args:
+            confidence: [R] of the scored slots in `packed`, or [B, S].
         """
         heat = self.config.selection_temperature
         if heat == 0:
             return confidence
         noise = self.noise.selection(now.index)
-        if slots is not None:
-            noise = noise.gather(1, slots.clamp(max=noise.shape[1] - 1))
+        if packed is not None:
+            noise = torch.nn.functional.pad(noise, (0, 1)).view(-1).gather(0, self._of_all(packed))
         plain = confidence if self.config.confidence == "entropy" else confidence.exp()
         own, noisy = shares(heat, plain.dtype)
         score = plain * own + noise * noisy
         return score.masked_fill(confidence == -torch.inf, -torch.inf) if self.config.confidence_eos_eot_inf else score
 
-    def keep(self, order: Sequence[int]) -> None:
-        """Go on with these rows, in this order."""
-        self.noise.keep(order)
-        self._remembered = self._remembered[order]
-        self._order = None if self._order is None else self._order[order]
-        self.spared = None if self.spared is None else self.spared[order]
+    def _of_all(self, packed: Packed) -> Tensor:
+        """int64 [R]: the scored slots among all [B, S + 1]."""
+        return packed.scored_rows * (self.rows.size + 1) + packed.slots
 
-    def _everything(self, now: Now) -> Tensor:
+    def _everything(self, now: Now) -> Tensor | None:
+        """bool [B, S]: what a full step computes; None: all that a row has."""
         if self.spared is None:
-            return self.rows.everywhere
+            return None
         first = now.index < self.policy.first_passes(self.shifted)
         return self.rows.everywhere & ~(self.spared & first)
 
-    def _planned(self, now: Now, open_: Tensor, count: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The slots that are known to be filled before the pass, in their order and as a mask; None: none are."""
-        if not self.random and not self.policy.plans:
-            return None, None
+    def _planned(self, now: Now) -> tuple[Tensor | None, Tensor]:
+        """The slots that are known to be filled before the pass, in their order, if it matters, and as a mask."""
+        open_ = self.rows.open(now)
+        count = open_.sum(1, keepdim=True) - now.left
+        if self.dynamic:
+            count = count.clamp(min=1)
         if self.random:
             score = self.noise.order(now.index) if self._order is None else self._order
             if self._by_chance:
@@ -133,9 +123,9 @@ class Planner:
 
     def _width(self, counts: Tensor) -> int:
         """At least as many as the slots that any row fills now or has just filled."""
-        if self._most is not None:
-            return self._most
-        return int(torch.maximum(counts, self.rows.fresh.sum(1)).max())
+        if self.most is not None:
+            return self.most
+        return int(torch.maximum(counts, self.rows.fresh.sum(1)).max()) if self.waits else self.rows.size
 
     def _block_orders(self, plans: Sequence[Sequence[Step]]) -> Tensor:
         """Uniform numbers [B, S], those of every block drawn for its first step."""

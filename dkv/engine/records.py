@@ -19,7 +19,9 @@ def _confidences(engine: Engine, result: StepResult) -> Tensor:
     batch, size = rows.masked.shape
     wide = torch.full((batch, size + 1), torch.nan, device=rows.tokens.device)
     if choice is not None:
-        wide.scatter_(1, choice.slots, choice.confidence.float())
+        packed = result.forward.packed
+        wide[packed.scored_rows, packed.slots] = choice.confidence.float()
+    # The last column took what fills the entries up.
     padding = ~rows.to_caller(torch.ones_like(rows.masked))
     return rows.to_caller(wide[:, :-1]).masked_fill(padding, torch.nan)
 
@@ -30,39 +32,31 @@ def _logits(engine: Engine, result: StepResult) -> Tensor:
     batch, size = engine.rows.masked.shape
     wide = torch.zeros(batch, size + 1, model.spec.vocab_size, dtype=model.dtype, device=model.device)
     if forward is not None:
-        index = forward.positions[..., None].expand(-1, -1, wide.shape[-1])
-        wide.scatter_(1, index, model.head(forward.hidden))
+        wide[forward.packed.rows, forward.packed.positions] = model.head(forward.hidden)
     return engine.rows.to_caller(wide[:, :-1])
 
 
-# By its name in `DiffusionOutput`, whose setting is `output_` and the name: how it is made of the rows that are there,
-# and what stands for a row that has left. The canvas is kept for all rows, finished ones included.
-RECORDS = {"active": (_active, False), "confidences": (_confidences, torch.nan), "logits": (_logits, 0)}
-NAMES = ("history", *RECORDS)
+# By its name in `DiffusionOutput`, whose setting is `output_` and the name.
+RECORDS = {
+    "history": lambda engine, result: engine.sequences,
+    "active": _active,
+    "confidences": _confidences,
+    "logits": _logits,
+}
 
 
 class Recorder:
     """Keeps what a configuration asks for, step by step; it is a hook of the engine."""
 
     def __init__(self, config: Any):
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in NAMES if getattr(config, f"output_{name}")}
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in RECORDS if getattr(config, f"output_{name}")}
 
     def __bool__(self) -> bool:
         return bool(self.kept)
 
     def __call__(self, engine: Engine, result: StepResult) -> None:
         for name, records in self.kept.items():
-            records.append(engine.update().clone() if name == "history" else self._of_all(name, engine, result))
-
-    def _of_all(self, name: str, engine: Engine, result: StepResult) -> Tensor:
-        """A record of this step with all rows of the batch."""
-        make, gone = RECORDS[name]
-        found, batch = make(engine, result), len(engine.sequences)
-        if engine.numbers == list(range(batch)):
-            return found
-        wide = found.new_full((batch, *found.shape[1:]), gone)
-        wide[engine.numbers] = found
-        return wide
+            records.append(RECORDS[name](engine, result))
 
     def fields(self) -> dict[str, Any]:
         """The records as fields of `DiffusionOutput`."""

@@ -1,6 +1,6 @@
 """Generations whose random orders are given, and whose steps are watched: for recorded runs and measurements."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,10 +38,6 @@ class RecordedNoise(Noise):
     def order(self, step: Tensor) -> Tensor:
         at = step[..., None].expand(-1, -1, self._orders.shape[2])
         return self._orders.gather(1, at).squeeze(1)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        super().keep(rows)
-        self._orders = self._orders[rows]
 
 
 @torch.no_grad()

@@ -41,5 +41,6 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     if engine.shifted:
         spared &= ~sources(rows.masked)
     own.copy_from(past, size)
-    engine.planner.spared, engine.seen = spared, spared.clone()
+    engine.planner.spared = spared
+    engine.seen.copy_(spared)
     return int(spared.sum())

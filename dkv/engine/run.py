@@ -83,7 +83,7 @@ class Run:
         while self.engine.numbers:
             self.engine.step()
             if self.engine.numbers:
-                yield DiffusionOutput(sequences=self.engine.update().clone(), stats=self._stats())
+                yield DiffusionOutput(sequences=self.engine.sequences, stats=self._stats())
         yield self.output()
 
     def to_the_end(self, streamer: Any, prompts: Tensor, new: int) -> DiffusionOutput:
@@ -94,7 +94,7 @@ class Run:
         while self.engine.numbers:
             self.engine.step()
             if draft is not None:
-                draft(self.engine.update()[:, new:].clone().cpu())
+                draft(self.engine.sequences[:, new:].cpu())
         output = self.output()
         if streamer is not None:
             streamer.put(output.sequences[:, new:].cpu())

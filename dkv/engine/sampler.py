@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkv import kernels
@@ -37,10 +38,9 @@ class Sampler:
         self.model, self.workspace, self.processor = model, workspace, processor
         self.rounded = config.confidence_dtype == "model"
         self.never, self.late = unwanted_ends(config, model.spec)
-        # By ids, a tensor of them: made once, as to make it in a step would make the host wait for the device.
-        self._tensors: dict[tuple[int, ...], Tensor] = {}
-        # How the head is handed on, by the ids whose logits are at -inf.
-        self._heads: dict[tuple[int, ...], dict[str, Any]] = {}
+        # What is made once, as to make it in a step would make the host wait for the device: by ids, a tensor of them,
+        # and how the head is handed on with their logits at -inf.
+        self.made: dict[tuple[str, tuple[int, ...]], Any] = {}
         drawn = config.temperature > 0
         self.how = {
             "rule": "probability" if config.confidence == "random" else config.confidence,
@@ -58,12 +58,12 @@ class Sampler:
     def __call__(
         self, hidden: Tensor, keys: Tensor | None, counts: Sequence[int], texts: Callable[[], Sequence[Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and log-confidences, [T] each.
+        """Tokens and log-confidences, [R] each.
 
         Args:
-            hidden: [T, d], the rows of the batch one after the other.
-            keys: [T, K] of the noise; None where tokens are not drawn.
-            counts: how many of the T are of each row.
+            hidden: [R, d], the rows of the batch one after the other, filled up at the end.
+            keys: [R, K] of the noise; None where tokens are not drawn.
+            counts: how many of the R are of each row.
             texts: gives the ids of every row, [length] each, for the processor.
         """
         head = self.model.head
@@ -92,17 +92,17 @@ class Sampler:
         return token, without.masked_fill(is_end, -torch.inf).masked_fill(confidence.isnan(), torch.nan)
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
-        key = tuple(ids)
-        if key not in self._tensors:
-            self._tensors[key] = torch.tensor(key, device=self.model.device)
-        return self._tensors[key]
+        key = "ids", tuple(ids)
+        if key not in self.made:
+            self.made[key] = torch.tensor(key[1], device=self.model.device)
+        return self.made[key]
 
     def _head(self, gone: Sequence[int]) -> dict[str, Any]:
         """The head with the logits of some ids at -inf, as `choose_token_fused` takes it."""
-        key = tuple(gone)
-        if key not in self._heads:
-            self._heads[key] = _without(self.model.head, gone)
-        return self._heads[key]
+        key = "head", tuple(gone)
+        if key not in self.made:
+            self.made[key] = _without(self.model.head, gone)
+        return self.made[key]
 
     def _of_logits(self, logits: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """The choice from logits, which may be overwritten."""
@@ -119,14 +119,16 @@ class Sampler:
         self, hidden: Tensor, keys: Tensor | None, counts: Sequence[int], texts: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """With the processor: of one row at a time, so that no row can tell what is beside it."""
-        counts = list(counts)
+        # What fills the entries up belongs to no row.
+        counts, total = [*counts], sum(counts)
         logits = (
             self._changed(text.expand(len(part), -1), self.model.head(part))
-            for text, part in zip(texts, hidden.split(counts), strict=True)
+            for text, part in zip(texts, hidden[:total].split(counts), strict=True)
             if len(part)
         )
-        some = [None] * len(counts) if keys is None else keys.split(counts)
-        return self._parts(logits, [part for part, count in zip(some, counts, strict=True) if count])
+        some = [None] * len(counts) if keys is None else keys[:total].split(counts)
+        found = self._parts(logits, [part for part, count in zip(some, counts, strict=True) if count])
+        return tuple(F.pad(x, (0, len(hidden) - total)) for x in found)
 
     def _changed(self, ids: Tensor, logits: Tensor) -> Tensor:
         scores = logits.float()

@@ -1,50 +1,36 @@
 """What passes from one stage of a step to the next. Nothing writes back into an earlier one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from dkv.core.schedule import Now
-from dkv.core.varlen import Varlen
+from dkv.core.varlen import Segments
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step is about to do. Slots are bool [B, S].
+    """What a step is about to do.
 
     Attributes:
-        now: the step of every row.
-        open: the masked slots of its block.
-        active: slots to compute.
-        full: bool [B, 1], the rows in which these are all.
-        scored: slots whose logits matter.
-        eligible: slots that may be filled.
-        count: int64 [B, 1], how many of them are; with a threshold or a factor, the least.
+        active: bool [B, S], slots to compute.
+        scored: bool [B, S], slots whose logits matter.
+        eligible: bool [B, S], slots that may be filled; None: the scored ones.
+        count: int64 [B], how many of them are; with a threshold or a factor, the least.
+        report: int64 [5, B], what the host reads: the fields of `Status`, and whether any logits were no numbers.
     """
 
-    now: Now
-    open: Tensor
     active: Tensor
-    full: Tensor
     scored: Tensor
-    eligible: Tensor
+    eligible: Tensor | None
     count: Tensor
+    report: Tensor
 
     def copy_(self, other: "StepPlan") -> None:
-        """Take over a plan of the same settings for as many rows, in place."""
+        """Take over a plan of the same settings, in place."""
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            # Under some policies the eligible slots are the scored ones, the very tensor.
-            if field.name != "eligible" or self.eligible is not self.scored:
-                mine.copy_(theirs)
-
-    def keep(self, rows: Tensor) -> "StepPlan":
-        """The plan of these rows, in this order."""
-        kept = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
-        if self.eligible is self.scored:
-            kept["eligible"] = kept["scored"]
-        return replace(self, **kept)
+            mine = getattr(self, field.name)
+            if mine is not None:
+                mine.copy_(getattr(other, field.name))
 
 
 @dataclass(frozen=True)
@@ -61,21 +47,43 @@ class Status:
     masked: list[int]
     cut: list[int]
 
-    def keep(self, rows: Sequence[int]) -> "Status":
-        """The status of these rows, in this order."""
-        return Status(*([getattr(self, field.name)[row] for row in rows] for field in fields(self)))
-
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a pass is: all that the host decides about it. By row, filled up.
+    """How large a pass is: all that the host decides about it.
 
     Attributes:
-        active, scored: entries that go through the model, and that a token is chosen for.
+        active, scored: entries that go through the model, and that a token is chosen for, filled up.
+        most_active, most_scored: what no row has more of.
     """
 
-    active: tuple[int, ...]
-    scored: tuple[int, ...]
+    active: int
+    most_active: int
+    scored: int
+    most_scored: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The entries of a pass, T of them, and those that a token is chosen for, R. Both are filled up at the end.
+
+    Attributes:
+        tokens: int64 [T], ids at the active slots.
+        positions: int64 [T], these slots, which are also rotary positions; S where filled up.
+        rows: int64 [T], their rows.
+        slots, scored_rows: int64 [R], the scored slots, S where filled up, and their rows.
+        places: int64 [R], the entry that predicts each of them.
+        active, scored: where the entries of each row stand.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    rows: Tensor
+    slots: Tensor
+    scored_rows: Tensor
+    places: Tensor
+    active: Segments
+    scored: Segments
 
 
 @dataclass(frozen=True)
@@ -83,36 +91,26 @@ class Forward:
     """What went through the model in a step.
 
     Attributes:
-        positions: int64 [B, N], the slots computed, ascending, filled up with S; `counts` of a row count.
-        full: these are all.
-        slots: int64 [B, R], the slots that are scored, filled up with S, in the layout `scored`.
-        hidden: [B, R, d], of what predicts these slots; or [B, N, d] if `every`, and `place` [B, R] says where.
+        packed: the entries.
+        hidden: [R, d], of what predicts the scored slots, or [T, d] if `every`.
     """
 
-    positions: Tensor
-    counts: list[int]
-    full: bool
-    slots: Tensor
-    scored: Varlen
+    packed: Packed
     hidden: Tensor
-    place: Tensor
     every: bool
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Token (int64) and log-confidence of the scored slots, all [B, R]; slots filled up with S."""
+    """Token (int64) and log-confidence of the scored slots, [R] each."""
 
-    slots: Tensor
     token: Tensor
     confidence: Tensor
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step that was taken, before rows that it finished leave. `forward` and `choice` are None where there was
-    nothing to compute, or nothing to choose.
-    """
+    """A step that was taken. `forward` is None where nothing was computed, `choice` where nothing was chosen."""
 
     plan: StepPlan
     forward: Forward | None

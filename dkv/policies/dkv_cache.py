@@ -9,6 +9,7 @@ from torch import Tensor
 from dkv.core.schedule import Now
 from dkv.core.sequences import mask_of, slots_of
 from dkv.core.validation import whole
+from dkv.kernels.plan.op import WINDOW
 from dkv.policies.base import Policy, View, sources
 
 
@@ -161,25 +162,4 @@ class GreedyCache(Policy):
         centers = view.planned
         if self.window_center == "last":
             centers = slots_of(rows.fresh, view.planned.shape[1], rows.size)
-        return with_masked_window(chosen, rows.masked, centers, self.window)
-
-
-def with_masked_window(chosen: Tensor, masked: Tensor, centers: Tensor, window: int) -> Tensor:
-    """`chosen` and, for each of the `centers`, the `window` nearest masked slots not yet chosen.
-
-    Of two equally near slots the left one comes first; the windows are filled one after the other.
-
-    Args:
-        chosen, masked: bool [B, S].
-        centers: int64 [B, n], ragged rows filled up with S.
-    """
-    slots = chosen.shape[1]
-    slot, far = torch.arange(slots, device=chosen.device), 4 * slots
-    chosen = chosen.clone()
-    for center in centers.unbind(1):
-        offset = slot - center[:, None]
-        distance = 2 * offset.abs() - (offset < 0).long()
-        open_ = masked & ~chosen & (center < slots)[:, None]
-        nearest = torch.where(open_, distance, far).topk(min(window, slots), largest=False)
-        chosen.scatter_(1, nearest.indices, chosen.gather(1, nearest.indices) | (nearest.values < far))
-    return chosen
+        return WINDOW(chosen, rows.masked, centers, self.window)

@@ -29,7 +29,7 @@ from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import infill, infill_config
 from dkv.engine.inputs import check_settings
 from dkv.engine.output import Stats
-from dkv.engine.records import NAMES
+from dkv.engine.records import RECORDS
 from dkv.engine.settings import BY_ROW
 from dkv.tools.likelihood import Copy, masked_places, terms_of
 from dkv.tools.text import padded
@@ -197,7 +197,7 @@ def _check(model: Any, texts: list[Parts], config: DiffusionConfig) -> None:
     spec = model.spec
     if not texts:
         raise ValueError("texts holds no text")
-    if records := [name for name in NAMES if getattr(config, f"output_{name}")]:
+    if records := [name for name in RECORDS if getattr(config, f"output_{name}")]:
         raise ValueError(f"output_{records[0]} has no effect on fill_gaps: fill the rows that it finds by dkv.infill")
     for name in BY_ROW:
         if isinstance(value := getattr(config, name), list) and len(value) != len(texts):

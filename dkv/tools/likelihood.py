@@ -164,7 +164,7 @@ def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     targets = torch.tensor([token for copy in copies for _, token, _ in copy.reads], device=device)
     ranges = None if min(lengths) == size else torch.tensor([[0, length] for length in lengths], device=device)
     positions = torch.arange(size, device=device).expand(len(copies), size)
-    hidden = model.step(tokens, positions, KVCache(len(copies), size), key_ranges=ranges, rows=rows)[real.bool()]
+    hidden = model.step(tokens, positions, KVCache(len(copies), size), key_ranges=ranges, outputs=rows)[real.bool()]
     at_a_time = max(1, LOGITS_AT_A_TIME // spec.vocab_size)
     found = []
     for part, wanted in zip(hidden.split(at_a_time), targets.split(at_a_time), strict=True):

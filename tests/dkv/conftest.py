@@ -58,7 +58,7 @@ class Copy(nn.Module):
 
 
 class Stub:
-    """A model without weights: `script(call, positions)` gives the logits [B, N, V] of each pass.
+    """A model without weights: `script(call, positions)` gives the logits [1, T, V] of each pass, all rows in one.
 
     Hidden states are the logits themselves and the head hands them on. `calls` records the number
     of slots of every pass.
@@ -69,10 +69,10 @@ class Stub:
         self.spec = small_spec(vocab_size=vocab_size, mask_token_id=vocab_size - 1, eos_token_id=None, shifted=shifted)
         self.device, self.dtype, self.head = torch.device("cpu"), torch.float32, Copy()
 
-    def step(self, tokens, positions, buffer, *, rows=None, **_):
-        logits = self.script(len(self.calls), positions)
-        self.calls.append(positions.shape[1])
-        return logits if rows is None else logits.gather(1, rows.unsqueeze(-1).expand(*rows.shape, logits.shape[-1]))
+    def step(self, tokens, positions, buffer, *, outputs=None, **_):
+        logits = self.script(len(self.calls), positions[None])[0]
+        self.calls.append(len(positions))
+        return logits if outputs is None else logits.index_select(0, outputs)
 
 
 @pytest.fixture

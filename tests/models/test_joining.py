@@ -43,7 +43,7 @@ def test_a_joined_model_computes_the_same(plain, rows):
     ids = torch.randint(0, plain.spec.vocab_size, (2, 6))
     torch.testing.assert_close(joined(ids), plain(ids), rtol=1e-4, atol=1e-4)
     positions, rows = torch.arange(6).expand(2, -1), rows and torch.tensor(rows)
-    one, other = (m.step(ids, positions, KVCache(2, 6), rows=rows) for m in (joined, plain))
+    one, other = (m.step(ids, positions, KVCache(2, 6), outputs=rows) for m in (joined, plain))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 

@@ -47,7 +47,7 @@ def test_a_step_over_all_slots_is_the_forward_pass(model):
     with torch.no_grad():
         hidden = model.step(ids, positions, KVCache(2, 9))
         torch.testing.assert_close(model.head(hidden), expected, atol=1e-5, rtol=1e-5)
-        some = model.step(ids, positions, KVCache(2, 9), rows=rows)
+        some = model.step(ids, positions, KVCache(2, 9), outputs=rows)
         torch.testing.assert_close(some, hidden.gather(1, rows.unsqueeze(-1).expand(2, 2, 64)))
 
 

@@ -79,8 +79,8 @@ def state_of(engine):
     found = {}
     for holder in (engine, engine.rows, engine.rows.timetable, engine.planner, engine.noise, engine.next_plan):
         for name, value in vars(holder).items():
-            if isinstance(value, torch.Tensor) and (holder, name) != (engine, "report"):
+            if isinstance(value, torch.Tensor) and (holder, name) != (engine, "sequences"):
                 found[f"{holder.__class__.__name__}.{name}"] = value.data_ptr()
-    for index, pair in engine.cache._layers.items():
+    for index, pair in engine.cache.layers.items():
         found[f"layer {index}"] = tuple(x.data_ptr() for x in pair)
     return found

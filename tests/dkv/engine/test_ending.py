@@ -127,8 +127,8 @@ def test_criteria_are_not_asked_about_the_prompt(llada):
     [
         ({"stopping_criteria": 5}, TypeError, "stopping_criteria must be callable"),
         ({"logits_processor": [5]}, TypeError, "logits_processor must be callable"),
-        ({"logits_processor": lambda ids, scores: None}, ValueError, r"must return scores \[4, 64\], got NoneType"),
-        ({"logits_processor": lambda ids, scores: scores[:, :9]}, ValueError, r"scores \[4, 64\], got \[4, 9\]"),
+        ({"logits_processor": lambda ids, scores: None}, ValueError, r"must return scores \[3, 64\], got NoneType"),
+        ({"logits_processor": lambda ids, scores: scores[:, :9]}, ValueError, r"scores \[3, 64\], got \[3, 9\]"),
         (
             {"generation_config": GenerationConfig()},
             TypeError,
@@ -164,6 +164,20 @@ def test_processors_of_transformers_are_honoured(model, padded):
     drawn = {"temperature": 0.8, "seed": 1, **call}
     same = dkv.generate(model, ids, mask, logits_processor=lambda ids, scores: scores, **drawn)
     assert torch.equal(same.sequences, dkv.generate(model, ids, mask, **drawn).sequences)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"selection_temperature": 0.5}, {"cache": "greedy", "threshold": 0.3}, {"output_confidences": True}],
+    ids=str,
+)
+def test_a_processor_goes_with_what_looks_at_every_entry(llada, padded, settings):
+    """The entries of a pass are filled up, and a processor sees none of those that fill."""
+    ids, mask = padded([[5, 9, 11], [7]])
+    call = {"max_new_tokens": [7, 5], "seed": 2, **settings}
+    expected = dkv.generate(llada, ids, mask, **call)
+    found = dkv.generate(llada, ids, mask, logits_processor=lambda ids, scores: scores, **call)
+    assert torch.equal(found.sequences, expected.sequences)
 
 
 class Shapes(LogitsProcessor):

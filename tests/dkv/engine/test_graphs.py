@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import dkv
+from dkv.core.sequences import MULTIPLES
 from dkv.core.varlen import Padding
 from dkv.engine import engine, graphs
 from dkv.engine.plan import Planner
 from dkv.engine.replay import replay
 from dkv.engine.run import Run
 from dkv.kernels.attention import torch as attention
-from dkv.kernels.attention.reference import Rules
 from dkv.tools.verify import FAST_DLLM, dream_settings, llada_settings, recorded_numbers
 from tests.dkv.conftest import pad_rows
 from tests.dkv.engine.tape import TapeRunner
@@ -29,16 +29,10 @@ def taped(monkeypatch):
     """Generations on the CPU that pad as on a GPU and replay from tapes."""
     monkeypatch.setitem(graphs.RUNNERS, "cpu", TapeRunner)
     monkeypatch.setattr(TapeRunner, "captured", 0)
-    monkeypatch.setattr(attention, "_each_row_alone", all_rows)
+    monkeypatch.setattr(graphs, "_kept", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(graphs, "LEAST_AHEAD", 1)
+    monkeypatch.setattr(attention, "_readable", lambda _: False)
     return TapeRunner
-
-
-def all_rows(q, k_buf, v_buf, rules, scale, workspace):
-    """On a CPU rows of different lengths are attended to one by one, by lengths that the host reads; here together."""
-    slot, ranges = torch.arange(k_buf.shape[1]), rules.key_ranges
-    seen = slot >= 0 if ranges is None else (slot >= ranges[:, :1]) & (slot < ranges[:, 1:])
-    rules = Rules(key_mask=seen.expand(len(q), -1))
-    return attention.cached_attention(q, k_buf, v_buf, rules, scale, False, workspace=workspace)[0]
 
 
 def settings_of(case):
@@ -84,10 +78,6 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("policy", "settings"), sweep(POLICIES, SETTINGS, quick=8))
 def test_replayed_steps_are_the_eager_ones(model, policy, settings, taped, monkeypatch):
-    if policy == "greedy" and {"threshold", "factor"} & {*settings}:
-        pytest.skip("is not captured")
-    if policy == "greedy" and settings.get("confidence") == "random" and model.spec.shifted:
-        pytest.skip("is not captured: by chance")
     ids, mask = pad_rows([[5, 9, 3, 8], [7, 2], [4, 4, 6]])
     call = {"attention_mask": mask, "max_new_tokens": 19, "cache": policy, "seed": 3, **settings}
     found = dkv.generate(model, ids, **call)
@@ -106,14 +96,11 @@ def test_what_a_graph_cannot_hold_is_taken_step_by_step(llada, taped):
         "records": {"output_history": True},
         "processor": {"logits_processor": lambda ids, scores: scores},
         "criteria": {"stopping_criteria": lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)},
-        "confidence": {"cache": "greedy", "threshold": 0.5},
     }.items():
         stats = dkv.generate(llada, ids, max_new_tokens=8, **settings).stats
         assert reason in stats.eager_reason and not stats.replayed_passes
     with dkv.use_backend("reference"):
         assert "reference" in dkv.generate(llada, ids, max_new_tokens=8).stats.eager_reason
-    long, mask = pad_rows([[1] * 40, [2], [3]])
-    assert "length" in dkv.generate(llada, long, mask, max_new_tokens=8).stats.eager_reason
     handle = llada.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in dkv.generate(llada, ids, max_new_tokens=8).stats.eager_reason
     handle.remove()
@@ -149,20 +136,86 @@ def test_graphs_keep_the_memory_that_they_read(llada, taped):
     assert held[-1] and set(rope) <= set(held[-1]) and len(held[-1]) >= len(held[0])
 
 
-def test_nothing_outlives_its_generation(llada, taped):
-    """Graphs hold much memory: it must not wait for the collector of cycles."""
+def test_a_generation_goes_before_the_collector_comes(llada, taped):
+    """Keys and values hold much memory: they must not wait for the collector of cycles."""
     run = Run.after_prompts(llada, torch.tensor([[1, 2, 3]]), None, dkv.DiffusionConfig(max_new_tokens=12, seed=0))[1]
     for _ in range(5):
         run.engine.step()
-    seen = weakref.ref(run.engine), weakref.ref(run.engine.runner)
+    seen, runner = (weakref.ref(run.engine), weakref.ref(run.engine.cache)), weakref.ref(run.engine.runner)
     assert run.engine.stats.replayed_passes
     gc.collect()
     gc.disable()
     try:
         del run
-        assert [one() for one in seen] == [None, None]
+        assert [one() for one in seen] == [None, None] and runner().free
+        dkv.release_graphs(llada)
+        assert runner() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    sweep(POLICIES, [{}, {"threshold": 0.3, "eos_token_id": [7, 9]}, {"temperature": 0.8}], quick=4),
+)
+def test_graphs_serve_the_next_generation(model, policy, settings, taped, monkeypatch):
+    """Of the same settings, with other prompts of other lengths."""
+    monkeypatch.setitem(MULTIPLES, "cpu", 64)
+    call = {"max_new_tokens": 19, "cache": policy, "seed": 3, **settings}
+    prompts = [pad_rows(rows) for rows in ([[5, 9, 3, 8], [7, 2]], [[3], [1, 6, 9]])] * 2
+    found = []
+    for ids, mask in prompts:
+        output = dkv.generate(model, ids, mask, **call)
+        found.append((output.sequences, output.stats.replayed_passes / output.stats.passes))
+        del output  # and its keys and values
+    assert found[0][1] < found[3][1]
+    monkeypatch.setenv("DKV_GRAPHS", "0")
+    for (ids, mask), (sequences, _) in zip(prompts, found, strict=True):
+        assert torch.equal(sequences, dkv.generate(model, ids, mask, **call).sequences)
+
+
+def test_keys_and_values_that_are_held_stay_as_they_are(llada, taped):
+    ids, call = torch.tensor([[1, 2, 3]]), {"max_new_tokens": 12, "cache": "decode", "seed": 0}
+    held = dkv.generate(llada, ids, **call).kv_cache
+    before = [x.clone() for pair in held.layers.values() for x in pair]
+    for other in (4, 5):
+        dkv.generate(llada, ids + other, **call)
+    assert all(map(torch.equal, before, [x for pair in held.layers.values() for x in pair]))
+    # Taken over by another generation, whose graphs are its own.
+    longer, kept = torch.cat((held.tokens[:, :7], torch.tensor([[9, 9]])), 1), list(graphs._kept[llada])
+    continued = dkv.generate(llada, longer, kv_cache=held, **call)
+    assert continued.stats.reused_slots and continued.stats.replayed_passes
+    assert graphs._kept[llada] == kept
+
+
+def test_few_runners_are_kept(llada, taped):
+    for new in (12, 13, 14, 15):
+        dkv.generate(llada, torch.tensor([[1, 2, 3]]), max_new_tokens=new)
+        gc.collect()
+    assert len(graphs._kept[llada]) == graphs.MOST_KEPT
+    held = [dkv.generate(llada, torch.tensor([[1, 2, 3]]), max_new_tokens=new) for new in (16, 17, 18)]
+    assert len(held) > len(graphs._kept[llada]) == graphs.MOST_KEPT
+
+
+def test_what_graphs_are_made_for_is_kept_apart(llada, taped, monkeypatch):
+    """Other settings, weights elsewhere, or another backend: no graph of before is replayed."""
+    ids, call = torch.tensor([[1, 2, 3]]), {"max_new_tokens": 12, "seed": 0}
+
+    def captured(**settings):
+        before = taped.captured
+        dkv.generate(llada, ids, **{**call, **settings})
+        return taped.captured - before
+
+    assert captured() and not captured()
+    for settings in ({"temperature": 0.5}, {"cache": "decode"}, {"eos_token_id": 3}, {"pad_token_id": 5}):
+        assert captured(**settings), settings
+        dkv.release_graphs(llada)
+    assert captured() and not captured()
+    monkeypatch.setenv("DKV_BACKEND", "torch")
+    assert captured()
+    norm = llada.layers[0].attn_norm
+    norm.weight = torch.nn.Parameter(norm.weight.clone(), requires_grad=False)
+    assert captured()
 
 
 def test_two_generations_at_once(llada, taped):
@@ -179,12 +232,10 @@ def test_two_generations_at_once(llada, taped):
 
 
 def test_sizes_of_a_pass():
-    alike = engine.GRAPHED
-    assert [alike.filled([count], 10**6)[0] for count in (0, 1, 16, 17, 129, 256, 257, 321)] == [
-        0, 16, 16, 32, 192, 256, 320, 384
-    ]  # fmt: skip
-    assert alike.filled([3, 0, 20], 1000) == (32, 32, 32) and alike.filled([3, 0, 20], 25) == (25, 25, 25)
-    assert Padding(4).filled([0, 1, 4, 5, 9], 9) == (0, 4, 4, 8, 12)
+    graphed, counts = engine.GRAPHED, (0, 1, 16, 17, 129, 256, 257, 321)
+    assert [graphed.filled(count, 10**6) for count in counts] == [0, 16, 16, 32, 192, 256, 320, 384]
+    assert graphed.filled(20, 25) == 25 and graphed.filled(20, 10) == 20
+    assert [Padding(4).filled(count, 9) for count in (0, 1, 4, 5, 9)] == [0, 4, 4, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -198,8 +249,8 @@ def test_sizes_of_a_pass():
     ],
 )
 def test_what_a_graph_cannot_capture_is_noticed(llada, taped, monkeypatch, slip, message):
-    commit = engine.Engine._commit
-    monkeypatch.setattr(engine.Engine, "_commit", lambda self, *args: (slip(self), commit(self, *args)))
+    commit = engine.Engine.commit
+    monkeypatch.setattr(engine.Engine, "commit", lambda self, *args: (slip(self), commit(self, *args)))
     with pytest.raises(Waits, match=message):
         dkv.generate(llada, torch.tensor([[1, 2, 3]]), max_new_tokens=8)
 
@@ -208,13 +259,13 @@ def test_a_number_of_the_host_in_a_step_is_noticed(llada, taped, monkeypatch):
     """It is baked in when the step is recorded: tokens of later steps then differ from those of eager steps."""
     score = Planner.score
 
-    def by_clock(self, confidence, now, slots=None):
-        return score(self, confidence, now, slots) * (1.0 if len(taped_steps) % 2 else -1.0)
+    def by_clock(self, confidence, now, packed=None):
+        return score(self, confidence, now, packed) * (1.0 if len(taped_steps) % 2 else -1.0)
 
     taped_steps = []
-    commit = engine.Engine._commit
+    commit = engine.Engine.commit
     monkeypatch.setattr(Planner, "score", by_clock)
-    monkeypatch.setattr(engine.Engine, "_commit", lambda self, *args: (taped_steps.append(1), commit(self, *args)))
+    monkeypatch.setattr(engine.Engine, "commit", lambda self, *args: (taped_steps.append(1), commit(self, *args)))
     ids = torch.tensor([[1, 2, 3]])
     found = dkv.generate(llada, ids, max_new_tokens=12)
     monkeypatch.setenv("DKV_GRAPHS", "0")

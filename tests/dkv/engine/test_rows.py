@@ -149,8 +149,8 @@ def test_uses_of_noise_do_not_share_numbers(llada):
     """Tokens are keyed by their slot where the random order and the selection of slots have keys of their own."""
     canvas = Sequences.after_prompts(torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool), [8], MASK)
     randomness = Noise([1], canvas)
-    step = torch.tensor([[3]])
-    tokens = noise.uniform(randomness.token_keys(torch.arange(9)[None], step)[0], 9)
+    step, slots = torch.tensor([[3]]), torch.arange(9)
+    tokens = noise.uniform(randomness.token_keys(slots, torch.zeros_like(slots), step), 9)
     for other in (randomness.order(step), noise.uniform(randomness._step_keys(_SELECTION, step), 9)):
         assert not (tokens == other).all(1).any()
 

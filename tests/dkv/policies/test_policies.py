@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import dkv
 from dkv.core.schedule import Step, Timetable, block_schedule
 from dkv.core.sequences import Sequences, mask_of, slots_of
+from dkv.kernels.plan.op import with_masked_window
 from dkv.policies.base import View, sources
-from dkv.policies.dkv_cache import with_masked_window
 
 S = 10
 
