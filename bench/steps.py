@@ -9,10 +9,11 @@ from torch import Tensor
 import dkv
 from dkv.bench.options import Options
 from dkv.bench.timing import timed
-from dkv.core.sequences import Sequences, slots_of
+from dkv.core.sequences import Sequences
 from dkv.engine.engine import Engine, OnStep, StepResult
 from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
+from dkv.engine.stages import Choice, Forward
 
 
 def start(options: Options, settings: dict[str, Any], new: int, hooks: Sequence[OnStep] = ()) -> Engine:
@@ -48,20 +49,18 @@ def begin(
 
 def full_steps(engine: Engine) -> list[bool]:
     """By step, whether it computes every slot."""
-    return engine.config.cache.full(engine.rows.timetable.steps(0), engine.shifted).flatten().tolist()
+    return engine.rows.timetable.steps(0).full.flatten().bool().tolist()
 
 
 def skip(engine: Engine, steps: int) -> None:
-    """Bring the rows to where they are after so many steps, filled from left to right and without computing tokens."""
-    rows = engine.rows
+    """Bring the rows to where they are after so many steps, without computing tokens: masks that count as filled."""
     for _ in range(steps):
-        now = rows.timetable.now()
-        open_ = rows.open(now)
-        # All rows are in the same step.
-        count = int(open_[0].sum() - now.left[0])
-        slots = slots_of(open_, rows.size, rows.size)[:, :count]
-        rows.commit(now, open_, slots, torch.ones_like(slots, dtype=torch.bool))
-    engine.prepare()
+        plan, shape = engine.next_plan, engine.shape()
+        forward = Forward(engine.pack(plan, shape), None, False)
+        slots = forward.packed.slots
+        choice = Choice(torch.full_like(slots, engine.mask_id), torch.zeros(len(slots), device=slots.device))
+        engine.commit(plan, forward, choice)
+        engine.prepare()
 
 
 class HalfWay:
@@ -80,7 +79,9 @@ class HalfWay:
         self.engine.step()
         half = max(len(full) // 2, 1)
         skip(self.engine, (full.index(False, half) if cached and False in full[half:] else half) - 1)
-        self._state = [(x, x.clone()) for x in (rows.tokens, rows.masked, rows.fresh, rows.timetable.at)]
+        table = rows.timetable
+        state = (rows.tokens, rows.masked, rows.fresh, table.at, table.current, self.engine.seen)
+        self._state = [(x, x.clone()) for x in state]
 
     def _keep(self, engine: Engine, result: StepResult) -> None:
         self._last = result
@@ -104,6 +105,6 @@ class HalfWay:
 
     def sizes(self) -> dict[str, int]:
         """Of the step: slots of a row, and how many of them are computed ("active") and have an output ("rows")."""
-        forward = self.take().forward
-        self.back()
-        return {"slots": self.engine.rows.size, "active": forward.positions.shape[1], "rows": forward.hidden.shape[1]}
+        batch, status = len(self.engine.rows.tokens), self.engine.status
+        active, outputs = (sum(counts) // batch for counts in (status.active, status.scored))
+        return {"slots": self.engine.rows.size, "active": active, "rows": outputs}

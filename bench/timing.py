@@ -14,6 +14,10 @@ Key, Found = TypeVar("Key"), TypeVar("Found")
 # What is written between two timed calls on a GPU, more than its cache holds; and how often each is called.
 FLUSH_BYTES = 256 << 20
 FEWEST, MOST = 5, 60
+# A GPU's clock is no faster than this, so that as many cycles take at least as long as they should.
+CYCLES_PER_SECOND = 2e9
+# How long a GPU is kept busy at most while a call is sent to it; and beside the time that sending takes.
+MOST_AHEAD, SPARE = 0.02, 1e-4
 
 
 def synchronise(device: torch.device) -> None:
@@ -29,6 +33,41 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     result = call()
     synchronise(device)
     return time.perf_counter() - begin, result
+
+
+def enqueued(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds until a call has been sent to an idle device, and until the device has done it."""
+    synchronise(device)
+    begin = time.perf_counter()
+    call()
+    sent = time.perf_counter()
+    synchronise(device)
+    return sent - begin, time.perf_counter() - begin
+
+
+def occupy(device: torch.device, seconds: float) -> None:
+    """Keep a GPU busy for at least so long: what is sent meanwhile then runs without waiting for its launches."""
+    if device.type == "cuda":
+        torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
+
+
+def on_device(call: Callable[[], Any], device: torch.device, ahead: float) -> Callable[[], float]:
+    """Send a call; returns what gives the milliseconds that the device took for it, once it has finished.
+
+    Args:
+        call: if it waits for the device, its own waits count.
+        device: elsewhere than on a GPU a clock is read, and there is nothing to wait for.
+        ahead: seconds that sending it may take.
+    """
+    if device.type != "cuda":
+        taken, _ = timed(call, device)
+        return lambda: taken * 1e3
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    occupy(device, min(ahead, MOST_AHEAD))
+    first.record()
+    call()
+    last.record()
+    return lambda: first.elapsed_time(last)
 
 
 def in_turn(
@@ -65,32 +104,46 @@ def milliseconds(
         seconds: about how long to measure each contender.
 
     Returns:
-        The `spread` of each.
+        The `spread` of each; of a GPU also "host", the milliseconds that it takes to send the call.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    gpu = device.type == "cuda"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if gpu else None
+    host = {name: min(enqueued(call, device)[0] for _ in range(3)) if gpu else 0.0 for name, call in contenders.items()}
 
-    def started(call: Callable[[], Any]) -> Callable[[], float]:
-        """What gives the milliseconds of a call once the device has finished."""
-        if flush is None:
-            taken, _ = timed(call, device)
-            return lambda: taken * 1e3
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Also gives the host time to queue the call, so that its launches are not what is timed.
-        flush.zero_()
-        first.record()
-        call()
-        last.record()
-        return lambda: first.elapsed_time(last)
+    def started(name: str) -> Callable[[], float]:
+        if flush is not None:
+            flush.zero_()
+        return on_device(contenders[name], device, 2 * host[name] + SPARE)
 
     def turns(rounds: int) -> dict[str, list[float]]:
         synchronise(device)
-        pending = in_turn({name: partial(started, call) for name, call in contenders.items()}, rounds)
+        pending = in_turn({name: partial(started, name) for name in contenders}, rounds)
         synchronise(device)
         return {name: [elapsed() for elapsed in every] for name, every in pending.items()}
 
     longest = max(ms for (ms,) in turns(1).values())
-    rounds = 2 if flush is None else int(min(MOST, max(FEWEST, seconds * 1e3 / max(longest, 1e-3))))
-    return {name: spread(ms) for name, ms in turns(rounds).items()}
+    rounds = int(min(MOST, max(FEWEST, seconds * 1e3 / max(longest, 1e-3)))) if gpu else 2
+    found = {name: spread(ms) for name, ms in turns(rounds).items()}
+    return {name: ms | ({"host": host[name] * 1e3} if gpu else {}) for name, ms in found.items()}
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """What replays a call from a CUDA graph; without a GPU the call itself. It runs once before it is captured.
+
+    Raises:
+        RuntimeError: CUDA refuses something in it, or memory is short.
+    """
+    if device.type != "cuda":
+        return call
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        call()
+    return graph.replay
 
 
 def spread(times: Iterable[float]) -> dict[str, float]:

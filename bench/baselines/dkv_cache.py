@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dkv
-from dkv.bench.baselines.forward import forward
+from dkv.bench.baselines.forward import Attend, forward
 from dkv.bench.timing import synchronise
 from dkv.core.schedule import Step
 from dkv.core.sequences import Sequences
@@ -41,6 +42,7 @@ def generate(
     confidence: str = "probability",
     numbers: Numbers | None = None,
     on_step: Callable[[bool, float], None] | None = None,
+    attend: Attend = F.scaled_dot_product_attention,
 ) -> Tensor:
     """Continue prompts of one length; the tokens are those of `dkv.generate` with the same settings.
 
@@ -56,6 +58,7 @@ def generate(
         confidence: "probability" of the best token, or "random"; `GreedyCache` takes "random" alone.
         numbers: as in `dkv.generate`; None: those that it draws with `seed=0`.
         on_step: called after each step with whether it was full and its seconds, the device waited for.
+        attend: (query [B, H, N, D], key and value [B, H, L, D]) -> [B, H, N, D]: attention without a mask.
 
     Returns:
         int64 [B, P + new].
@@ -80,7 +83,7 @@ def generate(
             tokens, order = x[active].view(len(x), -1), torch.cat((_slots(active), _slots(~active)), 1)
             by_key = tuple(table[order].unsqueeze(1) for table in rope)
         by_query = tuple(table[..., : tokens.shape[1], :] for table in by_key)
-        logits = forward(model, tokens, way.join, by_query, by_key)
+        logits = forward(model, tokens, way.join, by_query, by_key, attend)
         probability = logits.double().softmax(-1) if confidence == "probability" else None
         logits[..., mask_id] = -torch.inf
         guess = logits.argmax(-1)

@@ -68,11 +68,11 @@ def choose_token(logits: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Te
     return token, logits.to(dtype).softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1).log()
 
 
-def commit_(canvas: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor, count: int) -> Tensor:
-    """A top-k per row, as the published samplers do it; `count` is known to the host."""
+def commit_(canvas: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+    """A top-k per row, as the published samplers do it, whose host reads `count` [B]."""
     confidence = confidence.masked_fill(~eligible, -torch.inf)
     committed = torch.zeros_like(eligible)
     for row in range(len(canvas)):
-        committed[row, confidence[row].topk(count).indices] = True
+        committed[row, confidence[row].topk(count[row]).indices] = True
     canvas[committed] = token[committed]
     return committed

@@ -10,8 +10,11 @@ import torch
 
 from dkv import kernels
 from dkv.bench.gpu import operations as table
+from dkv.bench.gpu import packed, state
 from dkv.bench.gpu.cases import Sizes
 from dkv.bench.gpu.tools import DTYPES, TINY, agree, check, small, thin
+from dkv.kernels.commit.reference import RULES
+from dkv.kernels.plan.reference import KINDS
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 4, 7)
@@ -75,6 +78,14 @@ def rope_scatter(device, few, dtype) -> None:
         agree(table.rope_scatter(z, device, norm=True), table.rope_scatter(own, device))
 
 
+@check(*DTYPES)
+def packed_rows(device, few, dtype) -> None:
+    """Rows of different lengths one after the other, with few and many queries."""
+    for i, (b, n, s) in enumerate(thin(few, [(3, 5, 37), (1, 9, 40), (4, 150, 257), (8, 64, 700)], 3)):
+        z = small(dtype, b, n, s, 2, GROUPS[i], HEAD_SIZES[2 * i + 1])
+        agree(packed.attention(z, device), packed.rope_scatter(z, device))
+
+
 def rows_of_logits(dtype: torch.dtype, rows: int, vocabulary: int, d: int = 64) -> Sizes:
     spec = replace(TINY, vocab_size=vocabulary, hidden_size=d, mask_token_id=vocabulary // 3)
     return Sizes(spec, 1, rows, rows, dtype)
@@ -115,10 +126,13 @@ def choose_token_tail(device, few) -> None:
 
 @check(*DTYPES)
 def choose_token_fused(device, few, dtype) -> None:
-    sizes = [(1, 64, 1000), (5, 128, 32007), (33, 257, 4099), (130, 512, 2048)]
+    sizes = [(1, 64, 1000), (5, 128, 32007), (33, 257, 4099), (130, 512, 2048), *([] if few else [(200, 64, 70000)])]
     cases = [(z, kernels.RULES[(i + bias) % 3], bias) for i, z in enumerate(sizes) for bias in (False, True)]
     for (r, d, v), rule, bias in thin(few, cases, 3):
-        agree(table.choose_fused(rows_of_logits(dtype, r, v, d), device, rule, bias))
+        case = table.choose_fused(rows_of_logits(dtype, r, v, d), device, rule, bias)
+        agree(case)
+        for way in {"fused", "strips"} & case.others.keys():
+            case.check(way)
 
 
 @check()
@@ -178,3 +192,25 @@ def commit(device, few) -> None:
     close = torch.tensor([[0.99609, 0.997, 0.998]], device=device).log()
     done = kernels.commit_(ones[:, :3].clone(), ones[:, :3], close, ones[:, :3].bool(), ones[0, :1])
     assert done.tolist() == [[False, False, True]], "confidences next to 1 were not told apart"
+
+
+# Rows, active slots, slots: within a tile and over several; a cached step and a full one.
+STATES = [(3, 9, 70), (1, 1, 1), (2, 40, 40), (2, 300, 1500), (70, 5, 33)]
+
+
+@check(*KINDS)
+def plan(device, few, kind) -> None:
+    """What a pass computes, scores, fills and reports, and its entries."""
+    for i, size in enumerate(thin(few, STATES, 5)):
+        z, (shifted, dynamic) = small(torch.float32, *size), divmod(i % 4, 2)
+        agree(state.plan(z, device, kind, shifted=bool(shifted), dynamic=bool(dynamic), by_chance=i == 3))
+        agree(state.pack(z, device, bool(shifted)), state.window(z, device, size=7 * i + 1))
+
+
+@check(*RULES)
+def advance(device, few, rule) -> None:
+    """The state after a step, by every rule, with and without ends."""
+    for i, size in enumerate(thin(few, STATES, 5)):
+        z, dtype = small(torch.float32, *size), DTYPES[i % 3]
+        for ends in (None, (1, 2)):
+            agree(state.advance(z, device, rule, ends, 3 * i, dtype, finite_only=i % 2 == 1))

@@ -134,7 +134,7 @@ def generation(device, few, case) -> None:
 
 @check(*(f"{family}_{policy}" for family in ("llada", "dream") for policy in ("none", "decode", "prefill")))
 def replayed_steps(device, few, case) -> None:
-    """Steps from graphs give the tokens of steps one by one: two generations in turn, rows that leave, drawn tokens."""
+    """Steps from graphs give the tokens of steps one by one: two generations in turn, rows that end early, drawn."""
     need_gpu(device)
     family, policy = case.split("_")
     spec = tiny(shape({"llada": "llada-8b", "dream": "dream-7b"}[family]))

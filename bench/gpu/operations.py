@@ -5,12 +5,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dkv import kernels
 from dkv.bench.baselines import operations as eager
+from dkv.bench.gpu import state
 from dkv.bench.gpu.cases import Case, Inputs, Sizes, distinct, heads, nbytes, randn, tolerance
+from dkv.bench.gpu.ways import both_sides, compiled_flex, sdpa, seen
 
 MOST_LOGIT_ROWS = 4096
 
@@ -18,42 +19,6 @@ MOST_LOGIT_ROWS = 4096
 def _sizes(z: Sizes) -> dict[str, int]:
     numbers = {"Hq": z.spec.num_heads, "Hkv": z.spec.num_kv_heads, "D": z.spec.head_dim}
     return {"B": z.batch, "N": z.active, "S": z.slots, **numbers}
-
-
-def _seen(inputs: Inputs) -> Tensor:
-    """bool [B, 1, S]: what `key_ranges` let through; without them everything, which a mask of padding would say too."""
-    q, k, ranges = inputs["q"], inputs["k"], inputs.get("key_ranges")
-    if ranges is None:
-        return torch.ones(len(q), 1, k.shape[1], dtype=torch.bool, device=q.device)
-    slot = torch.arange(k.shape[1], device=q.device)
-    return ((slot >= ranges[:, :1]) & (slot < ranges[:, 1:])).unsqueeze(1)
-
-
-def _sdpa(inputs: Inputs) -> Tensor:
-    query, key, value = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
-    group = query.shape[1] // key.shape[1]
-    if "key_ranges" not in inputs:
-        return F.scaled_dot_product_attention(query, key, value, enable_gqa=group > 1).transpose(1, 2)
-    # With a mask, grouped heads would take the slow path; transformers repeats them too.
-    key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
-    mask = _seen(inputs).unsqueeze(1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
-
-
-def compiled_flex(inputs: Inputs) -> Callable[[], Tensor]:
-    """Flex attention, compiled for these inputs at the first call."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._dynamo.reset()
-    compiled, mask = torch.compile(flex_attention, dynamic=False), None
-    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
-    if (ranges := inputs.get("key_ranges")) is not None:
-
-        def inside(b, h, i, j):
-            return (j >= ranges[b, 0]) & (j < ranges[b, 1])
-
-        mask = create_block_mask(inside, len(q), None, q.shape[2], k.shape[2], device=str(q.device))
-    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def attention(z: Sizes, device: torch.device, ragged: bool = False, lse: bool = False, **rules: Any) -> Case:
@@ -77,7 +42,7 @@ def attention(z: Sizes, device: torch.device, ragged: bool = False, lse: bool = 
         given = {name: value for name, value in inputs.items() if name not in ("q", "k", "v")}
         return kernels.cached_attention(inputs["q"], inputs["k"], inputs["v"], return_lse=lse, workspace=work, **given)
 
-    others = {"eager": lambda x: eager.attention(x["q"], x["k"], x["v"], _seen(x)), "sdpa": _sdpa}
+    others = {"eager": lambda x: eager.attention(x["q"], x["k"], x["v"], seen(x)), "sdpa": sdpa}
     others["flex"] = lambda _: compiled()()
     pairs = sum(stops) * z.spec.num_heads * z.spec.head_dim
     read = 2 * sum(stops) * z.spec.num_kv_heads * z.spec.head_dim * z.dtype.itemsize
@@ -201,8 +166,9 @@ def choose_fused(z: Sizes, device: torch.device, rule: str = "probability", bias
     inputs["head_weight"][z.spec.mask_token_id] = 0
     if bias:
         inputs["head_bias"] = randn(device, v, dtype=z.dtype)
-    how = {"rule": rule, "banned": (z.spec.mask_token_id,), "validate": False}
+    how = {"rule": rule, "banned": (z.spec.mask_token_id,)}
     work = kernels.Workspace()
+    eager_ = {"eager": lambda x: eager.choose_token(x["hidden"] @ x["head_weight"].T, _softmax_dtype(z))}
 
     def logits(x: Inputs, token: Tensor) -> Tensor:
         shift = x["head_bias"].double()[token] if bias else 0
@@ -212,14 +178,12 @@ def choose_fused(z: Sizes, device: torch.device, rule: str = "probability", bias
         "choose_token_fused",
         {"R": rows, "d": d, "V": v},
         inputs,
-        lambda x: kernels.choose_token_fused(**x, workspace=work, **how),
+        lambda x: kernels.choose_token_fused(**x, workspace=work, validate=False, **how),
         # Rounded to half precision, logits of up to 10 make confidences and margins of about 1.
         tolerance(z.dtype, 8 if z.dtype.itemsize == 2 else 0, sums=64),
         nbytes(*inputs.values()) + _chosen_bytes(rows),
         2 * rows * d * v,
-        {}
-        if bias or rule != "probability"
-        else {"eager": lambda x: eager.choose_token(x["hidden"] @ x["head_weight"].T, _softmax_dtype(z))},
+        ({} if bias or rule != "probability" else eager_) | both_sides(device, kernels.Choice(**how), work),
         judged=_best(logits, rule),
     )
 
@@ -239,7 +203,7 @@ def commit(z: Sizes, device: torch.device, count: Tensor | None = None, steps: i
 
     def published(x: Inputs) -> Tensor:
         part = x["canvas"][row, x["positions"]]
-        committed = eager.commit_(part, x["token"], x["log_confidence"], x["eligible"], 1)
+        committed = eager.commit_(part, x["token"], x["log_confidence"], x["eligible"], x["count"])
         x["canvas"][row, x["positions"]] = part
         return committed
 
@@ -296,4 +260,8 @@ OPERATIONS: dict[str, Callable[..., Case]] = {
     "commit_": commit,
     "rms_norm": norm,
     "swiglu": gate,
+    "plan_pass": state.plan,
+    "pack_pass": state.pack,
+    "with_masked_window": state.window,
+    "advance_": state.advance,
 }

@@ -8,37 +8,49 @@ from typing import Any
 import torch
 
 from dkv.bench import machine
+from dkv.bench.gpu import packed
 from dkv.bench.gpu.cases import Case, Sizes
-from dkv.bench.gpu.operations import OPERATIONS, attention, choose
-from dkv.bench.gpu.report import Report, must_answer, short
+from dkv.bench.gpu.lab import TITLES, Lab
+from dkv.bench.gpu.operations import OPERATIONS, attention, choose, choose_fused
+from dkv.bench.gpu.report import Report, in_full, must_answer
 from dkv.bench.report import fixed
 from dkv.bench.timing import milliseconds, synchronise
 from dkv.models import ModelSpec
 
-WAYS = ("triton", "torch", "eager", "sdpa", "flex")
+WAYS = ("triton", "torch", "eager", "sdpa", "flex", "fused", "strips")
 # Flex attention compiles for every shape: seconds each, which must not eat the time of the others.
-FLEX_SHARE = 0.3
+FLEX_SECONDS = 15.0
+# About how long each way is timed.
+SECONDS = 0.15
 
-SHAPE_OF = {"llada": "llada-8b", "dream": "dream-7b"}
-TITLES = {"llada": "LLaDA-8B", "dream": "Dream-7B"}
 ACTIVE = 32
-SLOTS = (512, 1024, 2048)
 BATCHES = (1, 8)
+# Of hidden states, around the border between the ways "fused" and "strips" of the choice from them.
+ROWS = (64, 128, 256, 512)
 
 
 def items(
-    specs: dict[str, ModelSpec], slots: Sequence[int], batches: Sequence[int], some: int, dtype: torch.dtype
+    specs: dict[str, ModelSpec],
+    slots: Sequence[int],
+    batches: Sequence[int],
+    some: int,
+    dtype: torch.dtype,
+    rows: Sequence[int] = (),
 ) -> Iterator[tuple[str, Callable[[torch.device], Case]]]:
-    """Every (name, function that makes the case on a device) of a full and a cached step, the smaller sizes first.
+    """Every (name, function that makes the case on a device) of a full and a cached step, the smaller batches first.
 
     Args:
         some: slots that a cached step computes.
+        rows: of hidden states, for which the choice from them is made too, before all others.
     """
-    for s, b, (family, spec) in product(slots, batches, specs.items()):
+    for r, (family, spec) in product(rows, specs.items()):
+        yield f"choose_fused {r} rows {TITLES[family]}", partial(choose_fused, Sizes(spec, 1, r, r, dtype))
+    for b, s, (family, spec) in product(batches, slots, specs.items()):
         for kind, active in (("full", s), ("cached", some)):
             makes = {make.__name__: make for make in OPERATIONS.values()}
             if b > 1:
                 makes["attention ragged"] = partial(attention, ragged=True)
+                makes |= {"attention packed": packed.attention, "rope_scatter packed": packed.rope_scatter}
             if kind == "cached":
                 makes["choose drawn"] = partial(choose, drawn=True)
             for name, make in makes.items():
@@ -51,7 +63,7 @@ def shares(case: Case, seconds: float, rates: dict[str, float]) -> dict[str, flo
     return {"copy_share": copy / seconds, "matrix_share": matrix / seconds}
 
 
-def _started(case: Case, ways: Iterable[str], device: torch.device) -> tuple[dict, dict[str, str]]:
+def _started(case: Case, ways: Iterable[str], device: torch.device) -> tuple[dict, dict[str, dict[str, str]]]:
     """Calls by the ways that run, each called twice (compilation, scratch), and the errors of the others."""
     ready, errors = {}, {}
     for way in ways:
@@ -62,7 +74,7 @@ def _started(case: Case, ways: Iterable[str], device: torch.device) -> tuple[dic
             synchronise(device)
             ready[way] = call
         except Exception as error:
-            errors[way] = short(error)
+            errors[way] = in_full(error)
             must_answer(device, way)
     return ready, errors
 
@@ -89,9 +101,16 @@ def _time(way: str, values: dict[str, Any]) -> str:
     return f"{ms['median']:8.3f} \u00b1{(ms['high'] - ms['low']) / 2:7.3f}"
 
 
+def _host(values: dict[str, Any]) -> str:
+    """Microseconds that sending the call takes, of the subject; known of a GPU alone."""
+    ms = values["ms"].get(values.get("subject"), {}).get("host")
+    return "" if ms is None else f"{ms * 1e3:.1f}"
+
+
 COLUMNS = {
     "operation": (44, "{name}"),
     **{way: (17, partial(_time, way)) for way in WAYS},
+    "host us": (8, _host),
     "MB": (9, lambda values: f"{values['bytes'] / 1e6:.4g}"),
     "GFLOP": (9, lambda values: f"{values['flops'] / 1e9:.4g}"),
     "copy": (6, "{copy_share:.0%}"),
@@ -110,29 +129,31 @@ def told(rates: dict[str, float], subject: str, dtype: str = "bfloat16") -> str:
     )
 
 
-def run(report: Report, device: torch.device, backends: list[str], specs: dict[str, ModelSpec], tiny: bool) -> None:
+def run(report: Report, lab: Lab) -> None:
     """Time every wanted operation until the time is over."""
-    rates = machine.rates(device, torch.bfloat16)
-    report.begin("ops", "milliseconds per call, median and half the range from tenth to ninetieth percentile", **rates)
-    print(told(rates, backends[0]), fixed(COLUMNS), sep="\n")
+    report.begin("ops", "milliseconds per call, median and half the range from tenth to ninetieth percentile")
+    rates = machine.rates(lab.device, torch.bfloat16)
+    report.part |= rates
+    print(told(rates, lab.backends[0]), fixed(COLUMNS), sep="\n")
     compiling = 0.0
-    sizes = ((48,), (1, 2), 8, torch.float32) if tiny else (SLOTS, BATCHES, ACTIVE, torch.bfloat16)
-    for label, make in report.items(items(specs, *sizes)):
-        try:
-            case = make(device)
-        except torch.OutOfMemoryError as error:
-            report.row(f"{label:44} out of memory", {"name": label, "errors": {"inputs": short(error)}})
+    batches, some, rows = (BATCHES, ACTIVE, ROWS) if lab.gpu else ((1, 2), 8, ())
+    for label, make in report.items(items(lab.specs, lab.slots, batches, some, lab.dtype, rows)):
+        case = report.attempt(label, lab.device, partial(make, lab.device))
+        if case is None:
             continue
-        ready, errors = _started(case, [*backends, *(way for way in case.others if way != "flex")], device)
-        if "flex" in case.others and compiling < FLEX_SHARE * report.limit and device.type == "cuda":
+        ready, errors = _started(case, [*lab.backends, *(way for way in case.others if way != "flex")], lab.device)
+        if "flex" in case.others and compiling < FLEX_SECONDS and lab.gpu:
             before = report.spent
-            more, problems = _started(case, ["flex"], device)
+            more, problems = _started(case, ["flex"], lab.device)
             compiling, ready, errors = compiling + report.spent - before, ready | more, errors | problems
-        values = values_of(label, case, milliseconds(ready, device, 0.3) if ready else {}, errors, rates)
-        line = fixed(COLUMNS, values) + "".join(f"\n    {name}: {error}" for name, error in errors.items())
-        ours = [errors[name] for name in backends if name in errors]
-        report.row(line, values, failed=any("OutOfMemory" not in error for error in ours))
+        times = milliseconds(ready, lab.device, SECONDS) if ready else {}
+        shown = {way: error["error"] for way, error in errors.items()}
+        values = values_of(label, case, times, shown, rates)
+        values["tracebacks"] = {way: error["traceback"] for way, error in errors.items()}
+        line = fixed(COLUMNS, values) + "".join(f"\n    {way}: {error}" for way, error in shown.items())
+        failed = any("OutOfMemory" not in shown[way] for way in lab.backends if way in shown)
+        report.row(line, values, failed)
         del case, ready
-        if device.type == "cuda":
+        if lab.gpu:
             torch.cuda.empty_cache()
     report.end()

@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dkv.bench.gpu import operations as table
+from dkv.bench.gpu import packed, state
 from dkv.bench.gpu.cases import Case, Sizes
 from dkv.bench.shapes import shape, tiny
 from dkv.kernels.common.backend import chosen
@@ -78,12 +79,18 @@ def every_operation(device: torch.device, dtype: torch.dtype = torch.float32) ->
     return [
         table.rope_scatter(z, device),
         table.attention(z, device, ragged=True),
+        packed.rope_scatter(z, device),
+        packed.attention(z, device),
         table.choose(logits, device, rule="margin"),
         table.choose(logits, device, drawn=True, row_keys=keys),
         table.choose_fused(logits, device, bias=True),
         table.commit(z, device, torch.tensor([2, 4], device=device)),
         table.norm(z, device),
         table.gate(z, device),
+        state.plan(z, device, "window", shifted=True),
+        state.pack(z, device, shifted=True),
+        state.window(z, device),
+        state.advance(z, device, "threshold", ends=(1, 2)),
     ]
 
 

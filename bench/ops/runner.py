@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dkv.bench.gpu.cases import Case, running
-from dkv.bench.gpu.ops import ACTIVE, BATCHES, COLUMNS, SHAPE_OF, items, shares, told, values_of
+from dkv.bench.gpu.lab import SHAPE_OF
+from dkv.bench.gpu.ops import ACTIVE, BATCHES, COLUMNS, items, shares, told, values_of
 from dkv.bench.gpu.report import short
 from dkv.bench.machine import rates
 from dkv.bench.report import fixed

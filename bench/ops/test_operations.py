@@ -7,7 +7,8 @@ from dkv.bench.gpu.cases import OURS
 from dkv.bench.ops.runner import cases
 
 CASES = cases("cuda" if torch.cuda.is_available() else "cpu")
-WAYS = {"attention": ("eager", "sdpa", "flex", *OURS), "choose drawn": OURS}
+WAYS = {"attention": ("eager", "sdpa", "flex", *OURS)}
+WAYS |= dict.fromkeys(("choose drawn", "plan", "pack", "window", "advance"), OURS)
 
 
 def ways(name: str) -> tuple[str, ...]:

@@ -81,8 +81,11 @@ class StepClock:
     def __call__(self, engine: Engine, result: StepResult) -> None:
         synchronise(engine.model.device)
         now = perf_counter()
-        if (forward := result.forward) is not None:
-            self.steps.append(StepTime(forward.full, sum(forward.counts), now - self._last))
+        if result.forward is not None:
+            # The engine reads its next status after the hooks.
+            active, lengths = engine.status.active, engine.rows.row_lengths
+            full = all(active[row] == lengths[row] for row in engine.numbers)
+            self.steps.append(StepTime(full, sum(active), now - self._last))
         self._last = now
 
 

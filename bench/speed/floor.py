@@ -16,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dkv import kernels
 from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
 from dkv.bench.report import columns
 from dkv.bench.steps import HalfWay
 from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
-from dkv.core.sequences import Sequences
+from dkv.core.varlen import Padding
+from dkv.engine.engine import PADDINGS
+from dkv.kernels.common.operation import Operation
 from dkv.models.packing import PackedHead, PackedLinear
+from dkv.models.transformer import RMSNorm
 
 ROUNDS = 25
 # What a step is divided into, which modules and operations belong to a part, and why it exceeds its products.
@@ -47,7 +49,7 @@ OPERATIONS = {
     "cached_attention": "attention",
     "choose_token": "head + choice",
     "choose_token_fused": "head + choice",
-    "commit_": "commit",
+    "advance_": "commit",
 }
 GOALS = {"full": 1.15, "cached": 1.10}
 # Of the line-up, the policy whose step half-way is of the kind.
@@ -55,8 +57,8 @@ STEPS = {"full": "plain", "cached": "decode, no refresh"}
 
 
 def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict[str, Callable[[], Any]]:
-    """The matrix products of a step by part: `active` slots over `slots`, an output for `rows` of them."""
-    spec = model.spec
+    """The matrix products of a step by part: of every row `active` slots over `slots`, an output for `rows` of them."""
+    spec, padding = model.spec, PADDINGS.get(model.device.type, Padding(1))
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, device=model.device).to(model.dtype)
@@ -64,7 +66,8 @@ def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict
     # Of every active slot, and of those with an output, which are all that the last layer goes on with.
     counts, width = (active, rows), spec.num_heads * spec.head_dim
     wide, out, deep = (
-        [noise(batch, n, size) for n in counts] for size in (spec.hidden_size, width, spec.intermediate_size)
+        [noise(padding.filled(batch * n, batch * slots), size) for n in counts]
+        for size in (spec.hidden_size, width, spec.intermediate_size)
     )
     heads, group = batch * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
     query = [noise(heads, n * group, spec.head_dim) for n in counts]
@@ -80,7 +83,7 @@ def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict
             ]
             calls[part] += [partial(product, *linear) for linear in linears]
         calls["attention"].append(partial(lambda q: (q @ keys) @ keys.transpose(1, 2), query[end]))
-    calls["head + choice"] = [partial(product, model.head, wide[1].flatten(0, 1))]
+    calls["head + choice"] = [partial(product, model.head, wide[1])]
     return {part: partial(lambda every: [call() for call in every], every) for part, every in calls.items()}
 
 
@@ -108,26 +111,39 @@ def recorded(model: Any) -> Iterator[Counter]:
 
     def watch(owner: Any, name: str, part: str) -> None:
         call = getattr(owner, name)
+        stack.enter_context(patch.object(owner, name, partial(run, part, call)))
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            taken, result = timed(partial(call, *args, **kwargs), model.device)
-            seconds[part] += taken
-            return result
+    inside: list[str] = []
 
-        stack.enter_context(patch.object(owner, name, run))
+    def run(part: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # What is called within a part is counted with it.
+        if inside:
+            return call(*args, **kwargs)
+        inside.append(part)
+        taken, result = timed(partial(call, *args, **kwargs), model.device)
+        inside.pop()
+        seconds[part] += taken
+        return result
+
+    call_operation = Operation.__call__
+
+    def operation(self: Operation, *args: Any, **kwargs: Any) -> Any:
+        call = partial(call_operation, self, *args, **kwargs)
+        return run(OPERATIONS[self.name], call) if self.name in OPERATIONS else call()
 
     with ExitStack() as stack:
         watch(model.embed, "forward", "embedding")
-        watch(model.norm, "forward", "head + choice")
+        for name in ("forward", "added"):
+            watch(model.norm, name, "head + choice")
         if not hasattr(model.head, "strips"):  # else it is called by the choice, and counted there
             watch(model.head, "forward", "head + choice")
         for part, names in LAYER_MODULES.items():
             for module in (getattr(layer, name, None) for layer in model.layers for name in names):
                 if module is not None:
                     watch(module, "forward", part)
-        for name, part in OPERATIONS.items():
-            watch(kernels, name, part)
-        watch(Sequences, "commit", "commit")
+                if isinstance(module, RMSNorm):
+                    watch(module, "added", part)
+        stack.enter_context(patch.object(Operation, "__call__", operation))
         yield seconds
 
 

@@ -23,7 +23,6 @@ from dkv.bench.options import Options
 from dkv.bench.steps import full_steps, skip, start
 from dkv.bench.timing import timed
 from dkv.common.bar import Bar
-from dkv.engine.engine import StepResult
 from dkv.models import ModelSpec
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -70,8 +69,7 @@ def estimate(
     Returns:
         "seconds", "computed" (slots sent through the network) and "operations", over all steps and rows.
     """
-    results: list[StepResult] = []
-    engine = start(options, settings, new, [lambda engine, result: results.append(result)])
+    engine = start(options, settings, new)
     full, size, at = full_steps(engine), engine.rows.size, 0
     kinds = [[step for step in range(1, len(full)) if full[step] == kind] for kind in (True, False)]
     chosen = [[0], *map(spread, kinds, samples)]
@@ -80,9 +78,8 @@ def estimate(
         if step > at:
             skip(engine, step - at)
         at = step + 1
+        active, rows = sum(engine.status.active), engine.shape().scored
         seconds, _ = timed(engine.step, options.model.device)
-        forward = results.pop().forward
-        active, rows = sum(forward.counts), forward.slots.numel()
         found[step] = (seconds, active, operations(options.model.spec, active, rows, size))
     sums = [
         [len(kind) * statistics.fmean(values) for values in zip(*(found[step] for step in steps), strict=True)]

@@ -70,7 +70,7 @@ def _ours(options: Options, policy: str) -> list[dict[str, Any]]:
             with record_function(STEP) if step in wanted else nullcontext():
                 engine.step()
             if step in wanted:
-                logits = results[-1].forward.slots.numel() * spec.vocab_size * 4
+                logits = len(results[-1].forward.packed.slots) * spec.vocab_size * 4
                 found.append({"kind": KINDS[wanted[step]], "logits": logits, "scratch": engine.workspace.nbytes})
 
     trace = record(call, model.device.type)[1]

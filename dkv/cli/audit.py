@@ -35,7 +35,7 @@ and program size leave room for; on AMD read wave for warp, and compute unit for
 sm_100 the tensor cores are driven by tcgen05, on gfx942 by v_mfma, elsewhere by wgmma or mma.sync.
 """
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WORKER = "dkv.kernels.dev.audit"
 # Fixed when the kernels are imported, in any process: those that compile start without it.
 INTERPRET = "TRITON_INTERPRET"

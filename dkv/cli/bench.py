@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", action="store_true", help=what)
     add("--all", action="store_true", help="the comparison at several sizes, and all others; needs --out")
     add("--out", type=Path, metavar="DIR", help="where --all writes its JSON and PNG files")
-    add("--host", action="store_true", help="launches of a step on a GPU, by kind, counted without one")
+    add("--host", action="store_true", help="launches of a step on a GPU, by kind, and its host time, without one")
     add("--show", type=Path, metavar="FILE", help="print the tables of a JSON file again, and measure nothing")
 
 

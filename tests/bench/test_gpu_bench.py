@@ -2,20 +2,24 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
-from dataclasses import replace
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from dkv import kernels
 from dkv.bench import machine
 from dkv.bench.gpu import __main__ as gpu
-from dkv.bench.gpu import cases, checks, report
-from dkv.bench.gpu.checks import CHECKS, run_check
-from dkv.bench.gpu.tools import Skipped
-from dkv.kernels.common.backend import interpreted
+from dkv.bench.gpu import checks, profile, report, steps
+from dkv.bench.gpu.alone import Recorder
+from dkv.bench.gpu.checks import CHECKS, ordered
+from dkv.bench.gpu.operations import OPERATIONS
+from dkv.bench.gpu.supervise import PARTS
+from dkv.engine import graphs
 from tests.bench.conftest import fast
 
 ROOT = Path(__file__).parents[2]
@@ -31,13 +35,19 @@ def rehearse(*words: str, path: Path) -> tuple[subprocess.CompletedProcess, dict
 
 
 @pytest.mark.slow
-def test_a_rehearsal_in_a_process_of_its_own(tmp_path):
+def test_a_rehearsal_goes_through_all_parts_in_their_order(tmp_path):
     done, found = rehearse("--layers", "1", path=tmp_path / "result.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    check(found, done.stdout)
+    assert "REHEARSAL" in done.stdout and "what bounds a step" in done.stdout
+    facts = found["facts"]
+    assert facts["rehearsal"] and facts["backends"] == ["torch"] and facts["torch"] == torch.__version__
+    assert facts["command"].startswith("python -m dkv.bench.gpu --device cpu --json")
+    assert found["finished"] and list(found["parts"]) == list(PARTS)
+    assert not any(part["problems"] for part in found["parts"].values())
     checks = found["parts"]["checks"]["rows"]
-    assert [row["name"] for row in checks] == list(CHECKS) and {row["verdict"] for row in checks} == {"PASS", "SKIP"}
+    assert [row["name"] for row in checks] == ordered() and {row["verdict"] for row in checks} == {"PASS", "SKIP"}
     assert all("GPU" in row["found"] for row in checks if row["verdict"] == "SKIP")
+    assert found["parts"]["autotune"]["left_out"]
 
 
 @pytest.fixture
@@ -47,37 +57,115 @@ def torch_alone(monkeypatch):
     monkeypatch.setattr(machine, "rates", lambda *_: {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e9})
 
 
-def test_a_rehearsal_goes_through_all_parts(torch_alone, monkeypatch, tmp_path, capsys):
-    path = tmp_path / "result.json"
-    monkeypatch.setattr(checks, "CHECKS", {name: CHECKS[name] for name in ("commit", "cuda_graph")})
-    assert gpu.main(["--device", "cpu", "--json", str(path), "--layers", "1"]) == 0
-    found = json.loads(path.read_text())
-    check(found, capsys.readouterr().out)
-    rows = found["parts"]["checks"]["rows"]
-    assert [(row["name"], row["verdict"]) for row in rows] == [("commit", "PASS"), ("cuda_graph", "SKIP")]
+@pytest.fixture
+def measured(torch_alone, monkeypatch, tmp_path):
+    """measured("ops", "--only", "norm") -> exit code, and the part as it was written."""
+
+    monkeypatch.setattr(profile, "CALLS", 2)
+
+    def run(part, *words):
+        path = tmp_path / "result.json"
+        code = gpu.main(["--device", "cpu", "--json", str(path), "--layers", "1", part, *words])
+        found = json.loads(path.read_text())
+        assert list(found["parts"]) == [part]
+        return code, found["parts"][part]
+
+    return run
 
 
-def check(found: dict, out: str) -> None:
-    """What a rehearsal with one layer has written and said."""
-    assert "REHEARSAL" in out
-    facts = found["facts"]
-    assert facts["rehearsal"] and facts["backends"] == ["torch"] and facts["torch"] == torch.__version__
-    assert facts["command"].startswith("python -m dkv.bench.gpu --device cpu --json")
-    assert found["finished"] and list(found["parts"]) == ["checks", "ops", "steps"]
-    ops, steps = (found["parts"][part]["rows"] for part in ("ops", "steps"))
-    assert all(not row["errors"] for row in ops)
-    attention = next(row for row in ops if row["name"] == "attention full LLaDA-8B B1 S48")
-    assert set(attention["ms"]) == {"torch", "eager", "sdpa"} and not attention["errors"]
+def named(part: dict) -> dict[str, dict]:
+    return {row["name"]: row for row in part["rows"]}
+
+
+class Replays:
+    """In place of CUDA graphs: the steps themselves, which count as replayed from the second of a shape on."""
+
+    # For no other generation.
+    free = False
+
+    def __init__(self, engine):
+        self.engine, self.met = weakref.proxy(engine), False
+
+    def advance(self, shape):
+        self.engine.stats.replayed_passes += self.met
+        self.met = True
+        return self.engine.advance(shape)
+
+
+def test_profile_takes_a_step_apart(measured, monkeypatch, capsys):
+    monkeypatch.setitem(graphs.RUNNERS, "cpu", Replays)
+    code, part = measured("profile")
+    rows = named(part)
+    assert code == 0 and not any("error" in row or "errors" in row for row in part["rows"])
+    # One layer of 64 wide, its MLP 96 wide, and a head of 256, float32: all but the embeddings.
+    layer = 64 * (4 * 64 + 3 * 96) + 2 * 64
+    assert rows["weights at copy bandwidth"]["bytes"] == 4 * (layer + 256 * 64 + 64)
+    for name, active in (("S48 full", None), ("S48 cached N8", 8), ("S48 cached N4", 4)):
+        row = rows[name]
+        assert row["active"] == active and {"host_ms", "waited_ms", "device_ms", "replay_host_ms"} <= set(row)
+        # Queries, keys and values; the output; gate and up; down; and the head.
+        assert row["alone_calls"]["products"] == 5 and row["alone_calls"]["cached_attention"] == 1
+        assert set(row["alone_ms"]) == set(row["alone_calls"]) and all(ms > 0 for ms in row["alone_ms"].values())
+    assert rows["kernels, S48 full"]["launches"] >= sum(k["launches"] for k in rows["kernels, S48 full"]["kernels"]) > 9
+    assert set(rows["host, microseconds a call"]["us"]) == {"aten add_", "aten mm", *OPERATIONS}
+    out = capsys.readouterr().out
+    assert "S48 cached N4 / weights at copy bandwidth, at most" in out and "bound by" in out
+
+
+def test_profile_says_why_steps_are_not_replayed(measured):
+    rows = named(measured("profile", "--only", "S48 full")[1])
+    assert "no graphs" in rows["S48 full"]["eager_reason"] and rows["S48 full"]["alone_ms"]
+
+
+def test_recorder_leaves_operations_as_they_were():
+    with Recorder() as recorder:
+        kernels.swiglu(torch.ones(2, 8))
+    kernels.swiglu(torch.ones(2, 8))
+    torch.ones(2, 2) @ torch.ones(2, 2)
+    assert {name: len(calls) for name, calls in recorder.calls.items()} == {"swiglu": 1}
+
+
+def test_steps_compare_with_the_published_method(measured):
+    code, part = measured("steps", "--model", "llada")
+    rows = {(row["policy"], row["way"]): row for row in part["rows"]}
+    ways = ("plain", "torch"), ("decode 8", "torch"), ("decode 8", "published"), ("plain", "published")
+    others = ("prefill", "torch"), ("greedy 4", "torch"), ("plain", "published, eager attention")
+    assert code == 0 and list(rows) == [*ways, *others]
+    assert all(row["passes"] == 8 and row["new_tokens"] == 8 and row["warm"] for row in rows.values())
+    full = [rows[policy, "torch"]["full_passes"] for policy in ("plain", "decode 8", "greedy 4", "prefill")]
+    assert full == [8, 2, 2, 1]
+    plain = rows["plain", "torch"]
+    assert plain["computed_share"] == 1 and rows["decode 8", "torch"]["computed_share"] < 1
+    assert plain["ratio_to_plain"] == 1.0
+    ratio = statistics.median(plain["seconds"]) / statistics.median(rows["decode 8", "published"]["seconds"])
+    assert rows["decode 8", "published"]["ratio_to_plain"] == pytest.approx(ratio)
+
+
+def test_more_is_the_other_model_and_batches(measured):
+    _, part = measured("more")
+    assert list(named(part)) == [
+        f"{model} S48 {policy}"
+        for model in ("Dream-7B B1", "LLaDA-8B B8", "Dream-7B B8")
+        for policy in ("plain", "decode 8")
+    ]
+
+
+def test_ops_state_bytes_flops_and_the_best_other(measured):
+    code, part = measured("ops")
+    assert code == 0 and not any(row["errors"] for row in part["rows"])
+    attention = named(part)["attention full LLaDA-8B B1 S48"]
+    assert set(attention["ms"]) == {"torch", "eager", "sdpa"}
     # Q and the output, K and V, float32, 48 slots of 4 heads of 16; two products of 48 x 48 x 16 per head.
     assert attention["bytes"] == 4 * 48 * 4 * 16 * 4 and attention["flops"] == 2 * 2 * 4 * 48 * 48 * 16
     best = min(("eager", "sdpa"), key=lambda name: attention["ms"][name]["median"])
     ratio = attention["ms"][best]["median"] / attention["ms"]["torch"]["median"]
     assert attention["best_other"] == best and attention["ratio_to_best_other"] == pytest.approx(ratio)
-    assert [row["policy"] for row in steps] == ["plain", "decode 8", "greedy 4", "prefill"] * 4
-    assert all(row["passes"] == 8 and row["warm"] for row in steps)
-    assert [row["full_passes"] for row in steps[:4]] == [8, 2, 2, 1]
-    assert steps[0]["computed_share"] == 1 and steps[1]["computed_share"] < 1
-    assert {row["ratio_to_plain"] for row in steps if row["policy"] == "plain"} == {1.0}
+
+
+def test_checks_say_what_they_skip(measured, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", {name: CHECKS[name] for name in ("commit", "cuda_graph")})
+    _, part = measured("checks")
+    assert [(row["name"], row["verdict"]) for row in part["rows"]] == [("cuda_graph", "SKIP"), ("commit", "PASS")]
 
 
 def test_no_device(monkeypatch, capsys):
@@ -95,32 +183,53 @@ def test_wrong_arguments_are_refused(words, capsys):
     assert words[-1] in capsys.readouterr().err
 
 
-def test_what_time_does_not_allow_is_named(torch_alone, tmp_path, capsys):
-    path = tmp_path / "result.json"
-    assert gpu.main(["--device", "cpu", "--minutes", "1e-9", "--json", str(path)]) == 0
-    parts = json.loads(path.read_text())["parts"]
-    assert [part["rows"] for part in parts.values()] == [[], [], []]
-    assert parts["checks"]["left_out"] == list(CHECKS)
-    assert "LLaDA-8B B1 S48 decode 8 on torch" in parts["steps"]["left_out"]
+def test_what_time_does_not_allow_is_named(measured, capsys):
+    for part in PARTS:
+        assert measured(part, "--minutes", "1e-9")[1]["rows"] == [], part
+    assert measured("checks", "--minutes", "1e-9")[1]["left_out"] == ordered()
+    assert "LLaDA-8B B1 S48 prefill by torch" in measured("steps", "--minutes", "1e-9")[1]["left_out"]
     assert "time is up" in capsys.readouterr().out
 
 
-def test_an_error_stays_in_its_row(torch_alone, monkeypatch, tmp_path, capsys):
+def test_an_error_stays_in_its_row(measured, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(fast("rope_scatter_"), "rope_scatter_", broken)
-    path = tmp_path / "result.json"
-    words = ["--device", "cpu", "--json", str(path), "--model", "llada", "--only", "cached LLaDA-8B B1", "ops"]
-    assert gpu.main(words) == 1
-    rows = {row["name"].split()[0]: row for row in json.loads(path.read_text())["parts"]["ops"]["rows"]}
-    assert rows["rope_scatter"]["errors"] == {"torch": "RuntimeError: no such kernel"}
-    assert list(rows["rope_scatter"]["ms"]) == ["eager"]
+    code, part = measured("ops", "--model", "llada", "--only", "cached LLaDA-8B B1")
+    rows = {row["name"].split()[0]: row for row in part["rows"]}
+    assert code == 1 and rows["rope_scatter"]["errors"] == {"torch": "RuntimeError: no such kernel"}
+    assert list(rows["rope_scatter"]["ms"]) == ["eager"] and "broken" in rows["rope_scatter"]["tracebacks"]["torch"]
     assert not rows["attention"]["errors"] and "torch" in rows["attention"]["ms"]
-    assert gpu.main(["--device", "cpu", "--json", str(path), "--only", "dream_decode", "checks"]) == 1
-    assert json.loads(path.read_text())["parts"]["checks"]["rows"][0]["verdict"] == "FAIL"
-    assert gpu.main(["--device", "cpu", "--json", str(path), "--only", "LLaDA-8B B1 S48 decode", "steps"]) == 1
-    assert "no such kernel" in json.loads(path.read_text())["parts"]["steps"]["rows"][0]["error"]
+    code, part = measured("checks", "--only", "dream_decode")
+    assert code == 1 and part["rows"][0]["verdict"] == "FAIL" and "broken" in part["rows"][0]["traceback"]
+    code, part = measured("steps", "--only", "plain")
+    by_kernels, *published = part["rows"][1:]
+    assert code == 1 and "no such kernel" in by_kernels["error"] and "broken" in by_kernels["traceback"]
+    assert {row["way"] for row in published} == {"published", "published, eager attention"}
+    code, part = measured("profile")
+    failed = [row["name"] for row in part["rows"] if "traceback" in row]
+    assert code == 1 and "S48 full" in failed and len(failed) < len(part["rows"])
+    host = named(part)["host, microseconds a call"]
+    assert list(host["errors"]) == ["rope_scatter_"] and "commit_" in host["us"]
+
+
+def test_short_memory_is_told_and_is_no_failure(measured, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(steps.Bench, "run", full)
+    code, part = measured("steps")
+    assert code == 0 and all("OutOfMemory" in row["error"] for row in part["rows"])
+
+
+def test_an_error_that_ends_a_part_is_told_with_its_traceback(measured, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no such machine")
+
+    monkeypatch.setattr(machine, "rates", broken)
+    code, part = measured("ops")
+    assert code == 1 and "in broken" in part["rows"][0]["traceback"] and "no such machine" in capsys.readouterr().out
 
 
 def test_a_killed_run_leaves_its_rows(tmp_path):
@@ -130,98 +239,3 @@ def test_a_killed_run_leaves_its_rows(tmp_path):
     own.row("a line", {"name": "first"})
     found = json.loads(path.read_text())
     assert not found["finished"] and found["parts"]["ops"]["rows"] == [{"name": "first"}]
-
-
-def wrong(operation: str):
-    """A torch operation that is off in its last row."""
-    right = getattr(fast(operation), operation)
-
-    def run(*args, **kwargs):
-        found = right(*args, **kwargs)
-        first = found[0] if isinstance(found, tuple) else found
-        if first.dtype == torch.bool:
-            first.logical_not_()
-        elif first.numel():
-            first[-1] += 1
-        return found
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("operation", "check"),
-    [
-        ("cached_attention", "attention_bfloat16"),
-        ("cached_attention", "attention_rules"),
-        ("rope_scatter_", "rope_scatter_float16"),
-        ("choose_token", "choose_token_entropy"),
-        ("choose_token", "choose_token_tail"),
-        ("choose_token", "choose_token_filters"),
-        ("choose_token_fused", "choose_token_fused_float32"),
-        ("commit_", "commit"),
-    ],
-)
-def test_a_wrong_operation_is_noticed(monkeypatch, operation, check):
-    run_check(check, CPU, "torch")
-    monkeypatch.setattr(fast(operation), operation, wrong(operation))
-    with pytest.raises((AssertionError, RuntimeError)):
-        run_check(check, CPU, "torch")
-
-
-@pytest.mark.parametrize("operation", ["cached_attention", "rope_scatter_"])
-def test_what_is_read_or_written_beside_a_tensor_is_noticed(monkeypatch, operation):
-    right = getattr(fast(operation), operation)
-
-    def careless(*given, **hints):
-        found, q = right(*given, **hints), given[0]
-        if operation == "cached_attention" and q._base is not None:
-            found[0].add_(q._base.flatten()[0])
-        elif operation == "rope_scatter_" and (v_buf := given[7])._base is not None:
-            v_buf._base.flatten()[0] = 0
-        return found
-
-    monkeypatch.setattr(fast(operation), operation, careless)
-    with pytest.raises(AssertionError, match="differ"):
-        run_check("nothing_beside_a_tensor_is_used_float32", CPU, "torch")
-
-
-def test_tokens_that_are_not_drawn_are_noticed(monkeypatch):
-    right = fast("choose_token").choose_token
-
-    def best(logits, choice, row_keys, **hints):
-        return right(logits, replace(choice, temperature=0.0), None)
-
-    monkeypatch.setattr(fast("choose_token"), "choose_token", best)
-    for name in ("sampling_distribution", "drawn_tokens_are_those_of_the_definition"):
-        with pytest.raises(AssertionError):
-            run_check(name, CPU, "torch")
-
-
-def test_error_is_a_share_of_the_largest_value_and_takes_no_nan():
-    exact = torch.tensor([1.0, -4.0, -torch.inf], dtype=torch.float64)
-    assert cases.error(exact.float(), exact) == 0 and cases.error(exact[:0], exact[:0]) == 0
-    assert cases.error(torch.tensor([1.5, -4.0, -torch.inf]), exact) == 0.125
-    assert cases.error(torch.tensor([1.0, torch.nan, -torch.inf]), exact) > 1e30
-    assert cases.error(torch.tensor([1.0, -4.0, 0.0]), exact) > 1e30
-    assert cases.error(torch.tensor([1, 2]), torch.tensor([1, 3])) == 0.5
-
-
-# Those that the interpreter makes in seconds.
-@pytest.mark.parametrize(
-    "name",
-    [
-        "attention_bfloat16",
-        "rope_scatter_float32",
-        "integers_of_both_widths",
-        "choose_token_tail",
-        "wrong_index_is_refused_before_the_launch_9",
-        "nothing_beside_a_tensor_is_used_float32",
-    ],
-)
-def test_checks_pass_in_the_interpreter(name):
-    if not interpreted():
-        pytest.skip("needs TRITON_INTERPRET=1")
-    try:
-        run_check(name, CPU, "triton")
-    except Skipped as reason:
-        pytest.skip(str(reason))

@@ -1,6 +1,9 @@
 """What the host starts in a step stays within its budget."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,3 +74,29 @@ def test_options_without_effect(option, capsys):
 def test_no_layers(capsys):
     assert main(["bench", "--host", "--layers", "0"]) == 2
     assert "--layers must be at least 1, got 0" in capsys.readouterr().err
+
+
+TIMED = """
+from dataclasses import replace
+from dkv.bench import host
+from dkv.bench.shapes import shape
+
+spec = replace(shape("dream-7b"), num_layers=2)
+rows = list(host.measure(spec, ["decode 8"], timed=True))
+assert all(row["host_ms"] > 0 for row in rows), rows
+print(host.table({"rows": rows}))
+"""
+
+
+def test_host_time_of_steps():
+    """In a process of its own, where Triton compiles."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", TIMED], env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and lines[0].endswith("host ms") and lines[1].split()[2:3] == ["full"], done.stderr
+
+
+def test_host_time_needs_compiled_kernels():
+    with pytest.raises(RuntimeError, match=r"^TRITON_INTERPRET=1 runs the kernels themselves"):
+        host.times_of(SPECS["llada-8b"], {})

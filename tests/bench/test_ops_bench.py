@@ -4,21 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
+from dkv import kernels
 from dkv.bench import machine
 from dkv.bench.baselines import operations as baselines
 from dkv.bench.gpu import operations
 from dkv.bench.gpu.cases import Sizes
 from dkv.bench.gpu.operations import OPERATIONS
 from dkv.bench.gpu.ops import COLUMNS
+from dkv.bench.gpu.ways import both_sides
 from dkv.bench.ops import runner
 from dkv.bench.shapes import shape, tiny
-from tests.bench.conftest import fast
+from dkv.kernels.common.backend import interpreted
+from tests.bench.conftest import NAMES, fast
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -78,6 +83,13 @@ def by_hand(operation: str) -> tuple[int, int]:
         "commit_": (r * (8 + 4 + 1 + 8 + 1) + b * 16, 0),
         "rms_norm": (4 * (4 * r * d + d), 0),
         "swiglu": (4 * 3 * r * 96, 0),
+        # Two masks and the ranks, the steps, and of a row its length and slots that were cut, and six counts; one flag.
+        "plan_pass": (b * 24 * (2 + 8 + 2) + b * 8 * (7 + 2 + 6) + 1, 0),
+        "pack_pass": (b * 24 * 2 + 8 * (r * (1 + 6) + b * 5), 0),
+        "with_masked_window": (b * 24 * 3 + b * 4 * 8, 0),
+        # Tokens with a spare slot and ranks; five masks read and three written; a step read, looked up and written; its
+        # number, twice, slots that were cut, count and start; token, confidence and score; a flag and an end.
+        "advance_": (b * (25 * 8 + 24 * (8 + 5 + 3)) + b * 8 * (3 * 7 + 5) + r * (8 + 4 + 4) + 1 + 8, 0),
     }[operation]
 
 
@@ -104,13 +116,24 @@ def test_all_ways_agree(operation, family, active, dtype):
         case.check(way)
 
 
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+def test_both_sides_of_the_border_agree():
+    case = build("choose_token_fused")
+    sides = both_sides(torch.device("cuda"), kernels.Choice(), kernels.Workspace())
+    assert list(sides) == ["fused", "strips"]
+    for way in sides:
+        replace(case, others=sides).check(way)
+
+
 def wrong(operation: str):
     """A torch operation that is off in one place of its first result."""
-    right = getattr(fast(operation), operation)
+    right = getattr(fast(operation), NAMES.get(operation, operation))
 
     def run(*args, **kwargs):
         found = right(*args, **kwargs)
-        first = (found[0] if isinstance(found, tuple) else found).view(-1)
+        # What gives nothing has written into its first argument.
+        first = args[0] if found is None else found
+        first = (first[0] if isinstance(first, tuple) else first).view(-1)
         first[-1] = ~first[-1] if first.dtype == torch.bool else (first[-1] + 1) % 200
         return found
 
@@ -146,7 +169,7 @@ class Benchmark:
 def test_a_wrong_way_is_noticed_and_not_timed(monkeypatch, run, operation):
     benchmark = Benchmark()
     run.measure(benchmark, *make(operation), "torch")
-    monkeypatch.setattr(fast(operation), operation, wrong(operation))
+    monkeypatch.setattr(fast(operation), NAMES.get(operation, operation), wrong(operation))
     with pytest.raises(AssertionError, match=r"torch: result . is off"):
         run.measure(benchmark, *make(operation), "torch")
     assert benchmark.calls == 1
@@ -180,14 +203,14 @@ def test_what_cannot_run_is_skipped_with_the_reason(monkeypatch, run):
     assert run.found == {}
 
 
-@pytest.mark.parametrize("operation", ["rope_scatter_", "commit_"])
+@pytest.mark.parametrize("operation", ["rope_scatter_", "commit_", "advance_"])
 def test_a_way_that_writes_nothing_is_noticed(monkeypatch, operation):
     case = build(operation)
     case.check("torch")
     right = getattr(fast(operation), operation)
 
     def idle(*given):
-        return right(*(x.clone() if isinstance(x, torch.Tensor) else x for x in given))
+        return right(*tree_map_only(torch.Tensor, torch.clone, given))
 
     monkeypatch.setattr(fast(operation), operation, idle)
     with pytest.raises(AssertionError, match="is off"):
@@ -203,9 +226,13 @@ def test_a_wrong_eager_way_is_noticed(monkeypatch):
 
 def test_cases_of_both_models():
     found = runner.cases("cpu")
-    for name in ("attention", "attention ragged", "rope_scatter", "choose", "choose drawn", "choose_fused", "commit"):
+    rows = ("attention ragged", "attention packed", "rope_scatter packed")
+    state = ("plan", "pack", "window", "advance")
+    for name in (*rows, *state, "attention", "rope_scatter", "choose", "choose drawn", "choose_fused", "commit"):
         assert f"{name} cached Dream-7B B8 S256" in found
-    assert not {name for name in found if ("ragged" in name and " B1 " in name) or ("drawn" in name and "full" in name)}
+    assert not {
+        name for name in found if (name.startswith(rows) and " B1 " in name) or ("drawn" in name and "full" in name)
+    }
     assert "commit full LLaDA-8B B1 S1024" in runner.cases("cuda")
     llada, dream = (runner.scaled(shape(name)) for name in ("llada-8b", "dream-7b"))
     assert (llada.num_heads, llada.num_kv_heads, llada.head_dim, llada.hidden_size) == (4, 4, 128, 512)
