@@ -62,7 +62,7 @@ def test_golden_runs(case, models, taped):  # noqa: F811
 
 SETTINGS = [
     {},
-    {"steps": 7},
+    {"steps": 14},
     {"threshold": 0.3},
     {"factor": 1.5},
     {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 0},
