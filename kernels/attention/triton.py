@@ -40,14 +40,14 @@ _ENTRIES["default"] = _entries(
     ["few", "masked", (16, 32, 4, 2), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
     ["some", "plain", (32, 64, 4, 3), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
     ["some", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
-    ["many", "plain", (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
+    ["many", "plain", (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
     ["many", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
 )
 _ENTRIES["sm_80"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
     ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)],
     ["some", "masked", (32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 4, 1)],
-    ["many", "plain", (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1)],
+    ["many", "plain", (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1), (64, 32, 8, 2)],
     ["many", "masked", (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
 )
 # A program has 99 KB of shared memory here, where it has 163 on sm_80. sm_89 uses these too.
@@ -58,21 +58,24 @@ _ENTRIES["sm_86"] = _ENTRIES["sm_80"] | {
     ("many", "masked", 2, 256): Launch((32, 32), 8, 2),
 }
 # As much shared memory, and a compiler that needs more registers.
-_ENTRIES["sm_120"] = _ENTRIES["sm_86"] | {("many", "plain", 2, 128): Launch((64, 64), 8, 3)}
+_ENTRIES["sm_120"] = _ENTRIES["sm_86"] | {
+    ("many", "plain", 2, 128): Launch((64, 64), 8, 3),
+    ("many", "plain", 4, 64): Launch((32, 32), 8, 2),
+}
 # With 64 queries the products are wgmma. Compiled for "some", D 128: 64 x 32 takes 164 registers and 64 KB, so that 3
 # programs share a multiprocessor; 32 x 64 takes 226 and 76 KB, and 2 do. D 64: 117 against 128 registers.
 _ENTRIES["sm_90"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
     ["some", "plain", (64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)],
     ["some", "masked", (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)],
-    ["many", "plain", (128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
+    ["many", "plain", (128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)],
     ["many", "masked", (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)],
 )
 _ENTRIES["sm_100"] = _entries(
     ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
     ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 8, 3)],
     ["some", "masked", (32, 64, 4, 2), (32, 32, 4, 2)],
-    ["many", "plain", (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
+    ["many", "plain", (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)],
     ["many", "masked", (64, 64, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2)],
 )
 _ENTRIES["gfx942"] = _entries(
@@ -97,7 +100,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 MOST_PARTS = 32
 # Fewer tiles of slots than these are not divided, as the merge is one more launch. Not timed.
 DIVIDED_TILES = 4
-MERGE = {"default": Launch((1,), 4), "interpreter": Launch((64,), 4)}
+MERGE = {"default": Launch((1,), 8), "interpreter": Launch((64,), 4)}
 
 
 def cached_attention(
