@@ -149,12 +149,13 @@ class Timetable:
             for step in reversed(plan):
                 after.append(following)
                 following = step.index if step.in_block == 0 else following
-            fields = [(s.index, s.in_block, s.start, s.stop, s.left) for s in plan]
-            table[row, : len(plan), :5] = torch.tensor(fields)
-            table[row, : len(plan), 5] = torch.tensor(after[::-1])
+            for place, name in enumerate(FIELDS):
+                if name not in ("next_block", "full"):
+                    table[row, : len(plan), place] = torch.tensor([getattr(step, name) for step in plan])
+            table[row, : len(plan), FIELDS.index("next_block")] = torch.tensor(after[::-1])
             chance[row, : len(plan)] = torch.tensor([step.probability for step in plan])
         if full is not None:
-            table[..., 6:] = full(Now(table, None))
+            table[..., FIELDS.index("full")] = full(Now(table, None)).squeeze(-1)
         self.by_chance = any(step.count is None for plan in plans for step in plan)
         self.at = torch.zeros(len(plans), dtype=torch.int64, device=device)
         self.table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
