@@ -9,12 +9,14 @@ back from the device; `validate=False` leaves them out, for a caller that owns i
 """
 
 from dkv.kernels.attention.op import cached_attention
+from dkv.kernels.change.op import keep_rows_, row_change
 from dkv.kernels.choose.choice import RULES, Choice
 from dkv.kernels.choose.op import choose_token, choose_token_fused
 from dkv.kernels.commit.op import advance_, commit_
 from dkv.kernels.common.backend import BACKENDS, use_backend
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.gate.op import swiglu
+from dkv.kernels.mass.op import attention_mass
 from dkv.kernels.norm.op import rms_norm
 from dkv.kernels.plan.op import pack_pass, plan_pass, with_masked_window
 from dkv.kernels.rope_scatter.op import rope_scatter_
@@ -26,16 +28,19 @@ __all__ = [
     "Choice",
     "Workspace",
     "advance_",
+    "attention_mass",
     "cached_attention",
     "choose_token",
     "choose_token_fused",
     "commit_",
     "head_norm",
+    "keep_rows_",
     "pack_pass",
     "plan_pass",
     "rms_norm",
     "rope_scatter_",
     "rotate",
+    "row_change",
     "swiglu",
     "use_backend",
     "with_masked_window",

@@ -8,6 +8,7 @@ several programs, and a second kernel merges their partial results.
 import triton
 import triton.language as tl
 
+from dkv.kernels.attention.gap import count, numbered, part_around_gap, tiles
 from dkv.kernels.common.arguments import Strided
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -30,19 +31,22 @@ def _load(at, entries, columns, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _absorb(
-    state, query, mask_m, query_block, k, v, rules, row, first_token, first, start, stop, scale, C, EDGE: tl.constexpr
+    state, query, mask_m, query_block, k, v, rules, row, first_token, first, bounds, scale, C, EDGE: tl.constexpr
 ):
     """Add the slots `first` to `first + BLOCK_N - 1` to the running softmax of a tile of queries.
 
-    EDGE: some slots may be outside `start` to `stop`. REPAIR: values that are not finite count as 0, and `met` [M, D]
-    counts those that a query sees.
+    `bounds` are `start` and `stop`, and the same of a gap if there is one. EDGE: some slots may be outside of these, or
+    in the gap. REPAIR: values that are not finite count as 0, and `met` [M, D] counts those that a query sees.
     """
     acc, top, total, met = state
     # Scalars carry the 64-bit part of an offset; within a tile 32 bits do, unless a stride is enormous.
-    n, d, first = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_D), tl.cast(first, tl.int64)
+    n, d = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_D)
     if C.WIDE:
         n = n.to(tl.int64)
-    seen = (n >= start - first) & (n < stop - first)  # [N]; on an edge alone not all true
+    seen = (n >= bounds[0] - first) & (n < bounds[1] - first)  # [N]; on an edge alone not all true
+    if rules.key_gaps is not None:
+        seen = seen & ((n < bounds[2] - first) | (n >= bounds[3] - first))
+    first = tl.cast(first, tl.int64)
     k_at = k.ptr + first * k.stride[1] + (n[None, :] * k.stride[1] + d[:, None])
     key = _load(k_at, seen[None, :], (d < C.D)[:, None], EDGE, C.D != C.BLOCK_D)  # [D, N]
     scores = tl.dot(query, key, input_precision=C.PRECISION)  # [M, N]
@@ -100,8 +104,8 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
     `scale` is positive, and for powers of 2.
 
     C is known at compile time. GROUP: query heads of a key head. TESTED: every tile of slots is held against the rules,
-    not only those at an end of the range. WIDE: an offset within a tile may need 64 bits. PRECISION: how float32 is
-    multiplied. The tile is BLOCK_M queries, BLOCK_N slots, BLOCK_D numbers of the D of a head.
+    as must be with a gap, and not only those at an end of the range. WIDE: an offset within a tile may need 64 bits.
+    PRECISION: how float32 is multiplied. A tile is BLOCK_M queries, BLOCK_N slots, BLOCK_D numbers of the D of a head.
     """
     query_tile, split = tl.program_id(0) // splits, (tl.program_id(0) % splits).to(tl.int64)
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -120,9 +124,11 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
     q_at += token.to(tl.int64)[:, None] * q.stride[1] + member.to(tl.int64)[:, None] * q.stride[2] + d[None, :]
     query = tl.load(q_at, mask=asked[:, None] & (d < C.D)[None, :], other=0.0)
 
-    # The slots of this part that are in the range of the row.
+    # The slots of this part that are in the range of the row. All slots are divided, or with a gap those of the row.
     part = tl.cdiv(tl.cdiv(slots, C.BLOCK_N), splits) * C.BLOCK_N
     start, stop = split * part, tl.minimum(slots, (split + 1) * part)
+    if rules.key_gaps is not None:
+        start, stop = tl.cast(0, tl.int64), tl.cast(slots, tl.int64)
     if rules.key_ranges is not None:
         range_at = rules.key_ranges.ptr + row * rules.key_ranges.stride[0]
         start = tl.maximum(start, tl.load(range_at))
@@ -130,6 +136,12 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
     if query_tile * C.BLOCK_M >= length * C.GROUP:
         stop = start
     stop = tl.maximum(start, stop)
+    bounds = (start, stop)
+    if rules.key_gaps is not None:
+        gap_at = rules.key_gaps.ptr + row * rules.key_gaps.stride[0]
+        hidden, shown = tl.load(gap_at), tl.load(gap_at + rules.key_gaps.stride[1])
+        start, stop = tl.minimum(start, slots), tl.minimum(stop, slots)
+        bounds = part_around_gap(start, stop, hidden, shown, split, splits, C.BLOCK_N)
     k = Strided(k.ptr + row * k.stride[0] + head * k.stride[2], k.stride)
     v = Strided(v.ptr + row * v.stride[0] + head * v.stride[2], v.stride)
     first_token, mask_m, query_block = query_tile * C.BLOCK_M // C.GROUP, m, m
@@ -148,6 +160,9 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
     # every tile is tested there is one loop, as one takes fewer registers than two.
     least, whole, after = start // C.BLOCK_N, tl.cdiv(start, C.BLOCK_N), stop // C.BLOCK_N
     first, last = (least, tl.cdiv(stop, C.BLOCK_N)) if C.TESTED else (whole, after)
+    if rules.key_gaps is not None:
+        walk = tiles(*bounds, C.BLOCK_N)
+        first, last = walk[0], walk[0] + count(walk)
     if C.REPAIR:
         at = _entry(before + token, head, member, split, splits, C)
         found = tl.load(out + at[:, None] * C.D + d[None, :], mask=asked[:, None] & (d < C.D)[None, :], other=0.0)
@@ -155,15 +170,17 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
         last = tl.where(strange > 0, last, first)
     for tile in tl.range(first, last, num_stages=C.STAGES):
         slot = tile * C.BLOCK_N
+        if rules.key_gaps is not None:  # no branch around the loads, which are in flight some tiles ahead
+            slot = numbered(tile, walk) * C.BLOCK_N
         state = _absorb(
-            state, query, mask_m, query_block, k, v, rules, row, first_token, slot, start, stop, scale, C, C.TESTED
+            state, query, mask_m, query_block, k, v, rules, row, first_token, slot, bounds, scale, C, C.TESTED
         )
     if not C.TESTED:
         has_tail = (after * C.BLOCK_N < stop) & ((after > least) | (whole == least))
         for end in tl.range(tl.where(least < whole, 0, 1), tl.where(has_tail, 2, 1), num_stages=1):
             slot = tl.where(end == 0, least, after) * C.BLOCK_N
             state = _absorb(
-                state, query, mask_m, query_block, k, v, rules, row, first_token, slot, start, stop, scale, C, True
+                state, query, mask_m, query_block, k, v, rules, row, first_token, slot, bounds, scale, C, True
             )
 
     # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing. Behind the queries of a packed

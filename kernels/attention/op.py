@@ -28,6 +28,7 @@ def cached_attention(
     most_queries: int | None = None,
     query_lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
+    key_gaps: Tensor | None = None,
     key_mask: Tensor | None = None,
     mask: Tensor | None = None,
     block_ids: tuple[Tensor, Tensor] | None = None,
@@ -56,6 +57,8 @@ def cached_attention(
         query_lengths: [B] integers, the number of queries of each row. In [B, N, Hq, D] those from this number on
             give 0.
         key_ranges: [B, 2] integers, first visible slot and the one after the last.
+        key_gaps: [B, 2] integers, first slot that is hidden from all queries of the row and the one after the last of
+            these; equal numbers hide nothing. Hidden slots are skipped, not computed and masked as by `key_mask`.
         key_mask: [B, S] bool, False hides a slot.
         mask: [B, N, S] bool, False hides a slot from a query: the general form, dearer than the others.
         block_ids: integers ([B, N], [B, S]): a key is visible when its block is not later than the
@@ -81,7 +84,7 @@ def cached_attention(
         raise ValueError(f"q has {hq} heads, which is not a multiple of the {hkv} heads of k_buf")
     checks.dtype("q", q, FLOATS)
     checks.same_dtype(q=q, k_buf=k_buf, v_buf=v_buf)
-    rules = Rules(query_lengths, key_ranges, key_mask, mask, *(block_ids or (None, None)), query_starts)
+    rules = Rules(query_lengths, key_ranges, key_mask, mask, *(block_ids or (None, None)), query_starts, key_gaps)
     most_queries = _most_queries(rules, n, most_queries)
     known = (
         ("query_lengths", (b,), INTEGERS),
@@ -91,6 +94,7 @@ def cached_attention(
         ("block_ids[0]", (b, n), INTEGERS),
         ("block_ids[1]", (b, s), INTEGERS),
         ("query_starts", (b,), INTEGERS),
+        ("key_gaps", (b, 2), INTEGERS),
     )
     for (name, shape, dtypes), x in zip(known, rules, strict=True):
         if x is not None:

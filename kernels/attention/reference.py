@@ -18,6 +18,7 @@ class Rules(NamedTuple):
     query_blocks: Tensor | None = None
     key_blocks: Tensor | None = None
     query_starts: Tensor | None = None
+    key_gaps: Tensor | None = None
 
     @property
     def of_pairs(self) -> bool:
@@ -30,6 +31,9 @@ class Rules(NamedTuple):
         if self.key_ranges is not None:
             slot = torch.arange(keys, device=self.key_ranges.device)
             parts.append(((slot >= self.key_ranges[:, :1]) & (slot < self.key_ranges[:, 1:])).unsqueeze(1))
+        if self.key_gaps is not None:
+            slot = torch.arange(keys, device=self.key_gaps.device)
+            parts.append(((slot < self.key_gaps[:, :1]) | (slot >= self.key_gaps[:, 1:])).unsqueeze(1))
         if self.key_mask is not None:
             parts.append(self.key_mask.unsqueeze(1))
         if self.mask is not None:
@@ -71,7 +75,8 @@ def _packed(q, k_buf, v_buf, rules: Rules, scale, return_lse) -> tuple[Tensor, T
     out, lse = torch.zeros_like(q), wide(q).new_zeros(q.shape[:2])
     for row, (start, length) in enumerate(zip(rules.query_starts.tolist(), rules.query_lengths.tolist(), strict=True)):
         own, this = slice(start, start + max(length, 0)), slice(row, row + 1)
-        keys = Rules(*(None if x is None else x[this] for x in (None, rules.key_ranges, rules.key_mask)))
+        of_keys = {name: getattr(rules, name) for name in ("key_ranges", "key_gaps", "key_mask")}
+        keys = Rules(**{name: x[this] for name, x in of_keys.items() if x is not None})
         found, found_lse = cached_attention(q[own].unsqueeze(0), k_buf[this], v_buf[this], keys, length, scale, True)
         out[own], lse[own] = found[0], found_lse[0]
     return out, lse if return_lse else None

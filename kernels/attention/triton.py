@@ -113,6 +113,7 @@ def cached_attention(
     return_lse: bool,
     *,
     workspace: Workspace | None = None,
+    **_,
 ) -> tuple[Tensor, Tensor | None]:
     """`dkv.kernels.cached_attention`. Heads of over 256 numbers do not fit the registers: PyTorch attends with them."""
     if q.shape[-1] > LARGEST_HEAD:
@@ -170,8 +171,9 @@ def _calls(
     arguments["splits"] = tl.constexpr(split) if masked or split == 1 else split
     sizes = {"GROUP": group, "D": size, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n}
     # Every tile is tested where a rule asks for it, or where a loop that tests and one that does not would not fit
-    # the registers together: counted by `dkv audit`, from 512 bytes a head on.
-    sizes |= {"TESTED": masked or q.element_size() * block_d > 512, "WIDE": wide}
+    # the registers together: counted by `dkv audit`, from 512 bytes a head on. With a gap up to four tiles are cut,
+    # which in a loop of their own would be loaded one after the other.
+    sizes |= {"TESTED": masked or rules.key_gaps is not None or q.element_size() * block_d > 512, "WIDE": wide}
     sizes["PRECISION"] = precision(q) if _tf32_fits(block_d, masked) else "ieee"
     grid = (tiles * split, kv_heads, batch)
 
@@ -224,11 +226,11 @@ _QUERIES = {"few": (5, 2), "some": (33, 5), "many": (129, 19)}
 
 def audit_cases(arch: str) -> Iterator[Case]:
     """Every launch with all that its regime allows and a head that does not fill the tile; what `arch` uses also bare,
-    and with offsets that need 64 bits."""
+    with a gap, and with offsets that need 64 bits."""
     seen = []
     for regime, launch in TABLE.on(arch):
         used = launch == TABLE.launch(arch, regime)
-        for kind in ("full", "bare", "wide") if used else ("full",):
+        for kind in ("full", "bare", "gap", "wide") if used else ("full",):
             parts = 1 if kind == "bare" and regime[0] == "many" else 4
             calls = calls_of(arch, regime, launch, cached_attention, *_sample(regime, kind), parts=parts)
             for call in calls if used else calls[:1]:
@@ -239,7 +241,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
 
 
 def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
-    """Arguments of an attention of a regime: with one rule at most if bare, else with all that it allows."""
+    """Arguments of an attention of a regime: bare with one rule at most, else with all that it allows but a gap."""
     many, masking, width, size = regime
     bare, masked, dtype = kind == "bare", masking == "masked", "bf16" if width == 2 else "fp32"
     tokens, slots, apart = _QUERIES[many][not bare], 1001, 2**29 if kind == "wide" else None
@@ -257,6 +259,8 @@ def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
             rules["mask"] = meta(2, tokens, slots, dtype=torch.bool)
         else:
             shapes["query_starts"] = (2,)
+        if kind == "gap":
+            shapes["key_gaps"] = (2, 2)
         rules |= {name: meta(*shape, dtype=torch.int64) for name, shape in shapes.items()}
     return q, k, v, Rules(**rules), tokens, 0.125, not bare
 
@@ -269,7 +273,8 @@ def _name(regime: tuple[str, str, int, int], call: Call, kind: str) -> str:
     wide, repair = (
         " " + name.lower() if getattr(call.arguments["C"], name).value else "" for name in ("WIDE", "REPAIR")
     )
-    return f"{start} {'x'.join(map(str, call.launch.tile))}{wide}{repair}"
+    gap = "" if call.arguments["rules"].key_gaps is None else " gap"
+    return f"{start} {'x'.join(map(str, call.launch.tile))}{gap}{wide}{repair}"
 
 
 def _expected(regime: tuple[str, str, int, int], call: Call) -> tuple[str, ...]:

@@ -93,6 +93,11 @@ def recorded(like: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether values such as those of `x` cost nothing to read: lengths of rows, on a CPU."""
+    return x.device.type == "cpu" and not recorded(x)
+
+
 def _dense(results: Any, like: Tensor) -> Any:
     """Dense results; a custom op cannot leave one out of several, and gives an empty tensor for None."""
     if results is None or isinstance(results, Tensor):

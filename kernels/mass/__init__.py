@@ -1,0 +1,1 @@
+"""How much attention every slot of the buffer gets from the active queries."""
