@@ -24,6 +24,7 @@ class Choice:
         top_k, top_p: ids outside are neither drawn nor counted; the best allowed id always stays.
         banned: ids that must not be chosen, for instance the mask.
         vocab_limit: ids from here on must not be chosen (embeddings wider than the tokenizer).
+        entropy: whether to give, beside the confidence, the entropy of the distribution that it is of.
 
     Raises:
         ValueError: a setting is out of range.
@@ -37,6 +38,7 @@ class Choice:
     top_p: float | None = None
     banned: Sequence[int] = ()
     vocab_limit: int | None = None
+    entropy: bool = False
 
     def __post_init__(self):
         for name, known in (("rule", RULES), ("confidence_dtype", CONFIDENCE_DTYPES)):

@@ -4,17 +4,18 @@ The state of a row, over the columns seen so far, is a tuple of [R] tensors:
     top        the largest logit, of ids that may be chosen and of others
     tail       the sum of exp(f) without one largest, where f = (x - top) / temperature: next to a probability of
                almost 1 it keeps its digits
-    extra      "entropy": the sum of f * exp(f); "margin": the second best logit that may be chosen
+    weighed    for an entropy, the sum of f * exp(f)
+    second     for a margin, the second best logit that may be chosen
     best       the largest logit that may be chosen
     token      its lowest id
     noisy      with noise, the largest sum of a scaled logit and scaled noise
     drawn      its lowest id
     drawn_x    its logit
 
-C is known at compile time: the RULE; whether logits are TEMPERED; KEYS columns of `row_keys`, 0 where nothing is drawn;
-PARTS of the vocabulary; tiles of BLOCK_R rows, BLOCK_V ids and BLOCK_D numbers of a hidden state, of which the size is
-a multiple if EVEN; PRECISION and STAGES of the product. `heat` is (temperature of the confidence, factor of a logit,
-factor of its noise).
+C is known at compile time: the RULE; whether an ENTROPY is worked out; whether logits are TEMPERED; KEYS columns of
+`row_keys`, 0 where nothing is drawn; PARTS of the vocabulary; tiles of BLOCK_R rows, BLOCK_V ids and BLOCK_D numbers of
+a hidden state, of which the size is a multiple if EVEN; PRECISION and STAGES of the product. `heat` is (temperature of
+the confidence, factor of a logit, factor of its noise).
 """
 
 import triton
@@ -23,7 +24,7 @@ import triton.language as tl
 from dkv.kernels.common.noise import START
 
 START_A, START_B = (tl.constexpr(start) for start in START)
-FLOATS = tl.constexpr(6)  # of a state in memory: top, tail, extra, best, noisy, drawn_x
+FLOATS = tl.constexpr(7)  # of a state in memory: top, tail, weighed, second, best, noisy, drawn_x
 IDS = tl.constexpr(2)  # token, drawn
 LAST = tl.constexpr(2**31 - 1)
 FAR = tl.constexpr(-1e4)  # its exponential is 0, and 0 times it is 0, unlike -inf
@@ -75,7 +76,7 @@ def fresh(C):
     """The state of rows of which nothing has been seen."""
     nothing, zero = tl.full((C.BLOCK_R,), float("-inf"), tl.float32), tl.zeros((C.BLOCK_R,), tl.float32)
     none = tl.zeros((C.BLOCK_R,), tl.int32)
-    return nothing, zero, nothing if C.RULE == "margin" else zero, nothing, none, nothing, none, nothing
+    return nothing, zero, zero, nothing, nothing, none, nothing, none, nothing
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def cooled(difference, heat, C):
 @triton.jit
 def absorb(state, x, column, limit, heat, a, b, C, BANNED: tl.constexpr):
     """The state after the logits x [R, V] of ids `column` [V], each greater than all before it; -inf for no id."""
-    top, tail, extra, best, token, noisy, drawn, drawn_x = state
+    top, tail, weighed, second, best, token, noisy, drawn, drawn_x = state
     x = tl.where(x == x, x, float("inf"))  # a maximum may drop NaN, and +inf ends as NaN
     allowed = column < limit
     for i in tl.static_range(len(BANNED)):
@@ -106,8 +107,8 @@ def absorb(state, x, column, limit, heat, a, b, C, BANNED: tl.constexpr):
         drawn, drawn_x = tl.where(wins, drawn_here, drawn), tl.where(wins, x_here, drawn_x)
         noisy = tl.where(wins, score_here, noisy)
     if C.RULE == "margin":
-        second = tl.max(tl.where(column[None, :] == place[:, None], float("-inf"), open_x), 1)
-        extra = tl.maximum(tl.maximum(extra, second), tl.minimum(best, here))
+        second_here = tl.max(tl.where(column[None, :] == place[:, None], float("-inf"), open_x), 1)
+        second = tl.maximum(tl.maximum(second, second_here), tl.minimum(best, here))
     token, best = tl.where(here > best, place, token), tl.maximum(best, here)
 
     high = tl.maximum(top, tl.max(x, 1))
@@ -117,50 +118,65 @@ def absorb(state, x, column, limit, heat, a, b, C, BANNED: tl.constexpr):
     # Those equal to the top are counted, so that one of them can be left out without a subtraction from the sum.
     is_top, lost = x == shift[:, None], high > top
     weight, keep = tl.where(is_top, 0.0, tl.exp(far)), tl.exp(fell)
-    if C.RULE == "entropy":
-        extra = keep * (extra + fell * (1.0 + tail)) + tl.sum(weight * far, 1)
+    if C.ENTROPY:
+        weighed = keep * (weighed + fell * (1.0 + tail)) + tl.sum(weight * far, 1)
     others = tl.sum(tl.where(is_top, 1, 0), 1) - tl.where(lost, 1, 0)
     tail = tl.where(lost, keep * (1.0 + tail), tail) + tl.sum(weight, 1) + others.to(tl.float32)
-    return high, tail, extra, best, token, noisy, drawn, drawn_x
+    return high, tail, weighed, second, best, token, noisy, drawn, drawn_x
 
 
 @triton.jit
 def store(state, floats, ids, r, inside, part, C):
     """Write the state of the rows r over one part of the vocabulary."""
-    top, tail, extra, best, token, noisy, drawn, drawn_x = state
+    top, tail, weighed, second, best, token, noisy, drawn, drawn_x = state
     floats_at, ids_at = floats + (r * C.PARTS + part) * FLOATS, ids + (r * C.PARTS + part) * IDS
     tl.store(floats_at, top, mask=inside)
     tl.store(floats_at + 1, tail, mask=inside)
-    tl.store(floats_at + 2, extra, mask=inside)
-    tl.store(floats_at + 3, best, mask=inside)
+    if C.ENTROPY:
+        tl.store(floats_at + 2, weighed, mask=inside)
+    if C.RULE == "margin":
+        tl.store(floats_at + 3, second, mask=inside)
+    tl.store(floats_at + 4, best, mask=inside)
     tl.store(ids_at, token, mask=inside)
     if C.KEYS:
-        tl.store(floats_at + 4, noisy, mask=inside)
-        tl.store(floats_at + 5, drawn_x, mask=inside)
+        tl.store(floats_at + 5, noisy, mask=inside)
+        tl.store(floats_at + 6, drawn_x, mask=inside)
         tl.store(ids_at + 1, drawn, mask=inside)
 
 
 # How many rows there are bounds masks alone: no kernel of its own for a multiple of 16.
 @triton.jit(do_not_specialize=["rows"])
-def merge_kernel(floats, ids, token_out, confidence_out, rows, heat, C, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Token and log-confidence of the rows from the states of the parts of the vocabulary; grid (tiles of rows,)."""
+def merge_kernel(
+    floats,
+    ids,
+    token_out,
+    confidence_out,
+    entropy_out,
+    rows,
+    heat,
+    C,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Token, log-confidence and, where there is an output for it, entropy of the rows from the states of the parts of
+    the vocabulary; grid (tiles of rows,).
+    """
     r, part = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
     inside = (r < rows)[:, None] & (part < C.PARTS)[None, :]  # [R, P], as is all that is loaded
     at = r[:, None] * C.PARTS + part[None, :]
     floats, ids = floats + at * FLOATS, ids + at * IDS
     top = tl.load(floats, mask=inside, other=float("-inf"))
     tail = tl.load(floats + 1, mask=inside, other=0.0)
-    extra = tl.load(floats + 2, mask=inside, other=float("-inf") if C.RULE == "margin" else 0.0)
-    best = tl.load(floats + 3, mask=inside, other=float("-inf"))
+    best = tl.load(floats + 4, mask=inside, other=float("-inf"))
     token = tl.load(ids, mask=inside, other=LAST)
 
     high, first = tl.max(top, 1), tl.max(best, 1)  # [R]
     chosen, place = first, tl.min(tl.where(best == first[:, None], token, LAST), 1)
     is_first = token == place[:, None]
     if C.KEYS:
-        noisy = tl.load(floats + 4, mask=inside, other=float("-inf"))
+        noisy = tl.load(floats + 5, mask=inside, other=float("-inf"))
         drawn = tl.load(ids + 1, mask=inside, other=LAST)
-        drawn_x = tl.load(floats + 5, mask=inside, other=float("-inf"))
+        drawn_x = tl.load(floats + 6, mask=inside, other=float("-inf"))
         highest = tl.max(noisy, 1)
         place = tl.min(tl.where(noisy == highest[:, None], drawn, LAST), 1)
         is_drawn = (noisy == highest[:, None]) & (drawn == place[:, None])
@@ -175,10 +191,16 @@ def merge_kernel(floats, ids, token_out, confidence_out, rows, heat, C, BLOCK_P:
     # NaN where nothing can be chosen, or a logit is +inf or NaN; infinities are not subtracted.
     usable = (first > float("-inf")) & (high < float("inf"))
     first, chosen, high = tl.where(usable, first, 0.0), tl.where(usable, chosen, 0.0), tl.where(usable, high, 0.0)
+    if C.ENTROPY:
+        weighed = tl.load(floats + 2, mask=inside, other=0.0)
+        sum_p_log_p = tl.sum(keep * (weighed + fell * (1.0 + tail)), 1) / (1.0 + total) - log_total
+        if entropy_out is not None:
+            tl.store(entropy_out + r, tl.where(usable, tl.abs(sum_p_log_p), float("nan")), mask=r < rows)
     if C.RULE == "entropy":
-        confidence = tl.sum(keep * (extra + fell * (1.0 + tail)), 1) / (1.0 + total) - log_total
+        confidence = sum_p_log_p
     elif C.RULE == "margin":
-        second = tl.maximum(tl.max(extra, 1), tl.max(tl.where(is_first, float("-inf"), best), 1))
+        second = tl.max(tl.load(floats + 3, mask=inside, other=float("-inf")), 1)
+        second = tl.maximum(second, tl.max(tl.where(is_first, float("-inf"), best), 1))
         apart = log1p(-tl.exp(cooled(second - first, heat, C)))
         confidence = cooled(first - high, heat, C) - log_total + apart
     else:

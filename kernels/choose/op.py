@@ -16,13 +16,16 @@ from dkv.kernels.common.workspace import Workspace
 BEST = Choice()
 
 
-def _fake(x, *_):
+def _fake(x, choice):
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=wide)
+    entropy = x.new_empty(len(x), dtype=wide) if choice.entropy else None
+    return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=wide), entropy
 
 
-CHOOSE = Operation(reference.choose_token, _fake, gradient=False)
-CHOOSE_FUSED = Operation(reference.choose_token_fused, _fake, gradient=False)
+CHOOSE = Operation(reference.choose_token, lambda logits, choice, *_: _fake(logits, choice), gradient=False)
+CHOOSE_FUSED = Operation(
+    reference.choose_token_fused, lambda hidden, weight, choice, *_: _fake(hidden, choice), gradient=False
+)
 
 
 def choose_token(
@@ -31,10 +34,11 @@ def choose_token(
     *,
     row_keys: Tensor | None = None,
     overwrite: bool = False,
+    return_entropy: bool = False,
     workspace: Workspace | None = None,
     validate: bool = True,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The token of every row, and how sure the model is of it.
 
     The confidence is a logarithm taken from the tail, log p = -log1p(sum over the others of
@@ -48,12 +52,16 @@ def choose_token(
         choice: how the token is chosen.
         row_keys: [R, K] int64 (default: the row number): the noise of a row is a function of these and of nothing else.
         overwrite: the logits may be destroyed, which saves a copy of them.
+        return_entropy: also return the entropy; the field `entropy` of `choice` does the same.
         workspace: scratch to use again between calls.
         validate: check for NaN and for rows without a candidate.
         settings: fields of `Choice`, which replace those of `choice`.
 
     Returns:
-        token [R] int64 and log-confidence [R], float32 (float64 for float64). Ties go to the lowest id.
+        token [R] int64 and log-confidence [R], float32 (float64 for float64). Ties go to the lowest id. With
+        `return_entropy` also the entropy [R] in nats, of that dtype and at least 0: of the whole distribution that the
+        confidence is of, that is at its temperature, without ids that filters drop, and with those that are banned.
+        It keeps the digits of values near 0, too.
 
     Raises:
         ValueError: an argument is out of range, the logits hold NaN or no candidate, or a gradient is
@@ -61,9 +69,9 @@ def choose_token(
     """
     r, v = checks.shape("logits", logits, None, None)
     checks.dtype("logits", logits, FLOATS)
-    choice = _checked(choice, settings, v)
+    choice = _checked(choice, settings, return_entropy, v)
     row_keys = _row_keys(row_keys, r, choice, logits)
-    return _valid(CHOOSE(logits, choice, row_keys, overwrite=overwrite, workspace=workspace), validate)
+    return _valid(CHOOSE(logits, choice, row_keys, overwrite=overwrite, workspace=workspace), choice, validate)
 
 
 def choose_token_fused(
@@ -73,10 +81,11 @@ def choose_token_fused(
     *,
     head_bias: Tensor | None = None,
     row_keys: Tensor | None = None,
+    return_entropy: bool = False,
     workspace: Workspace | None = None,
     validate: bool = True,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`choose_token` of `hidden @ head_weight.T + head_bias`; no more than a scratch of logits is held.
 
     The Triton backend adds up half-precision products in float32 without rounding the logits to the dtype of
@@ -107,17 +116,17 @@ def choose_token_fused(
         v = head_weight.out_features
         if head_bias is not None:
             raise ValueError("head_bias goes with a head_weight that is a tensor: a layer adds its own")
-    choice = _checked(choice, settings, v)
+    choice = _checked(choice, settings, return_entropy, v)
     row_keys = _row_keys(row_keys, r, choice, hidden)
     if recorded(hidden) and not isinstance(head_weight, Tensor):
         chosen = CHOOSE(head_weight(hidden), choice, row_keys)  # a custom op takes no layer
     else:
         chosen = CHOOSE_FUSED(hidden, head_weight, choice, head_bias, row_keys, workspace=workspace)
-    return _valid(chosen, validate)
+    return _valid(chosen, choice, validate)
 
 
-def _checked(choice: Choice, settings: dict[str, Any], vocabulary: int) -> Choice:
-    choice = replace(choice, **settings)
+def _checked(choice: Choice, settings: dict[str, Any], return_entropy: bool, vocabulary: int) -> Choice:
+    choice = replace(choice, **{"entropy": choice.entropy or return_entropy} | settings)
     choice.check(vocabulary)
     return choice
 
@@ -135,8 +144,8 @@ def _row_keys(row_keys: Tensor | None, rows: int, choice: Choice, like: Tensor) 
     return row_keys
 
 
-def _valid(chosen: tuple[Tensor, Tensor], validate: bool) -> tuple[Tensor, Tensor]:
+def _valid(chosen: tuple[Tensor, Tensor, Tensor | None], choice: Choice, validate: bool) -> tuple[Tensor, ...]:
     if validate and bool(chosen[1].isnan().any()):
         row = int(chosen[1].isnan().nonzero()[0])
         raise ValueError(f"logits of row {row} hold NaN or +inf, or no id that may be chosen")
-    return chosen
+    return chosen if choice.entropy else chosen[:2]

@@ -32,7 +32,7 @@ def dropped(x: Tensor, best: Tensor, choice: Choice) -> Tensor | None:
     return gone if gone is None else gone.scatter(1, best[:, None], False)
 
 
-def choose_token(logits: Tensor, choice: Choice, row_keys: Tensor | None, **_) -> tuple[Tensor, Tensor]:
+def choose_token(logits: Tensor, choice: Choice, row_keys: Tensor | None, **_) -> tuple[Tensor, Tensor, Tensor | None]:
     ids = torch.arange(logits.shape[-1], device=logits.device)
     allowed = ids < choice.limit(len(ids))
     for token in choice.banned:
@@ -48,17 +48,19 @@ def choose_token(logits: Tensor, choice: Choice, row_keys: Tensor | None, **_) -
     token = _drawn(permitted, choice.temperature, row_keys) if choice.temperature > 0 else best
     # In float64, where a probability near 1 is told from 1; the fast backends sum the tail instead.
     log_p = tempered(x.double(), computable(choice.confidence_temperature, x.dtype)).log_softmax(-1)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
     if choice.rule == "margin":
         top = permitted.topk(min(2, permitted.shape[-1])).indices
         first, second = log_p.gather(1, top[:, :1])[:, 0], log_p.gather(1, top[:, 1:])
         second = second[:, 0].masked_fill(~allowed[top[:, -1]], -torch.inf) if second.numel() else -torch.inf
         confidence = first + torch.log1p(-torch.exp(second - first))
     elif choice.rule == "entropy":
-        confidence = -torch.special.entr(log_p.exp()).sum(-1)
+        confidence = -entropy
     else:
         confidence = log_p.gather(1, token[:, None])[:, 0]
     nothing_to_choose = permitted.amax(-1) == -torch.inf
-    return token, confidence.to(x.dtype).masked_fill(nothing_to_choose, torch.nan)
+    found = [y.to(x.dtype).masked_fill(nothing_to_choose, torch.nan) for y in (confidence, entropy)]
+    return token, found[0], found[1] if choice.entropy else None
 
 
 def _drawn(x: Tensor, temperature: float, row_keys: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def _drawn(x: Tensor, temperature: float, row_keys: Tensor) -> Tensor:
     return (x * own + gumbel(row_keys, x.shape[-1]).to(x.dtype) * noisy).argmax(-1)
 
 
-def _choose_rounded(logits: Tensor, allowed: Tensor, choice: Choice, row_keys) -> tuple[Tensor, Tensor]:
+def _choose_rounded(logits: Tensor, allowed: Tensor, choice: Choice, row_keys) -> tuple[Tensor, Tensor, Tensor | None]:
     """`choose_token` with every step rounded to the dtype of the logits, as Dream's published code has it.
 
     What differs from that code: the noise; ids that are not allowed; temperatures that overflow count as low; in
@@ -87,18 +89,22 @@ def _choose_rounded(logits: Tensor, allowed: Tensor, choice: Choice, row_keys) -
         token = _drawn(wide(open_p).log(), choice.temperature / choice.confidence_temperature, row_keys)
     # Beside an id that is not allowed all others may round to 0.
     token = torch.where(open_p.amax(-1) == 0, best, token)
+    sum_p_log_p = wide((p * torch.log(p + 1e-10)).masked_fill(p == 0, 0).sum(-1))
     if choice.rule == "margin":
         first, second = F.pad(open_p, (0, 1)).topk(2).values.unbind(-1)
         confidence = wide(first - second).log()
     elif choice.rule == "entropy":
-        confidence = wide((p * torch.log(p + 1e-10)).masked_fill(p == 0, 0).sum(-1))
+        confidence = sum_p_log_p
     else:
         confidence = wide(p.gather(1, token[:, None])[:, 0]).log()
-    return token, confidence.masked_fill(permitted.amax(-1) == -torch.inf, torch.nan)
+    nothing_to_choose = permitted.amax(-1) == -torch.inf
+    # 1 + 1e-10 is more than 1 in float64, and its logarithm positive.
+    found = [y.masked_fill(nothing_to_choose, torch.nan) for y in (confidence, -sum_p_log_p.clamp(max=0))]
+    return token, found[0], found[1] if choice.entropy else None
 
 
 def choose_token_fused(
     hidden: Tensor, head_weight: Tensor, choice: Choice, head_bias: Tensor | None, row_keys: Tensor | None, **_
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     logits = hidden @ head_weight.T if isinstance(head_weight, Tensor) else head_weight(hidden)
     return choose_token(logits if head_bias is None else logits + head_bias, choice, row_keys)

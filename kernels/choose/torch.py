@@ -15,6 +15,7 @@ from torch import Tensor
 from dkv.kernels.choose import reference
 from dkv.kernels.choose.choice import Choice
 from dkv.kernels.choose.temperature import computable, shares, tempered
+from dkv.kernels.common.dtypes import wide
 from dkv.kernels.common.noise import gumbel
 from dkv.kernels.common.workspace import Workspace
 
@@ -32,9 +33,11 @@ VECTOR = 32
 
 # Logits of some columns [R, C], which are not written, and memory of that shape; they are the same if logits are free.
 Strip = tuple[Tensor, Tensor]
+# Tokens, log-confidences and, where asked for, entropies: [R] each.
+Found = tuple[Tensor, Tensor, Tensor | None]
 
 
-def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
+def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace=None) -> Found:
     work = workspace or Workspace()
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
@@ -53,7 +56,7 @@ def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys,
     if not isinstance(head_weight, Tensor):
 
         def strips(rows: slice) -> Iterator[Strip]:
-            return ((x, x) for x in head_weight.strips(hidden[rows]))
+            return ((x, x) for x in map(wide, head_weight.strips(hidden[rows])))
 
         return _by_rows(strips, len(hidden), head_weight.out_features, hidden.dtype, choice, row_keys)
     work = workspace or Workspace()
@@ -84,7 +87,7 @@ def _by_rows(
     dtype: torch.dtype,
     choice: Choice,
     row_keys,
-) -> tuple[Tensor, Tensor]:
+) -> Found:
     """Choose for all rows, with no more than `SCRATCH_BYTES` of logits held at a time; they are of `dtype`."""
     rounded = choice.confidence_dtype == "model"
     columns = vocabulary if rounded or choice.filters(vocabulary) else min(vocabulary, STRIP)
@@ -98,11 +101,13 @@ def _by_rows(
             parts.append(reference.choose_token(logits, choice, keys))
         else:
             parts.append(_choose_in_strips(strips(part), vocabulary, choice, keys))
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
 
 
-def _choose_in_strips(strips: Iterable[Strip], vocabulary: int, choice: Choice, row_keys) -> tuple[Tensor, Tensor]:
-    """Tokens and log-confidences [R] of logits that come as strips of columns.
+def _choose_in_strips(strips: Iterable[Strip], vocabulary: int, choice: Choice, row_keys) -> Found:
+    """The choice from logits that come as strips of columns.
 
     A strip is used up before the next one is asked for.
     """
@@ -115,7 +120,7 @@ def _choose_in_strips(strips: Iterable[Strip], vocabulary: int, choice: Choice, 
         noise = gumbel(row_keys, x.shape[1], start).to(x.dtype)
         return noise.mul_(noisy).add_(x, alpha=own)
 
-    found = _Strips(choice.rule, choice.confidence_temperature, draw if choice.temperature > 0 else None)
+    found = _Strips(choice, draw if choice.temperature > 0 else None)
     closed, start = [], 0
     for x, scratch in starmap(_padded, strips):
         stop = start + x.shape[1]
@@ -160,13 +165,13 @@ class _Strips:
     exponents (`weighted`).
 
     Args:
-        rule: what the confidence is.
-        temperature: of the confidence.
+        choice: whose rule, temperature of the confidence, and wish for an entropy are followed.
         draw: (strip, its first column) -> values whose largest is drawn; None: the best id is taken.
     """
 
-    def __init__(self, rule: str, temperature: float, draw: Callable[[Tensor, int], Tensor] | None):
-        self.rule, self.temperature, self.draw = rule, temperature, draw
+    def __init__(self, choice: Choice, draw: Callable[[Tensor, int], Tensor] | None):
+        self.rule, self.temperature, self.draw = choice.rule, choice.confidence_temperature, draw
+        self.asked, self.weighs = choice.entropy, choice.entropy or choice.rule == "entropy"
         self.tops, self.others, self.weighted = [], [], []
         self.best, self.pairs, self.drawn = [], [], []
 
@@ -185,12 +190,13 @@ class _Strips:
         # Infinities are not subtracted from themselves.
         x = torch.sub(x, top.clamp(min=torch.finfo(x.dtype).min), out=scratch)
         self._cool(x.scatter_(1, place, -torch.inf))
-        if self.rule == "entropy":
-            weight = x.clamp_(min=-1e4).exp()
+        # A power of two, as its exp2 is three times as fast as exp on a CPU.
+        if self.weighs:
+            x.clamp_(min=-1e4)
+            weight = x.exp() if self.rule == "entropy" else x.mul(LOG2_E).exp2_()
             self.others.append(weight.sum(1, keepdim=True))
             self.weighted.append(weight.mul_(x).sum(1, keepdim=True))
         else:
-            # A power of two, as its exp2 is three times as fast as exp on a CPU.
             self.others.append(x.mul_(LOG2_E).exp2_().sum(1, keepdim=True))
         self.tops.append(top)
         return place
@@ -201,7 +207,7 @@ class _Strips:
             return difference
         return difference.div_(computable(self.temperature, difference.dtype))
 
-    def choice(self) -> tuple[Tensor, Tensor]:
+    def choice(self) -> Found:
         tops, best = torch.cat(self.tops, 1), torch.cat(self.best, 1)
         first, strip = tops[:, : best.shape[1]].max(1, keepdim=True)
         top, top_strip = tops.max(1, keepdim=True)
@@ -216,16 +222,19 @@ class _Strips:
             value, drawn, logit = (torch.cat(x, 1) for x in zip(*self.drawn, strict=True))
             strip = value.argmax(1, keepdim=True)
             token, chosen = drawn.gather(1, strip), logit.gather(1, strip)
-        if self.rule == "entropy":
+        sum_p_log_p = None
+        if self.weighs:
             weighted = torch.cat(self.weighted, 1) + down.clamp(min=-1e4) * (1 + others)
-            confidence = (weighted * down.exp()).sum(1, keepdim=True) * torch.exp(-log_total) - log_total
+            sum_p_log_p = (weighted * down.exp()).sum(1, keepdim=True) * torch.exp(-log_total) - log_total
+        if self.rule == "entropy":
+            confidence = sum_p_log_p
         elif self.rule == "margin":
             pairs = torch.cat([*self.pairs, torch.full_like(first, -torch.inf)], 1).topk(2).values
             apart = torch.log1p(-torch.exp(self._cool(pairs[:, 1:] - first)))
             confidence = self._cool(first - top) - log_total + apart
         else:
             confidence = self._cool(chosen - top) - log_total
-        return token.squeeze(1), confidence.squeeze(1)
+        return token.squeeze(1), confidence.squeeze(1), sum_p_log_p.abs().squeeze(1) if self.asked else None
 
 
 def _best(x: Tensor) -> tuple[Tensor, Tensor]:

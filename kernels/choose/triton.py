@@ -44,7 +44,9 @@ FUSED_TABLE = LaunchTable(
     {
         "default": {
             ("few", 2): Launch((16, 64, 64), 8, 3),
-            ("few", 4): Launch((16, 64, 32), 4, 3),
+            # Twice as many numbers at a time spill a register, on sm_90 with 4 warps and on sm_100 with 8, where an
+            # entropy is worked out: counted by ptxas, not timed.
+            ("few", 4): Launch((16, 64, 16), 8, 3),
             ("many", 2): Launch((64, 128, 64), 8, 2),
             ("many", 4): Launch((64, 32, 32), 8, 2),
         },
@@ -80,7 +82,7 @@ EACH, MOST_PARTS = 4, 64
 FUSED_EACH, FUSED_MOST_PARTS = 2, 256
 
 
-def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace=None) -> tuple[Tensor, Tensor]:
+def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace=None) -> fallback.Found:
     if choice.confidence_dtype != "exact" or choice.filters(logits.shape[1]):
         return fallback.choose_token(logits, choice, row_keys, overwrite=overwrite, workspace=workspace)
     return _choose(logits, None, None, choice, row_keys, workspace)
@@ -112,12 +114,12 @@ def most_fused(hidden: Tensor) -> float:
     return MOST_FUSED.get(arch, MOST_FUSED["default"])[hidden.element_size()]
 
 
-def by_kernel(hidden, head_weight, choice, head_bias, row_keys, work: Workspace | None) -> tuple[Tensor, Tensor]:
+def by_kernel(hidden, head_weight, choice, head_bias, row_keys, work: Workspace | None) -> fallback.Found:
     """`choose_token_fused` with the product inside the kernel."""
     return _choose(hidden, head_weight, head_bias, choice, row_keys, work)
 
 
-def by_strips(hidden, head_weight, choice, head_bias, row_keys, work: Workspace | None) -> tuple[Tensor, Tensor]:
+def by_strips(hidden, head_weight, choice, head_bias, row_keys, work: Workspace | None) -> fallback.Found:
     """`choose_token_fused` with logits of a strip of the vocabulary at a time from PyTorch's product, in float32."""
     return _choose(hidden, head_weight, head_bias, choice, row_keys, work, strips=True)
 
@@ -130,19 +132,20 @@ def _choose(
     row_keys: Tensor | None,
     work: Workspace | None,
     strips: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> fallback.Found:
     """Choose by logits x [R, V], or by x @ weight.T + bias, multiplied by the kernel or, in `strips`, by PyTorch."""
     x, weight, bias = (tensor if tensor is None else computable(tensor) for tensor in (x, weight, bias))
     token = torch.empty(len(x), dtype=torch.int64, device=x.device)
     confidence = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    entropy = torch.empty_like(confidence) if choice.entropy else None
     if len(x):
-        tensors = (x, weight, bias, row_keys, token, confidence)
+        tensors = (x, weight, bias, row_keys, token, confidence, entropy)
         table = TABLE if weight is None or strips else FUSED_TABLE
         table.start(_plan, tensors, choice, batch_invariant(), strips, work=work)
-    return token, confidence
+    return token, confidence, entropy
 
 
-def _plan(x, weight, bias, row_keys, token, confidence, choice, invariant, strips):
+def _plan(x, weight, bias, row_keys, token, confidence, entropy, choice, invariant, strips):
     (rows, size), vocabulary, drawn = x.shape, x.shape[1] if weight is None else len(weight), choice.temperature > 0
     fused = weight is not None and not strips
     heat = computable_temperature(choice.confidence_temperature, torch.float32)
@@ -150,7 +153,7 @@ def _plan(x, weight, bias, row_keys, token, confidence, choice, invariant, strip
     own = {"bias": strided(bias), "row_keys": strided(row_keys if drawn else None)}
     own |= {"vocabulary": vocabulary, "size": size, "limit": choice.limit(vocabulary), "BANNED": choice.banned}
     rule = {"RULE": choice.rule, "TEMPERED": choice.confidence_temperature != 1}
-    rule["KEYS"] = row_keys.shape[1] if drawn else 0
+    rule |= {"ENTROPY": choice.entropy or choice.rule == "entropy", "KEYS": row_keys.shape[1] if drawn else 0}
 
     def calls(launch: Launch) -> Iterator[Call | Product]:
         block_r, block_v, block_d = (*launch.tile, 1)[:3]
@@ -165,7 +168,7 @@ def _plan(x, weight, bias, row_keys, token, confidence, choice, invariant, strip
             "floats": Scratch("choice", (rows, cut.parts, FLOATS.value), torch.float32),
             "ids": Scratch("choice", (rows, cut.parts, IDS.value), torch.int32),
         }
-        merged = {"token_out": token, "confidence_out": confidence, "C": constants(**known)}
+        merged = {"token_out": token, "confidence_out": confidence, "entropy_out": entropy, "C": constants(**known)}
         merged |= {"BLOCK_P": _power(cut.parts), "BLOCK_R": max(1, MERGE.tile[0] // _power(cut.parts))}
         known |= {"BLOCK_R": block_r, "BLOCK_V": block_v, "BLOCK_D": block_d, "EVEN": size % block_d == 0}
         known |= {"PRECISION": precision(x), "STAGES": launch.stages}
@@ -228,6 +231,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
         yield Case(name, first, expect)
         known = merge.arguments["C"]
         kind = f"{known.PARTS.value} {known.RULE.value} {'drawn' if known.KEYS.value else 'best'}"
+        kind += " +entropy" if merge.arguments["entropy_out"] is not None else ""
         if kind not in merges:
             merges.add(kind)
             yield Case(f"choose_token merge of {kind}", merge)
@@ -238,9 +242,11 @@ def _samples(arch: str) -> Iterator[tuple[str, Any, Any, Launch, tuple[Any, ...]
     for regime, launch in TABLE.on(arch):
         # A few rows, for which the vocabulary is divided, and many.
         for number, rows in (("bf16", 5), ("fp32", 1001)):
-            for rule in RULES:
-                sample = (meta(rows, _VOCABULARY, dtype=number), *_sample(rule, regime == "drawn", rows))
-                yield f"choose_token {regime} {rule} {number}", choose_token, regime, launch, sample
+            for rule, entropy in product(RULES, (False, True)):
+                choice, keys = _sample(rule, regime == "drawn", rows, entropy)
+                sample = meta(rows, _VOCABULARY, dtype=number), choice, keys
+                name = f"choose_token {regime} {rule}{' +entropy' * entropy} {number}"
+                yield name, choose_token, regime, launch, sample
         # Without a bias strips are logits in float32 as above.
         if arch.startswith("sm_") and WIDE_PRODUCT:
             choice, keys = _sample("entropy", regime == "drawn", 1001)
@@ -249,14 +255,15 @@ def _samples(arch: str) -> Iterator[tuple[str, Any, Any, Launch, tuple[Any, ...]
     for regime, launch in FUSED_TABLE.on(arch):
         many, number = regime[0], "bf16" if regime[1] == 2 else "fp32"
         rows = 15 if many == "few" else 1001
-        for rule, full in (("probability", False), ("margin", True), ("entropy", True)):
+        for (rule, full), entropy in product((("probability", False), ("margin", True)), (False, True)):
             size = _SIZE + 16 if full else _SIZE
-            choice, keys = _sample(rule, full, rows)
+            choice, keys = _sample(rule, full, rows, entropy)
             bias = meta(_VOCABULARY, dtype=number) if full else None
             sample = meta(rows, size, dtype=number), meta(_VOCABULARY, size, dtype=number), choice, bias, keys
-            yield f"choose_token_fused {many} {rule} {number}", by_kernel, regime, launch, (*sample, Workspace())
+            name = f"choose_token_fused {many} {rule}{' +entropy' * entropy} {number}"
+            yield name, by_kernel, regime, launch, (*sample, Workspace())
 
 
-def _sample(rule: str, drawn: bool, rows: int) -> tuple[Choice, Tensor | None]:
+def _sample(rule: str, drawn: bool, rows: int, entropy: bool = False) -> tuple[Choice, Tensor | None]:
     heat = {"temperature": 0.7, "confidence_temperature": 0.7} if drawn else {}
-    return Choice(rule, banned=(_MASK,), **heat), meta(rows, 3, dtype=torch.int64) if drawn else None
+    return Choice(rule, banned=(_MASK,), entropy=entropy, **heat), meta(rows, 3, dtype=torch.int64) if drawn else None
