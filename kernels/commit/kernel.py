@@ -10,9 +10,10 @@ Sizes and strides only bound masks and place rows: they are not specialised on, 
 import triton
 import triton.language as tl
 
+from dkv.kernels.commit.ranking import anchors, less_one, level, nats, places, scored_entries, spent
 from dkv.kernels.plan.kernel import loaded
 
-SIZES = ["slots", "entries", "steps", "ends_count", "pad", "table_row", "starts"]
+SIZES = ["radius", "slots", "entries", "steps", "ends_count", "pad", "table_row", "starts"]
 ROWS = ["tokens", "masked", "fresh", "seen", "rank", "now", "active", "scored", "eligible"]
 
 
@@ -60,71 +61,6 @@ def commit_kernel(
     tl.store(canvas.ptr + row * canvas.stride[0] + slot * canvas.stride[1], value, mask=chosen)
 
 
-@triton.jit
-def _entries(scored, eligible, slot, inside, before, entries):
-    """Of slots [I] which are scored, which of these may be filled, and their entries; `before` is the first entry."""
-    score = loaded(scored, 0, slot, inside)
-    entry = before + tl.cumsum(score.to(tl.int32), 0) - 1
-    score = score & (entry < entries)
-    may = score
-    if eligible is not None:
-        may = loaded(eligible, 0, slot, score)
-    return score, may, entry
-
-
-@triton.jit
-def _level(values, entry, mask, FINITE: tl.constexpr):
-    """What entries are ordered by, float32 [I], NaN as the lowest; with FINITE -inf as the lowest finite number."""
-    value = tl.load(values + entry, mask=mask, other=float("-inf")).to(tl.float32)
-    value = tl.where(value == value, value, float("-inf"))
-    if FINITE:
-        value = tl.maximum(value, -3.4028234663852886e38)
-    return value
-
-
-@triton.jit
-def _less_one(x):
-    """exp(x) - 1 to the last digits: the error of exp is undone by that of log (Kahan)."""
-    x = tl.maximum(x, -80.0)  # where exp(x) is not yet 0
-    y = tl.exp(x)
-    return tl.where(y == 1.0, x, (y - 1.0) * (x / tl.log(tl.where(y == 1.0, 2.0, y))))
-
-
-@triton.jit
-def _places(
-    values,
-    scored,
-    eligible,
-    own,
-    slot,
-    low,
-    high,
-    first,
-    entries,
-    OTHERS: tl.constexpr,
-    FINITE: tl.constexpr,
-    ALL: tl.constexpr,
-):
-    """How many entries of the row come before each of `own` (slots [I]): higher ones, and equal ones further left.
-
-    Only what may be filled counts; of values -inf only if ALL. The scored slots of the row lie in low .. high - 1.
-    """
-    place = tl.zeros_like(slot)
-    before = first
-    for start in tl.range(low, high, OTHERS, num_stages=1):
-        other = start + tl.arange(0, OTHERS)
-        score, may, entry = _entries(scored, eligible, other, other < high, before, entries)
-        value = _level(values, entry, may, FINITE)
-        if not ALL:
-            raw = tl.load(values + entry, mask=may, other=float("-inf")).to(tl.float32)
-            may = may & (raw > float("-inf"))
-        above = value[None, :] > own[:, None]
-        level = (value[None, :] == own[:, None]) & (other[None, :] < slot[:, None])
-        place += tl.sum(((above | level) & may[None, :]).to(tl.int32), 1)
-        before += tl.sum(score.to(tl.int32))
-    return place
-
-
 @triton.jit(do_not_specialize=SIZES + [f"{name}_row" for name in ROWS])
 def advance_kernel(
     tokens,
@@ -145,13 +81,17 @@ def advance_kernel(
     token,
     confidence,
     score,
+    entropy,
     ends,
+    bounds,
     slots,
     entries,
     steps,
     ends_count,
     pad,
     bound,
+    near,
+    radius,
     table_row,
     tokens_row,
     masked_row,
@@ -196,24 +136,29 @@ def advance_kernel(
         high = tl.maximum(high, tl.where(scores, slot + 1, 0))
     unfinished, low, high = tl.sum(masks_seen) > 0, tl.min(low), tl.max(high)
     begin = tl.load(starts + row).to(tl.int32)
+    of_row = confidence, scored, eligible, entries
+    others = confidence, scored, eligible, entries, low, high, begin
     wanted = tl.load(count + row)
-    if RULE != "fixed":
+    if (RULE == "threshold" or RULE == "near") and bounds is not None:
+        bound = tl.load(bounds + row).to(tl.float32)
+    if RULE != "fixed" and RULE != "near":
         sure = tl.zeros((OWN,), tl.int32)
         before = begin
         for first in tl.range(low, high, OWN, num_stages=1):
             slot = first + lane
-            scores, may, entry = _entries(scored, eligible, slot, slot < high, before, entries)
+            scores, may, entry = scored_entries(*of_row, slot, slot < high, before, FINITE_ONLY)
             before += tl.sum(scores.to(tl.int32))
-            known = _level(confidence, entry, may, True)
-            if FINITE_ONLY:
-                may = may & (_level(confidence, entry, may, False) > float("-inf"))
+            known = level(confidence, entry, may, True)
             if RULE == "threshold":
-                sure += (may & (known >= bound)).to(tl.int32)
+                fulfils = known >= bound
+            elif RULE == "factor":
+                place = places(*others, confidence, known, slot, OTHERS, True, FINITE_ONLY)
+                fulfils = (place + 2).to(tl.float32) * -less_one(known) < bound
             else:
-                place = _places(
-                    confidence, scored, eligible, known, slot, low, high, begin, entries, OTHERS, True, not FINITE_ONLY
-                )
-                sure += (may & ((place + 2).to(tl.float32) * -_less_one(known) < bound)).to(tl.int32)
+                own, spends = level(score, entry, may, False), nats(entropy, entry, may)
+                total = spent(*others, score, entropy, own, spends, slot, OTHERS, FINITE_ONLY, RULE == "entropy")
+                fulfils = total <= bound
+            sure += (may & fulfils).to(tl.int32)
         wanted = tl.maximum(wanted, tl.sum(sure))
     start, stop = tl.load(now + START), tl.load(now + STOP)
     before = begin
@@ -223,16 +168,23 @@ def advance_kernel(
         inside = slot < slots
         masks = loaded(masked, 0, slot, inside)
         known_slots = loaded(seen, 0, slot, inside) | (loaded(active, 0, slot, inside) & (masks == 0))
-        scores, may, entry = _entries(scored, eligible, slot, inside, before, entries)
+        scores, may, entry = scored_entries(*of_row, slot, inside, before, False)
         number = tl.sum(scores.to(tl.int32))
         before += number
         filled = may
         if number > 0:
             sureness = tl.load(confidence + entry, mask=scores, other=0.0).to(tl.float32)
             nan += tl.sum((sureness != sureness).to(tl.int32))
-            own = _level(score, entry, may, False)
-            place = _places(score, scored, eligible, own, slot, low, high, begin, entries, OTHERS, False, True)
-            filled = may & (place < wanted)
+            own = level(score, entry, may, False)
+            filled = places(*others, score, own, slot, OTHERS, False, False) < wanted
+            if RULE == "near":
+                known = level(confidence, entry, may, True)
+                reached = anchors(*others, slot, bound, radius, OTHERS, FINITE_ONLY) > 0
+                sure = (known >= bound) | (reached & (known >= near))
+                if FINITE_ONLY:
+                    sure = sure & (sureness > float("-inf"))
+                filled = filled | sure
+            filled = filled & may
         masks = masks & (filled == 0)
         value = tl.load(token + entry, mask=filled, other=0)
         written = filled

@@ -82,7 +82,7 @@ def advance_(state: State, table: Tensor, passed: Pass, choice: Chosen, rules: R
         rules: how many slots are filled, and what ends a row.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the rule is unknown.
+        ValueError: shapes, dtypes or devices do not fit, the rule is unknown, or it needs entropies.
     """
     b, s = checks.shape("state.masked", state.masked, None, None)
     slots, rows, entries, fields = (b, s), (b,), (len(choice.token),), len(FIELDS)
@@ -103,12 +103,16 @@ def advance_(state: State, table: Tensor, passed: Pass, choice: Chosen, rules: R
             "passed.eligible": (passed.eligible, BOOLS, slots),
             "passed.count": (passed.count, LONGS, rows),
             "passed.starts": (passed.starts, LONGS, rows),
+            "passed.bound": (passed.bound, FLOATS, rows),
             "choice.token": (choice.token, LONGS, entries),
             "choice.confidence": (choice.confidence, FLOATS, entries),
             "choice.score": (choice.score, FLOATS, entries),
+            "choice.entropy": (choice.entropy, FLOATS, entries),
             "rules.ends": (rules.ends, LONGS, (None,)),
         }
     )
     if rules.rule not in reference.RULES:
         raise ValueError(f"rules.rule must be one of {', '.join(reference.RULES)}, got {rules.rule!r}")
+    if rules.rule in reference.ENTROPY_RULES and choice.entropy is None:
+        raise ValueError(f"rules.rule {rules.rule!r} needs choice.entropy")
     ADVANCE(state, table, passed, choice, rules)

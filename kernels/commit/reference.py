@@ -9,7 +9,11 @@ from dkv.kernels.common.dtypes import wide
 from dkv.kernels.plan.reference import FIELDS
 
 # Of how many slots are filled, see `Rules`.
-RULES = ("fixed", "threshold", "factor")
+RULES = ("fixed", "threshold", "factor", "entropy_sum", "entropy", "near")
+ENTROPY_RULES = ("entropy_sum", "entropy")
+# Entropies are added up as whole multiples of 2^-36 nats, of which none is larger than 32: whole numbers have one sum,
+# in whatever order, so no backend and no neighbour in the batch can decide what just fulfils a bound.
+UNIT, LARGEST = 2.0**-36, 32.0
 
 
 class State(NamedTuple):
@@ -46,6 +50,7 @@ class Pass(NamedTuple):
         eligible: slots that may be filled; None: the scored ones.
         count: how many are filled; with a rule of confidence, at least.
         starts: the place of a row's first scored slot among those of all rows.
+        bound: float [B], what "threshold" and "near" go by in each row, in place of the bound of `Rules`; None: that.
     """
 
     active: Tensor
@@ -53,17 +58,22 @@ class Pass(NamedTuple):
     eligible: Tensor | None
     count: Tensor
     starts: Tensor
+    bound: Tensor | None = None
 
 
 class Chosen(NamedTuple):
     """By scored slot its token (int64), its confidence and what it is ranked by (float), all [R].
 
     Slots are in ascending order, row after row. With R = 0 nothing is filled.
+
+    Attributes:
+        entropy: float, of the distribution that the confidence is of, in nats; None: the rule does not ask for it.
     """
 
     token: Tensor
     confidence: Tensor
     score: Tensor
+    entropy: Tensor | None = None
 
 
 class Rules(NamedTuple):
@@ -74,8 +84,12 @@ class Rules(NamedTuple):
         pad: the token beyond an end.
         rule: "fixed": `count` slots are filled. "threshold": all that are at least as confident as `bound`.
             "factor": the n most confident ones, for the largest n with (n + 1) (1 - exp(c)) < `bound`, c being the
-            n-th highest confidence (Fast-dLLM, Wu et al. 2025).
-        bound: of the rule.
+            n-th highest confidence (Fast-dLLM, Wu et al. 2025). "entropy": the n of highest score, for the largest n
+            whose entropies without the largest of them add up to at most `bound` (Ben-Hamu et al. 2025).
+            "entropy_sum": the same without the last of them, as in the published code of d2Cache: the stricter one, as
+            the last is at most the largest. "near": all that are at least as confident as `bound`, and those at most
+            `radius` slots from one of these that are at least as confident as `near` (LocalLeap).
+        bound, near, radius: of the rule.
         finite_only: slots of confidence -inf never fulfil it.
     """
 
@@ -84,6 +98,8 @@ class Rules(NamedTuple):
     rule: str = "fixed"
     bound: float = 0.0
     finite_only: bool = False
+    near: float = 0.0
+    radius: int = 0
 
 
 def ranked(log_confidence: Tensor) -> Tensor:
@@ -106,15 +122,54 @@ def commit_(canvas, token, log_confidence, eligible, count, positions: Tensor | 
     return committed
 
 
+def units(entropy: Tensor) -> Tensor:
+    """Entropies in `UNIT`s, rounded up, so that only 0 counts as nothing; int64. NaN is as large as any."""
+    return (entropy.float().nan_to_num(LARGEST).clamp(0, LARGEST) / UNIT).ceil().long()
+
+
 def confident(confidence: Tensor, rules: Rules) -> int:
-    """How many of these slots of a row, confidences [n], fulfil a rule of confidence."""
-    if rules.finite_only:
-        confidence = confidence[confidence > -torch.inf]
-    best = ranked(confidence.float()).clamp(min=torch.finfo(torch.float32).min).sort(descending=True).values
+    """How many of these slots of a row, confidences [n], fulfil "threshold" or "factor"."""
+    best = confidence.sort(descending=True).values
     if rules.rule == "threshold":
         return int((best >= rules.bound).sum())
     number = torch.arange(2, len(best) + 2, device=best.device)
     return int((number * -torch.expm1(best) < rules.bound).sum())
+
+
+def bounded(entropy: Tensor, rules: Rules) -> int:
+    """How many of these slots of a row, entropies [n] in their order, fulfil "entropy" or "entropy_sum".
+
+    Neither sum falls as slots come in: the one without the largest grows by the smaller of the new entropy and the
+    largest before. So the largest n whose sum fulfils the bound is also the number of sums that do.
+    """
+    total = largest = found = 0
+    for own in units(entropy).tolist():
+        total, largest = total + own, max(largest, own)
+        spent = total - (largest if rules.rule == "entropy" else own)
+        found += int((torch.tensor(spent).float() * UNIT) <= rules.bound)
+    return found
+
+
+def beside(slots: Tensor, confidence: Tensor, rules: Rules) -> Tensor:
+    """Whether each of these slots of a row [n], confidences [n], fulfils "near"; bool [n]."""
+    anchor = confidence >= rules.bound
+    reached = ((slots[:, None] - slots[anchor]).abs() <= rules.radius).any(1)
+    return anchor | (reached & (confidence >= rules.near))
+
+
+def chosen(slots: Tensor, choice: Chosen, count: int, rules: Rules) -> list[int]:
+    """Which entries a step fills, of all [n] of a row that may be filled."""
+    order = ranked(choice.score).sort(descending=True, stable=True).indices
+    may = order[choice.confidence[order] > -torch.inf] if rules.finite_only else order
+    known = ranked(choice.confidence[may].float()).clamp(min=torch.finfo(torch.float32).min)
+    also: list[int] = []
+    if rules.rule in ("threshold", "factor"):
+        count = max(count, confident(known, rules))
+    elif rules.rule in ENTROPY_RULES:
+        count = max(count, bounded(choice.entropy[may], rules))
+    elif rules.rule == "near":
+        also = may[beside(slots[may], known, rules)].tolist()
+    return [*order[: max(count, 0)].tolist(), *also]
 
 
 def advance_(state: State, table, passed: Pass, choice: Chosen, rules: Rules) -> None:
@@ -124,18 +179,18 @@ def advance_(state: State, table, passed: Pass, choice: Chosen, rules: Rules) ->
         if not masked.any():
             continue
         seen |= passed.active[b] & ~masked
-        slots = passed.scored[b].nonzero()[:, 0] if len(choice.token) else []
+        slots = passed.scored[b].nonzero()[:, 0][: len(choice.token)]
         first = int(passed.starts[b])
-        token, confidence, score = (x[first : first + len(slots)] for x in choice)
-        state.invalid.logical_or_(confidence.isnan().any())
-        allowed = [i for i, slot in enumerate(slots) if passed.eligible is None or passed.eligible[b, slot]]
-        count = int(passed.count[b])
-        if rules.rule != "fixed":
-            count = max(count, confident(confidence[allowed], rules))
-        score = ranked(score)
-        allowed.sort(key=lambda i: -float(score[i]))
-        for i in allowed[: max(count, 0)]:
-            tokens[slots[i]], masked[slots[i]], fresh[slots[i]] = token[i], False, True
+        own = Chosen(*(x if x is None else x[first : first + len(slots)] for x in choice))
+        state.invalid.logical_or_(own.confidence.isnan().any())
+        if passed.eligible is not None:
+            allowed = passed.eligible[b, slots]
+            slots, own = slots[allowed], Chosen(*(x if x is None else x[allowed] for x in own))
+        of_row = rules
+        if passed.bound is not None and rules.rule in ("threshold", "near"):
+            of_row = rules._replace(bound=float(passed.bound[b]))
+        for i in chosen(slots, own, int(passed.count[b]), of_row):
+            tokens[slots[i]], masked[slots[i]], fresh[slots[i]] = own.token[i], False, True
         step = dict(zip(FIELDS, state.now[b].tolist(), strict=True))
         open_left = bool((masked & (rank >= step["start"]) & (rank < step["stop"])).any())
         state.at[b] = min(step["index"] + 1 if open_left else step["next_block"], table.shape[1] - 1)

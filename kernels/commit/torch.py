@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from dkv.kernels.common.dtypes import wide
+from dkv.kernels.commit.together import beside, bounded, finite
 from dkv.kernels.plan.torch import columns
 
 
 def commit_(canvas, token, log_confidence, eligible, count, positions):
-    score = _finite(log_confidence).masked_fill_(~eligible, -torch.inf)
+    score = finite(log_confidence).masked_fill_(~eligible, -torch.inf)
     rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     committed = (rank < count.unsqueeze(1)).logical_and_(eligible)
     if positions is None:
@@ -51,8 +51,15 @@ def _fill(state, passed, choice, rules) -> None:
     if passed.eligible is not None:
         allowed = passed.eligible.take(slots.clamp(max=batch * size - 1)) & real
     state.invalid.logical_or_((choice.confidence.isnan() & real).any())
-    count = passed.count if rules.rule == "fixed" else _confident(choice, allowed, rows, passed, rules)
-    committed = allowed & (_order(choice.score, allowed, rows) < _by_row(passed.starts + count, rows))
+    count, also = passed.count, None
+    if rules.rule in ("threshold", "factor"):
+        count = _confident(choice, allowed, rows, passed, rules)
+    elif rules.rule != "fixed":
+        count, also = _together(choice, passed, rules)
+    committed = _order(choice.score, allowed, rows) < _by_row(passed.starts + count, rows)
+    if also is not None:
+        committed = committed | also.take(slots.clamp(max=batch * size - 1))
+    committed = committed & allowed
     state.fresh.zero_().masked_scatter_(passed.scored, committed)
     state.masked.masked_fill_(state.fresh, False)
     state.tokens.put_(places, torch.where(committed, choice.token, state.tokens.take(places)))
@@ -63,16 +70,9 @@ def _by_row(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-def _finite(x: Tensor) -> Tensor:
-    """A copy in which NaN and -inf are the lowest finite number: an allowed entry comes before one that is not."""
-    x = wide(x)
-    lowest = torch.finfo(x.dtype).min
-    return x.nan_to_num(lowest, torch.inf, lowest)
-
-
 def _order(score: Tensor, allowed: Tensor, rows: Tensor | None) -> Tensor:
     """Where each entry [R] stands if those of every row are put in order: allowed ones first, by falling score."""
-    order = _finite(score).masked_fill_(~allowed, -torch.inf).sort(descending=True, stable=True).indices
+    order = finite(score).masked_fill_(~allowed, -torch.inf).sort(descending=True, stable=True).indices
     if rows is not None:
         order = order.index_select(0, rows.index_select(0, order).sort(stable=True).indices)
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -82,9 +82,10 @@ def _confident(choice, allowed: Tensor, rows: Tensor | None, passed, rules) -> T
     """How many slots of every row fulfil the rule of confidence, at least the count of the pass: [B]."""
     if rules.finite_only:
         allowed = allowed & (choice.confidence > -torch.inf)
-    known = _finite(choice.confidence.float())
+    known = finite(choice.confidence.float())
     if rules.rule == "threshold":
-        sure = (known >= rules.bound) & allowed
+        bound = rules.bound if passed.bound is None else _by_row(passed.bound, rows)
+        sure = (known >= bound) & allowed
     else:
         number = _order(known, allowed, rows) - _by_row(passed.starts, rows) + 2
         sure = (number * -torch.expm1(known) < rules.bound) & allowed
@@ -93,6 +94,24 @@ def _confident(choice, allowed: Tensor, rows: Tensor | None, passed, rules) -> T
     else:
         found = torch.zeros_like(passed.count).scatter_add_(0, rows, sure.long())
     return torch.maximum(found, passed.count)
+
+
+def _together(choice, passed, rules) -> tuple[Tensor, Tensor | None]:
+    """How many slots of every row are filled [B], and which beside these [B, S], by what holds of a row as a whole."""
+
+    def by_slot(x: Tensor) -> Tensor:
+        return x.new_zeros(passed.scored.shape).masked_scatter_(passed.scored, x)
+
+    may, confidence = passed.scored, by_slot(choice.confidence)
+    if passed.eligible is not None:
+        may = may & passed.eligible
+    if rules.finite_only:
+        may = may & (confidence > -torch.inf)
+    if rules.rule == "near":
+        bound = rules.bound if passed.bound is None else passed.bound.unsqueeze(1)
+        return passed.count, beside(confidence, may, bound, rules)
+    found = bounded(by_slot(choice.score), by_slot(choice.entropy), may, rules)
+    return torch.maximum(found, passed.count), None
 
 
 def _end(state, unfinished: Tensor, rules) -> None:

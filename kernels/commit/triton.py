@@ -8,7 +8,7 @@ import triton
 
 from dkv.kernels.commit import torch as fallback
 from dkv.kernels.commit.kernel import advance_kernel, commit_kernel
-from dkv.kernels.commit.reference import RULES, Chosen, Pass, Rules, State
+from dkv.kernels.commit.reference import ENTROPY_RULES, RULES, Chosen, Pass, Rules, State
 from dkv.kernels.common.arguments import strided
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev.cases import Case, calls_of, meta
@@ -22,10 +22,13 @@ TABLE = LaunchTable(
     {"default": {"all": Launch((16, 256), 4)}, "interpreter": {"all": Launch((128, 128), 4)}},
     [Launch(tile, warps) for tile in ((8, 256), (16, 128), (16, 256), (32, 256)) for warps in (2, 4, 8)],
 )
-# Tile: (slots that a step is taken with, slots they are compared with at a time).
+# Tile: (slots that a step is taken with, slots they are compared with at a time). Sums of entropies take registers.
 ADVANCE = LaunchTable(
     "advance_",
-    {"default": {"all": Launch((256, 32), 4)}, "interpreter": {"all": Launch((64, 64), 4)}},
+    {
+        "default": {"all": Launch((256, 32), 4), "entropy": Launch((256, 16), 4)},
+        "interpreter": dict.fromkeys(("all", "entropy"), Launch((64, 64), 4)),
+    },
     # No candidates: to time them, a step would be taken again and again.
 )
 COLUMNS = {name.upper(): FIELDS.index(name) for name in ("index", "start", "stop", "next_block")}
@@ -71,10 +74,13 @@ def _advance(*given):
     of_rows = {name: x for name, x in state._asdict().items() if name not in ("at", "cut", "invalid")}
     of_rows |= {"active": passed.active, "scored": passed.scored, "eligible": passed.eligible}
     named = by_rows(**of_rows) | {"at": state.at, "cut": state.cut, "invalid": state.invalid, "table": table}
-    named |= {"count": passed.count, "starts": passed.starts, **choice._asdict(), "ends": rules.ends, "pad": rules.pad}
+    named |= {"count": passed.count, "starts": passed.starts, "bounds": passed.bound}
+    named |= choice._asdict()
+    named |= {"ends": rules.ends, "pad": rules.pad}
     named |= {"slots": state.masked.shape[1], "entries": len(choice.token)}
     named |= {"steps": table.shape[1], "table_row": table.stride(0)}
-    named |= {"ends_count": 0 if rules.ends is None else len(rules.ends), "bound": float(rules.bound)}
+    named |= {"ends_count": 0 if rules.ends is None else len(rules.ends)}
+    named |= {"bound": float(rules.bound), "near": float(rules.near), "radius": rules.radius}
     named |= COLUMNS | {"FIELDS": len(FIELDS), "COLUMNS": triton.next_power_of_2(len(FIELDS))}
     named |= {"RULE": rules.rule, "FINITE_ONLY": rules.finite_only}
 
@@ -82,7 +88,7 @@ def _advance(*given):
         own, others = launch.tile
         return [Call(advance_kernel, (len(state.masked),), launch, named | {"OWN": own, "OTHERS": others})]
 
-    return "all", calls
+    return "entropy" if rules.rule in ENTROPY_RULES else "all", calls
 
 
 def audit_cases(arch: str) -> Iterator[Case]:
@@ -97,13 +103,17 @@ def audit_cases(arch: str) -> Iterator[Case]:
             yield Case(f"commit_ {kind} {'x'.join(map(str, launch.tile))}", call)
     for regime, launch in ADVANCE.on(arch):
         for i, rule in enumerate(RULES):
+            if (rule in ENTROPY_RULES) != (regime == "entropy"):
+                continue
             mask, count = meta(3, 1001, dtype=torch.bool), meta(3, dtype=torch.int64)
             longs, now = meta(3, 1001, dtype=torch.int64), meta(3, len(FIELDS), dtype=torch.int64)
             tokens, invalid = meta(3, 1002, dtype=torch.int64), meta(dtype=torch.bool)
             state = State(tokens, mask, mask, mask, longs, count, now, count, invalid)
-            passed = Pass(mask, mask, mask if i else None, count, count)
-            choice = Chosen(meta(70, dtype=torch.int64), *(meta(70, dtype=torch.float32) for _ in range(2)))
-            rules = Rules(meta(2, dtype=torch.int64) if i < 2 else None, 0, rule, 0.5, rule == "factor")
+            by_row = meta(3, dtype=torch.float32) if rule == "near" else None
+            passed = Pass(mask, mask, mask if i else None, count, count, by_row)
+            values = (meta(70, dtype=torch.float32) for _ in range(3 if rule in ENTROPY_RULES else 2))
+            choice = Chosen(meta(70, dtype=torch.int64), *values)
+            rules = Rules(meta(2, dtype=torch.int64) if i < 2 else None, 0, rule, 0.5, rule == "factor", 0.4, 4)
             given = (state, meta(3, 9, len(FIELDS), dtype=torch.int64), passed, choice, rules)
             (call,) = calls_of(arch, regime, launch, advance_, *given)
             yield Case(f"advance_ {rule} {'x'.join(map(str, launch.tile))}", call)
