@@ -92,10 +92,13 @@ def plan_kernel(
         if KIND == "chosen":
             score = loaded(chosen, row * chosen_row, slot, taken)
         else:
-            _, score = opened(masked, row * masked_row, rank, row * rank_row, slot, inside, start, stop)
+            masks, score = opened(masked, row * masked_row, rank, row * rank_row, slot, inside, start, stop)
             if KIND == "window":
                 may = (score & full) | loaded(chosen, row * chosen_row, slot, inside & (full == 0))
                 tl.store(eligible + row * slots + slot, may, mask=inside)
+            elif KIND == "masks":
+                tl.store(eligible + row * slots + slot, score, mask=inside)
+                score = masks
             else:
                 score = score & (fills > 0)
             if SHIFTED:

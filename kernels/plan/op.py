@@ -6,12 +6,12 @@ from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import BOOLS, LONGS
 from dkv.kernels.common.operation import Operation
 from dkv.kernels.plan import reference
-from dkv.kernels.plan.reference import FIELDS, KINDS
+from dkv.kernels.plan.reference import ELIGIBLE, FIELDS, KINDS
 
 
 def _empty_plan(now, masked, rank, lengths, *others):
     masks = [masked.new_empty(masked.shape) for _ in range(3)]
-    eligible = masks[2] if others[5] == "window" else None
+    eligible = masks[2] if others[5] in ELIGIBLE else None
     return *masks[:2], eligible, lengths.new_empty(lengths.shape), lengths.new_empty(5, len(lengths))
 
 
@@ -58,7 +58,7 @@ def plan_pass(
         everything: bool [B, S], slots to compute where a step is full; None: all of the row.
         kind: what is scored: "open", the open slots that are reached, in rows that fill some of them; "window", those
             in any row, of which only the chosen ones may be filled, or where the step is full all open ones;
-            "chosen", the chosen ones.
+            "chosen", the chosen ones; "masks", all masked slots that are reached, of which the open ones may be filled.
         dynamic: every row fills at least one slot.
         by_chance: no row is held to a count.
         shifted: the output of a slot predicts the next one.
@@ -75,7 +75,7 @@ def plan_pass(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kind != "open" and chosen is None:
+    if kind in ("window", "chosen") and chosen is None:
         raise ValueError(f"chosen must be given with kind={kind!r}")
     b, s = checks.shape("masked", masked, None, None)
     checks.fit(
@@ -93,7 +93,7 @@ def plan_pass(
     )
     given = (now, masked, rank, lengths, active, chosen, everything, cut, invalid)
     computed, scored, eligible, count, report = PLAN(*given, kind, dynamic, by_chance, shifted)
-    return computed, scored, eligible if kind == "window" else None, count, report
+    return computed, scored, eligible if kind in ELIGIBLE else None, count, report
 
 
 def pack_pass(
@@ -114,7 +114,7 @@ def pack_pass(
         active, scored: bool [B, S], of `plan_pass`.
         lengths: int64 [B], slots of each row.
         report: int64 [5, B], of `plan_pass`: its first two lines count `active` and `scored`.
-        total, scored_total: T and R, at least the sum of these counts. Not checked, as the counts are on the device.
+        total, scored_total: T and R, as a rule at least the sums of these; of more slots only the first are there.
         shifted: the output of a slot predicts the next one.
 
     Returns:

@@ -8,7 +8,9 @@ from torch import Tensor
 # `next_block` is the number of the step that begins the next block; `full` is 1 where every slot is computed, else 0.
 FIELDS = ("index", "in_block", "start", "stop", "left", "next_block", "full")
 # Which slots are scored, see `dkv.kernels.plan_pass`.
-KINDS = ("open", "window", "chosen")
+KINDS = ("open", "window", "chosen", "masks")
+# Those in which not all that is scored may be filled.
+ELIGIBLE = ("window", "masks")
 
 
 def plan(
@@ -43,12 +45,13 @@ def plan(
             reached = torch.cat((computed[b, :1], computed[b, :-1])) if shifted else computed[b]
             if kind == "chosen":
                 scored[b] = chosen[b]
+            elif kind == "masks":
+                scored[b] = masked[b] & reached
             elif kind == "window" or fills > 0:
                 scored[b] = open_ & reached
-        if kind == "window":
-            eligible[b] = open_ if step["full"] else chosen[b]
+        eligible[b] = chosen[b] if kind == "window" and not step["full"] else open_
         report[:, b] = torch.stack([*(x[b].sum() for x in (computed, scored, masked)), cut[b], invalid])
-    return computed, scored, eligible if kind == "window" else None, count, report
+    return computed, scored, eligible if kind in ELIGIBLE else None, count, report
 
 
 def pack(
@@ -62,10 +65,10 @@ def pack(
     places[0].fill_(spare)
     for b in range(len(active)):
         first, second = starts[:, b].tolist()
-        for i, slot in enumerate(active[b].nonzero()[:, 0].tolist()):
+        for i, slot in enumerate(active[b].nonzero()[:, 0].tolist()[: max(total - first, 0)]):
             for x, value in zip(packed, (tokens[b, slot], slot, b), strict=True):
                 x[first + i] = value
-        for i, slot in enumerate(scored[b].nonzero()[:, 0].tolist()):
+        for i, slot in enumerate(scored[b].nonzero()[:, 0].tolist()[: max(scored_total - second, 0)]):
             source = min(max(slot - shifted, 0), int(lengths[b]) - 1)
             before = int(active[b, : source + 1].sum())
             for x, value in zip(places, (slot, b, first + max(before - 1, 0)), strict=True):

@@ -28,11 +28,12 @@ def plan(now, masked, rank, lengths, active, chosen, everything, cut, invalid, k
         scored = chosen & unfinished
     else:
         # A slot is predicted by its own output, or in a shifted model by that of the slot before it.
-        scored = open_ & (torch.cat((active[:, :1], active[:, :-1]), 1) if shifted else active)
+        scored = masked if kind == "masks" else open_
+        scored = scored & (torch.cat((active[:, :1], active[:, :-1]), 1) if shifted else active)
         if kind == "open":
             scored &= count > 0
         else:
-            eligible = torch.where(full, open_, chosen)
+            eligible = open_ if kind == "masks" else torch.where(full, open_, chosen)
     count = torch.full_like(lengths, slots) if by_chance else count.squeeze(1)
     report = (active.sum(1), scored.sum(1), unfilled.squeeze(1), cut, invalid.expand(len(cut)))
     return active, scored, eligible, count, torch.stack(report)

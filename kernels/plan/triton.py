@@ -10,7 +10,7 @@ from dkv.kernels.common.arguments import unit_stride
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
 from dkv.kernels.dev.cases import Case, calls_of, meta
 from dkv.kernels.plan.kernel import pack_kernel, plan_kernel, window_kernel
-from dkv.kernels.plan.reference import FIELDS, KINDS
+from dkv.kernels.plan.reference import ELIGIBLE, FIELDS, KINDS
 
 # Tile: (slots,). One regime: all. None has been timed on a GPU; `dkv audit` finds no spilled registers.
 TILES = {"default": {"all": Launch((1024,), 8)}, "interpreter": {"all": Launch((64,), 4)}}
@@ -35,7 +35,7 @@ def plan(now, masked, rank, lengths, active, chosen, everything, cut, invalid, k
     rows, slots = masked.shape
     like = {"dtype": torch.bool, "device": masked.device}
     computed, scored = (torch.empty(rows, slots, **like) for _ in range(2))
-    eligible = torch.empty(rows, slots, **like) if kind == "window" else None
+    eligible = torch.empty(rows, slots, **like) if kind in ELIGIBLE else None
     written = computed, scored, eligible, lengths.new_empty(rows), lengths.new_empty(5, rows)
     if rows:
         read = *dense(now, masked, rank, active, chosen, everything, lengths, cut), invalid
@@ -108,7 +108,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
     cases: list[tuple[str, LaunchTable, Any, tuple]] = []
     for i, kind in enumerate(KINDS):
         how = (meta(dtype=torch.bool), kind, kind == "open", kind == "chosen", kind != "chosen")
-        given = (None if kind == "open" else mask, None if i % 2 else mask, count, *how)
+        given = (mask if kind in ("window", "chosen") else None, None if i % 2 else mask, count, *how)
         cases.append((f"plan {kind}", PLAN, plan, (*state, *given)))
     for shifted in (False, True):
         given = (tokens, mask, mask, count, report, 70, 40, shifted)
