@@ -32,6 +32,11 @@ def _attend_packed(q, k, v, starts, lengths):
     return kernels.cached_attention(q, k, v, query_starts=starts, query_lengths=lengths, most_queries=4)
 
 
+def _mass(q, k, lse, weight, starts, lengths, ranges):
+    rows = {"query_starts": starts, "query_lengths": lengths, "most_queries": 4, "key_ranges": ranges}
+    return kernels.attention_mass(q, k, lse, weight, **rows)
+
+
 def _rope_scatter(q, k, v, cos, sin, positions, k_buf, v_buf, gain):
     out = kernels.rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, q_norm=(gain, 1e-6), validate=False)
     return out, k_buf, v_buf
@@ -42,15 +47,36 @@ def _rope_scatter_packed(q, k, v, cos, sin, positions, k_buf, v_buf, rows):
 
 
 def _choose(logits, keys):
-    return kernels.choose_token(logits, temperature=0.7, row_keys=keys, banned=(1,), validate=False)
+    how = {"temperature": 0.7, "row_keys": keys, "banned": (1,), "validate": False}
+    return *kernels.choose_token(logits, **how), *kernels.choose_token(logits, return_entropy=True, **how)
 
 
 def _choose_fused(hidden, weight, bias):
-    return kernels.choose_token_fused(hidden, weight, head_bias=bias, rule="entropy", vocab_limit=30, validate=False)
+    how = {"head_bias": bias, "vocab_limit": 30, "validate": False}
+    plain = kernels.choose_token_fused(hidden, weight, rule="entropy", **how)
+    return *plain, *kernels.choose_token_fused(hidden, weight, rule="margin", return_entropy=True, **how)
 
 
 def _commit(canvas, token, confidence, eligible, count):
     return kernels.commit_(canvas, token, confidence, eligible, count, validate=False), canvas
+
+
+def _change(x, delta, kept, positions, rows):
+    return kernels.row_change(x, kept, positions, rows, delta=delta, validate=False)
+
+
+def _keep(x, delta, kept, positions, rows, entries):
+    return kernels.keep_rows_(x, kept, positions, rows, entries=entries, delta=delta, validate=False), kept
+
+
+def _states(entries: bool = False) -> tuple[Tensor, ...]:
+    """Hidden states of N entries, two of them going on, and what was kept."""
+    slots = (
+        (indices(S, 2), torch.tensor([1, 0]), torch.tensor([2, 0]))
+        if entries
+        else (indices(S, N), indices(B, N, 1)[:, 0])
+    )
+    return numbers(N, D), numbers(N, D), numbers(B, S, D), *slots
 
 
 def _plan(now, masked, rank, lengths, active, cut, invalid, chosen):
@@ -69,8 +95,8 @@ def _window(chosen, masked, centers):
 def _advance(tokens, masked, *others):
     # Masks are kept as a view: the last column is left out.
     state, (table, *rest) = State(tokens, masked[:, :-1], *others[:7]), others[7:]
-    passed, choice = Pass(*rest[:5]), Chosen(*rest[5:8])
-    kernels.advance_(state, table, passed, choice, Rules(rest[8], 0, "threshold", -0.5))
+    passed, choice = Pass(*rest[:6]), Chosen(*rest[6:10])
+    kernels.advance_(state, table, passed, choice, Rules(rest[10], 0, "threshold", -0.5))
     return tokens, masked, *others[:7]
 
 
@@ -94,7 +120,7 @@ def _of_window() -> tuple[Tensor, ...]:
 def _of_advance() -> tuple[Tensor, ...]:
     rows = Rows.random(B, S)
     tokens, masked, *others = rows.state
-    passed, choice = rows.passed("window", filling=2)
+    passed, choice = rows.passed("window", filling=2, by_row=True)
     return tokens, masked._base, *others, rows.table, *passed, *choice, torch.tensor([1, 25])
 
 
@@ -103,7 +129,7 @@ def _steps(kind: str, rule: str) -> tuple:
     rows = Rows.random(B, S)
     passed, choice = rows.passed(kind, filling=1)
     ends = None if kind == "open" else torch.tensor([1, 25])
-    return *rows.state, rows.table, *passed, *choice, ends, 7, rule, -0.5, rule == "factor"
+    return *rows.state, rows.table, *passed, *choice, ends, 7, rule, -0.5, rule == "factor", -0.7, 2
 
 
 FUNCTIONS = {
@@ -116,6 +142,18 @@ FUNCTIONS = {
     "cached_attention, packed": (
         _attend_packed,
         lambda: (numbers(B * N, HQ, D), *buffers(), torch.tensor([0, 2]), torch.tensor([2, 4])),
+    ),
+    "attention_mass": (
+        _mass,
+        lambda: (
+            numbers(B * N, HQ, D),
+            buffers()[0],
+            numbers(B * N, HQ) + 5,
+            numbers(B * N),
+            torch.tensor([0, 2]),
+            torch.tensor([2, 4]),
+            torch.tensor([[0, S], [2, 5]]),
+        ),
     ),
     "rope_scatter_": (
         _rope_scatter,
@@ -155,6 +193,8 @@ FUNCTIONS = {
             torch.tensor([1, 3]),
         ),
     ),
+    "row_change": (_change, _states),
+    "keep_rows_": (_keep, lambda: _states(entries=True)),
     "plan_pass": (_plan, _of_plan),
     "pack_pass": (_pack, _of_pack),
     "with_masked_window": (_window, _of_window),
@@ -169,8 +209,8 @@ SAMPLES = {
         for (k, v) in [buffers()]
         for lse in (False, True)
         for q, *rules in (
-            [numbers(B, N, HQ, D), *[None] * 7],
-            [numbers(5, HQ, D), torch.tensor([2, 3]), *[None] * 5, torch.tensor([0, 2])],
+            [numbers(B, N, HQ, D), *[None] * 8],
+            [numbers(5, HQ, D), torch.tensor([2, 3]), *[None] * 5, torch.tensor([0, 2]), None],
             [
                 numbers(B, N, HQ, D),
                 torch.tensor([1, 3]),
@@ -180,8 +220,12 @@ SAMPLES = {
                 torch.randint(3, (B, N)),
                 torch.randint(3, (B, S)),
                 None,
+                torch.tensor([[1, 3], [2, 2]]),
             ],
         )
+    ],
+    "attention_mass": lambda: [
+        (*FUNCTIONS["attention_mass"][1]()[:6], ranges, 4, 0.25) for ranges in (None, torch.tensor([[0, S], [2, 5]]))
     ],
     "rope_scatter_": lambda: (
         [
@@ -196,23 +240,28 @@ SAMPLES = {
         ]
     ),
     "choose_token": lambda: [
-        (numbers(N, V), rule, heat, 1.0, "exact", None, None, [1], None, torch.arange(N)[:, None] if heat else None)
+        (numbers(N, V), rule, heat, 1.0, "exact", None, None, [1], None, entropy, keys)
         for rule in kernels.RULES
-        for heat in (0.0, 0.8)
+        for heat, entropy, keys in ((0.0, True, None), (0.8, False, torch.arange(N)[:, None]))
     ],
     "choose_token_fused": lambda: [
-        (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias, None)
+        (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias is None, bias, None)
         for bias in (None, numbers(V))
     ],
     "commit_": lambda: [(*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))],
+    "row_change": lambda: [_states(), (lambda x, _, *others: (x, None, *others))(*_states())],
+    "keep_rows_": lambda: [_states(entries=True), (*_states(), None)],
     "plan": lambda: [
         (*given, others.get("chosen"), others.get("everything"), others["cut"], others["invalid"], kind, *flags)
         for kind, everything, flags in zip(
-            KINDS, (False, True, False), ((True, False, False), (False, True, True), (False, False, True)), strict=True
+            KINDS,
+            (False, True, False, True),
+            ((True, False, False), (False, True, True), (False, False, True), (True, False, True)),
+            strict=True,
         )
         for given, others in [Rows.random(B, S).plan(kind, everything)]
     ],
     "pack": lambda: [(*_of_pack(), B * S, total, shifted) for total, shifted in ((B * S, False), (B * S + 3, True))],
     "with_masked_window": lambda: [(chosen, masked[:, :-1], centers, 2) for chosen, masked, centers in [_of_window()]],
-    "advance_": lambda: [_steps("open", "fixed"), _steps("window", "factor")],
+    "advance_": lambda: [_steps("open", "fixed"), _steps("window", "factor"), _steps("open", "entropy")],
 }

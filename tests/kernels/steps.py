@@ -10,6 +10,15 @@ from dkv.kernels.commit.reference import Chosen, Pass, State
 from dkv.kernels.plan.reference import FIELDS
 
 LEVELS = torch.tensor([-torch.inf, -2.0, -0.7, -0.3, -0.1, -1e-4, 0.0])
+# By rule of the commit, the bounds of it that some of the slots fulfil.
+HOW = {
+    "fixed": {},
+    "threshold": {"bound": -0.3},
+    "factor": {"bound": 1.3},
+    "entropy_sum": {"bound": 1.3},
+    "entropy": {"bound": 1.3},
+    "near": {"bound": -0.1, "near": -0.7, "radius": 2},
+}
 
 
 @dataclass
@@ -64,15 +73,20 @@ class Rows:
         state, shape = self.state, self.state.masked.shape
         inside = torch.arange(shape[1]) < self.lengths[:, None]
         others = {"cut": state.cut, "invalid": state.invalid, "kind": kind, **how}
-        if kind != "open":
+        if kind in ("window", "chosen"):
             block = (state.rank >= state.now[:, 2:3]) & (state.rank < state.now[:, 3:4])
             others["chosen"] = state.masked & block & (torch.rand(shape) < 0.5)
         if everything:
             others["everything"] = inside & (torch.rand(shape) < 0.8)
         return (state.now, state.masked, state.rank, self.lengths, inside & (torch.rand(shape) < 0.7)), others
 
-    def passed(self, kind: str = "open", *, filling: int = 0, dtype: torch.dtype = torch.float32, **how: bool):
-        """A pass, with as many entries as are scored and `filling` more, and what was chosen for them."""
+    def passed(
+        self, kind: str = "open", *, filling: int = 0, dtype: torch.dtype = torch.float32, by_row=False, **how: bool
+    ):
+        """A pass, with as many entries as are scored and `filling` more, and what was chosen for them.
+
+        With `by_row` every row has a bound of its own.
+        """
         given, others = self.plan(kind, **how)
         active, scored, eligible, count, report = kernels.plan_pass(*given, **others)
         count = torch.randint(-1, self.state.masked.shape[1], count.shape)
@@ -80,8 +94,11 @@ class Rows:
         confidence = LEVELS[torch.randint(len(LEVELS), (entries,))].to(dtype)
         score = torch.where(torch.rand(entries) < 0.5, confidence, confidence - torch.rand(entries).to(dtype))
         starts = report[1].cumsum(0) - report[1]
-        chosen = Chosen(torch.randint(20, 30, (entries,)), confidence, score)
-        return Pass(active, scored, eligible, count, starts), chosen
+        # Some are nothing, and some so small that they are lost beside others.
+        entropy = torch.rand(entries) * torch.tensor([0.0, 1e-12, 1e-6, 0.3, 2.0])[torch.randint(5, (entries,))]
+        chosen = Chosen(torch.randint(20, 30, (entries,)), confidence, score, entropy)
+        bound = LEVELS[torch.randint(len(LEVELS), count.shape)] if by_row else None
+        return Pass(active, scored, eligible, count, starts, bound), chosen
 
     def copy(self) -> State:
         """The state in memory of its own, with the same strides."""

@@ -7,11 +7,8 @@ from dkv import kernels
 from dkv.kernels import use_backend
 from dkv.kernels.commit.reference import RULES, Rules, State
 from dkv.kernels.plan.reference import KINDS
-from tests.kernels.steps import Rows
+from tests.kernels.steps import HOW, Rows
 from tests.kernels.sweeps import sweep
-
-BOUNDS = {"fixed": 0.0, "threshold": -0.3, "factor": 1.3}
-
 
 SIZES = [(1, 1), (1, 13), (3, 8), (4, 21)]
 
@@ -30,5 +27,6 @@ def check(rows: Rows, passed, choice, rules: Rules) -> State:
 def test_any_step(size, kind, rule, finite_only, backend):
     for ends in (None, torch.tensor([1, 2, 25])):
         rows = Rows.random(*size)
-        passed, choice = rows.passed(kind, filling=int(torch.randint(4, ())))
-        check(rows, passed, choice, Rules(ends, 77, rule, BOUNDS[rule], finite_only))
+        # Of ends there are some where rows have bounds of their own.
+        passed, choice = rows.passed(kind, filling=int(torch.randint(4, ())), by_row=ends is not None)
+        check(rows, passed, choice, Rules(ends, 77, rule, finite_only=finite_only, **HOW[rule]))

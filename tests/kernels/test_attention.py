@@ -19,7 +19,7 @@ SHAPES = [
     (1, 6, 9, 4, 1, 32),
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-RULES = ["query_lengths", "key_ranges", "key_mask", "mask", "block_ids"]
+RULES = ["query_lengths", "key_ranges", "key_gaps", "key_mask", "mask", "block_ids"]
 
 
 def shape_id(shape: tuple[int, ...]) -> str:
@@ -38,6 +38,7 @@ def rules(shape: tuple[int, ...], names: list[str], integer: torch.dtype = torch
     every = {
         "query_lengths": torch.randint(1, n + 1, (b,), dtype=integer),
         "key_ranges": torch.stack([torch.randint(0, s, (b,)).minimum(ends), ends], 1).to(integer),
+        "key_gaps": torch.randint(0, s + 1, (b, 2)).sort(1).values.to(integer),
         "key_mask": torch.rand(b, s) < 0.6,
         "mask": torch.rand(b, n, s) < 0.6,
         "block_ids": (torch.randint(0, 4, (b, n), dtype=integer), torch.randint(0, 5, (b, s), dtype=integer)),
@@ -45,21 +46,24 @@ def rules(shape: tuple[int, ...], names: list[str], integer: torch.dtype = torch
     if b > 1:
         every["query_lengths"][-1] = 0
         every["key_ranges"][-1] = torch.tensor([s // 2, s // 2])
+        every["key_gaps"][-1] = torch.tensor([0, s])
         every["key_mask"][-1] = False
     return {name: every[name] for name in names}
 
 
-def seen(shape, query_lengths=None, key_ranges=None, key_mask=None, mask=None, block_ids=None) -> Tensor:
+def seen(shape, query_lengths=None, key_ranges=None, key_gaps=None, key_mask=None, mask=None, block_ids=None) -> Tensor:
     """Bool [B, N, S] by the words of the docstring, one pair at a time."""
     b, n, s, *_ = shape
     lengths = [n] * b if query_lengths is None else query_lengths.tolist()
     ranges = [(0, s)] * b if key_ranges is None else key_ranges.tolist()
+    gaps = [(0, 0)] * b if key_gaps is None else key_gaps.tolist()
     key_mask = [[True] * s] * b if key_mask is None else key_mask.tolist()
     mask = [[[True] * s] * n] * b if mask is None else mask.tolist()
     query_block, key_block = ([[0] * n] * b, [[0] * s] * b) if block_ids is None else (x.tolist() for x in block_ids)
 
     def sees(row: int, i: int, j: int) -> bool:
         in_range = i < lengths[row] and ranges[row][0] <= j < ranges[row][1]
+        in_range = in_range and not gaps[row][0] <= j < gaps[row][1]
         return in_range and key_mask[row][j] and mask[row][i][j] and key_block[row][j] <= query_block[row][i]
 
     return torch.tensor([[[sees(row, i, j) for j in range(s)] for i in range(n)] for row in range(b)])
@@ -259,6 +263,8 @@ def zeros(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         ({"query_lengths": zeros(2)}, r"^query_lengths must be int32, int64"),
         ({"key_ranges": zeros(2, dtype=torch.int64)}, r"^key_ranges must have shape"),
         ({"key_ranges": zeros(2, 2, dtype=torch.bool)}, r"^key_ranges must be int32"),
+        ({"key_gaps": zeros(2, 3, dtype=torch.int64)}, r"^key_gaps must have shape \[2, 2\]"),
+        ({"key_gaps": zeros(2, 2)}, r"^key_gaps must be int32, int64, got float32"),
         ({"key_mask": zeros(2, 4, dtype=torch.bool)}, r"^key_mask must have shape"),
         ({"key_mask": zeros(2, 5)}, r"^key_mask must be bool, got float32"),
         ({"mask": zeros(2, 5, dtype=torch.bool)}, r"^mask must have shape"),
@@ -282,6 +288,7 @@ def test_arguments_are_checked(changes, message):
         ({"v_buf": zeros(2, 5, 2, 16, device="meta")}, "v_buf"),
         ({"query_lengths": zeros(2, dtype=torch.int64, device="meta")}, "query_lengths"),
         ({"key_ranges": zeros(2, 2, dtype=torch.int64, device="meta")}, "key_ranges"),
+        ({"key_gaps": zeros(2, 2, dtype=torch.int64, device="meta")}, "key_gaps"),
         ({"key_mask": zeros(2, 5, dtype=torch.bool, device="meta")}, "key_mask"),
         ({"block_ids": (zeros(2, 3).int().to("meta"), zeros(2, 5).int())}, r"block_ids\[0\]"),
         ({"block_ids": (zeros(2, 3).int(), zeros(2, 5).int().to("meta"))}, r"block_ids\[1\]"),

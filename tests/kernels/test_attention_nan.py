@@ -13,7 +13,7 @@ from tests.kernels.sweeps import sweep
 NAN, INF = float("nan"), float("inf")
 B, N, S, HQ, HKV, D = 2, 4, 9, 4, 2, 16
 SEEN = 5  # slots from here on are hidden from row 0; row 1 sees all
-RULES = ["key_ranges", "key_mask", "mask", "block_ids", "all"]
+RULES = ["key_ranges", "key_gaps", "key_mask", "mask", "block_ids", "all"]
 
 
 def rules(name: str) -> dict:
@@ -21,6 +21,7 @@ def rules(name: str) -> dict:
     seen = torch.stack([slot < SEEN, slot < S])
     every = {
         "key_ranges": torch.tensor([[0, SEEN], [0, S]]),
+        "key_gaps": torch.tensor([[SEEN, S], [0, 0]]),
         "key_mask": seen,
         "mask": seen[:, None].repeat(1, N, 1),
         "block_ids": (torch.zeros(B, N, dtype=torch.int64), (~seen).long()),
@@ -129,11 +130,12 @@ def test_queries_that_are_not_asked_may_hold_nan(name, backend):
     assert (clean[0][1] == 0).all() and (clean[2][1] == -INF).all()
 
 
-@pytest.mark.parametrize("name", ["key_ranges", "key_mask", "mask", "block_ids"])
+@pytest.mark.parametrize("name", ["key_ranges", "key_gaps", "key_mask", "mask", "block_ids"])
 def test_a_query_without_a_key_among_nan_is_zero(name, backend):
     q, k, v = (torch.full((1, size, 2, 16), NAN) for size in (3, 5, 5))
     options = {
         "key_ranges": torch.tensor([[2, 2]]),
+        "key_gaps": torch.tensor([[-1, 7]]),
         "key_mask": torch.zeros(1, 5, dtype=torch.bool),
         "mask": torch.zeros(1, 3, 5, dtype=torch.bool),
         "block_ids": (torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64)),

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dkv.kernels import cached_attention, use_backend
-from dkv.kernels.attention import torch as fast
 from dkv.kernels.common.backend import chosen
 from tests.kernels.sweeps import sweep
 
@@ -22,7 +21,7 @@ SHAPES = [
     ((0, 0), 0, 3, 5, 2, 1, 16),
     ((3, 20, 2), 1, 4, 65, 6, 3, 16),
 ]
-RULES = [(), ("key_ranges",), ("key_mask",), ("key_ranges", "key_mask")]
+RULES = [(), ("key_ranges",), ("key_mask",), ("key_gaps",), ("key_ranges", "key_gaps"), ("key_ranges", "key_mask")]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -45,6 +44,10 @@ def packed(shape, names=(), dtype=torch.float32, integer=torch.int64, order=None
         ranges[-1] = torch.tensor([slots // 2, slots // 2 if batch > 1 else slots])
         slot = torch.arange(slots)
         args["key_ranges"], seen = ranges.to(integer), seen & (slot >= ranges[:, :1]) & (slot < ranges[:, 1:])
+    if "key_gaps" in names:
+        gaps = torch.randint(0, slots + 1, (batch, 2)).sort(1).values
+        slot = torch.arange(slots)
+        args["key_gaps"], seen = gaps.to(integer), seen & ((slot < gaps[:, :1]) | (slot >= gaps[:, 1:]))
     if "key_mask" in names:
         args["key_mask"] = torch.rand(batch, slots) < 0.6
         seen = seen & args["key_mask"]
@@ -65,7 +68,7 @@ def rows_alone(args: dict, dtype: torch.dtype, **options) -> tuple[Tensor, Tenso
     found = []
     for row, own in enumerate(entries(args)):
         one = slice(row, row + 1)
-        rules = {name: args[name][one] for name in ("key_ranges", "key_mask") if name in args}
+        rules = {name: args[name][one] for name in ("key_ranges", "key_gaps", "key_mask") if name in args}
         tensors = args["q"][own].unsqueeze(0), args["k_buf"][one], args["v_buf"][one]
         with use_backend("reference"):
             found.append(cached_attention(*(x.to(dtype) for x in tensors), return_lse=True, **rules, **options))
@@ -95,7 +98,7 @@ def compare(assert_close, args: dict, call=cached_attention, **options) -> None:
 def reading(request, monkeypatch) -> None:
     """The torch backend as on a CPU, where lengths may be read, and as on a GPU."""
     if "side" in request.param:
-        monkeypatch.setattr(fast, "_readable", lambda _: False)
+        monkeypatch.setattr("dkv.kernels.common.operation.readable", lambda _: False)
 
 
 @pytest.mark.parametrize(("shape", "names"), sweep(SHAPES, RULES, quick=4))
@@ -172,7 +175,7 @@ def test_A07_strides(restride, backend):
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_nothing_is_read_back(return_lse, no_readback, monkeypatch):
     args = packed(SHAPES[1], ("key_ranges",))
-    monkeypatch.setattr(fast, "_readable", lambda _: False)
+    monkeypatch.setattr("dkv.kernels.common.operation.readable", lambda _: False)
     with use_backend("torch"), no_readback():
         cached_attention(**args, return_lse=return_lse, most_queries=7)
 

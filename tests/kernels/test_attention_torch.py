@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dkv.kernels import Workspace, cached_attention, use_backend
+from dkv.kernels.attention import torch as fast
 
 
 def inputs(n: int, query_heads: int, kv_heads: int):
@@ -39,6 +40,36 @@ def test_scores_that_would_be_many_are_left_to_sdpa():
     with use_backend("torch"):
         assert torch.equal(cached_attention(q, k, k, workspace=work), torch.zeros_like(q))
     assert work.nbytes == 0
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize("n", [3, 50, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_log_sum_exp_changes_no_bit_of_the_output(n, heads, dtype, monkeypatch, assert_close):
+    """Packed rows get it from what attends anyway: few queries, products, and many queries; not from a formula."""
+    monkeypatch.setattr(fast, "_with_lse", None)
+    q, k, v = (x.to(dtype) for x in inputs(n, *heads))
+    rows = {"query_starts": torch.tensor([0, n]), "query_lengths": torch.tensor([n, n - 1])}
+    rows["key_ranges"] = torch.tensor([[0, 257], [9, 100]])
+    with use_backend("reference"):
+        _, exact = cached_attention(*(x.double() for x in (q.flatten(0, 1), k, v)), return_lse=True, **rows)
+        _, rough = cached_attention(*(x.float() for x in (q.flatten(0, 1), k, v)), return_lse=True, **rows)
+    with use_backend("torch"):
+        out, lse = cached_attention(q.flatten(0, 1), k, v, return_lse=True, **rows)
+        assert torch.equal(out, cached_attention(q.flatten(0, 1), k, v, **rows))
+    assert_close(lse[:-1], exact[:-1], rough[:-1])
+
+
+def test_a_log_sum_exp_has_a_gradient():
+    q, k, v = inputs(50, 4, 4)
+    q.requires_grad_()
+    rows = {"query_starts": torch.tensor([0, 50]), "query_lengths": torch.tensor([50, 50])}
+    with use_backend("torch"):
+        _, lse = cached_attention(q.flatten(0, 1), k, v, return_lse=True, **rows)
+    (found,) = torch.autograd.grad(lse.sum(), q)
+    scores = torch.einsum("bnhd,bshd->bhns", q, k) * 0.25
+    (expected,) = torch.autograd.grad(scores.logsumexp(-1).sum(), q)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_default_dtype_does_not_matter():

@@ -18,13 +18,16 @@ from dkv.kernels.common.backend import load
 # By public name the package, and the function of each of its backends.
 OPERATIONS = {
     "advance_": ("commit", "advance_"),
+    "attention_mass": ("mass", "attention_mass"),
     "cached_attention": ("attention", "cached_attention"),
     "choose_token": ("choose", "choose_token"),
     "choose_token_fused": ("choose", "choose_token_fused"),
     "commit_": ("commit", "commit_"),
+    "keep_rows_": ("change", "keep_rows_"),
     "pack_pass": ("plan", "pack"),
     "plan_pass": ("plan", "plan"),
     "rms_norm": ("norm", "rms_norm"),
+    "row_change": ("change", "row_change"),
     "rope_scatter_": ("rope_scatter", "rope_scatter_"),
     "swiglu": ("gate", "swiglu"),
     "with_masked_window": ("plan", "with_masked_window"),

@@ -96,6 +96,12 @@ CALLS = {
         {"query_starts": torch.tensor([0, 2]), "query_lengths": torch.tensor([2, 1]), "return_lse": True},
         ["attention_kernel"],
     ),
+    "attention_mass": (
+        kernels.attention_mass,
+        (heads(N)[0], heads(S), torch.zeros(N, H), torch.zeros(N)),
+        {"query_starts": torch.tensor([0, 2]), "query_lengths": torch.tensor([2, 1]), "most_queries": 2},
+        ["mass_kernel", "total_kernel"],
+    ),
     "packed rope_scatter_": (
         kernels.rope_scatter_,
         (heads(N)[0], heads(N)[0], heads(N)[0], *tables(), PLACES[0], heads(S), heads(S)),
@@ -111,7 +117,7 @@ CALLS = {
     "choose_token": (
         kernels.choose_token,
         (torch.eye(N, V),),
-        {"temperature": 0.7, "row_keys": KEYS, "rule": "margin", "validate": False},
+        {"temperature": 0.7, "row_keys": KEYS, "rule": "margin", "return_entropy": True, "validate": False},
         ["choose_kernel", "merge_kernel"],
     ),
     "choose_token_fused": (
@@ -119,6 +125,18 @@ CALLS = {
         (torch.zeros(N, D), torch.zeros(V, D)),
         {"head_bias": torch.zeros(V), "confidence_temperature": 0.5, "banned": (1,), "validate": False},
         ["choose_kernel", "merge_kernel"],
+    ),
+    "row_change": (
+        kernels.row_change,
+        (torch.zeros(3, D), torch.zeros(B, S, D), PLACES[0], torch.tensor([0, 1, 1])),
+        {"delta": torch.zeros(3, D), "validate": False},
+        ["row_change_kernel"],
+    ),
+    "keep_rows_": (
+        kernels.keep_rows_,
+        (torch.zeros(5, D), torch.zeros(B, S, D), PLACES[0], torch.tensor([0, 1, 1])),
+        {"entries": torch.tensor([0, 2, 3]), "validate": False},
+        ["keep_rows_kernel"],
     ),
     "commit_": (
         kernels.commit_,
@@ -178,6 +196,9 @@ def launches(tokens: int, slots: int, packed: bool) -> list[Call]:
         lengths, ranges = meta(2, **of_rows), meta(2, 2, **of_rows)
         k, v = k[:, :slots], v[:, :slots]
         kernels.cached_attention(q, k, v, query_lengths=lengths, key_ranges=ranges, **rules)
+        if packed:
+            lse, weight = meta(*q.shape[:2], dtype="fp32"), meta(len(q), dtype="fp32")
+            kernels.attention_mass(q, k, lse, weight, query_lengths=lengths, key_ranges=ranges, **rules)
         kernels.rms_norm(q, meta(128), residual=q)
         kernels.swiglu(q)
     return tried.calls

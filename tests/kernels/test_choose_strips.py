@@ -12,6 +12,7 @@ if not has_triton() or not (interpreted() or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from dkv.kernels.choose import triton as backend
+from dkv.kernels.choose.kernel import FLOATS, IDS
 from dkv.kernels.choose.triton import by_strips, choose_token_fused
 from dkv.kernels.common.launch import Chip, trial
 from dkv.kernels.dev.cases import meta
@@ -28,7 +29,7 @@ def test_strips_give_what_the_kernel_gives(rule, temperature, dtype, monkeypatch
     weight, bias = (torch.randint(-2, 3, (900, 24)) / 4).to(dtype), (torch.randint(-8, 9, (900,)) / 4).to(dtype)
     logits = hidden.double() @ weight.double().T + bias.double()
     monkeypatch.setattr(backend, "STRIP_BYTES", 4 * 6 * 128 * 3)
-    how = {"rule": rule, "temperature": temperature, "confidence_temperature": 0.7}
+    how = {"rule": rule, "temperature": temperature, "confidence_temperature": 0.7, "entropy": True}
     for parts, limits in (
         (1, {"banned": (0, 384, 899)}),
         (2, {"vocab_limit": 400}),
@@ -37,9 +38,10 @@ def test_strips_give_what_the_kernel_gives(rule, temperature, dtype, monkeypatch
     ):
         found = choose_fused(hidden, weight, bias, by_strips, parts=parts, **how | limits)
         agrees(found, logits, **how | limits)
-        token, confidence = choose_fused(hidden, weight, bias, launch=None, **how | limits)
+        token, *others = choose_fused(hidden, weight, bias, launch=None, **how | limits)
         assert torch.equal(found[0], token)
-        torch.testing.assert_close(found[1], confidence, rtol=2**-20, atol=1e-14)
+        for x, y in zip(found[1:], others, strict=True):
+            torch.testing.assert_close(x, y, rtol=2**-20, atol=1e-14)
 
 
 def test_strips_without_bias_of_slices_of_nan(monkeypatch):
@@ -56,7 +58,7 @@ def test_ties_and_nan_on_both_sides_of_the_border(rows):
     hidden, weight = torch.ones(rows, 4), torch.zeros(5000, 4)
     weight[[130, 4097, 4999]] = 0.5
     hidden[5, 2] = math.nan
-    token, confidence = choose_fused(hidden, weight, way=border_way, launch=None)
+    token, confidence, _ = choose_fused(hidden, weight, way=border_way, launch=None)
     assert confidence.isnan().nonzero().tolist() == [[5]]
     assert (token[torch.arange(rows) != 5] == 130).all()
 
@@ -92,7 +94,7 @@ def test_strips_cover_the_vocabulary_in_little_memory(rows, vocabulary):
     *strips, merge = calls
     parts = merge.arguments["C"].PARTS.value
     assert parts & (parts - 1) == 0
-    assert work.nbytes <= backend.STRIP_BYTES + rows * parts * 32
+    assert work.nbytes <= backend.STRIP_BYTES + rows * parts * 4 * (FLOATS.value + IDS.value)
     first = 0
     for call in strips:
         arguments = call.arguments

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from dkv.kernels.choose import kernel
+from dkv.kernels.choose.torch import Found
 from dkv.kernels.choose.triton import by_kernel, by_strips, choose_token
 from dkv.kernels.common.arguments import strided
 from dkv.kernels.common.launch import Launch, trial
@@ -48,16 +49,14 @@ def settings(how: dict) -> tuple[Choice, dict]:
     return Choice(**how), others
 
 
-def choose(logits: Tensor, **how) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, **how) -> Found:
     choice, others = settings(how)
     row_keys = others.pop("row_keys", keys(len(logits)))
     with trial(**{"launch": SMALL} | others):
         return choose_token(logits.to(DEVICE), choice, row_keys, workspace=Poisoned())
 
 
-def choose_fused(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, way=by_kernel, **how
-) -> tuple[Tensor, Tensor]:
+def choose_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, way=by_kernel, **how) -> Found:
     hidden, weight, bias = (None if x is None else x.to(DEVICE) for x in (hidden, weight, bias))
     choice, others = settings(how)
     row_keys = others.pop("row_keys", keys(len(hidden)))
@@ -65,17 +64,19 @@ def choose_fused(
         return way(hidden, weight, choice, bias, row_keys, Poisoned())
 
 
-def agrees(choice: tuple[Tensor, Tensor], logits: Tensor, **how) -> None:
+def agrees(choice: Found, logits: Tensor, **how) -> None:
     """The choice is that of the definition from float64 logits."""
-    token, confidence = reference.choose_token(logits.to(DEVICE).double(), settings(how)[0], keys(len(logits)))
-    assert torch.equal(choice[0], token)
-    assert choice[1].dtype == torch.float32
-    torch.testing.assert_close(choice[1].double(), confidence, rtol=64 * 2**-23, atol=1e-14)
+    expected = reference.choose_token(logits.to(DEVICE).double(), settings(how)[0], keys(len(logits)))
+    assert torch.equal(choice[0], expected[0])
+    for x, y in zip(choice[1:], expected[1:], strict=True):
+        if x is not None or y is not None:
+            assert x.dtype == torch.float32
+            torch.testing.assert_close(x.double(), y, rtol=64 * 2**-23, atol=1e-14)
 
 
-def same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
+def same(actual: Found, expected: Found) -> None:
+    for x, y in zip(actual, expected, strict=True):
+        assert x is y is None or torch.equal(x, y)
 
 
 # Numbers
@@ -144,8 +145,10 @@ def test_log1p_has_the_digits_of_small_numbers():
 @pytest.mark.parametrize(("parts", "rule", "temperature"), sweep(PARTS, RULES, (0.0, 0.8)))
 def test_parts(parts, rule, temperature):
     logits = 4 * torch.randn(4, 5 * 128)
-    for limits in ({}, {"banned": (0, 300, 639)}, {"vocab_limit": 200}, {"banned": (130, 639), "vocab_limit": 131}):
+    both = {"banned": (130, 639), "vocab_limit": 131}
+    for i, limits in enumerate(({}, {"banned": (0, 300, 639)}, {"vocab_limit": 200}, both)):
         how = {"parts": parts, "temperature": temperature, "rule": rule, "confidence_temperature": 0.7} | limits
+        how["entropy"] = i % 2 == 0
         agrees(choose(logits, **how), logits, **how)
 
 
@@ -157,7 +160,7 @@ def test_odd_vocabularies_in_a_buffer_of_nan(vocabulary, dtype):
     logits = buffer[1:6, 2 : vocabulary + 2].copy_(3 * torch.randn(5, vocabulary))
     for rule in RULES:
         for temperature in (0.0, 1.0):
-            how = {"rule": rule, "temperature": temperature, "parts": 2}
+            how = {"rule": rule, "temperature": temperature, "parts": 2, "entropy": True}
             agrees(choose(logits, **how), logits, **how)
 
 
@@ -186,10 +189,10 @@ def test_infinities_across_tiles_and_parts(parts, rule):
     logits[0, 300], logits[1, [10, 600]] = 1.0, torch.tensor([1.0, 2.0])
     logits[2] = 0.0
     logits[2, 400], logits[3, 639], logits[5, 7] = math.nan, math.inf, 1.0
-    token, confidence = choose(logits, rule=rule, parts=parts, banned=(7,))
+    token, confidence, entropy = choose(logits, rule=rule, parts=parts, banned=(7,), entropy=True)
     assert token[:2].tolist() == [300, 600]
     assert ((token >= 0) & (token < 640)).all()
-    assert confidence.isnan().tolist() == [False, False, True, True, True, True]
+    assert confidence.isnan().tolist() == entropy.isnan().tolist() == [False, False, True, True, True, True]
     agrees(choose(logits[:2], rule=rule, parts=parts, banned=(7,)), logits[:2], rule=rule, banned=(7,))
 
 
@@ -199,7 +202,7 @@ def test_probabilities_near_one_stay_apart_in_parts(parts):
     logits[:, 600] = torch.linspace(0, 8, 4)
     logits[:, 5] = -20.0
     for rule in RULES:
-        agrees(choose(logits, rule=rule, parts=parts), logits, rule=rule)
+        agrees(choose(logits, rule=rule, parts=parts, entropy=True), logits, rule=rule, entropy=True)
 
 
 @pytest.mark.parametrize("rule", ["margin", *(pytest.param(x, marks=pytest.mark.slow) for x in RULES if x != "margin")])
@@ -209,7 +212,7 @@ def test_a_row_gives_the_same_bits_in_any_company(rule, monkeypatch):
     logits = torch.randn(20, 200)
 
     def check(rows, **fixed):
-        how = {"rule": rule, "temperature": 1.0} | fixed
+        how = {"rule": rule, "temperature": 1.0, "entropy": True} | fixed
         for call, x, rest in ((choose, logits, ()), (choose_fused, hidden, (weight,))):
             whole = call(x[:rows], *rest, row_keys=keys(20)[:rows], **how)
             for i in (0, rows - 1):
@@ -241,8 +244,8 @@ def test_fused_parts(parts, dtype, size):
     logits = hidden.double() @ weight.double().T
     how = {"parts": parts, "banned": (2,), "vocab_limit": 600}
     agrees(choose_fused(hidden, weight, **how), logits, **how)
-    for rule in ("margin", "entropy"):
-        how |= {"temperature": 0.8, "rule": rule}
+    for rule, entropy in (("margin", True), ("entropy", False)):
+        how |= {"temperature": 0.8, "rule": rule, "entropy": entropy}
         agrees(choose_fused(hidden, weight, bias, **how), logits + bias.double(), **how)
 
 

@@ -30,6 +30,7 @@ def rules(b: int, n: int, s: int) -> dict:
     return {
         "query_lengths": longs(b),
         "key_ranges": torch.tensor([0, s]).expand(b, 2),
+        "key_gaps": torch.tensor([0, s]).expand(b, 2),
         "key_mask": torch.ones(b, s, dtype=torch.bool),
         "mask": torch.ones(b, n, s, dtype=torch.bool),
         "block_ids": (longs(b, n), longs(b, s)),
@@ -125,7 +126,7 @@ def test_state_of_the_rows(size, kind, backend):
     for rule in RULES:
         state = rows.copy()
         passed = Pass(active, scored, eligible, count, longs(size[0]))
-        choice = Chosen(tokens, torch.zeros(filling), torch.zeros(filling))
+        choice = Chosen(tokens, *torch.zeros(3, filling))
         kernels.advance_(state, rows.table, passed, choice, Rules(longs(1), 0, rule, 0.5))
         for x, y in zip(state, rows.state, strict=True):
             assert torch.equal(x, y)
@@ -136,7 +137,7 @@ def test_a_step_without_scored_slots_fills_nothing(rule, backend):
     rows = Rows.random(3, 8)
     passed, _ = rows.passed()
     state, none = rows.copy(), torch.zeros(0)
-    kernels.advance_(state, rows.table, passed, Chosen(longs(0), none, none), Rules(None, 0, rule, 0.5))
+    kernels.advance_(state, rows.table, passed, Chosen(longs(0), none, none, none), Rules(None, 0, rule, 0.5))
     assert torch.equal(state.tokens, rows.state.tokens) and torch.equal(state.masked, rows.state.masked)
     unfinished = rows.state.masked.any(1)
     assert not state.fresh[unfinished].any() and (state.at != rows.state.at)[unfinished].any()

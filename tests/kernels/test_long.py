@@ -9,7 +9,7 @@ from dkv import kernels
 from dkv.kernels.commit.reference import RULES, Rules, State
 from dkv.kernels.common.backend import has_triton, interpreted
 from dkv.kernels.plan.reference import FIELDS, KINDS
-from tests.kernels.steps import Rows
+from tests.kernels.steps import HOW, Rows
 
 if not (has_triton() and interpreted()):
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -74,7 +74,7 @@ def test_advance(long, rule, interpreted):
     start, stop = (FIELDS.index(name) for name in ("start", "stop"))
     rows.state.now[:, stop] = rows.state.now[:, start] + long.block
     passed, choice = rows.passed("window", filling=3)
-    given = rows.table, passed, choice, Rules(torch.tensor([25]), 7, rule, 1.3 if rule == "factor" else -0.3)
+    given = rows.table, passed, choice, Rules(torch.tensor([25]), 7, rule, **HOW[rule])
     expected, found = rows.copy(), rows.copy()
     kernels.advance_(expected, *given)
     interpreted.advance_(found, *given, launch=Launch(long.pair, 4))

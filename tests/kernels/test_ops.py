@@ -120,19 +120,20 @@ def test_gradients_are_those_of_the_definition(name, compiled, backend):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["choose_token", "choose_token_fused"])
-def test_a_choice_has_no_gradient_and_says_so(name, backend):
+@pytest.mark.parametrize("name", ["attention_mass", "choose_token", "choose_token_fused"])
+def test_an_operation_without_a_gradient_says_so(name, backend):
     function, make = FUNCTIONS[name]
     first, *others = make()
     with pytest.raises(ValueError, match=f"^{name} has no gradient: call it under torch.no_grad"):
         function(first.requires_grad_(), *others)
     with torch.no_grad():
-        assert not function(first, *others)[1].requires_grad
+        found = function(first, *others)
+        assert not (found if isinstance(found, Tensor) else found[1]).requires_grad
 
 
 def test_an_op_asked_directly_never_detaches_in_silence(backend):
     q = numbers(B, N, HQ, D).requires_grad_()
-    out, _ = torch.ops.dkv.cached_attention(q, *buffers(), *[None] * 7, N, 0.25, False)
+    out, _ = torch.ops.dkv.cached_attention(q, *buffers(), *[None] * 8, N, 0.25, False)
     assert out.requires_grad
     with pytest.raises(RuntimeError, match="autograd"):
         out.sum().backward()

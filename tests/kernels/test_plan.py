@@ -37,11 +37,13 @@ def test_plan(size, kind, flags, backend):
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_pack(size, shifted, backend):
-    for filling in (0, 1, 5):
+    """With room for all, for more, or for fewer: then the last ones are left out."""
+    slots = size[1]
+    for filling in (0, 1, 5, -1, -slots):
         rows = Rows.random(*size)
         given, others = rows.plan(shifted=shifted)
         active, scored, _, _, report = kernels.plan_pass(*given, **others)
-        totals = (int(x.sum()) + filling for x in report[:2])
+        totals = (max(int(x.sum()) + filling, 0) for x in report[:2])
         given = (rows.state.tokens, active, scored, rows.lengths, report, *totals)
         with use_backend("reference"):
             expected = kernels.pack_pass(*given, shifted=shifted)
