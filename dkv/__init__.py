@@ -29,7 +29,10 @@ _MODULES = {
     "dkv.engine.graphs": "release_graphs",
     "dkv.tools.streaming": "DraftStreamer",
     "dkv.core.kv_cache": "KVCache",
-    "dkv.policies": "NoCache DecodeCache GreedyCache PrefillCache PrefillDecodeCache PrefixCache DualCache",
+    "dkv.policies": (
+        "NoCache DecodeCache GreedyCache PrefillCache PrefillDecodeCache PrefixCache DualCache "
+        "SuffixWindow SlidingCache Rollout ElasticCache SkipCache"
+    ),
     "dkv.kernels": "use_backend",
     "dkv.integrations.hf_attention": "register",
 }

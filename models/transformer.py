@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from dkv import kernels
 from dkv.core.kv_cache import KVCache
-from dkv.core.varlen import Segments
+from dkv.core.varlen import Layout, Narrow, Segments
 from dkv.kernels.attention.op import ATTENTION
 from dkv.kernels.attention.reference import Rules
+from dkv.kernels.attention.shares import Shares
 from dkv.kernels.norm.op import RMS_NORM
 from dkv.kernels.rope_scatter.op import ROPE_SCATTER
 from dkv.kernels.rope_scatter.reference import Norm
@@ -21,6 +22,8 @@ LEAST_ROTARY = 256
 
 # (block, query [..., R, Hq, D], key and value [..., N, Hkv, D]) -> [..., R, Hq, D]
 Attend = Callable[["Block", Tensor, Tensor, Tensor], Tensor]
+# (number of the layer, query [T, Hq, D], log-sum-exp of its scores [T, Hq], what attention left for `attention_mass`)
+Observe = Callable[[int, Tensor, Tensor, Shares], None]
 
 
 class RMSNorm(nn.Module):
@@ -198,8 +201,11 @@ class Transformer(nn.Module):
         rows: Tensor | None = None,
         segments: Segments | None = None,
         key_ranges: Tensor | None = None,
+        key_gaps: Tensor | None = None,
         outputs: Tensor | None = None,
         output_segments: Segments | None = None,
+        observe: Observe | None = None,
+        narrow: Narrow | None = None,
         workspace: kernels.Workspace | None = None,
     ) -> Tensor:
         """Recompute the active slots over the buffer: their K and V are written, then attended to.
@@ -208,18 +214,23 @@ class Transformer(nn.Module):
             tokens: [T] ids at the active slots, those of each row of the buffer one after the other; or [B, N].
             positions: shape of tokens, int64, their slots, which are also their rotary positions. The slot after the
                 last visible one may be used to fill up.
-            buffer: keys and values of all slots; every visible slot must have been written.
+            buffer: keys and values of all slots; every slot that is seen must have been written.
             rows: int64 [T], the row of the buffer of each; None for tokens [B, N].
             segments: where the entries of each row stand in [T]; None for tokens [B, N].
             key_ranges: [B, 2] first visible slot and the one after the last; None: all slots.
+            key_gaps: [B, 2] first slot and the one after the last that are hidden in spite of that; None: none.
             outputs: [R] which of the T need an output, or [B, R] which of the N; None: all.
             output_segments: where those of each row stand in [R]; None for outputs [B, R].
+            observe: called in every layer once it has attended; it may keep what it gets. All entries then go through
+                all of the last layer, too.
+            narrow: lets fewer of the T go on after some layers, and then says which of them need an output; not for
+                tokens [B, N]. The others keep the keys and values that they had in the layers after it.
             workspace: scratch to use again between calls.
 
         Returns:
-            Hidden states [R or T, d], or [B, R or N, d], after the final norm, ready for `head`; what fills up means
-            nothing.
+            Hidden states [R or T, d], or [B, R or N, d], ready for `head`; what fills up means nothing.
         """
+        keys = {"key_ranges": key_ranges, "key_gaps": key_gaps}
         if tokens.dim() == 2:
             (batch, n), device = tokens.shape, tokens.device
             rows = torch.arange(batch, device=device).repeat_interleave(n)
@@ -233,33 +244,52 @@ class Transformer(nn.Module):
                 buffer,
                 rows=rows,
                 segments=segments,
-                key_ranges=key_ranges,
+                **keys,
                 outputs=outputs,
                 output_segments=output_segments,
+                observe=observe,
                 workspace=workspace,
             )
             return hidden.view(*shape, -1)
         cos, sin = self.rope_tables(buffer.slots)
-        scale, last = self.spec.head_dim**-0.5, self.layers[-1].index if outputs is not None else None
-        # Of all layers, and of the last one: where queries stand, whose they are, and the most of a row.
-        ways = {False: (None, Rules(segments.lengths, key_ranges, query_starts=segments.starts), segments.most)}
-        if outputs is not None:
-            places, of = positions.index_select(0, outputs), output_segments
-            ways[True] = places, Rules(of.lengths, key_ranges, query_starts=of.starts), of.most
+        scale, last = self.spec.head_dim**-0.5, self.layers[-1].index
+        layout = Layout(positions, rows, segments, outputs, output_segments)
+        way, at_outputs = _way(layout, keys, False), False
 
         # The operations themselves: what the public functions check holds here, in every layer of every step.
         def attend(layer: Block, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             k_buf, v_buf = buffer.layer(layer.index, like=key)
-            here, rules, most = ways[layer.index == last]
+            here, rules, most = way
             norms = _head_norm(layer.q_norm), _head_norm(layer.k_norm)
-            query = ROPE_SCATTER(query, key, value, cos, sin, positions, k_buf, v_buf, rows, here, *norms)
+            query = ROPE_SCATTER(query, key, value, cos, sin, layout.positions, k_buf, v_buf, layout.rows, here, *norms)
             keys, values = buffer.visible(layer.index)
-            return ATTENTION(query, keys, values, rules, most, scale, False, workspace=workspace)[0]
+            if observe is None:
+                return ATTENTION(query, keys, values, rules, most, scale, False, workspace=workspace)[0]
+            shares = Shares()
+            out, lse = ATTENTION(query, keys, values, rules, most, scale, True, workspace=workspace, shares=shares)
+            observe(layer.index, query, lse, shares)
+            return out
 
         x, delta = self.embed(tokens), None
         for layer in self.layers:
-            x, delta = layer(x, delta, attend, outputs if layer.index == last else None)
+            narrows = narrow is not None and layer.index in narrow.layers
+            if layer.index == last and layout.outputs is not None and not narrows and observe is None:
+                way, at_outputs = _way(layout, keys, True), True
+            x, delta = layer(x, delta, attend, layout.outputs if at_outputs else None)
+            if narrows:
+                (x, layout), delta = narrow(layer.index, x, delta, layout), None
+                way = _way(layout, keys, False)
+        if layout.outputs is not None and not at_outputs:
+            x, delta = (None if part is None else part.index_select(0, layout.outputs) for part in (x, delta))
         return self.norm.added(x, delta)[0]
+
+
+def _way(layout: Layout, keys: dict[str, Tensor | None], at_outputs: bool) -> tuple[Tensor | None, Rules, int]:
+    """Where the queries of a layer stand, whose they are, and the most of a row."""
+    of, places = layout.segments, None
+    if at_outputs:
+        of, places = layout.output_segments, layout.positions.index_select(0, layout.outputs)
+    return places, Rules(of.lengths, query_starts=of.starts, **keys), of.most
 
 
 NO_NORM = Norm()

@@ -114,10 +114,11 @@ class Now:
         next_block: number of the step that begins the next block; of the last block, the number of steps.
         full: whether every slot is computed, 0 or 1.
         chance: float32, `Step.probability`; None where counts are fixed.
+        moved: int64, slots by which the first mask went on in the last step; None where blocks stay in their places.
     """
 
-    def __init__(self, numbers: Tensor, chance: Tensor | None):
-        self.numbers, self.chance = numbers, chance
+    def __init__(self, numbers: Tensor, chance: Tensor | None, moved: Tensor | None = None):
+        self.numbers, self.chance, self.moved = numbers, chance, moved
         for name, column in zip(FIELDS, numbers.split(1, -1), strict=True):
             setattr(self, name, column)
 
@@ -160,6 +161,9 @@ class Timetable:
         self.at = torch.zeros(len(plans), dtype=torch.int64, device=device)
         self.table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
         self.current = self.table[:, 0].clone()
+
+    def follow(self, masked: Tensor, rank: Tensor) -> None:
+        """Make the next steps from what is masked, bool [B, S]; here all of them are told beforehand."""
 
     def now(self) -> Now:
         """The steps that come next."""

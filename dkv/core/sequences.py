@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dkv.core.schedule import Now, Step, Timetable
+from dkv.core.sliding import Region, SlidingTable
 
 # By the kind of device, of what the number of slots is a multiple: graphs of one generation then fit the next one,
 # whose text is a little longer.
@@ -24,6 +25,12 @@ def mask_of(slots: Tensor, like: Tensor) -> Tensor:
     """bool [B, S], shape and device of `like`: where `slots` [B, n] point; slot S points nowhere."""
     wide = torch.zeros(like.shape[0], like.shape[1] + 1, dtype=torch.bool, device=like.device)
     return wide.scatter_(1, slots, True)[:, :-1]
+
+
+def outside(gaps: Tensor, size: int) -> Tensor:
+    """bool [B, S]: the slots that are not in the gap [B, 2] of their row, its first slot and the one after its last."""
+    slot = torch.arange(size, device=gaps.device)
+    return (slot < gaps[:, :1]) | (slot >= gaps[:, 1:])
 
 
 def column(values: Sequence[int | bool], device: torch.device) -> Tensor:
@@ -90,9 +97,14 @@ class Sequences:
         fill = torch.cat((torch.zeros_like(attention_mask), new), 1)
         return cls(ids, torch.cat((attention_mask, new), 1), fill, mask_token_id)
 
-    def begin(self, plans: Sequence[Sequence[Step]], full: Callable[[Now], Tensor]) -> None:
-        """Set the schedules of the rows; `full` says which steps compute every slot."""
-        self.timetable = Timetable(plans, self.tokens.device, full)
+    def begin(
+        self, plans: Sequence[Sequence[Step]], full: Callable[[Now], Tensor], region: Region | None = None
+    ) -> None:
+        """Set the schedules of the rows; `full` says which steps compute every slot, `region` what slides, if any."""
+        if region is None:
+            self.timetable = Timetable(plans, self.tokens.device, full)
+        else:
+            self.timetable = SlidingTable(plans, full, region, self.masked, self.rank)
 
     def open(self, now: Now) -> Tensor:
         """bool [B, S]: the masked slots of the current blocks."""

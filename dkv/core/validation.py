@@ -33,6 +33,14 @@ def whole(name: str, value: Any, low: int, high: float = MOST, listed: list | No
     return number
 
 
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """A number from `low` to `high`, as it is; ValueError if it is none."""
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {found!r}")
+    return found
+
+
 def flag(name: str, value: Any) -> bool:
     """A value that is True or False; ValueError if it is neither."""
     if not isinstance(value, bool):

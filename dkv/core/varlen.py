@@ -1,6 +1,8 @@
 """The entries of a pass: those of all rows one after the other, filled up at the end."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,3 +48,35 @@ class Segments:
     def twice(self, total: int) -> "Segments":
         """All rows, and all of them once more behind the first `total` entries."""
         return Segments(torch.cat((self.starts, self.starts + total)), self.lengths.repeat(2), self.most)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose the entries of a pass are, T of them.
+
+    Attributes:
+        positions: int64 [T], their slots, which are also their rotary positions.
+        rows: int64 [T], the row of the buffer of each.
+        segments: where the entries of each row stand.
+        outputs: int64 [R], which of the T need an output; None: all.
+        output_segments: where those of each row stand in [R].
+    """
+
+    positions: Tensor
+    rows: Tensor
+    segments: Segments
+    outputs: Tensor | None = None
+    output_segments: Segments | None = None
+
+
+class Narrow(Protocol):
+    """What lets fewer entries go on after some layers of a pass.
+
+    Attributes:
+        layers: numbers of these layers.
+    """
+
+    layers: Collection[int]
+
+    def __call__(self, layer: int, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Layout]:
+        """From what a layer gives, x + delta [T, d], the entries that go on, [T', d], and their layout."""

@@ -8,6 +8,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from dkv.core.schedule import Step, block_schedule, check_steps, time_schedule
+from dkv.core.sliding import Region
+from dkv.core.validation import MOST
+from dkv.engine import rules
 from dkv.engine.published_caches import CACHE_NAMES, choose_policy
 from dkv.engine.published_names import BOOKKEEPING, canonical, check_other, choose_temperature, own_name
 from dkv.engine.settings import BY_ROW, DEFAULTS, check_value
@@ -24,9 +27,12 @@ class DiffusionConfig(GenerationConfig):
         max_new_tokens: slots to fill (LLaDA: `gen_length`); 0 gives the prompt back. A list: by row.
         max_length: as in transformers, columns of the prompt, padding included, and slots to fill together. Given
             beside `max_new_tokens`, it is not used, with a warning.
-        steps: passes in all; None: one per slot. With `threshold` or `factor` the most that are made. A list: by row.
+        steps: passes in all; None: one per slot. With a rule of confidence, that is `threshold`, `factor` or
+            `entropy_bound`, the most that are made. A list: by row.
         block_length: slots of a block of LLaDA's schedule; None: one block.
-        schedule: "blocks" (LLaDA) or "time" (Dream); None: that of the model.
+        schedule: "blocks" (LLaDA), "time" (Dream) or "sliding" (DSB: slots are filled from the first mask up to
+            `block_length` beyond as many as are filled); None: that of the model.
+        most: slots of the region that slides, from its first mask, at most; None: it may reach the end of the row.
         eps: last time of Dream's schedule.
         confidence: which slots are decoded first: "probability" of the best token, "margin" to the
             second, negative "entropy", or "random"; or a published name of these (`remasking`, `alg`).
@@ -41,8 +47,20 @@ class DiffusionConfig(GenerationConfig):
         selection_temperature: above 0 the slots are drawn by confidence (Dream: `alg_temp`).
         threshold: fill every slot of the block whose confidence is at least this, and always the surest one
             (Fast-dLLM): a probability or a margin, with "entropy" the negative entropy in nats.
+        threshold_decay: let the threshold fall while a block fills (Streaming-dLLM): from its second step on it is
+            threshold (1 - threshold_decay (1 - r)), r the share of masks among the slots to fill that are seen from
+            the first of the block on. Of an entropy this is true of its exponential. 0: it stays; at most 1.
+        certainty: multiply confidences by how much is known around a slot, and rank slots by that: known slots within
+            about so many count (the standard deviation of a Gaussian, d2Cache; 10 there). `threshold` and `factor` then
+            go by the product, as published. With "entropy" its exponential is what is multiplied.
+        near_threshold, radius: beside a `threshold`, such as 0.75 beside 0.9: fill every slot, too, whose confidence is
+            at least this and that is at most `radius` slots away from one that reaches `threshold` (LocalLeap).
         factor: fill the n surest slots of the block, n as large as (n + 1) (1 - c) < factor allows, where c is
             the confidence of the n-th (Fast-dLLM).
+        entropy_bound: fill the n surest slots of the block, n as large as this allows for the sum of the entropies of
+            their tokens, in nats, without the largest of them (Ben-Hamu et al. 2025). 0 fills one a step.
+        entropy_form: "paper": that sum. "code": the sum without the entropy of the n-th, which is the larger sum and so
+            the stricter rule, as in the published code of d2Cache.
         cfg_scale: guidance: logits are l + cfg_scale (l - l'), l' with everything masked that was given (LLaDA).
             Both branches are computed, each with its own keys and values; 0: none.
         eos_token_id: id or ids. A row ends at its first one as soon as no mask stands before it, takes
@@ -52,7 +70,7 @@ class DiffusionConfig(GenerationConfig):
         logits_eos_inf: never emit `eos_token_id`, or that of the model: its logit is -inf (LLaDA).
         confidence_eos_eot_inf: fill slots whose token is `eos_token_id` or `eot_token_id`, or those of the model, last,
             with that token; how sure the others are is told without these ids (LLaDA). Computes the head twice.
-        cache: a policy, its name ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual"), or a dict
+        cache: a policy, its name (such as "decode" or "dual"; `dkv.policies.POLICIES` has all), or a dict
             {"name": ..., "refresh": ...}; None: no cache. Or by the names in `dkv.engine.published_caches`.
         seed: of every random number; None: one a row, drawn from the generator. A list: by row.
         mask_token_id: id of a slot without a token; None: that of the model. It is never emitted.
@@ -133,15 +151,17 @@ class DiffusionConfig(GenerationConfig):
                 raise ValueError(f"unknown setting {name!r}, set as an attribute; known are {', '.join(DEFAULTS)}")
         for name in DEFAULTS:
             check_value(name, getattr(self, name))
-        self._validate_dynamic()
+        rules.check(self)
         if self.confidence_eos_eot_inf and self.confidence == "random":
             raise ValueError("confidence_eos_eot_inf needs a confidence to go by, and confidence='random' has none")
         if self.selection_temperature > 0 and self.confidence == "random":
             raise ValueError("selection_temperature needs a confidence to go by, and confidence='random' has none")
-        if self.schedule not in (None, "blocks", "time"):
-            raise ValueError(f'schedule must be "blocks" or "time", got {self.schedule!r}')
-        if self.schedule == "time" and self.block_length is not None:
-            raise ValueError('block_length goes with schedule="blocks"; the time schedule has one block')
+        if self.confidence == "random":
+            by_cache = f"cache={self.cache.name!r}" if self.cache.by_confidence else None
+            goes_by = "certainty" if self.certainty else by_cache
+            if goes_by:
+                raise ValueError(f"{goes_by} needs a confidence to go by, and confidence='random' has none")
+        self._validate_schedule()
         lists = {name: len(value) for name in BY_ROW if isinstance(value := getattr(self, name), list)}
         if len(set(lists.values())) > 1:
             given = ", ".join(f"{count} of {name}" for name, count in lists.items())
@@ -150,26 +170,25 @@ class DiffusionConfig(GenerationConfig):
         for row in range(max(lists.values(), default=1) if self.max_length is None else 0):
             self.check_steps(shifted=False, row=row)
 
-    def _validate_dynamic(self) -> None:
-        if not self.is_dynamic:
-            return
-        name, other = ("factor", "threshold") if self.threshold is None else ("threshold", "factor")
-        if getattr(self, other) is not None:
-            raise ValueError("threshold and factor are two rules for the same thing: give one of them")
-        if self.confidence == "random" or (name == "factor" and self.confidence == "entropy"):
-            raise ValueError(f"{name} needs a confidence to go by, which confidence={self.confidence!r} does not give")
-        if self.selection_temperature > 0:
-            raise ValueError(f"{name} fills the surest slots, selection_temperature draws them: give one of them")
-        low, high = (-float("inf"), 0) if self.confidence == "entropy" else (0, 1)
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if name == "threshold" and not (number and low <= self.threshold <= high and abs(self.threshold) < 1e38):
-            given = f"confidence={self.confidence!r}, got {self.threshold!r}"
-            raise ValueError(f"threshold must be between {low} and {high} with {given}")
+    def _validate_schedule(self) -> None:
+        slides = self.schedule == "sliding"
+        if self.schedule not in (None, "blocks", "time", "sliding"):
+            raise ValueError(f'schedule must be "blocks", "time" or "sliding", got {self.schedule!r}')
+        if self.schedule == "time" and self.block_length is not None:
+            raise ValueError('block_length goes with schedule="blocks" or "sliding"; the time schedule has one block')
+        if slides and self.block_length is None:
+            raise ValueError('schedule="sliding" needs block_length, the slots that are open at first, such as 32')
+        if self.most is not None and not slides:
+            raise ValueError(f'most={self.most} goes with schedule="sliding": blocks have their block_length')
+        if self.cache.slides and not slides:
+            raise ValueError(f'cache {self.cache.name!r} follows the region that slides: give schedule="sliding"')
+        if self.cache.slides is False and slides:
+            raise ValueError(f'cache {self.cache} goes by blocks, which do not slide: give schedule="blocks"')
 
     @property
     def is_dynamic(self) -> bool:
         """Whether confidences decide how many slots a step fills."""
-        return self.threshold is not None or self.factor is not None
+        return bool(rules.given(self))
 
     def of_row(self, name: str, row: int) -> Any:
         """A setting of `BY_ROW` for one row."""
@@ -196,13 +215,22 @@ class DiffusionConfig(GenerationConfig):
         steps, block_length = self.of_row("steps", row) or new, self._block_length(shifted, new)
         if new == 0:
             return []
-        if block_length is not None:
-            return block_schedule(new, steps, block_length)
-        return time_schedule(new, steps, self.eps, by_chance=self.confidence == "random")
+        if block_length is None:
+            return time_schedule(new, steps, self.eps, by_chance=self.confidence == "random")
+        if self.region:
+            # Which slots are open follows the row: the plan says how many are filled.
+            check_steps(new, steps, block_length)
+            return block_schedule(new, steps, new)
+        return block_schedule(new, steps, block_length)
+
+    @property
+    def region(self) -> Region | None:
+        """How the open region slides; None: in another schedule than the sliding one."""
+        return Region(self.block_length, self.most) if self.schedule == "sliding" else None
 
     def _block_length(self, shifted: bool, new: int) -> int | None:
-        """Slots of a block; None for the time schedule."""
-        return None if self.in_time(shifted) else self.block_length or max(new, 1)
+        """The most slots that are open at a time; None for the time schedule."""
+        return None if self.in_time(shifted) else min(self.block_length or max(new, 1), self.most or MOST)
 
     def in_time(self, shifted: bool) -> bool:
         """Whether the schedule is that in time, for a model of Dream's kind (`shifted`) or of LLaDA's."""

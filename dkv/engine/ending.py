@@ -62,6 +62,11 @@ class Ending:
         self._clocks = StoppingCriteriaList(c for c in criteria or () if isinstance(c, MaxTimeCriteria))
         self._asked = [-1] * rows
 
+    @property
+    def asked(self) -> bool:
+        """Whether `ends` is asked after every step, in Python; else the step itself looks for `eos`."""
+        return self.criteria is not None
+
     def ends(self, rows: Sequences, numbers: Sequence[int]) -> Tensor:
         """int64 [B, 1]: the length of a row if it ends now, else more than it has.
 

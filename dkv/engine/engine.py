@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +13,22 @@ from dkv import kernels
 from dkv.core.kv_cache import KVCache
 from dkv.core.sequences import Sequences
 from dkv.core.varlen import Padding, Segments
-from dkv.engine.commit import sureness
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending
 from dkv.engine.graphs import runner_of
 from dkv.engine.guidance import guided, in_both_branches
+from dkv.engine.narrow import Narrowing, NarrowPass
 from dkv.engine.noise import Noise
+from dkv.engine.observe import Observer
 from dkv.engine.output import Stats
 from dkv.engine.plan import Planner
 from dkv.engine.reuse import take_over
+from dkv.engine.rules import sureness
 from dkv.engine.sampler import Sampler
 from dkv.engine.stages import Choice, Forward, Packed, Shape, Status, StepPlan, StepResult
+from dkv.engine.watch import watch_of
 from dkv.kernels.commit.op import ADVANCE
-from dkv.kernels.commit.reference import Chosen, Pass, Rules, State
+from dkv.kernels.commit.reference import ENTROPY_RULES, Chosen, Pass, State
 from dkv.kernels.plan.op import PACK
 
 # By the kind of device, where steps are taken as they come. oneDNN compiles a product anew for a shape that it has not
@@ -74,11 +78,18 @@ class Engine:
         self.shifted, self.ending, self.hooks = model.spec.shifted, ending, hooks
         self.branches, batch, device = 2 if config.cfg_scale else 1, len(rows.tokens), rows.tokens.device
         plans = [config.plan(self.shifted, row, count) for row, count in enumerate(rows.to_fill)]
-        rows.begin(plans, lambda steps: config.cache.full(steps, self.shifted))
-        self.planner = Planner(config, rows, plans, noise, self.shifted)
+        # The timetable may keep it: with the engine in it, both would wait for the collector of cycles.
+        rows.begin(plans, partial(config.cache.full, shifted=self.shifted), config.region)
+        self.watch = watch_of(config.cache, rows, model.spec.num_layers)
+        self.planner = Planner(config, rows, plans, noise, self.shifted, self.watch)
+        cuts = config.cache.cuts(model.spec.num_layers)
+        self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
         self.noise, self.cache = noise, KVCache(batch * self.branches, max(rows.size, 1))
         self.workspace = kernels.Workspace()
-        self.sampler = Sampler(model, config, mask_id, self.workspace, processor)
+        self.rules = sureness(config)
+        self.sampler = Sampler(
+            model, config, mask_id, self.workspace, processor, entropy=self.rules.rule in ENTROPY_RULES
+        )
         self.numbers = list(range(batch)) if rows.size else []
         # Slots whose keys and values were computed when their token was known.
         self.seen = torch.zeros_like(rows.masked)
@@ -97,7 +108,7 @@ class Engine:
     def step(self) -> None:
         """Take a step with every row that is not finished."""
         shape = self.shape()
-        self._count(self.status.active)
+        self._count()
         result = self.advance(shape) if self.runner is None else self.runner.advance(shape)
         for hook in self.hooks:
             hook(self, result)
@@ -105,9 +116,15 @@ class Engine:
 
     def shape(self) -> Shape:
         """The shape of the next step, its entries filled up."""
-        return Shape(*self._filled(self.status.active), *self._filled(self.status.scored))
+        now, before, left = self.status, self.status.active, []
+        for counts in now.left:
+            left.append(None if counts == before else self.filled(counts))
+            before = counts
+        # Which of the scored slots are left is found in the pass; in a shifted model slot 0 predicts two.
+        scored = [min(of, most + self.shifted) for of, most in zip(now.scored, before, strict=True)]
+        return Shape(*self.filled(now.active), *self.filled(scored), tuple(left))
 
-    def _filled(self, counts: list[int]) -> tuple[int, int]:
+    def filled(self, counts: list[int]) -> tuple[int, int]:
         """All entries of a pass, and the most of a row, filled up."""
         rows = self.rows
         # A graph serves texts of other lengths, too.
@@ -124,13 +141,15 @@ class Engine:
         plan = self.next_plan
         forward = self._forward(plan, shape) if shape.active else None
         choice = self._choose(forward) if forward is not None and shape.scored else None
-        self.commit(plan, forward, choice)
+        self.commit(plan if forward is None else forward.plan, forward, choice)
         self._plan_next()
         return StepResult(plan, forward, choice)
 
     def _plan_next(self) -> None:
         """Plan the next step; where steps are replayed, in the tensors of the last plan."""
         plan = self.planner.plan(self.cut, self.invalid)
+        if self.narrowing is not None:
+            plan = self.narrowing.planned(plan)
         if self.runner is None or self.next_plan is None:
             self.next_plan = plan
         else:
@@ -143,10 +162,10 @@ class Engine:
 
     def read_status(self) -> None:
         """Read what the host has to know of the next step, once, and see which rows are finished."""
-        *counts, invalid = self.next_plan.report.tolist()
-        if any(invalid):
+        status = Status.after(self.next_plan)
+        if any(status.invalid):
             raise ValueError(self._suspects())
-        self.status = Status(*counts)
+        self.status = status
         self.numbers = [row for row, left in enumerate(self.status.masked) if left]
 
     def _suspects(self) -> str:
@@ -161,11 +180,12 @@ class Engine:
 
     def _forward(self, plan: StepPlan, shape: Shape) -> Forward:
         """Send the active slots through the model, for the hidden states that predict the scored ones."""
-        packed, config, ranges = self.pack(plan, shape), self.config, self.rows.key_ranges
-        given = packed
+        packed, config, ranges, gaps = self.pack(plan, shape), self.config, self.rows.key_ranges, plan.hidden
+        given, narrow = packed, self.narrowing and NarrowPass(self.narrowing, plan, packed, shape)
         if self.branches == 2:
             given = in_both_branches(packed, self.rows, self.mask_id)
-            ranges = None if ranges is None else ranges.repeat(2, 1)
+            ranges, gaps = (None if x is None else x.repeat(2, 1) for x in (ranges, gaps))
+        observer = None if self.watch is None else Observer(packed, self.rows, self.cache, self.workspace)
         hidden = self.model.step(
             given.tokens,
             given.positions,
@@ -173,13 +193,20 @@ class Engine:
             rows=given.rows,
             segments=given.active,
             key_ranges=ranges,
+            key_gaps=gaps,
             outputs=None if config.output_logits else given.places,
             output_segments=given.scored,
+            observe=observer,
+            narrow=narrow,
             workspace=self.workspace,
         )
+        if observer is not None:
+            self.watch.update(observer)
         if self.branches == 2:
             hidden = guided(hidden, config.cfg_scale)
-        return Forward(packed, hidden, config.output_logits)
+        if narrow is not None:
+            packed, plan = narrow.packed, narrow.plan
+        return Forward(packed, plan, hidden, config.output_logits, narrow)
 
     def pack(self, plan: StepPlan, shape: Shape) -> Packed:
         """The active slots of all rows one after the other, and where the scored ones stand among them."""
@@ -197,14 +224,23 @@ class Engine:
         active = Segments(starts[0], plan.report[0], shape.most_active)
         return Packed(*entries, active, Segments(starts[1], plan.report[1], shape.most_scored))
 
-    def _count(self, active: list[int]) -> None:
-        """Count a pass that computes so many slots of every row, if it computes any."""
-        stats, lengths = self.stats, self.rows.row_lengths
-        if any(active):
+    @property
+    def is_full(self) -> bool:
+        """Whether the next pass sends every slot that is not hidden through all layers."""
+        through, visible = [self.status.active, *self.status.left][-1], self.status.visible or self.rows.row_lengths
+        return all(through[row] == visible[row] for row in self.numbers)
+
+    def _count(self) -> None:
+        """Count the next pass, if it computes anything."""
+        stats, lengths, status = self.stats, self.rows.row_lengths, self.status
+        if any(status.active):
+            counts = [status.active, *status.left]
             stats.passes += 1
-            stats.full_passes += all(active[row] == lengths[row] for row in self.numbers)
-            stats.computed_slots += self.branches * sum(active)
+            stats.full_passes += self.is_full
+            stats.computed_slots += self.branches * sum(status.active)
             stats.total_slots += self.branches * sum(lengths[row] for row in self.numbers)
+            if self.narrowing is not None:
+                stats.skipped_slots += self.branches * self.narrowing.skipped([sum(count) for count in counts])
 
     def _choose(self, forward: Forward) -> Choice:
         """A token for each of the scored slots."""
@@ -214,34 +250,36 @@ class Engine:
         keys = None
         if self.config.temperature > 0:
             keys = self.noise.token_keys(packed.slots, packed.scored_rows, self.rows.timetable.now().index)
-        return Choice(*self.sampler(hidden, keys, self.status.scored, self.rows.texts))
+        return Choice(*self.sampler(hidden, keys, packed.scored.lengths.tolist, self.rows.texts))
 
     def commit(self, plan: StepPlan, forward: Forward | None, choice: Choice | None) -> None:
         """Write the tokens of the most confident eligible slots, go on in the schedule, and cut rows at their ends."""
         rows, table = self.rows, self.rows.timetable
         if choice is None:
             starts = torch.zeros_like(plan.count)
-            token, confidence = starts[:0], torch.empty(0, device=starts.device)
-            score = confidence
+            none = torch.empty(0, device=starts.device)
+            chosen = Chosen(starts[:0], none, none, none if self.rules.rule in ENTROPY_RULES else None)
         else:
-            starts, token, confidence = forward.packed.scored.starts, choice.token, choice.confidence
-            score = self.planner.score(confidence, table.now(), forward.packed)
-            self.planner.remember(forward.packed, confidence)
-        ending = self.ending
-        by_ids = ending is not None and ending.criteria is None
+            starts = forward.packed.scored.starts
+            self.planner.remember(forward.packed, choice)
+            chosen = self.planner.ranked(choice, forward.packed)
+            if self.narrowing is not None:
+                self.narrowing.remember(forward.packed, choice.confidence)
+        asked = (ending := self.ending) is not None and ending.asked
         state = State(
             *(rows.tokens, rows.masked, rows.fresh, self.seen, rows.rank),
             *(table.at, table.current, self.cut, self.invalid),
         )
-        passed = Pass(plan.active, plan.scored, plan.eligible, plan.count, starts)
-        rules = Rules(ending.eos if by_ids else None, self.pad_id, *sureness(self.config))
-        ADVANCE(state, table.table, passed, Chosen(token, confidence, score), rules)
-        if ending is not None and not by_ids:
+        passed = Pass(plan.active, plan.scored, plan.eligible, plan.count, starts, plan.bound)
+        rules = self.rules._replace(ends=None if ending is None or asked else ending.eos, pad=self.pad_id)
+        ADVANCE(state, table.table, passed, chosen, rules)
+        if asked:
             # Criteria are Python: only rows that were not finished before the step are asked.
             ends = ending.ends(rows, self.numbers)
             beyond = rows.cut(ends, self.pad_id)
             self.seen &= ~beyond
             self.cut.copy_(torch.where(ends.squeeze(1) > rows.size, self.cut, beyond.sum(1)))
+        table.follow(rows.masked, rows.rank)
 
     @property
     def sequences(self) -> Tensor:

@@ -91,7 +91,7 @@ def generate(
         >>> output.sequences[:, ids.shape[1]:], output.stats.computed_share
     """
     config = config_of(generation_config, overrides)
-    _check_helpers(config, generator, streamer)
+    check_helpers(config, generator, streamer)
     ids, run = Run.after_prompts(
         model,
         input_ids,
@@ -139,7 +139,7 @@ def infill(
         >>> dkv.infill(model, torch.tensor([[5, mask, 7, mask]])).sequences
     """
     config = infill_config(generation_config, overrides)
-    _check_helpers(config, generator, streamer)
+    check_helpers(config, generator, streamer)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
     mask_id = mask_id_of(model, config)
     rows = Sequences(ids, mask, mask & (ids == mask_id), mask_id)
@@ -173,7 +173,7 @@ def stream(
         ...     print(tokenizer.decode(draft.sequences[0]))
     """
     config = config_of(generation_config, overrides)
-    _check_helpers(config, generator)
+    check_helpers(config, generator)
     _, run = Run.after_prompts(
         model,
         input_ids,
@@ -204,7 +204,8 @@ def config_of(given: DiffusionConfig | None, overrides: dict[str, Any]) -> Diffu
     return config
 
 
-def _check_helpers(config: DiffusionConfig, generator: Any, streamer: Any = None) -> None:
+def check_helpers(config: DiffusionConfig, generator: Any, streamer: Any = None) -> None:
+    """Raise TypeError or ValueError where a generator or a streamer is none, or does not go with the settings."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}; a number is given as seed=")
     if generator is not None and config.seed is not None:

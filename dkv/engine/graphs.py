@@ -167,7 +167,7 @@ def runner_of(engine: "Engine", past: KVCache | None) -> GraphRunner | None:
         "DKV_GRAPHS=0": os.environ.get("DKV_GRAPHS") == "0",
         "records or a hook look into every step": bool(engine.hooks),
         "a logits processor is Python": engine.sampler.processor is not None,
-        "stopping criteria are Python": engine.ending is not None and engine.ending.criteria is not None,
+        "stopping criteria are Python": engine.ending is not None and engine.ending.asked,
         "the reference backend reads values": backend.chosen() == "reference",
         "hooks on modules of the model are Python": _is_hooked(engine.model),
     }
@@ -230,6 +230,10 @@ def state_of(engine: "Engine") -> Iterator[tuple[Any, str, Tensor]]:
         "rows": rows,
         "timetable": rows.timetable,
         "planner": engine.planner,
+        "watch": engine.watch,
+        "near": engine.planner.near,
+        "certainty": engine.planner.certainty,
+        "narrowing": engine.narrowing,
         "noise": engine.noise,
         "ending": engine.ending,
     }

@@ -14,8 +14,10 @@ class Stats:
     """What a generation cost, and what is needed to repeat it.
 
     Attributes:
-        passes, full_passes: forward passes, and those that computed every slot.
+        passes, full_passes: forward passes, and those that computed every slot that was not hidden.
         computed_slots, total_slots: slots sent through the network, and what plain decoding sends.
+        skipped_slots: what is to be taken from these, as slots of a pass left the network before its end: each counts
+            as the share of the layers that it did not go through.
         replayed_passes: those that were replayed from a graph.
         graphs, graph_bytes: graphs that stood ready after the last one was made, those of earlier generations of the
             kind among them, and the memory of the device that was reserved for them; 0 where none was made.
@@ -31,6 +33,7 @@ class Stats:
     full_passes: int = 0
     computed_slots: int = 0
     total_slots: int = 0
+    skipped_slots: float = 0
     replayed_passes: int = 0
     graphs: int = 0
     graph_bytes: int = 0
@@ -46,9 +49,14 @@ class Stats:
         return self.passes - self.full_passes
 
     @property
+    def computed_work(self) -> float:
+        """Slots sent through the network; one that left it early counts as the share of its layers that it saw."""
+        return self.computed_slots - self.skipped_slots
+
+    @property
     def computed_share(self) -> float:
-        """Slots computed, as a share of those that plain decoding computes; 0 without a pass."""
-        return self.computed_slots / max(self.total_slots, 1)
+        """Slots computed, layer for layer, as a share of those that plain decoding computes; 0 without a pass."""
+        return self.computed_work / max(self.total_slots, 1)
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,13 +84,13 @@ class DiffusionOutput(ModelOutput):
         history: int64 [steps, B, P + new], the canvas after each step (`output_history`).
         active: bool [steps, B, P + new], the slots each pass computed (`output_active`); padding
             never is.
-        confidences: float32 [steps, B, P + new] (`output_confidences`), the logarithm of the
-            probability or margin, or the negative entropy in nats, of each slot that the pass ranked:
-            the masked slots of its block, or what `GreedyCache` computed of them; NaN elsewhere. The
-            "random" rule ranks none: there, the log probability of the tokens decoded. Slots that
-            `confidence_eos_eot_inf` holds back have -inf. A `selection_temperature` is not in it.
-        logits: one [B, P + new, V] per step, raw (not shifted), 0 where a slot was not computed
-            (`output_logits`).
+        confidences: float32 [steps, B, P + new] (`output_confidences`), the logarithm of the probability or margin, or
+            the negative entropy in nats, of each slot that the pass ranked: the masked slots of its block, of these
+            what the policy computed through all layers, and with `Rollout` also what it computed of later blocks; NaN
+            elsewhere. The "random" rule ranks none: there, the log probability of the tokens decoded. Slots that
+            `confidence_eos_eot_inf` holds back have -inf. `certainty` and `selection_temperature` are not in it.
+        logits: one [B, P + new, V] per step, raw (not shifted), 0 where a slot was not computed, or left the network
+            early (`output_logits`).
         stats: `Stats`.
     """
 

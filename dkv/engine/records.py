@@ -5,7 +5,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dkv.core.sequences import outside
 from dkv.engine.engine import Engine, StepResult
+
+
+def visible(engine: Engine, result: StepResult) -> Tensor:
+    """bool [B, L]: the slots that a step may compute and see."""
+    rows, gaps = engine.rows, result.plan.hidden
+    return rows.to_caller(rows.everywhere if gaps is None else rows.everywhere & outside(gaps, rows.size))
+
+
+def entering(engine: Engine, result: StepResult) -> Tensor:
+    """bool [layers + 1, B, L]: the slots that enter each layer of a pass, and those that have gone through all."""
+    found, now, narrow = [], result.plan.active, result.forward and result.forward.narrow
+    for layer in range(engine.model.spec.num_layers + 1):
+        found.append(engine.rows.to_caller(now))
+        if narrow and layer in narrow.layers:
+            rows, slots = narrow.stages[narrow.layers.index(layer)]
+            wide = now.new_zeros(now.shape[0], now.shape[1] + 1)
+            wide[rows, slots] = True
+            now = wide[:, :-1]
+    return torch.stack(found)
 
 
 def _active(engine: Engine, result: StepResult) -> Tensor:

@@ -1,6 +1,6 @@
 """Generations whose random orders are given, and whose steps are watched: for recorded runs and measurements."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dkv.core.sequences import Sequences
 from dkv.engine.config import DiffusionConfig
+from dkv.engine.ending import Ending, among
 from dkv.engine.engine import OnStep
 from dkv.engine.noise import Noise
 from dkv.engine.output import DiffusionOutput
@@ -40,6 +41,23 @@ class RecordedNoise(Noise):
         return self._orders.gather(1, at).squeeze(1)
 
 
+class BlockEnd(Ending):
+    """Ends a row as the published code of Streaming-dLLM does: where a block is full and holds an end token anywhere,
+    all slots behind that block become padding."""
+
+    asked = True
+
+    def __init__(self, eos: int, device: torch.device):
+        super().__init__([eos], None, 0, device)
+
+    def ends(self, rows: Sequences, numbers: Sequence[int]) -> Tensor:
+        # The blocks before the current one are full.
+        start = rows.timetable.now().start
+        found = among(rows.tokens[:, :-1], self.eos) & (rows.rank >= 0) & (rows.rank < start)
+        behind = (rows.rank == start).int().argmax(1, keepdim=True)
+        return torch.where(found.any(1, keepdim=True), behind, rows.size + 1)
+
+
 @torch.no_grad()
 def replay(
     model: Any,
@@ -47,9 +65,11 @@ def replay(
     attention_mask: Tensor | None = None,
     numbers: Numbers | None = None,
     on_step: OnStep | None = None,
+    ending: Ending | None = None,
     **settings: Any,
 ) -> DiffusionOutput:
-    """`dkv.generate`, with random orders from `numbers` if they are given; `on_step` is called after each step."""
+    """`dkv.generate`, with random orders from `numbers` if they are given, and with another `ending` than that of the
+    settings; `on_step` is called after each step."""
     config = DiffusionConfig(**settings)
 
     def recorded(rows: Sequences) -> Noise:
@@ -57,5 +77,5 @@ def replay(
         return RecordedNoise(numbers, rows, max(1, *map(len, plans)))
 
     noise = None if numbers is None else recorded
-    ids, run = Run.after_prompts(model, input_ids, attention_mask, config, noise=noise, on_step=on_step)
+    ids, run = Run.after_prompts(model, input_ids, attention_mask, config, noise=noise, ending=ending, on_step=on_step)
     return run.to_the_end(None, ids, new=ids.shape[1])

@@ -28,6 +28,7 @@ class Run:
         processor, criteria: of transformers, one or a list.
         past: as for `Engine`.
         ends: whether a row ends at an end id.
+        ending: where rows end early, in place of what the settings and the criteria say.
         noise: makes the noise of the rows, in place of one from the seeds.
         on_step: as for `Engine`.
     """
@@ -43,6 +44,7 @@ class Run:
         criteria: Any = None,
         past: KVCache | None = None,
         ends: bool = True,
+        ending: Ending | None = None,
         noise: Callable[[Sequences], Noise] | None = None,
         on_step: OnStep | None = None,
     ):
@@ -53,7 +55,8 @@ class Run:
         processor = _listed("logits_processor", processor, LogitsProcessorList)
         criteria = _listed("stopping_criteria", criteria, StoppingCriteriaList)
         eos = id_list(config.eos_token_id) if ends else []
-        ending = Ending(eos, criteria, batch, rows.tokens.device) if eos or criteria else None
+        if ending is None and (eos or criteria):
+            ending = Ending(eos, criteria, batch, rows.tokens.device)
         self.engine = Engine(
             model,
             rows,

@@ -25,6 +25,7 @@ class Sampler:
         mask_id: never chosen.
         workspace: scratch to use again between calls.
         processor: changes the logits before anything else looks at them; they are then computed row by row.
+        entropy: whether to give the entropies of the distributions that the confidences are of.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Sampler:
         mask_id: int,
         workspace: kernels.Workspace,
         processor: LogitsProcessor | None = None,
+        entropy: bool = False,
     ):
         self.model, self.workspace, self.processor = model, workspace, processor
         self.rounded = config.confidence_dtype == "model"
@@ -52,23 +54,27 @@ class Sampler:
             "top_p": config.top_p,
             "banned": (mask_id,),
             "vocab_limit": model.spec.vocab_limit if config.vocab_limit is None else config.vocab_limit,
+            "entropy": entropy,
             "validate": False,
         }
 
     def __call__(
-        self, hidden: Tensor, keys: Tensor | None, counts: Sequence[int], texts: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens and log-confidences, [R] each.
+        self,
+        hidden: Tensor,
+        keys: Tensor | None,
+        counts: Callable[[], Sequence[int]],
+        texts: Callable[[], Sequence[Tensor]],
+    ) -> tuple[Tensor, ...]:
+        """Tokens, log-confidences and, where asked for, entropies in nats: [R] each.
 
         Args:
             hidden: [R, d], the rows of the batch one after the other, filled up at the end.
             keys: [R, K] of the noise; None where tokens are not drawn.
-            counts: how many of the R are of each row.
-            texts: gives the ids of every row, [length] each, for the processor.
+            counts, texts: give for the processor how many of the R are of each row, and the ids of each, [length].
         """
         head = self.model.head
         if self.processor is not None:
-            return self._processed(hidden, keys, counts, texts())
+            return self._processed(hidden, keys, counts(), texts())
         if type(head) is nn.Linear or hasattr(head, "strips"):
             how = {**self.how, "row_keys": keys, "workspace": self.workspace}
             return self._with_late_ends(lambda gone: kernels.choose_token_fused(hidden, **self._head(gone), **how))
@@ -76,20 +82,21 @@ class Sampler:
         parts = hidden.split(rows)
         return self._parts(map(head, parts), [None] * len(parts) if keys is None else keys.split(rows))
 
-    def _with_late_ends(self, choose: Callable[[Sequence[int]], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _with_late_ends(self, choose: Callable[[Sequence[int]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The choice that `choose` makes with the logits of some ids gone, that is at -inf.
 
         With `confidence_eos_eot_inf` the token is chosen first. How sure it is, is then asked as if there were no
         end tokens (published code of LLaDA), and where the token is one of them, the answer is -inf: less than all
-        others, which are finite.
+        others, which are finite. The entropy is that without end tokens, 0 where nothing else is possible.
         """
-        token, confidence = choose(self.never)
+        token, confidence, *entropy = choose(self.never)
         if not self.late:
-            return token, confidence
-        _, without = choose(self.never + self.late)
+            return token, confidence, *entropy
+        _, without, *entropy = choose(self.never + self.late)
+        entropy = [x.masked_fill(without.isnan(), 0) for x in entropy]
         without = without.clamp(min=torch.finfo(without.dtype).min)
-        is_end = among(token, self._tensor(self.late))
-        return token, without.masked_fill(is_end, -torch.inf).masked_fill(confidence.isnan(), torch.nan)
+        without = without.masked_fill(among(token, self._tensor(self.late)), -torch.inf)
+        return token, *(x.masked_fill(confidence.isnan(), torch.nan) for x in (without, *entropy))
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         key = "ids", tuple(ids)
@@ -104,10 +111,10 @@ class Sampler:
             self.made[key] = _without(self.model.head, gone)
         return self.made[key]
 
-    def _of_logits(self, logits: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _of_logits(self, logits: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
         """The choice from logits, which may be overwritten."""
 
-        def choose(gone: Sequence[int]) -> tuple[Tensor, Tensor]:
+        def choose(gone: Sequence[int]) -> tuple[Tensor, ...]:
             if gone:
                 logits.index_fill_(1, self._tensor(gone), -torch.inf)
             last = len(gone) == len(self.never) + len(self.late)
@@ -117,7 +124,7 @@ class Sampler:
 
     def _processed(
         self, hidden: Tensor, keys: Tensor | None, counts: Sequence[int], texts: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """With the processor: of one row at a time, so that no row can tell what is beside it."""
         # What fills the entries up belongs to no row.
         counts, total = [*counts], sum(counts)
@@ -138,11 +145,10 @@ class Sampler:
             raise ValueError(f"logits_processor must return scores {list(scores.shape)}, got {got}")
         return found.to(logits.dtype) if self.rounded else found
 
-    def _parts(self, logits: Any, keys: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def _parts(self, logits: Any, keys: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The choices from several parts of logits."""
         found = [self._of_logits(part, key) for part, key in zip(logits, keys, strict=True)]
-        token, confidence = zip(*found, strict=True)
-        return torch.cat(token), torch.cat(confidence)
+        return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def _without(head: Any, gone: Sequence[int]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from dkv.core.validation import MOST, flag, whole
+from dkv.core.density import SIGMAS
+from dkv.core.validation import MOST, flag, number, whole
 from dkv.kernels.choose import CONFIDENCE_DTYPES
 
 CONFIDENCE_RULES = ("probability", "margin", "entropy", "random")
+ENTROPY_FORMS = ("paper", "code")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Setting:
 
     default: Any = None
     kind: str = ""
-    low: int = 0
+    low: float = 0
     high: float = MOST
     listed: bool = False
     by_row: bool = False
@@ -40,6 +42,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "steps": Setting(None, "whole", 1, listed=True, by_row=True),
         "block_length": Setting(None, "whole", 1),
         "schedule": Setting(),
+        "most": Setting(None, "whole", 1),
         "eps": Setting(1e-3, "number", high=1),
         "confidence": Setting("probability", "choice", choices=CONFIDENCE_RULES),
         "confidence_dtype": Setting("exact", "choice", choices=CONFIDENCE_DTYPES),
@@ -48,7 +51,13 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "top_k": Setting(None, "whole", 1),
         "selection_temperature": Setting(0.0, "number", high=10**6),
         "threshold": Setting(),
+        "threshold_decay": Setting(0.0, "number", high=1),
+        "certainty": Setting(None, "number", *SIGMAS),
+        "near_threshold": Setting(),
+        "radius": Setting(4, "whole"),
         "factor": Setting(None, "number", high=10**6),
+        "entropy_bound": Setting(None, "number", high=10**6),
+        "entropy_form": Setting("paper", "choice", choices=ENTROPY_FORMS),
         "cfg_scale": Setting(0.0, "number", high=10**6),
         "eos_token_id": Setting(None, "whole", listed=True),
         "eot_token_id": Setting(None, "whole", listed=True),
@@ -80,13 +89,12 @@ def check_value(name: str, value: Any) -> None:
     if setting.kind == "whole" and isinstance(value, list) and setting.listed:
         if not value:
             raise ValueError(f"{name} is an empty list: give one number, or one for every row")
-        for number in value:
-            whole(name, number, low, high, value)
+        for one in value:
+            whole(name, one, low, high, value)
     elif setting.kind == "whole":
         whole(name, value, low, high)
     elif setting.kind == "number":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"{name} must be between {low} and {high}, got {value!r}")
+        number(name, value, low, high)
     elif setting.kind == "flag":
         flag(name, value)
     elif setting.kind == "choice" and value not in setting.choices:

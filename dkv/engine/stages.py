@@ -1,10 +1,15 @@
 """What passes from one stage of a step to the next. Nothing writes back into an earlier one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dkv.core.varlen import Segments
+
+if TYPE_CHECKING:
+    from dkv.engine.narrow import NarrowPass
 
 
 @dataclass(frozen=True)
@@ -15,8 +20,13 @@ class StepPlan:
         active: bool [B, S], slots to compute.
         scored: bool [B, S], slots whose logits matter.
         eligible: bool [B, S], slots that may be filled; None: the scored ones.
-        count: int64 [B], how many of them are; with a threshold or a factor, the least.
-        report: int64 [5, B], what the host reads: the fields of `Status`, and whether any logits were no numbers.
+        count: int64 [B], how many of them are; with a rule of confidence, the least.
+        report: int64 [5 or more, B], what the host reads: the fields of `Status`, in their order; `visible` only where
+            something is hidden.
+        hidden: int64 [B, 2], of every row a gap of slots that are neither computed nor seen; None: no row has one.
+        bound: float32 [B], how sure a slot of a row must be to be filled, in the scale of
+            `dkv.engine.rules.sureness`; None: as sure in all rows and steps.
+        left: int64 [cuts, B], how many of the active slots go on after each cut of the policy; None: it has none.
     """
 
     active: Tensor
@@ -24,6 +34,9 @@ class StepPlan:
     eligible: Tensor | None
     count: Tensor
     report: Tensor
+    hidden: Tensor | None = None
+    bound: Tensor | None = None
+    left: Tensor | None = None
 
     def copy_(self, other: "StepPlan") -> None:
         """Take over a plan of the same settings, in place."""
@@ -40,12 +53,25 @@ class Status:
     Attributes:
         active, scored: slots of the next pass, by row.
         masked, cut: slots without a token, and those that became padding beyond an early end, by row.
+        invalid: 1 in every row where any logits were no numbers, else 0.
+        visible: slots that the next pass may compute and see, by row; None: all that a row has.
+        left: slots that go on after each cut of the policy, by cut and row.
     """
 
     active: list[int]
     scored: list[int]
     masked: list[int]
     cut: list[int]
+    invalid: list[int]
+    visible: list[int] | None = None
+    left: Sequence[list[int]] = ()
+
+    @classmethod
+    def after(cls, plan: StepPlan) -> "Status":
+        """Read the report of a plan."""
+        lines = plan.report.tolist()
+        more = 5 if plan.hidden is None else 6
+        return cls(*lines[:5], lines[5] if more > 5 else None, lines[more:])
 
 
 @dataclass(frozen=True)
@@ -55,12 +81,14 @@ class Shape:
     Attributes:
         active, scored: entries that go through the model, and that a token is chosen for, filled up.
         most_active, most_scored: what no row has more of.
+        left: by cut of the policy, the entries that go on, filled up, and what no row has more of; None where all do.
     """
 
     active: int
     most_active: int
     scored: int
     most_scored: int
+    left: tuple[tuple[int, int] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,21 +119,26 @@ class Forward:
     """What went through the model in a step.
 
     Attributes:
-        packed: the entries.
+        packed: the entries; with cuts, those that went through all layers.
+        plan: what was planned of these.
         hidden: [R, d], of what predicts the scored slots, or [T, d] if `every`.
+        narrow: which slots went on after each cut; None: the policy has none.
     """
 
     packed: Packed
+    plan: StepPlan
     hidden: Tensor
     every: bool
+    narrow: "NarrowPass | None" = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Token (int64) and log-confidence of the scored slots, [R] each."""
+    """Token (int64) and log-confidence of the scored slots, and the entropy in nats if a rule needs it: [R] each."""
 
     token: Tensor
     confidence: Tensor
+    entropy: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,19 @@ from typing import Any
 from dkv.core.naming import instead, nearest
 from dkv.policies.base import Policy, View
 from dkv.policies.dkv_cache import DecodeCache, GreedyCache, NoCache, PrefillCache, PrefillDecodeCache
+from dkv.policies.elastic import ElasticCache
 from dkv.policies.fast_dllm import DualCache, PrefixCache
+from dkv.policies.rollout import Rollout
+from dkv.policies.skip import SkipCache
+from dkv.policies.sliding import SlidingCache
+from dkv.policies.suffix import SuffixWindow
 
 POLICIES: dict[str, type[Policy]] = {
-    p.name: p for p in (NoCache, DecodeCache, GreedyCache, PrefillCache, PrefillDecodeCache, PrefixCache, DualCache)
+    policy.name: policy
+    for policy in (
+        *(NoCache, DecodeCache, GreedyCache, PrefillCache, PrefillDecodeCache, PrefixCache, DualCache),
+        *(SuffixWindow, SlidingCache, Rollout, ElasticCache, SkipCache),
+    )
 }
 
 # The options of all policies, each once.

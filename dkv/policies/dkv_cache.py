@@ -13,13 +13,6 @@ from dkv.kernels.plan.op import WINDOW
 from dkv.policies.base import Policy, View, sources
 
 
-def _take_whole(policy: Policy, name: str, low: int, optional: bool = True) -> None:
-    """Check an argument of a policy, and keep it as an int."""
-    value = getattr(policy, name)
-    if value is not None or not optional:
-        object.__setattr__(policy, name, whole(name, value, low))
-
-
 @dataclass(frozen=True)
 class NoCache(Policy):
     """Every slot in every step: plain decoding."""
@@ -55,8 +48,8 @@ class DecodeCache(Policy):
     shift_rule: str = "un"
 
     def __post_init__(self):
-        _take_whole(self, "refresh", 0)
-        _take_whole(self, "warmup", 1)
+        self._take(whole, "refresh", 0, optional=True)
+        self._take(whole, "warmup", 1, optional=True)
         if self.shift_rule not in ("un", "un_right", "right"):
             raise ValueError(f'shift_rule must be "un", "un_right" or "right", got {self.shift_rule!r}')
 
@@ -144,8 +137,8 @@ class GreedyCache(Policy):
     window_center: str = "next"
 
     def __post_init__(self):
-        _take_whole(self, "refresh", 0)
-        _take_whole(self, "window", 0, optional=False)
+        self._take(whole, "refresh", 0, optional=True)
+        self._take(whole, "window", 0)
         if self.window_center not in ("next", "last"):
             raise ValueError(f'window_center must be "next" or "last", got {self.window_center!r}')
 

@@ -1,0 +1,68 @@
+"""What a pass tells beside its logits: how much attention every slot gets, through all layers."""
+
+import torch
+from torch import Tensor
+
+from dkv import kernels
+from dkv.core.kv_cache import KVCache
+from dkv.core.sequences import Sequences
+from dkv.engine.stages import Packed
+from dkv.kernels.attention.shares import Shares
+from dkv.kernels.mass.op import MASS
+
+
+class Observer:
+    """Keeps the queries of a pass, layer by layer; the argument `observe` of `Transformer.step`.
+
+    With guidance the branch that has the text is observed, and not the one without.
+
+    Args:
+        packed: the entries, of one branch.
+        rows: whose they are.
+        cache: their keys.
+    """
+
+    def __init__(self, packed: Packed, rows: Sequences, cache: KVCache, workspace: kernels.Workspace):
+        self.packed, self.rows, self.cache, self.workspace = packed, rows, cache, workspace
+        self.layers: list[tuple[int, Tensor, Tensor, Shares]] = []
+        # Where the entries stand among all slots [B, S + 1], of which the last is a spare.
+        self._places = packed.rows * (rows.size + 1) + packed.positions
+
+    def __call__(self, layer: int, query: Tensor, lse: Tensor, shares: Shares) -> None:
+        total = len(self.packed.tokens)
+        self.layers.append((layer, query[:total], lse[:total], shares))
+
+    def rollout(self) -> Tensor:
+        """The column sums of the attention rollout of the pass, float64 [B, S].
+
+        The rollout is the product of all layers, a layer being the mean of the unit matrix and of its attention, itself
+        the mean over the heads; a slot that was not computed attends to itself alone (Abnar and Zuidema 2020; d2Cache).
+        Only the sums of its columns are made, backwards: from the last layer to the first, half of what a slot has
+        stays there, and the other half goes to where it attends.
+        """
+        mass = torch.ones(len(self.rows.masked), self.rows.size + 1, dtype=torch.float64, device=self._places.device)
+        for layer, query, lse, shares in reversed(self.layers):
+            half = mass.take(self._places) / 2
+            # What fills the entries up has the spare slot, and means nothing.
+            mass.put_(self._places, half)
+            mass[:, :-1] += self.attended(layer, query, lse, half.to(lse.dtype), shares)
+        return mass[:, :-1]
+
+    def attended(self, layer: int, query: Tensor, lse: Tensor, weight: Tensor, shares: Shares) -> Tensor:
+        """What every slot gets of the weights [T] of the queries, [B, S]."""
+        segments, ranges = self.packed.active, self.rows.key_ranges
+        scale, where = query.shape[-1] ** -0.5, (segments.starts, segments.lengths, ranges, segments.most)
+        return MASS(query, self.keys(layer), lse, weight, *where, scale, workspace=self.workspace, shares=shares)
+
+    def keys(self, layer: int) -> Tensor:
+        """Those of the slots of all rows, [B, S, Hkv, D]."""
+        return self.cache.visible(layer)[0][: len(self.rows.masked)]
+
+    def of_entries(self, x: Tensor) -> Tensor:
+        """Values [B, S] of the slots as values [T] of the entries; 0 where they are filled up."""
+        return torch.nn.functional.pad(x, (0, 1)).take(self._places)
+
+    def to_slots(self, x: Tensor) -> Tensor:
+        """Values [T] of the entries as values [B, S] of their slots; 0 at those that were not computed."""
+        wide = x.new_zeros(len(self.rows.masked), self.rows.size + 1)
+        return wide.put_(self._places, x)[:, :-1]

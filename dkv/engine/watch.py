@@ -1,0 +1,74 @@
+"""What is kept of a pass for the plan of the next one, where a policy observes passes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dkv.core.sequences import Sequences
+from dkv.engine.observe import Observer
+from dkv.kernels.common.dtypes import wide
+from dkv.policies import Policy
+
+
+class Importance:
+    """How much of the attention rollout every slot gets (d2Cache): `told`, float64 [B, S], written in place."""
+
+    def __init__(self, policy: Policy, rows: Sequences, layers: int):
+        self.told = torch.zeros(rows.masked.shape, dtype=torch.float64, device=rows.masked.device)
+
+    def update(self, observer: Observer) -> None:
+        """Take over what a pass told."""
+        self.told.copy_(observer.rollout())
+
+
+class Turning:
+    """Whether attention has turned since the pass before: the trigger of `ElasticCache`. All is written in place.
+
+    Attributes:
+        told: bool [B, 1], whether the next pass is to compute everything.
+        watched: int64 [layers, B], the known slot that got most attention from the slots `asking`, bool [B, S].
+        attention: float32 [layers, B, S], what it got from each of them, the mean of the heads; 0 from others.
+    """
+
+    def __init__(self, policy: Policy, rows: Sequences, layers: int):
+        shape, device = rows.masked.shape, rows.masked.device
+        self._policy, self._rows = policy, rows
+        self.told = torch.zeros(shape[0], 1, dtype=torch.bool, device=device)
+        self.asking = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.watched = torch.zeros(layers, shape[0], dtype=torch.int64, device=device)
+        self.attention = torch.zeros(layers, *shape, device=device)
+
+    def update(self, observer: Observer) -> None:
+        """Compare a pass, whose tokens are not filled in yet, with the one before it."""
+        rows, now = self._rows, self._rows.timetable.now()
+        asking = self._policy.leftmost(rows, now)
+        both, known = asking & self.asking, rows.everywhere & ~rows.masked
+        weight, least = observer.of_entries(asking), torch.ones_like(self.told, dtype=torch.float64)
+        for place, (layer, query, lse, shares) in enumerate(observer.layers):
+            found = _attention(observer, layer, query, lse, self.watched[place])
+            pair = (x.masked_fill(~both, 0).double() for x in (found, self.attention[place]))
+            least = torch.minimum(least, F.cosine_similarity(*pair, dim=1).unsqueeze(1))
+            mass = observer.attended(layer, query, lse, weight.to(lse.dtype), shares)
+            self.watched[place] = mass.masked_fill(~known, -1).argmax(1)
+            found = _attention(observer, layer, query, lse, self.watched[place])
+            self.attention[place] = found.masked_fill(~asking, 0)
+        self.asking.copy_(asking)
+        # Nothing has turned where no slot asks in both passes, nor right after a full pass, which changes all keys.
+        compared = both.any(1, keepdim=True) & ~(self.told | now.full.bool())
+        self.told.copy_((least < self._policy.gamma) & compared)
+
+
+def _attention(observer: Observer, layer: int, query: Tensor, lse: Tensor, watched: Tensor) -> Tensor:
+    """What the slot `watched` [B] of a row gets from every slot that was computed: [B, S]."""
+    keys = observer.keys(layer)
+    own = keys[torch.arange(len(keys), device=keys.device), watched].index_select(0, observer.packed.rows)
+    score = (wide(query).unflatten(1, (own.shape[1], -1)) * wide(own).unsqueeze(2)).sum(-1).flatten(1)
+    return observer.to_slots(torch.exp(score * query.shape[-1] ** -0.5 - lse).mean(1))
+
+
+WATCHES = {"mass": Importance, "turn": Turning}
+
+
+def watch_of(policy: Policy, rows: Sequences, layers: int) -> Importance | Turning | None:
+    """What keeps the observations of a policy; None where it makes none."""
+    return None if policy.observes is None else WATCHES[policy.observes](policy, rows, layers)
