@@ -25,6 +25,7 @@ LONG = {
     "demo": ("dkv", "demo"),
     "bench": ("dkv", "bench", "--json", "out/b.json", "--csv", "out/b.csv"),
     "eval": ("dkv", "eval", "--json", "out/e.json", "--out", "out"),
+    "suggest": ("dkv", "suggest", "--json", "out/s.json", "--out", "out"),
     "verify": ("dkv", "verify", str(ROOT / "tests/golden")),
     "audit": ("dkv", "audit"),
     "gpu": ("dkv.bench.gpu", "--device", "cpu", "--json", "out/g.json"),

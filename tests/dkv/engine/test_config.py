@@ -1,6 +1,7 @@
 """Names, aliases and values of `DiffusionConfig`."""
 
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import dkv
 from dkv import DiffusionConfig
 from dkv.engine.settings import SETTINGS
-from dkv.policies import policy_of
+from dkv.policies import POLICIES, policy_of
 
 
 def of_kind(*kinds):
@@ -37,11 +38,28 @@ def test_names_of_both_families_are_accepted():
         ({"cfg_scale": -1}, "cfg_scale must be between 0"),
         ({"threshold": 1.5}, "threshold must be between 0 and 1 with confidence='probability', got 1.5"),
         ({"threshold": 0.5, "confidence": "entropy"}, "threshold must be between -inf and 0 with confidence='entropy'"),
+        ({"threshold_decay": 0.4}, "threshold_decay=0.4 is a part of threshold, and acts on nothing without it"),
+        (
+            {"threshold_decay": 0.4, "factor": 1.0},
+            "threshold_decay=0.4 is a part of threshold, and acts on nothing without it",
+        ),
+        ({"threshold": 0.9, "threshold_decay": 1.5}, "threshold_decay must be between 0 and 1, got 1.5"),
         ({"threshold": 0.9, "factor": 1.0}, "threshold and factor are two rules for the same thing"),
         ({"threshold": 0.9, "confidence": "random"}, "threshold needs a confidence to go by"),
         ({"factor": 1.0, "confidence": "entropy"}, "factor needs a confidence to go by"),
         ({"threshold": 0.9, "alg_temp": 0.5}, "selection_temperature draws them"),
         ({"factor": -1.0}, "factor must be between 0"),
+        ({"entropy_bound": -0.1}, "entropy_bound must be between 0"),
+        ({"entropy_bound": 0.1, "entropy_form": "sum"}, "entropy_form must be one of paper, code"),
+        ({"entropy_form": "code"}, "entropy_form='code' is a part of entropy_bound, and acts on nothing without it"),
+        ({"entropy_bound": 0.1, "factor": 1.0}, "factor and entropy_bound are two rules for the same thing"),
+        ({"entropy_bound": 0.1, "confidence": "random"}, "entropy_bound needs a confidence to go by"),
+        ({"entropy_bound": 0.1, "alg_temp": 0.5}, "entropy_bound fills the surest slots, selection_temperature draws"),
+        ({"near_threshold": 0.7}, "near_threshold=0.7 is a part of threshold, and acts on nothing without it"),
+        ({"threshold": 0.9, "radius": 2}, "radius=2 is a part of near_threshold, and acts on nothing"),
+        ({"threshold": 0.5, "near_threshold": 0.7}, r"near_threshold, .* must be at most threshold \(0.5\), got 0.7"),
+        ({"threshold": 0.5, "near_threshold": -1}, "near_threshold must be between 0 and 1"),
+        ({"threshold": 0.5, "near_threshold": 0.4, "radius": -1}, "radius must be a whole number of at least 0"),
         ({"threshold": "0.9"}, "threshold must be between 0 and 1"),
         ({"temperature": "hot"}, "temperature must be between 0 and 1000000, got 'hot'"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
@@ -126,6 +144,10 @@ def test_policies_refuse_impossible_values():
         (lambda: dkv.DecodeCache("8"), "refresh must be"),
         (lambda: dkv.PrefixCache(delayed=1), "delayed must be True or False"),
         (lambda: dkv.GreedyCache(2, window_center="first"), "window_center must be"),
+        (lambda: dkv.SuffixWindow(window=-1), "window must be"),
+        (lambda: dkv.SuffixWindow(tail=None), "tail must be"),
+        (lambda: dkv.SuffixWindow(base="decode"), 'base must be "prefix" or "dual", got \'decode\''),
+        (lambda: dkv.SuffixWindow(base=[]), "base must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()
@@ -146,15 +168,20 @@ def test_absurd_numbers_are_refused(name):
         DiffusionConfig(confidence="entropy", threshold=float("-inf"))
 
 
-@pytest.mark.parametrize("name", ["refresh", "window", "warmup"])
-def test_absurd_numbers_of_policies_are_refused(name):
-    policy = dkv.GreedyCache if name == "window" else dkv.DecodeCache
+OTHER_KINDS = ("shift_rule", "window_center", "delayed", "base", "shares")
+NUMBERS = [(p, f.name, f.default) for p in POLICIES.values() for f in fields(p) if f.name not in OTHER_KINDS]
+
+
+@pytest.mark.parametrize(("policy", "name", "default"), NUMBERS, ids=lambda x: getattr(x, "name", x))
+def test_absurd_numbers_of_policies_are_refused(policy, name, default):
     for value in ABSURD:
         with pytest.raises(ValueError, match=f"{name} must be"):
             policy(**{name: value})
         with pytest.raises(ValueError, match=f"{name} must be"):
             DiffusionConfig(cache={"name": policy.name, name: value})
-    assert type(getattr(policy(**{name: np.int64(3)}), name)) is int
+    kind, value = (float, np.float32(0.5)) if isinstance(default, float) else (int, np.int64(3))
+    assert type(getattr(policy(**{name: value}), name)) is kind
+    assert type(getattr(policy(**{name: torch.tensor(value)}), name)) is kind
 
 
 def test_scalars_of_numpy_and_torch_are_numbers():

@@ -13,6 +13,10 @@ POLICIES = [
     dkv.GreedyCache(4, 2),
     dkv.PrefixCache(),
     dkv.DualCache(),
+    dkv.SuffixWindow(2),
+    dkv.Rollout(0.3, 3, 4.0),
+    dkv.ElasticCache(3, 0.99),
+    dkv.SkipCache("1/2@0", block_every=3),
 ]
 
 

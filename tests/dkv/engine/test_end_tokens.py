@@ -14,7 +14,7 @@ from dkv.kernels.common.backend import interpreted
 from dkv.tools.text import turn_end_ids
 from tests.dkv.conftest import EOS, MASK, pad_rows
 
-EOT, POLICIES = 61, ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual")
+EOT, POLICIES = 61, ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual", "suffix", "rollout", "elastic")
 RULES = ("probability", "margin", "entropy")
 IDS = torch.tensor([[1, 2, 3]])
 
@@ -51,6 +51,8 @@ def test_R10_ends_are_never_emitted(ending):
     plain = dkv.generate(ending(ends_first), IDS, max_new_tokens=8)
     assert plain.sequences[0, 3:].tolist() == [EOS] * 8
     for cache, rule, steps in itertools.product(POLICIES, (*RULES, "random"), (8, 3)):
+        if cache in ("rollout", "elastic") and rule == "random":
+            continue  # it needs a confidence to go by
         output = dkv.generate(
             ending(ends_first), IDS, max_new_tokens=8, steps=steps, cache=cache, confidence=rule, block_length=4,
             logits_eos_inf=True, seed=1,
@@ -59,7 +61,11 @@ def test_R10_ends_are_never_emitted(ending):
 
 
 @pytest.mark.parametrize("cache", POLICIES)
-@pytest.mark.parametrize("how", [{}, {"threshold": 0.0}, {"factor": 1e6}, {"alg_temp": 1e6}, {"steps": 5}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"threshold": 0.0}, {"factor": 1e6}, {"entropy_bound": 1e6}, {"alg_temp": 1e6}, {"steps": 5}],
+    ids=str,
+)
 def test_R10_ends_are_filled_last_and_stay_what_they_are(ending, cache, how):
     for rule in RULES:
         if rule == "entropy" and "factor" in how:
@@ -81,7 +87,7 @@ def test_R10_ends_are_filled_last_and_stay_what_they_are(ending, cache, how):
 
 def test_R10_only_ends_end_a_generation_in_the_published_order(stub):
     """Where every slot prefers the end, they are filled all the same, one a step."""
-    for cache, how in itertools.product(POLICIES, ({}, {"threshold": 0.9}, {"factor": 50.0})):
+    for cache, how in itertools.product(POLICIES, ({}, {"threshold": 0.9}, {"factor": 50.0}, {"entropy_bound": 50.0})):
         output = dkv.generate(
             stub(ends_first), IDS, max_new_tokens=8, cache=cache, eos_token_id=EOS, pad_token_id=0,
             confidence_eos_eot_inf=True, output_history=True, **how,

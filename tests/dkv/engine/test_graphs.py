@@ -13,15 +13,20 @@ from dkv.engine import engine, graphs
 from dkv.engine.plan import Planner
 from dkv.engine.replay import replay
 from dkv.engine.run import Run
-from dkv.kernels.attention import torch as attention
+from dkv.tools import verify_policies
 from dkv.tools.verify import FAST_DLLM, dream_settings, llada_settings, recorded_numbers
 from tests.dkv.conftest import pad_rows
 from tests.dkv.engine.tape import TapeRunner
 from tests.dkv.engine.test_golden import CASES, models, name_of  # noqa: F401
+from tests.dkv.engine.test_golden_policies import CASES as NEWER
+from tests.dkv.engine.test_golden_policies import models as newer_models  # noqa: F401
 from tests.kernels.sweeps import sweep
 from tests.waits import Waits
 
-POLICIES = ("none", "decode", "greedy", "prefill", "pd", "prefix", "dual")
+POLICIES = (
+    *("none", "decode", "greedy", "prefill", "pd", "prefix", "dual", "skip", "rollout", "elastic"),
+    {"name": "suffix", "window": 3},
+)
 
 
 @pytest.fixture
@@ -31,11 +36,13 @@ def taped(monkeypatch):
     monkeypatch.setattr(TapeRunner, "captured", 0)
     monkeypatch.setattr(graphs, "_kept", weakref.WeakKeyDictionary())
     monkeypatch.setattr(graphs, "LEAST_AHEAD", 1)
-    monkeypatch.setattr(attention, "_readable", lambda _: False)
+    monkeypatch.setattr("dkv.kernels.common.operation.readable", lambda _: False)
     return TapeRunner
 
 
 def settings_of(case):
+    if "policy" in case.facts:
+        return verify_policies.settings_of(case)
     if "function" in case.facts:
         f = case.facts
         rule = "steps" if f["threshold"] is None else "threshold"
@@ -44,17 +51,22 @@ def settings_of(case):
     return {"llada": llada_settings, "dream": dream_settings}[case.facts["family"]](case)
 
 
-RUNS = [case for case in CASES if not case.defect and case.facts.get("variant") != "forward"]
+# The ends of a run that is named after them are those of the published code, which are looked for in Python.
+RUNS = [
+    case
+    for case in (*CASES, *NEWER)
+    if not (case.defect or case.facts.get("variant") == "forward" or case.name.endswith("_end"))
+]
 
 
 # Every sixth in the quick run: all policies and rules are among them.
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow if i % 6 else (), id=name_of(c)) for i, c in enumerate(RUNS)]
 )
-def test_golden_runs(case, models, taped):  # noqa: F811
-    t = case.tensors
+def test_golden_runs(case, models, newer_models, taped):  # noqa: F811
+    t, model = case.tensors, {**models, **newer_models}[case.folder]
     numbers = recorded_numbers(t)
-    output = replay(models[case.folder], t["prompt"].long(), t.get("attention_mask"), numbers, **settings_of(case))
+    output = replay(model, t["prompt"].long(), t.get("attention_mask"), numbers, **settings_of(case))
     assert torch.equal(output.sequences, t["final"].long())
     assert output.stats.eager_reason is None
     assert output.stats.replayed_passes or output.stats.passes < 8
@@ -64,21 +76,34 @@ SETTINGS = [
     {},
     {"steps": 14},
     {"threshold": 0.3},
+    {"threshold": 0.5, "threshold_decay": 0.5},
     {"factor": 1.5},
+    {"entropy_bound": 4.0},
+    {"entropy_bound": 3.0, "entropy_form": "code"},
+    {"threshold": 0.3, "near_threshold": 0.2, "radius": 1},
     {"eos_token_id": [7, 9, 11, 30], "pad_token_id": 0},
     {"max_new_tokens": [19, 12, 9]},
     {"cfg_scale": 1.5},
     {"temperature": 0.8, "top_k": 20},
     {"selection_temperature": 0.5},
     {"confidence": "random"},
+    {"certainty": 4, "threshold": 0.2},
     {"confidence": "entropy", "block_length": 7},
+    {"block_length": 4},
     {"eos_token_id": [7, 9], "logits_eos_inf": True, "confidence_eos_eot_inf": True},
+    {"schedule": "sliding", "block_length": 5, "most": 6, "steps": 14},
 ]
+SLIDING = {"schedule": "sliding", "block_length": 5}
+SLIDES = [("sliding", {**SLIDING, **how}) for how in ({}, {"threshold": 0.1, "most": 7}, {"cfg_scale": 1.5})]
 
 
-@pytest.mark.parametrize(("policy", "settings"), sweep(POLICIES, SETTINGS, quick=8))
+@pytest.mark.parametrize(("policy", "settings"), [*sweep(POLICIES, SETTINGS, quick=8), *SLIDES])
 def test_replayed_steps_are_the_eager_ones(model, policy, settings, taped, monkeypatch):
     ids, mask = pad_rows([[5, 9, 3, 8], [7, 2], [4, 4, 6]])
+    if policy in ("rollout", "elastic", "skip") and settings.get("confidence") == "random":
+        pytest.skip("needs a confidence to go by")
+    if policy == "skip" and settings.get("schedule") == "sliding":
+        pytest.skip("goes by blocks, which do not slide")
     call = {"attention_mask": mask, "max_new_tokens": 19, "cache": policy, "seed": 3, **settings}
     found = dkv.generate(model, ids, **call)
     assert found.stats.eager_reason is None and found.stats.replayed_passes
@@ -154,10 +179,10 @@ def test_a_generation_goes_before_the_collector_comes(llada, taped):
         gc.enable()
 
 
-@pytest.mark.parametrize(
-    ("policy", "settings"),
-    sweep(POLICIES, [{}, {"threshold": 0.3, "eos_token_id": [7, 9]}, {"temperature": 0.8}], quick=4),
-)
+NEXT = [{}, {"threshold": 0.3, "eos_token_id": [7, 9]}, {"temperature": 0.8}]
+
+
+@pytest.mark.parametrize(("policy", "settings"), [*sweep(POLICIES, NEXT, quick=4), ("sliding", SLIDING)])
 def test_graphs_serve_the_next_generation(model, policy, settings, taped, monkeypatch):
     """Of the same settings, with other prompts of other lengths."""
     monkeypatch.setitem(MULTIPLES, "cpu", 64)

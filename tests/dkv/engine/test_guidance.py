@@ -14,6 +14,9 @@ POLICIES = [
     dkv.GreedyCache(3, 2),
     dkv.PrefixCache(),
     dkv.DualCache(),
+    dkv.SuffixWindow(2),
+    dkv.Rollout(0.3, 3, 4.0),
+    dkv.ElasticCache(3, 0.99),
 ]
 
 
@@ -25,7 +28,9 @@ def test_C14_the_first_step_is_that_of_two_plain_passes(model):
     torch.testing.assert_close(output.logits[0], with_ + 1.5 * (with_ - without), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("cache", [dkv.DecodeCache(1), dkv.GreedyCache(1, 2), dkv.PrefixCache()], ids=str)
+@pytest.mark.parametrize(
+    "cache", [dkv.DecodeCache(1), dkv.GreedyCache(1, 2), dkv.PrefixCache(), dkv.SuffixWindow(6)], ids=str
+)
 def test_C14_a_cache_that_keeps_nothing_changes_nothing(model, cache):
     call = {"max_new_tokens": 6, "cfg_scale": 1.5, "output_logits": True, "block_length": 1}
     expected, output = dkv.generate(model, IDS, **call), dkv.generate(model, IDS, **call, cache=cache)

@@ -16,6 +16,10 @@ POLICIES = [
     dkv.PrefixCache(),
     dkv.DualCache(),
     dkv.DualCache(delayed=True),
+    dkv.SuffixWindow(2),
+    dkv.SuffixWindow(0, 0, "dual"),
+    dkv.Rollout(0.3, 3, 4.0),
+    dkv.ElasticCache(3, 0.99),
 ]
 
 

@@ -85,6 +85,8 @@ class Watch(TorchDispatchMode):
         {},
         {"threshold": 0.3},
         {"factor": 0.9},
+        {"entropy_bound": 4.0},
+        {"threshold": 0.3, "near_threshold": 0.25, "radius": 1},
         {"eos_token_id": 61},
         {"confidence": "random"},
         {"temperature": 0.8, "top_k": 9},

@@ -8,7 +8,7 @@ from dkv.kernels import BACKENDS, use_backend
 
 PROMPT = torch.tensor([[5, 9, 3, 8]])
 backends = pytest.mark.parametrize("backend", sorted(BACKENDS))
-CACHES = [None, dkv.DecodeCache(4), dkv.GreedyCache(4, 2), dkv.DualCache()]
+CACHES = [None, dkv.DecodeCache(4), dkv.GreedyCache(4, 2), dkv.DualCache(), dkv.SuffixWindow(0)]
 POISONED = {
     "embedding of the prompt": lambda model: model.embed.weight[9].fill_(torch.nan),
     "key": lambda model: model.layers[0].k_proj.weight[0, 0].fill_(torch.nan),

@@ -124,6 +124,7 @@ def options(folder: Path) -> dict[str, list[str]]:
         "bench --json": ["bench", "--json"],
         "bench --csv": ["bench", "--csv"],
         "eval --json": ["eval", "--json"],
+        "suggest --json": ["suggest", "--json"],
     }
 
 

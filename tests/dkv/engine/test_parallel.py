@@ -6,8 +6,13 @@ import pytest
 import torch
 
 import dkv
-from dkv.engine.commit import confident_counts
+from dkv.core.sequences import mask_of
+from dkv.engine.commit import confident_slots, first_slots
 from dkv.engine.config import DiffusionConfig
+from dkv.engine.rules import sureness
+from dkv.kernels.commit.reference import Chosen
+from dkv.kernels.commit.reference import chosen as chosen_entries
+from tests.kernels.sweeps import sweep
 
 IDS = torch.tensor([[5, 9, 11], [7, 3, 20]])
 POLICIES = [
@@ -19,13 +24,17 @@ POLICIES = [
     dkv.PrefixCache(),
     dkv.DualCache(),
     dkv.DualCache(delayed=True),
+    dkv.SuffixWindow(3),
+    dkv.Rollout(0.3, 4, 4.0),
+    dkv.ElasticCache(4, 0.99),
 ]
 
 
 def counts(settings, confidences, eligible=None, least=1):
     log = torch.tensor([confidences]).log()
     eligible = torch.ones_like(log, dtype=torch.bool) if eligible is None else torch.tensor([eligible])
-    return int(confident_counts(log, eligible, torch.tensor([least]), DiffusionConfig(**settings)))
+    rules = sureness(DiffusionConfig(**settings))
+    return int(confident_slots(log, log, None, eligible, torch.tensor([[least]]), rules)[1])
 
 
 def test_threshold_counts():
@@ -44,13 +53,21 @@ def test_factor_counts():
         assert counts({"factor": factor}, confidences) == expected
 
 
-@pytest.mark.parametrize("cache", POLICIES, ids=str)
-@pytest.mark.parametrize(
-    "settings",
-    [{"threshold": 0.3}, {"threshold": -1.5, "confidence": "entropy"}, {"threshold": 0.2, "confidence": "margin"},
-     {"factor": 1.0}],
-    ids=str,
-)  # fmt: skip
+SETTINGS = [
+    {"threshold": 0.3},
+    {"threshold": -1.5, "confidence": "entropy"},
+    {"threshold": 0.2, "confidence": "margin"},
+    {"factor": 1.0},
+    {"threshold": 0.4, "threshold_decay": 0.6},
+    {"entropy_bound": 3.0},
+    {"entropy_bound": 4.0, "entropy_form": "code", "confidence": "margin"},
+    {"entropy_bound": 3.0, "confidence": "entropy"},
+    {"threshold": 0.2, "near_threshold": 0.1},
+    {"threshold": -1.5, "near_threshold": -2.5, "radius": 1, "confidence": "entropy"},
+]
+
+
+@pytest.mark.parametrize(("cache", "settings"), sweep(POLICIES, SETTINGS, quick=4))
 def test_any_policy_takes_a_threshold(model, cache, settings):
     """Every row fills at least one slot a step of the block, and more where it is sure; nothing stays masked."""
     call = {"max_new_tokens": 12, "block_length": 6, "cache": cache, "output_history": True, **settings}
@@ -62,20 +79,22 @@ def test_any_policy_takes_a_threshold(model, cache, settings):
 
 
 @pytest.mark.parametrize("cache", POLICIES, ids=str)
-def test_a_threshold_that_all_reach_takes_one_pass_a_block(model, cache):
-    output = dkv.generate(model, IDS, max_new_tokens=12, block_length=4, cache=cache, threshold=0.0)
-    assert output.stats.passes == 3 and output.stats.tokens_per_forward == 8
+def test_a_rule_that_all_fulfil_takes_one_pass_a_block(model, cache):
+    for rule in ({"threshold": 0.0}, {"entropy_bound": 1e6}, {"entropy_bound": 1e6, "entropy_form": "code"}):
+        output = dkv.generate(model, IDS, max_new_tokens=12, block_length=4, cache=cache, **rule)
+        assert output.stats.passes == 3 and output.stats.tokens_per_forward == 8
 
 
 @pytest.mark.parametrize("cache", [dkv.NoCache(), dkv.DecodeCache(3), dkv.PrefixCache(), dkv.DualCache()], ids=str)
-def test_a_threshold_that_none_reaches_is_decoding_one_by_one(model, cache):
+def test_a_rule_that_none_fulfils_is_decoding_one_by_one(model, cache):
     call = {"max_new_tokens": 8, "block_length": 4, "cache": cache}
     expected = dkv.generate(model, IDS, **call, schedule="blocks")
-    output = dkv.generate(model, IDS, **call, threshold=1.0)
-    assert torch.equal(output.sequences, expected.sequences) and output.stats.passes == 8
+    for rule in ({"threshold": 1.0}, {"threshold": 1.0, "near_threshold": 0.0}, {"entropy_bound": 0.0}):
+        output = dkv.generate(model, IDS, **call, **rule)
+        assert torch.equal(output.sequences, expected.sequences) and output.stats.passes == 8
 
 
-@pytest.mark.parametrize("settings", [{"threshold": 1.0}, {"factor": 0.0}], ids=str)
+@pytest.mark.parametrize("settings", [{"threshold": 1.0}, {"factor": 0.0}, {"entropy_bound": 0.0}], ids=str)
 def test_steps_are_a_limit(model, settings):
     """Never behind the plan: with nothing sure, the tokens are those of the plan itself."""
     call = {"max_new_tokens": 12, "steps": 5, "cache": dkv.DecodeCache(3)}
@@ -85,6 +104,30 @@ def test_steps_are_a_limit(model, settings):
         assert output.stats.passes <= 5 and not (output.sequences == 63).any()
         if schedule == "blocks":
             assert torch.equal(output.sequences, expected.sequences)
+
+
+def test_slots_of_a_plan_are_those_of_the_commit():
+    """What is planned from remembered confidences is what the commit fills where they are those of the pass."""
+    for settings in (
+        {"threshold": 0.6},
+        {"factor": 0.9},
+        {"entropy_bound": 1.0},
+        {"entropy_bound": 1.0, "entropy_form": "code"},
+        {"threshold": 0.8, "near_threshold": 0.5, "radius": 2},
+    ):
+        rules = sureness(DiffusionConfig(**settings))
+        for finite_only, least in ((False, 1), (True, 2)):
+            confidence, entropy, open_ = torch.rand(3, 9).log(), torch.rand(3, 9), torch.rand(3, 9) < 0.8
+            confidence[torch.rand(3, 9) < 0.2] = -torch.inf
+            rules, counts = rules._replace(finite_only=finite_only), torch.full((3, 1), least)
+            chosen, number = confident_slots(confidence, confidence, entropy, open_, counts, rules)
+            planned = mask_of(first_slots(confidence, chosen, number, 9), open_)
+            for row in range(3):
+                here = open_[row].nonzero()[:, 0]
+                choice = Chosen(here, confidence[row, here], confidence[row, here], entropy[row, here])
+                found = torch.zeros(9, dtype=torch.bool)
+                found[here[chosen_entries(here, choice, least, rules)]] = True
+                assert torch.equal(planned[row], found), (settings, finite_only)
 
 
 def test_being_ahead_of_the_plan_buys_slower_steps(stub):

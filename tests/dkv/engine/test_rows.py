@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import dkv
 from dkv.core.sequences import Sequences
 from dkv.engine.noise import _SELECTION, Noise
+from dkv.engine.settings import ENTROPY_FORMS
 from dkv.kernels.common import noise
 
 MASK = 63
@@ -24,23 +25,45 @@ POLICIES = [
     dkv.DualCache(),
     dkv.PrefixCache(delayed=True),
     dkv.DualCache(delayed=True),
+    dkv.SlidingCache(0),
+    dkv.SlidingCache(2),
+    dkv.SuffixWindow(2),
+    dkv.SuffixWindow(0, 0),
+    dkv.SuffixWindow(1, 2, "dual"),
+    dkv.Rollout(0.3, 3, 4.0, inflate_w=2),
+    dkv.Rollout(0.1, 1, 2.0, refresh=3),
+    dkv.ElasticCache(2, 0.99),
+    dkv.SkipCache("1/2@1/2+1/4@1", block_every=3, prompt_every=5),
+    dkv.SkipCache("1/3@0", alpha=1, block_every=0),
 ]
 RULES = st.sampled_from(["probability", "margin", "entropy", "random"])
+HOW = ["fixed", "drawn", "threshold", "near", "factor", "entropy"]
 
 
 @st.composite
 def decoding(draw):
     """Settings of any kind that go together."""
-    rule = draw(RULES)
-    chosen = {"cache": draw(st.sampled_from(POLICIES)), "confidence": rule}
+    cache = draw(st.sampled_from(POLICIES))
+    rule = draw(RULES.filter(lambda rule: rule != "random" or not cache.by_confidence))
+    chosen = {"cache": cache, "confidence": rule}
+    chosen["certainty"] = draw(st.sampled_from([None, None, 3.0])) if rule != "random" else None
     chosen["block_length"] = draw(st.sampled_from([None, 2, 3, 5]))
+    if cache.slides or (cache.slides is None and draw(st.sampled_from([False, False, True]))):
+        chosen |= {"schedule": "sliding", "block_length": draw(st.sampled_from([2, 3, 5]))}
+        chosen["most"] = draw(st.sampled_from([None, 2, 4]))
     chosen["temperature"] = draw(st.sampled_from([0.0, 0.0, 0.7]))
     chosen["cfg_scale"] = draw(st.sampled_from([0.0, 0.0, 1.5]))
-    how = draw(st.sampled_from(["fixed", "drawn", "threshold", "factor"])) if rule != "random" else "fixed"
+    how = draw(st.sampled_from(HOW)) if rule != "random" else "fixed"
     if how == "drawn":
         chosen["selection_temperature"] = 0.5
-    elif how == "threshold":
-        chosen["threshold"] = draw(st.floats(-3, -0.1)) if rule == "entropy" else draw(st.floats(0.05, 0.9))
+    elif how in ("threshold", "near"):
+        low, high = (-3, -0.1) if rule == "entropy" else (0.05, 0.9)
+        chosen["threshold"] = draw(st.floats(low, high))
+        chosen["threshold_decay"] = draw(st.sampled_from([0.0, 0.4, 1.0]))
+        if how == "near":
+            chosen |= {"near_threshold": draw(st.floats(low, chosen["threshold"])), "radius": draw(st.integers(0, 4))}
+    elif how == "entropy":
+        chosen |= {"entropy_bound": draw(st.floats(0, 9)), "entropy_form": draw(st.sampled_from(ENTROPY_FORMS))}
     elif how == "factor" and rule != "entropy":
         chosen["factor"] = draw(st.floats(0.1, 2))
     return chosen
@@ -59,7 +82,7 @@ def prompts(draw, at_least=0):
 def test_a_row_gets_in_company_what_it_gets_alone(request_model, padded, name, settings, batch, eos, data):
     """Any lengths, budgets, seeds and ends, any policy, rule and schedule, padded on either side."""
     model, (rows, budgets, seeds) = request_model(name), batch
-    blocks = max(-(-new // (settings["block_length"] or 99)) for new in budgets)
+    blocks = max(-(-new // min(settings["block_length"] or 99, settings.get("most") or 99)) for new in budgets)
     steps = data.draw(st.one_of(st.none(), st.integers(max(blocks, 1), blocks + 5)))
     side, filler = data.draw(st.sampled_from(["left", "right"])), data.draw(st.integers(0, 63))
     ids, mask = (x.long() for x in padded(rows, side, filler))

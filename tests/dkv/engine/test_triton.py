@@ -15,6 +15,8 @@ POLICIES = [
     dkv.GreedyCache(refresh=3, window=2),
     dkv.PrefixCache(),
     dkv.DualCache(delayed=True),
+    dkv.Rollout(0.3, 3, 4.0),
+    dkv.SkipCache("1/2@0", block_every=3),
 ]
 
 
@@ -62,11 +64,34 @@ def test_other_confidences_with_noise(dream, confidence, padded):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", [dkv.DecodeCache(refresh=2), dkv.DualCache()], ids=str)
+@pytest.mark.parametrize("policy", [dkv.DecodeCache(refresh=2), dkv.DualCache(), dkv.SuffixWindow(1)], ids=str)
 def test_ragged_rows(dream, policy, padded):
     """Rows of different budgets and steps: full and cached passes of different lengths at once."""
     ids, mask = rows(padded)
-    same_tokens(dream, ids, mask, max_new_tokens=[3, 8], block_length=3, threshold=0.2, cache=policy)
+    decay = 0.5 if isinstance(policy, dkv.SuffixWindow) else 0
+    call = {"max_new_tokens": [3, 8], "block_length": 3, "threshold": 0.2, "threshold_decay": decay}
+    same_tokens(dream, ids, mask, cache=policy, **call)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"entropy_bound": 3.0},
+        pytest.param({"entropy_bound": 3.0, "entropy_form": "code"}, marks=pytest.mark.slow),
+        pytest.param({"threshold": 0.3, "near_threshold": 0.2, "radius": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_rules_that_look_at_several_slots(llada, rule, padded):
+    ids, mask = rows(padded)
+    cache = dkv.GreedyCache(refresh=3, window=1) if "entropy_form" in rule else dkv.DualCache()
+    same_tokens(llada, ids, mask, max_new_tokens=[3, 5], block_length=4, cache=cache, **rule)
+
+
+def test_a_region_that_slides(dream, padded):
+    ids, mask = rows(padded)
+    call = {"schedule": "sliding", "block_length": 2, "most": 3, "threshold": 0.2, "cache": dkv.SlidingCache(1)}
+    same_tokens(dream, ids, mask, max_new_tokens=[3, 6], **call)
 
 
 def test_guidance(llada, padded):
