@@ -135,7 +135,7 @@ def fill_gaps(
         ends = list(accumulate(map(len, parts)))
         rows.append(row[: ends[-1]])
         fillings.append([row[start:end] for start, end in pairwise(ends)][::2])
-    counts = ("passes", "full_passes", "computed_slots", "total_slots")
+    counts = ("passes", "full_passes", "computed_slots", "total_slots", "skipped_slots")
     more = {name: getattr(output.stats, name) + getattr(search, name) for name in counts}
     return FilledGaps(rows, fillings, scores, replace(output.stats, seconds=time.perf_counter() - begin, **more))
 

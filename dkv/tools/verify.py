@@ -3,68 +3,23 @@
 A golden folder holds `config.json`, `model.safetensors` and `cases/NAME.json` + `.safetensors`;
 `tests/golden/README.md` describes the tensors. Of the runs of dKV-Cache, tokens after every step and the slots
 computed in every step must be equal, logits within `LOGIT_TOLERANCE`; of those of Fast-dLLM, the tokens and how
-many slots every pass computed.
+many slots every pass computed. Runs of newer policies are replayed by `dkv.tools.verify_policies`.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import dkv
 from dkv.common.bar import counted
 from dkv.engine.replay import Numbers, replay
+from dkv.tools.recorded import Case, Mismatch, compare, find_cases
+from dkv.tools.verify_policies import check_policy
 
 LOGIT_TOLERANCE = 1e-4
-
-
-class Mismatch(Exception):
-    """A recorded value that was not reproduced."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A recorded run: its name, settings and facts, and tensors read on demand."""
-
-    folder: Path
-    name: str
-    facts: dict[str, Any]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.facts["settings"]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "cases" / f"{self.name}.safetensors")
-
-    @property
-    def defect(self) -> str | None:
-        """Why the run documents a fault of the published code and is not to be reproduced."""
-        if self.facts.get("informational"):
-            return "the published run divides by a row without logits (NaN)"
-        if self.facts.get("mask_token_predictions"):
-            return "the published run emits the mask token, which dkv never does"
-        return None
-
-
-def find_cases(folder: Path) -> list[Case]:
-    """The cases of a model folder, or of all model folders below one.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    paths = sorted(folder.glob("**/cases/*.json"))
-    if not paths:
-        raise FileNotFoundError(f"no recorded runs in {folder}: expected MODEL/config.json and MODEL/cases/*.json")
-    return [Case(path.parent.parent, path.stem, json.loads(path.read_text())) for path in paths]
 
 
 def llada_settings(case: Case) -> dict[str, Any]:
@@ -103,6 +58,8 @@ def check_case(case: Case, model: Any) -> str:
     Raises:
         Mismatch: what differs, where, and the two values.
     """
+    if "policy" in case.facts:
+        return check_policy(case, model)
     if "function" in case.facts:
         return _check_blocks(case, model)
     if case.facts["variant"] == "forward":
@@ -152,11 +109,7 @@ def _check_blocks(case: Case, model: Any) -> str:
 def _check_tokens(t: dict[str, Tensor], output: dkv.DiffusionOutput) -> None:
     for step, expected in enumerate(t["x_steps"].long()):
         # dkv makes no pass once every slot has its token.
-        found = output.history[min(step, len(output.history) - 1)]
-        if not torch.equal(found, expected):
-            row, column = (found != expected).nonzero()[0].tolist()
-            here, recorded = int(found[row, column]), int(expected[row, column])
-            raise Mismatch(f"step {step}, row {row}, column {column}: token {here}, recorded {recorded}")
+        compare("token", output.history[min(step, len(output.history) - 1)], expected, step)
     _check_final(t, output)
 
 

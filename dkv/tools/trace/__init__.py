@@ -69,7 +69,8 @@ def page_data(trace: Trace) -> dict[str, Any]:
         "ids": trace.ids.tolist(),
         "decoded": trace.decoded.tolist(),
         "special": np.flatnonzero(trace.special).tolist(),
-        "computed": _packed(np.packbits(trace.computed, bitorder="little")),
+        "work": trace.work.round(3).tolist(),
+        "kinds": _packed(trace.kinds),
         "confidences": _packed(torch.from_numpy(trace.confidences).bfloat16().view(torch.int16).numpy()),
         "rule": trace.stats.settings["confidence"],
         # As text: JavaScript would round a seed of 62 bits.

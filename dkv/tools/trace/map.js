@@ -9,15 +9,11 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 function cells() {
   const sheet = new OffscreenCanvas(slots, steps), pen = sheet.getContext("2d");
   // #rrggbb as the bytes of a pixel.
-  const [reused, cached, full] = ["reused", "computed", "full"].map((name) => {
+  const colours = ["hidden", "reused", "stopped", "computed", "full"].map((name) => {
     const [r, g, b] = colour(name).match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
     return new Uint32Array(Uint8Array.of(r, g, b, 255).buffer)[0];
   });
-  const pixels = new Uint32Array(steps * slots);
-  for (let at = 0; at < steps; at++) {
-    const active = counts[at] === slots ? full : cached;
-    for (let slot = 0; slot < slots; slot++) pixels[at * slots + slot] = isComputed(at, slot) ? active : reused;
-  }
+  const pixels = Uint32Array.from(kinds, (kind) => colours[kind]);
   pen.putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), slots, steps), 0, 0);
   return sheet;
 }
@@ -90,7 +86,7 @@ function layOut() {
     wide: (canvas.width - left - MARGIN.right * scale) / slots,
     high: (canvas.height - top - MARGIN.bottom * scale) / steps,
   };
-  canvas.setAttribute("aria-label", `Heat map of ${steps} steps and ${slots} slots: reused, computed, full pass, decoded`);
+  canvas.setAttribute("aria-label", `Heat map of ${steps} steps and ${slots} slots: not seen, reused, computed, full pass, decoded`);
   drawBase(canvas.width, canvas.height);
 }
 

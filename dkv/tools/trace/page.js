@@ -4,7 +4,10 @@ const { steps, slots, prompt, decoded } = data;
 const SPEEDS = [1, 2, 4, 8, 15, 30, 60];
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 
-let computedBits, confidences, counts, decodedAt, spans, texts, timer = null, written = null;
+// What a slot is in a step, as numbered in record.py.
+const [HIDDEN, REUSED, STOPPED, COMPUTED, FULL] = [0, 1, 2, 3, 4];
+
+let kinds, confidences, counts, hiddenCounts, stoppedCounts, decodedAt, spans, texts, timer = null, written = null;
 let step = 0, chosen = null;
 
 async function unpacked(text) {
@@ -13,22 +16,25 @@ async function unpacked(text) {
   return new Response(stream).arrayBuffer();
 }
 
-const isComputed = (at, slot) => {
-  const bit = at * slots + slot;
-  return (computedBits[bit >> 3] >> (bit & 7)) & 1;
-};
+const kindOf = (at, slot) => kinds[at * slots + slot];
+const isComputed = (at, slot) => kindOf(at, slot) >= STOPPED;
+const isFull = (at) => counts[at] > 0 && counts[at] + hiddenCounts[at] === slots && !stoppedCounts[at];
+
+function countIn(at, wanted) {
+  let count = 0;
+  for (let slot = 0; slot < slots; slot++) count += wanted.includes(kindOf(at, slot));
+  return count;
+}
 
 async function start() {
   if (typeof DecompressionStream === "undefined") throw new Error("this page needs a browser of 2023 or later");
-  computedBits = new Uint8Array(await unpacked(data.computed));
+  kinds = new Uint8Array(await unpacked(data.kinds));
   // A bfloat16 is the upper half of a float32.
   const halves = new Uint16Array(await unpacked(data.confidences));
   confidences = new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer);
-  counts = Array.from({ length: steps }, (_, at) => {
-    let count = 0;
-    for (let slot = 0; slot < slots; slot++) count += isComputed(at, slot);
-    return count;
-  });
+  counts = Array.from({ length: steps }, (_, at) => countIn(at, [STOPPED, COMPUTED, FULL]));
+  hiddenCounts = Array.from({ length: steps }, (_, at) => countIn(at, [HIDDEN]));
+  stoppedCounts = Array.from({ length: steps }, (_, at) => countIn(at, [STOPPED]));
   decodedAt = Array.from({ length: steps }, () => []);
   for (let slot = prompt; slot < slots; slot++) decodedAt[decoded[slot]].push(slot);
   document.querySelector("main").hidden = false;
@@ -65,14 +71,15 @@ function drawText() {
   spans.forEach((span, slot) => {
     const mask = isMask(slot);
     const kind = slot < prompt ? "prompt" : mask ? "mask" : decoded[slot] === step ? "new" : "old";
-    const look = `slot ${kind}${isComputed(step, slot) ? " computed" : ""}${slot === chosen ? " chosen" : ""}${span.dataset.is}`;
+    const mark = isComputed(step, slot) ? " computed" : kindOf(step, slot) === HIDDEN ? " hidden" : "";
+    const look = `slot ${kind}${mark}${slot === chosen ? " chosen" : ""}${span.dataset.is}`;
     if (span.className !== look) span.className = look;
     const text = mask ? "░" : texts[slot];
     if (span.textContent !== text) span.textContent = text;
     const depth = mask ? depthOf(step, slot).toFixed(2) : "0";
     if (span.dataset.p !== depth) span.style.setProperty("--p", (span.dataset.p = depth));
   });
-  $("text").classList.toggle("full", counts[step] === slots);
+  $("text").classList.toggle("full", isFull(step));
 }
 
 // From 0 to 1; of an entropy, one over the number of tokens that are as likely as each other.
@@ -98,22 +105,30 @@ function describe(slot) {
   }
   let last = step;
   while (last >= 0 && !isComputed(last, slot)) last--;
-  parts.push(last === step ? "computed at this step" : last < 0 ? "never computed yet" : `reused from step ${last + 1}`);
+  const unseen = kindOf(step, slot) === HIDDEN;
+  if (unseen) parts.push("not seen at this step");
+  if (!unseen || last >= 0) {
+    const reused = unseen ? "last computed at step" : "reused from step";
+    const now = kindOf(step, slot) === STOPPED ? "stopped early at this step" : "computed at this step";
+    parts.push(last === step ? now : last < 0 ? "never computed yet" : `${reused} ${last + 1}`);
+  }
   return parts.join(", ");
 }
 
 function drawFacts() {
   const count = counts[step], done = counts.slice(0, step + 1), now = decodedAt[step].length;
   const passes = done.filter(Boolean).length, left = decoded.filter((at) => at > step).length;
-  const kind = count === slots ? ["full", "full"] : count ? ["cached", "cached"] : ["none", "nothing to compute"];
+  const kind = isFull(step) ? ["full", "full"] : count ? ["cached", "cached"] : ["none", "nothing to compute"];
   const badge = document.createElement("span");
   [badge.className, badge.textContent] = kind;
   $("pass").replaceChildren(badge);
   $("computed").textContent = `${count} of ${slots} (${percent(count / slots)})`;
-  $("reused").textContent = `${slots - count}`;
+  $("reused").textContent = `${slots - count - hiddenCounts[step]}`;
+  $("stopped").textContent = `${stoppedCounts[step]}`;
+  $("hidden").textContent = `${hiddenCounts[step]}`;
   $("decoded").textContent = `${now}`;
   $("left").textContent = `${left} of ${slots - prompt}`;
-  $("share").textContent = percent(done.reduce((a, b) => a + b, 0) / (slots * Math.max(passes, 1)));
+  $("share").textContent = percent(data.work.slice(0, step + 1).reduce((a, b) => a + b, 0) / (slots * Math.max(passes, 1)));
   $("number").textContent = `${step + 1} of ${steps}`;
   $("step").value = step + 1;
   const said = `Step ${step + 1} of ${steps}: ${kind[1]}, ${count} of ${slots} slots computed, ${now} decoded, ${left} masks left`;
@@ -167,8 +182,10 @@ function play(on) {
 
 function buildSettings() {
   const size = `${prompt} + ${slots - prompt} slots, steps: ${steps}`;
-  const passes = counts.filter(Boolean).length, full = counts.filter((count) => count === slots).length;
+  const passes = counts.filter(Boolean).length, full = counts.filter((_, at) => isFull(at)).length;
   $("canvas-size").textContent = `${size}, passes: ${passes}, full: ${full}`;
+  for (const part of document.querySelectorAll(".of-hidden")) part.hidden = !hiddenCounts.some(Boolean);
+  for (const part of document.querySelectorAll(".of-stopped")) part.hidden = !stoppedCounts.some(Boolean);
   $("prompt-legend").hidden = prompt === 0;
   $("block-legend").hidden = data.blocks.length < 2 || data.blocks.length > 100;
   for (const [name, value] of Object.entries(data.settings)) {

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dkv.tools.trace.record import Trace
+from dkv.tools.trace.record import KINDS, Trace
 
 # From bright to dark, so that they stay apart in grey; orange is for what happened once.
-COLOURS = {"reused": "#E8E8E8", "computed": "#56B4E9", "full pass": "#0B3C6F", "decoded at this step": "#E8601C"}
-REUSED, COMPUTED, FULL = range(3)
+DECODED = "decoded at this step"
+COLOURS = dict(zip((*KINDS, DECODED), ("#FFFFFF", "#E8E8E8", "#B5DDF5", "#56B4E9", "#0B3C6F", "#E8601C"), strict=True))
 WIDTH, DPI = 10, 150
 # Pixels of a decoded slot at least: the cells of a long canvas are smaller than one.
 VISIBLE = 3.5
@@ -62,8 +62,7 @@ def _cells(axes: Any, trace: Trace, inside: tuple[float, float]) -> None:
     """Every cell in its colour. Where cells are smaller than a pixel, they are averaged."""
     from matplotlib.colors import to_rgba
 
-    kinds = np.where(trace.full[:, None], FULL, np.where(trace.computed, COMPUTED, REUSED))
-    colours = (255 * np.array([to_rgba(colour) for colour in COLOURS.values()])).round().astype(np.uint8)[kinds]
+    colours = (255 * np.array([to_rgba(COLOURS[kind]) for kind in KINDS])).round().astype(np.uint8)[trace.kinds]
     how = {"interpolation": "nearest"}
     if trace.slots > inside[0] or trace.steps > inside[1]:
         how = {"interpolation": "antialiased", "interpolation_stage": "rgba"}
@@ -83,7 +82,7 @@ def _decoded(axes: Any, trace: Trace, inside: tuple[float, float]) -> None:
         for slot in range(trace.prompt, trace.slots)
     ]
     # Above the lines, which are wider than the slots of a long canvas.
-    axes.add_collection(PatchCollection(cells, color=COLOURS["decoded at this step"], lw=0, zorder=3))
+    axes.add_collection(PatchCollection(cells, color=COLOURS[DECODED], lw=0, zorder=3))
 
 
 def _boundaries(axes: Any, trace: Trace) -> None:
@@ -104,7 +103,12 @@ def _legend(figure: Any, trace: Trace) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    here = {*np.array(KINDS)[np.unique(trace.kinds)], DECODED}
+    handles: list[Any] = [
+        Patch(facecolor=colour, edgecolor="#999999", lw=0.5, label=name)
+        for name, colour in COLOURS.items()
+        if name in here
+    ]
     shown = {PROMPT: trace.prompt > 0, BLOCK: 1 < len(trace.blocks) <= MOST_BLOCKS}
     handles += [Line2D([], [], label=name, **LINES[name]) for name in LINES if shown[name]]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)

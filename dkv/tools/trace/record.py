@@ -6,16 +6,23 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dkv.engine.config import DiffusionConfig
-from dkv.engine.generate import config_of, generate
+from dkv.engine.engine import Engine, StepResult
+from dkv.engine.generate import check_helpers, config_of
 from dkv.engine.inputs import checked_inputs
 from dkv.engine.output import Stats
+from dkv.engine.records import entering, visible
+from dkv.engine.run import Run
 from dkv.policies import Policy
 
 # What `dkv.generate` has to keep of every step.
 KEPT = {"output_history": True, "output_active": True, "output_confidences": True}
+# What a slot is in a step: numbers of `Trace.kinds`, and what they are called in legends.
+KINDS = ("not seen", "reused", "stopped early", "computed", "full pass")
+HIDDEN, REUSED, STOPPED, COMPUTED, FULL = range(len(KINDS))
 UNREADABLE = "\ufffd"
 
 
@@ -34,6 +41,9 @@ class Trace:
         special: bool [S], where a special token stands in the end.
         decoded: int64 [S], the step that decoded a slot; -1 in the prompt, and beyond an early end.
         computed: bool [steps, S], the slots that the policy named in a step.
+        through: bool [steps, S], those of them that went through all layers.
+        work: float64 [steps], how many there are, those that stopped early counted by their share of the layers.
+        visible: bool [steps, S], the slots that a step may compute and see.
         confidences: float32 [steps, S], as in `DiffusionOutput`.
         stats: of the generation.
     """
@@ -47,6 +57,9 @@ class Trace:
     special: np.ndarray
     decoded: np.ndarray
     computed: np.ndarray
+    through: np.ndarray
+    work: np.ndarray
+    visible: np.ndarray
     confidences: np.ndarray
     stats: Stats
 
@@ -60,8 +73,15 @@ class Trace:
 
     @cached_property
     def full(self) -> np.ndarray:
-        """bool [steps]: every slot was computed."""
-        return self.computed.all(1)
+        """bool [steps]: every slot that is visible was computed, by all layers."""
+        return (self.through == self.visible).all(1)
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """uint8 [steps, S]: what every slot is in a step, a number of `KINDS`."""
+        through = np.where(self.full[:, None], FULL, COMPUTED)
+        which = ~self.visible, self.through, self.computed
+        return np.select(which, (HIDDEN, through, STOPPED), REUSED).astype(np.uint8)
 
     @property
     def passes(self) -> int:
@@ -70,11 +90,11 @@ class Trace:
 
     @property
     def computed_share(self) -> float:
-        """Slots computed, as a share of those that as many full passes compute."""
-        return float(self.computed.sum() / (self.passes * self.slots))
+        """Slots computed, layer for layer, as a share of those that as many full passes compute."""
+        return float(self.work.sum() / (self.passes * self.slots))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON: runs of computed slots as [first, last + 1]."""
+        """Everything as plain values, for JSON: runs of slots as [first, last + 1]."""
         slots = [
             {"id": int(number), "text": text, "decoded": None if step < 0 else int(step)}
             for number, text, step in zip(self.ids, self.texts, self.decoded, strict=True)
@@ -92,12 +112,15 @@ class Trace:
         return {
             "full": bool(self.full[step]),
             "computed": _runs(self.computed[step]),
+            "stopped": _runs(self.computed[step] & ~self.through[step]),
+            "hidden": _runs(~self.visible[step]),
             "decoded": np.flatnonzero(self.decoded == step).tolist(),
             # JSON has no infinity: the logarithm of a margin of 0.
             "confidences": {s: x if x > -np.inf else None for s, x in enumerate(row) if x == x},
         }
 
 
+@torch.no_grad()
 def record(
     model: Any,
     tokenizer: Any,
@@ -129,24 +152,39 @@ def record(
         raise ValueError(f"input_ids must be [1, P], as a trace is of one prompt; got {found}")
     if config.of_row("max_new_tokens", 0) == 0:
         raise ValueError("max_new_tokens is 0: a trace needs at least one slot to fill")
-    output = generate(model, ids, generation_config=config, streamer=streamer)
-    prompt, ids = ids.shape[1], output.sequences[0].tolist()
+    check_helpers(config, None, streamer)
+    seen: list[Tensor] = []
+    through: list[Tensor] = []
+
+    def watch(engine: Engine, result: StepResult) -> None:
+        seen.append(visible(engine, result)[0])
+        through.append(entering(engine, result)[:, 0])
+
+    ids, run = Run.after_prompts(model, ids, None, config, on_step=watch)
+    prompt = ids.shape[1]
+    output = run.to_the_end(streamer, ids, new=prompt)
+    ids = output.sequences[0].tolist()
     new = len(ids) - prompt
     mask = model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
     # A token stays, so a slot was decoded by the step that follows those that left it a mask.
     decoded = (output.history[:, 0, prompt:] == mask).sum(0)
     # Beyond the end of the text is padding.
     decoded[output.stats.new_tokens :] = -1
+    layers = torch.stack(through).cpu().numpy()
     return Trace(
         model=name or model.spec.family,
         policy=label(config.cache),
         prompt=prompt,
-        blocks=tuple(range(prompt, prompt + new, config.block_length or new)),
+        # A region that slides has no places of its own.
+        blocks=tuple(range(prompt, prompt + new, new if config.region else config.block_length or new)),
         ids=np.array(ids),
         texts=tuple(texts_of(tokenizer, ids)),
         special=np.isin(ids, tokenizer.all_special_ids),
         decoded=np.concatenate((np.full(prompt, -1), decoded.cpu().numpy())),
         computed=output.active[:, 0].cpu().numpy(),
+        through=layers[:, -1],
+        work=layers[:, :-1].mean(1).sum(1),
+        visible=torch.stack(seen).cpu().numpy(),
         confidences=output.confidences[:, 0].cpu().numpy(),
         stats=output.stats,
     )

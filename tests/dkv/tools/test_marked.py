@@ -44,9 +44,9 @@ def test_a_number_that_is_none_is_refused(text):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-dream"])
 def test_pieces_are_tokenised_by_themselves(name):
-    from dkv.models.bundled.train import SPECS
+    from dkv.models.bundled.recipes import RECIPES
 
-    spec = SPECS[name]
+    spec = RECIPES[name].spec
     tokenizer = dkv.load_tokenizer(name)
     own = mask_text(tokenizer, spec)
     assert own == MASK_TOKENS[spec.family]

@@ -17,7 +17,7 @@ import dkv
 from dkv.engine.output import Stats
 from dkv.tools import trace
 from dkv.tools.trace import picture
-from dkv.tools.trace.record import label, texts_of
+from dkv.tools.trace.record import COMPUTED, HIDDEN, KINDS, label, texts_of
 
 CACHES = [dkv.NoCache(), dkv.DecodeCache(3), dkv.PrefillCache(), dkv.PrefillDecodeCache(3), dkv.GreedyCache(3, 2)]
 HOSTILE = ["</script><script>alert(1)</script>", "<!--", "&lt;", *"\u2028\u2029\n\t", "{{data}}", '"', "\x07"]
@@ -59,6 +59,9 @@ def long_trace(steps: int, slots: int, prompt: int) -> trace.Trace:
         special=np.zeros(slots, bool),
         decoded=decoded,
         computed=computed,
+        through=computed,
+        work=computed.sum(1),
+        visible=np.ones_like(computed),
         confidences=confidences,
         stats=Stats(settings={"confidence": "probability"}),
     )
@@ -87,7 +90,8 @@ def test_a_trace_is_what_the_generation_did(model, cache):
 def test_a_step_without_a_pass_and_several_tokens_in_a_step(dream):
     found = trace.record(dream, Tokens(), IDS, max_new_tokens=8, steps=3, confidence="random", cache="decode", seed=0)
     assert found.steps == found.passes <= 3 and set(found.decoded[4:]) <= {0, 1, 2}
-    quiet = replace(found, computed=found.computed & (np.arange(found.steps) != 1)[:, None])
+    ran = np.arange(found.steps) != 1
+    quiet = replace(found, computed=found.computed & ran[:, None], work=found.work * ran)
     assert quiet.passes == found.passes - 1
     assert quiet.computed_share == found.computed[[0, 2]].mean()
 
@@ -176,8 +180,8 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 def test_the_page_holds_the_trace(found):
     data = embedded(trace.page(found))
-    bits = np.unpackbits(unpacked(data["computed"], "u1"), bitorder="little", count=found.computed.size)
-    assert np.array_equal(bits.reshape(found.computed.shape), found.computed)
+    kinds = unpacked(data["kinds"], "u1").reshape(found.computed.shape)
+    assert np.array_equal(kinds >= COMPUTED, found.computed) and np.array_equal(kinds == HIDDEN, ~found.visible)
     confidences = (unpacked(data["confidences"], "<u2").astype("<u4") << 16).view("<f4").reshape(found.computed.shape)
     np.testing.assert_allclose(confidences, found.confidences, rtol=2**-8, equal_nan=True)
     assert (data["decoded"], data["ids"]) == (found.decoded.tolist(), found.ids.tolist())
@@ -234,12 +238,12 @@ def near(pixel, name):
 def test_every_cell_of_the_picture_has_its_colour(found):
     figure, at = pixels(found)
     for step, slot in np.ndindex(found.computed.shape):
-        kind = "full pass" if found.full[step] else "computed" if found.computed[step, slot] else "reused"
+        kind = KINDS[found.kinds[step, slot]]
         assert near(at(step, slot), "decoded at this step" if found.decoded[slot] == step else kind)
     axes = figure.axes[0]
     assert axes.get_title("left") == f"DecodeCache(refresh=3) computed {found.computed_share:.0%} of the slots"
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == [*picture.COLOURS, "end of the prompt", "start of a block"]
+    assert names == ["reused", "computed", "full pass", "decoded at this step", "end of the prompt", "start of a block"]
     assert sorted({line.get_xdata()[0] for line in axes.lines}) == [3.5, 7.5]
 
 
