@@ -7,6 +7,7 @@ from left to right, the sum from right to left, the cells from row to row.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 Problem = tuple[str, str]
 
@@ -16,8 +17,8 @@ DIGITS, PROPAGATE = 40, 0.4
 WIDTH, GENERATIONS, RULE = 27, 4, 30
 
 
-def balance(rng: random.Random) -> Problem:
-    """Deposits and withdrawals of 1 to 3, and the balance after each of them.
+def balance(rng: random.Random, count: int = TERMS) -> Problem:
+    """`count` deposits and withdrawals of 1 to 3, and the balance after each of them.
 
     The account opens with 50, so every balance has two digits, and each depends on the one before
     it: `+2 -3 +1 ...=` gives `52 49 50 ...`.
@@ -26,7 +27,7 @@ def balance(rng: random.Random) -> Problem:
         prompt and answer, 63 and 62 characters for 21 terms.
     """
     total, terms, totals = OPENING, [], []
-    for _ in range(TERMS):
+    for _ in range(count):
         amount = rng.choice((-3, -2, -1, 1, 2, 3))
         # Turned round at the ends, so that it keeps its two digits for any number of terms.
         amount = amount if 10 <= total + amount <= 99 else -amount
@@ -53,8 +54,8 @@ def addition(rng: random.Random) -> Problem:
     return f"{a}+{b}=", str(int(a) + int(b))
 
 
-def cells(rng: random.Random) -> Problem:
-    """Four generations of 27 cells under Wolfram's rule 30; those beyond the ends are dead.
+def cells(rng: random.Random, generations: int = GENERATIONS) -> Problem:
+    """Generations of 27 cells, by default four, under Wolfram's rule 30; those beyond the ends are dead.
 
     Each generation follows from the one above it: `..#..=` gives `.###./##..#`.
 
@@ -62,7 +63,7 @@ def cells(rng: random.Random) -> Problem:
         prompt and answer, 28 and 111 characters.
     """
     row, rows = [rng.randint(0, 1) for _ in range(WIDTH)], []
-    for _ in range(GENERATIONS + 1):
+    for _ in range(generations + 1):
         rows.append("".join(".#"[cell] for cell in row))
         wide = [0, *row, 0]
         row = [RULE >> (4 * wide[i] + 2 * wide[i + 1] + wide[i + 2]) & 1 for i in range(WIDTH)]
@@ -87,9 +88,15 @@ TASKS: dict[str, Task] = {
     "addition": Task(addition, 48),
     "cells": Task(cells, 112),
 }
+# Answers so long that most of a canvas is far from what is being written: 257 and 279 characters.
+LONG_TASKS: dict[str, Task] = {
+    "long-balance": Task(partial(balance, count=86), 264),
+    "long-cells": Task(partial(cells, generations=10), 288),
+}
+ALL_TASKS = TASKS | LONG_TASKS
 
 
 def held_out(count: int, seed: int = 20251, task: str = "balance") -> list[Problem]:
     """`count` problems of a seed that training never draws from."""
     rng = random.Random(f"held-out-{seed}")
-    return [TASKS[task].problem(rng) for _ in range(count)]
+    return [ALL_TASKS[task].problem(rng) for _ in range(count)]

@@ -2,12 +2,13 @@
 
 Example:
     python -m dkv.models.bundled.train tiny --out models/tiny
+    python -m dkv.models.bundled.train tiny-text --text novels.txt --out models/tiny-text
 
-Each step draws fresh problems of every task; a share t ~ U(0, 1) of every answer is masked, and the
-loss is the cross-entropy at the masked slots divided by t (LLaDA, Nie et al. 2025, algorithm 1). A
-checkpoint in the output folder is picked up again when the command is repeated; with more --steps than
-before, the learning rate follows the schedule of the longer training from there on. The folder then
-holds a checkpoint in the format of the family, a tokenizer, and the log of the training. The same
+Each step draws fresh problems of every task, or windows of the text; a share t ~ U(0, 1) of every answer
+is masked, and the loss is the cross-entropy at the masked slots divided by t (LLaDA, Nie et al. 2025,
+algorithm 1). A checkpoint in the output folder is picked up again when the command is repeated; with more
+--steps than before, the learning rate follows the schedule of the longer training from there on. The folder
+then holds a checkpoint in the format of the family, a tokenizer, and the log of the training. The same
 seed gives the same weights on the same machine with the same number of threads.
 """
 
@@ -24,6 +25,7 @@ import random
 import time
 from pathlib import Path
 from statistics import fmean as mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,44 +34,20 @@ from torch import Tensor
 import dkv
 from dkv.common import files
 from dkv.common.bar import Bar
-from dkv.models.bundled.tasks import TASKS, held_out
+from dkv.models.bundled.recipes import LEAST_NEW, RECIPES, WINDOW, Recipe
+from dkv.models.bundled.tasks import ALL_TASKS, held_out
+from dkv.models.bundled.text import Text
 from dkv.models.export import save_model, save_tokenizer
-from dkv.models.spec import ModelSpec
 from dkv.models.transformer import Transformer
 from dkv.version import versions
 
-ALPHABET = "0123456789+-= .#/"
-EOS, MASK = len(ALPHABET), len(ALPHABET) + 1
-_SIZES = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "head_dim": 32, "intermediate_size": 384}
-_IDS = {"vocab_size": len(ALPHABET) + 2, "mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": EOS}
-_BOTH = {**_SIZES, **_IDS, "max_positions": 512, "rope_theta": 200.0}
-_DREAM = {"num_kv_heads": 2, "norm_eps": 1e-6, "qkv_bias": True, "shifted": True, "rope_float32": False}
-SPECS = {
-    "tiny": ModelSpec("llada", num_kv_heads=4, norm_eps=1e-5, **_BOTH),
-    "tiny-dream": ModelSpec("dream", **_DREAM, **_BOTH),
-}
 CHECKPOINT, LOG = "checkpoint.pt", "training.jsonl"
 # What the folder holds at the end.
 WRITTEN = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 # Every so many steps the log is written and the checkpoint saved, and of these every other one with answers.
 SAVE, ANSWERS = 250, 500
-# A batch may have so many slots more behind its answers than they need.
-SPARE = 64
-
-
-def encode(text: str) -> list[int]:
-    return [ALPHABET.index(c) for c in text]
-
-
-def batch_of(task: str, rng: random.Random, size: int) -> tuple[Tensor, int]:
-    """Token ids [size, prompt + new] of fresh problems, and the length of the prompt.
-
-    Half of the canvases are as long as the task's own, the others of any length that holds the answer.
-    """
-    problems = [TASKS[task].problem(rng) for _ in range(size)]
-    prompt, answer = map(len, problems[0])
-    new = TASKS[task].new_tokens if rng.random() < 0.5 else answer + 1 + rng.randrange(SPARE)
-    return torch.tensor([encode(p + a) + [EOS] * (new - answer) for p, a in problems]), prompt
+# Windows of unseen text whose loss is told.
+WINDOWS = 128
 
 
 def loss_of(model: Transformer, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +57,7 @@ def loss_of(model: Transformer, ids: Tensor, prompt: int) -> tuple[Tensor, Tenso
     t = ((torch.arange(batch) + torch.rand(1)) / batch).clamp_(min=1e-2)
     masked = torch.rand(batch, length) < t[:, None]
     masked[:, :prompt] = False
-    logits = model(ids.masked_fill(masked, MASK))
+    logits = model(ids.masked_fill(masked, model.spec.mask_token_id))
     logits = logits[:, prompt - 1 : -1] if model.spec.shifted else logits[:, prompt:]
     ids, masked = ids[:, prompt:], masked[:, prompt:]
     loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
@@ -87,16 +65,25 @@ def loss_of(model: Transformer, ids: Tensor, prompt: int) -> tuple[Tensor, Tenso
     return (loss * masked / t[:, None]).mean(), hit
 
 
-def exact_answers(model: Transformer, task: str, problems: list[tuple[str, str]]) -> float:
+def exact_answers(model: Transformer, recipe: Recipe, task: str, problems: list[tuple[str, str]]) -> float:
     """Share of problems answered exactly by plain decoding."""
-    new, found = TASKS[task].new_tokens, 0
+    new, found = ALL_TASKS[task].new_tokens, 0
     for start in range(0, len(problems), 32):
         prompts, answers = zip(*problems[start : start + 32], strict=True)
-        ids = torch.tensor([encode(p) for p in prompts])
+        ids = torch.tensor([recipe.encode(p) for p in prompts])
         output = dkv.generate(model, ids, max_new_tokens=new, schedule="blocks")
-        want = torch.tensor([encode(a) + [EOS] * (new - len(a)) for a in answers])
+        want = torch.tensor([recipe.encode(a) + [recipe.eos] * (new - len(a)) for a in answers])
         found += int((output.sequences[:, ids.shape[1] :] == want).all(-1).sum())
     return found / len(problems)
+
+
+@torch.no_grad()
+def unseen_loss(model: Transformer, recipe: Recipe, text: Text) -> float:
+    """The loss on windows of the text that training does not see, in nats a character."""
+    rng = random.Random("unseen")
+    windows = torch.tensor([recipe.encode(text.window(rng, WINDOW, seen=False)) for _ in range(WINDOWS)])
+    torch.manual_seed(0)
+    return mean(loss_of(model, part, WINDOW - LEAST_NEW)[0].item() for part in windows.split(16))
 
 
 def optimizers(model: Transformer, rate: float) -> list[torch.optim.Optimizer]:
@@ -113,16 +100,26 @@ def optimizers(model: Transformer, rate: float) -> list[torch.optim.Optimizer]:
 
 
 class Training:
-    """A model on its way; everything that a checkpoint holds."""
+    """A model on its way; everything that a checkpoint holds.
 
-    def __init__(self, name: str, seed: int, rate: float):
+    Args:
+        name: of the recipe.
+        text: what a recipe of text is trained on.
+    """
+
+    def __init__(self, name: str, seed: int, rate: float, text: Text | None = None):
         torch.manual_seed(seed)
-        self.model, self.seed, self.rate = Transformer(SPECS[name]), seed, rate
+        self.recipe, self.text = RECIPES[name], text
+        self.model, self.seed, self.rate = Transformer(self.recipe.spec), seed, rate
         for parameter in self.model.parameters():
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=0.08)
         self.optimizers = optimizers(self.model, rate)
         self.step, self.saved, self.seconds = 0, 0, 0.0
+
+    def begin_with(self, folder: str) -> None:
+        """Take the weights of a model of the same shape."""
+        self.model.load_state_dict(dkv.load(folder, device="cpu", dtype=torch.float32, pack=False).state_dict())
 
     def load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint, weights_only=True)
@@ -146,9 +143,10 @@ class Training:
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         warm, cooled = min(1.0, (self.step + 1) / 100), 0.5 * (1 + math.cos(math.pi * self.step / steps))
         found = {}
-        for task in TASKS:
-            loss, hit = loss_of(self.model, *batch_of(task, rng, batch))
-            (loss / len(TASKS)).backward()
+        tasks = self.recipe.tasks
+        for task in tasks:
+            loss, hit = loss_of(self.model, *self.recipe.batch_of(task, rng, batch, self.text))
+            (loss / len(tasks)).backward()
             found[task] = (loss.item(), hit.item())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -173,13 +171,20 @@ class Training:
             self.seconds += time.perf_counter() - tick
             line = {"step": self.step, "seconds": round(self.seconds)}
             for number, name in enumerate(("loss", "hit")):
-                line[name] = {t: round(mean(found[t][number] for found in recent), 4) for t in TASKS}
+                line[name] = {t: round(mean(found[t][number] for found in recent), 4) for t in self.recipe.tasks}
             if self.step % ANSWERS == 0:
-                line["exact"] = {t: exact_answers(self.model, t, held_out(16, seed=1, task=t)) for t in TASKS}
+                line |= self.measured(16, seed=1)
             files.append_line(out / LOG, json.dumps(line))
             bar.print(json.dumps(line))
             self.save(out / CHECKPOINT)
             tick = time.perf_counter()
+
+    def measured(self, problems: int, **seed: int) -> dict[str, Any]:
+        """What the model can do: exact answers to so many unseen problems, or the loss on unseen text."""
+        if self.text is not None:
+            return {"unseen_loss": round(unseen_loss(self.model, self.recipe, self.text), 4)}
+        tasks = {task: held_out(problems, task=task, **seed) for task in self.recipe.tasks}
+        return {"exact": {task: exact_answers(self.model, self.recipe, task, found) for task, found in tasks.items()}}
 
     def kept(self, out: Path) -> str:
         """What a stopped training leaves, and how to go on."""
@@ -192,8 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dkv.models.bundled.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("name", choices=SPECS, help="which model: %(choices)s")
+    parser.add_argument("name", choices=RECIPES, help="which model: %(choices)s")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what tiny-text is trained on, in UTF-8")
+    parser.add_argument("--begin-with", metavar="MODEL", help="take the weights of a model of the same shape at first")
     parser.add_argument("--steps", type=int, default=5000, help="training steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=10, help="problems a step and task (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
@@ -202,23 +209,29 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if (args.text is None) == ("text" in RECIPES[args.name].tasks):
+        parser.error("--text FILE goes with tiny-text, and with no other")
     for name in (CHECKPOINT, LOG):
         files.check_writable("--out", args.out / name, regular=True)
     files.check_outputs(("--out", args.out / name) for name in WRITTEN)
-    training = Training(args.name, args.seed, args.rate)
+    text = None if args.text is None else Text(args.text, WINDOW)
+    training = Training(args.name, args.seed, args.rate, text)
     if (args.out / CHECKPOINT).exists():
         training.load(args.out / CHECKPOINT)
         print(f"resuming at step {training.step}")
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    elif args.begin_with is not None:
+        training.begin_with(args.begin_with)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "text")}
     line = {"from_step": training.step, **settings, "threads": torch.get_num_threads(), **versions()}
     files.append_line(args.out / LOG, json.dumps(line))
     with process.keeping(lambda: training.kept(args.out)):
         training.run(args.out, args.steps, args.batch)
+    recipe = training.recipe
     save_model(training.model, args.out)
-    save_tokenizer(args.out, ALPHABET, EOS, MASK, training.model.spec.family)
-    exact = {task: exact_answers(training.model, task, held_out(500, task=task)) for task in TASKS}
-    files.append_line(args.out / LOG, json.dumps({"step": training.step, "exact_of_500": exact}))
-    print(*(f"{task}: {share:.1%} of 500 unseen problems answered exactly" for task, share in exact.items()), sep="\n")
+    save_tokenizer(args.out, recipe.alphabet, recipe.eos, recipe.mask, training.model.spec.family)
+    found = {"exact_of_500" if name == "exact" else name: value for name, value in training.measured(500).items()}
+    files.append_line(args.out / LOG, json.dumps({"step": training.step, **found}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from dkv.models import load
-from dkv.models.bundled.train import ALPHABET, EOS, MASK
+from dkv.models.bundled.recipes import FIGURES, RECIPES
 from dkv.models.export import save_model, save_tokenizer
+
+EOS, MASK = RECIPES["tiny"].eos, RECIPES["tiny"].mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -40,14 +42,14 @@ def tokenizer(small):
 
     # The configuration beside it is of a type that transformers does not know.
     folder = small().folder
-    save_tokenizer(folder, ALPHABET, EOS, MASK)
+    save_tokenizer(folder, FIGURES, EOS, MASK)
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("text", ["+7 -3 +9=", "07 04 13", "  1 - 2 ", "", "=", ALPHABET])
+@pytest.mark.parametrize("text", ["+7 -3 +9=", "07 04 13", "  1 - 2 ", "", "=", FIGURES])
 def test_tokenizer_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert ids == [ALPHABET.index(c) for c in text]
+    assert ids == [FIGURES.index(c) for c in text]
     assert tokenizer.decode(ids) == text
 
 

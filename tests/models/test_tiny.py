@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import dkv
+from dkv.models.bundled.recipes import RECIPES
 from dkv.models.bundled.tasks import TASKS, held_out
-from dkv.models.bundled.train import ALPHABET, SPECS
 from dkv.models.folders import BUNDLED
 from dkv.tools.text import answer, encode
 
@@ -30,8 +30,8 @@ def test_both_together_are_small():
 
 def test_models_are_those_of_the_script(bundled):
     name, model, tokenizer = bundled
-    assert model.spec == SPECS[name]
-    assert len(tokenizer) == model.spec.vocab_size == len(ALPHABET) + 2
+    assert model.spec == RECIPES[name].spec
+    assert len(tokenizer) == model.spec.vocab_size == RECIPES[name].mask + 1
     assert tokenizer.mask_token == {"tiny": "<|mdm_mask|>", "tiny-dream": "<|mask|>"}[name]
 
 
