@@ -19,6 +19,7 @@ SHARES = {"all": 1.0, "half": 0.5, "third": 1 / 3, "quarter": 0.25}
 SETTINGS = (
     "block_length",
     "schedule",
+    "most",
     "eps",
     "confidence",
     "confidence_dtype",
@@ -27,7 +28,13 @@ SETTINGS = (
     "top_k",
     "selection_temperature",
     "threshold",
+    "threshold_decay",
+    "certainty",
+    "near_threshold",
+    "radius",
     "factor",
+    "entropy_bound",
+    "entropy_form",
     "cfg_scale",
 )
 NAMES = ("cache", "steps", *SETTINGS)

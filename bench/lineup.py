@@ -24,12 +24,17 @@ LINEUP = {
     "dual": "cache=dual",
     "prefix delayed": "cache=prefix delayed=true",
     "dual delayed": "cache=dual delayed=true",
+    "suffix 96": "cache=suffix window=96",
+    "suffix 96 dual": "cache=suffix window=96 base=dual",
+    "rollout": "cache=rollout",
+    "elastic": "cache=elastic",
+    "skip": "cache=skip",
 }
 PLAIN = "plain"
 # What `dkv bench` compares, `dkv demo` shows, and what runs with blocks or on a GPU; plain decoding first.
 COMPARED = tuple(LINEUP)[:8]
 SHOWN = ("plain", "decode 8", "decode 4", "prefill", "pd 8", "greedy 4 planned", "greedy 2 planned", "plain half")
-BLOCKED = ("plain", "prefix", "dual", "prefix delayed", "dual delayed")
+BLOCKED = ("plain", "prefix", "dual", "prefix delayed", "dual delayed", "suffix 96", "suffix 96 dual", "skip")
 ON_GPU = ("plain", "decode 8", "greedy 4", "prefill")
 # How many tokens a step fills: settings that go with the block policies.
 RULES = {"one a step": {}, "threshold 0.9": {"threshold": 0.9}}
@@ -51,6 +56,17 @@ FULL = (
     "cache=none,greedy confidence=random steps=all,half",
     "cache=greedy refresh=2,4,8,16 window=0,2,4,8 confidence=random",
     "cache=none confidence=margin,entropy",
+)
+# What `dkv suggest` tries, from careful to bold.
+SUGGESTED = (
+    "cache=decode refresh=8,32",
+    "cache=prefix,dual,suffix block_length=32",
+    "cache=none,decode,rollout,elastic threshold=0.99,0.95",
+    "cache=decode entropy_bound=0.01,0.1",
+    "cache=decode threshold=0.95 near_threshold=0.9",
+    "cache=prefix,dual,suffix,skip block_length=32 threshold=0.99,0.95",
+    "cache=sliding schedule=sliding block_length=32 threshold=0.99,0.95",
+    "cache=greedy refresh=8 window=4 window_center=last",
 )
 # Further runs of a model whose logits are shifted.
 SHIFTED = ("cache=decode,pd refresh=2,4,8,16 shift_rule=un_right",)

@@ -51,12 +51,12 @@ def _speed(exam: Exam, contender: Contender, turns: Any, policies: int) -> float
     return output.stats.tokens_per_second
 
 
-def _answered(exam: Exam, contender: Contender, bar: Bar) -> tuple[Tensor, int, int]:
+def _answered(exam: Exam, contender: Contender, bar: Bar) -> tuple[Tensor, float, int]:
     """The new tokens of all problems, the slots computed for them, and how many answers are right."""
     new, slots, exact = [], 0, 0
     for output, right in exam.sit(**_settings(exam, contender)):
         new.append(output.sequences[:, -exam.problems.new :])
-        slots, exact = slots + output.stats.computed_slots, exact + sum(right)
+        slots, exact = slots + output.stats.computed_work, exact + sum(right)
         bar.update(len(right))
     return torch.cat(new), slots, exact
 

@@ -1,4 +1,4 @@
-"""Exact answers against speed: the table of `dkv eval` and its meaning in words."""
+"""Answers and texts against speed: the table of `dkv eval` and its meaning in words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,34 +11,64 @@ Row = dict[str, Any]
 HALF = f"{PLAIN} half"
 # Points that a reader may want to give away.
 LOSSES = (0.5, 3.0)
+# Nats a token by which a text may be less, or more, likely than another and count as alike.
+ALIKE = 0.05
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line per contender."""
+    """A line per contender; what was not measured has no column."""
     cells = {"": "{label}", "tokens/s": "{tokens_per_second:.0f}", "speed": "{speed:.2f}x"}
     cells |= {"computed": "{computed_share:.0%}", "exact": "{exact:.1%}", "95 % interval": "{low:.1%} to {high:.1%}"}
-    change = "{change:+.1f} ({change_low:+.1f} to {change_high:+.1f})"
-    cells["points lost or won"] = lambda row: "" if row["label"] == PLAIN else change.format_map(row)
+    cells["points lost or won"] = _against_plain("{change:+.1f} ({change_low:+.1f} to {change_high:+.1f})")
     # With one task its column would repeat the one of all.
     tasks = list(rows[0]["tasks"])
     cells |= {task: f"{{tasks[{task}]:.1%}}" for task in (tasks if len(tasks) > 1 else [])}
-    lines = [[report.cell(column, row) for column in cells.values()] for row in rows]
-    return report.columns(list(cells), lines)
+    cells["nats a token"] = "{nats:.3f}"
+    cells["against plain"] = _against_plain("{nats_change:+.3f} ({nats_low:+.3f} to {nats_high:+.3f})")
+    cells["repeated"] = "{repeated:.0%}"
+    return report.table(rows, cells)
 
 
-def frontier(rows: Sequence[Row], by: str = "tokens_per_second") -> list[Row]:
-    """The rows that no other beats in both exact answers and `by` (computed_share: less is better)."""
-    sign = -1 if by == "computed_share" else 1
-    ordered = sorted(rows, key=lambda row: (-sign * row[by], -row["exact"]))
+def _against_plain(column: str) -> report.Cell:
+    return lambda row: "" if row["label"] == PLAIN else report.cell(column, row)
+
+
+# Measures of which less is better.
+LESS = ("computed_share", "nats")
+
+
+def frontier(rows: Sequence[Row], by: str = "tokens_per_second", of: str = "exact") -> list[Row]:
+    """The rows that no other beats in both `of`, which is exact or nats, and `by`."""
+
+    def rank(row: Row, name: str) -> float:
+        return -row[name] if name in LESS else row[name]
+
     kept: list[Row] = []
-    for row in ordered:
-        if not kept or row["exact"] > kept[-1]["exact"]:
+    for row in sorted(rows, key=lambda row: (-rank(row, by), -rank(row, of))):
+        if not kept or rank(row, of) > rank(kept[-1], of):
             kept.append(row)
     return kept
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What is lost, what is won, and whether a cache is better than fewer steps, as far as the intervals tell."""
+    """What is lost and what is won, as far as the intervals tell."""
+    said = [_of_answers(rows)] if rows[0]["problems"] else []
+    return "\n".join([*said, *([_of_texts(rows)] if rows[0].get("texts") else [])])
+
+
+def _of_texts(rows: Sequence[Row]) -> str:
+    """The fastest whose texts the model finds as likely as those of plain decoding."""
+    alike = [row for row in rows if row["label"] != PLAIN and abs(row["nats_change"]) <= ALIKE]
+    words = f"texts within {ALIKE:g} nats a token of those of plain decoding"
+    if not alike:
+        return f"None has {words}."
+    best = _fastest(alike)
+    found = f"{best['nats_change']:+.3f} ({best['nats_low']:+.3f} to {best['nats_high']:+.3f})"
+    return f"Fastest with {words}: {best['label']}, {best['speed']:.2f}x plain, {found}."
+
+
+def _of_answers(rows: Sequence[Row]) -> str:
+    """What is lost in answers, and whether a cache is better than fewer steps."""
     own = {row["label"]: row for row in rows}
     plain, half = own[PLAIN], own.get(HALF)
     cached = [row for row in rows if row["policy"] != "none"]

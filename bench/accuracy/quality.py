@@ -1,4 +1,4 @@
-"""Exact answers and speed of many ways to generate, on problems with one right answer each.
+"""Exact answers, likelihood and speed of many ways to generate.
 
 The contenders take turns on every batch of problems, so that a machine that slows down slows all of
 them. What a batch gave is a line of a file, and a repeated run takes up where the last one stopped.
@@ -9,16 +9,16 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dkv.bench.accuracy.intervals import paired, wilson
+from dkv.bench.accuracy.intervals import difference, paired, wilson
 from dkv.bench.contenders import Contender
 from dkv.bench.lineup import PLAIN
-from dkv.bench.problems import Exam, Problems
+from dkv.bench.problems import Exam, Family, fingerprint
 from dkv.bench.timing import in_turn
 from dkv.common import files
 from dkv.common.bar import Bar, counted
@@ -33,22 +33,25 @@ class Setting:
 
     model: Any
     tokenizer: Any
-    problems: Sequence[Problems]
+    problems: Sequence[Family]
     batch: int
     seed: int
     chat: bool = False
 
-    def rounds(self) -> list[tuple[Problems, int]]:
-        """The batches: a family, and the place of the first problem."""
-        return [(family, start) for family in self.problems for start in range(0, len(family.prompts), self.batch)]
+    def rounds(self) -> list[tuple[Family, int]]:
+        """The batches: a family, and the place of the first problem; the first of all families, then the second."""
+        rounds = [(family, start) for family in self.problems for start in range(0, len(family.prompts), self.batch)]
+        return sorted(rounds, key=lambda place: place[1])
 
-    def run(self, contender: Contender, family: Problems, start: int) -> Row:
+    def run(self, contender: Contender, family: Family, start: int) -> Row:
         """One batch by one contender."""
         exam = Exam(self.model, self.tokenizer, family, self.chat)
-        output, right = exam.marks(start, start + self.batch, seed=self.seed, **contender.settings_for(family.new))
-        stats = {name: getattr(output.stats, name) for name in ("seconds", "passes", "computed_slots")}
-        known = {"label": contender.label, "task": family.name, "start": start, "right": right}
-        return {**known, **stats, "tokens": output.stats.new_tokens}
+        settings = {"seed": self.seed, **contender.settings_for(family.new)}
+        output, marks = family.marked(exam, start, start + self.batch, **settings)
+        stats = {name: getattr(output.stats, name) for name in ("seconds", "passes")}
+        stats["computed_slots"] = output.stats.computed_work
+        known = {"label": contender.label, "task": family.name, "start": start}
+        return {**known, **marks, **stats, "tokens": output.stats.new_tokens}
 
 
 def digest(model: Any) -> str:
@@ -57,6 +60,12 @@ def digest(model: Any) -> str:
     for parameter in model.parameters():
         found.update(parameter.detach().flatten()[:4096].float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def fixed(setting: Setting, facts: dict[str, Any]) -> dict[str, Any]:
+    """What runs of one log have in common."""
+    known = {name: facts[name] for name in ("model", "parameters", "dtype", "device", "batch", "seed")}
+    return known | {"problems": fingerprint(setting.problems), "weights": digest(setting.model)}
 
 
 class Log:
@@ -99,6 +108,10 @@ class Log:
         if self.path is not None:
             files.append_line(self.path, json.dumps(run))
 
+    def has(self, label: str) -> bool:
+        """Whether the contender has had a batch."""
+        return any(known == label for known, *_ in self.runs)
+
     def kept(self) -> str:
         """What a stopped measurement leaves, and how to go on."""
         if self.path is None:
@@ -111,16 +124,20 @@ class Log:
             self.plain_seconds[run["task"], run["start"], run["session"]] = run["seconds"]
 
 
-def measure(setting: Setting, contenders: Sequence[Contender], log: Log) -> list[Row]:
+def measure(
+    setting: Setting, contenders: Sequence[Contender], log: Log, lost: Callable[[Row], bool] | None = None
+) -> list[Row]:
     """Every contender on every problem; what the log already has is not run again.
 
     Args:
         contenders: plain decoding first. It also runs where others still have to, as their yardstick.
+        lost: asked before every batch of each contender that has had one, with its row so far: whether it is left out
+            of what follows.
 
     Returns:
         rows of the table, see `summary`.
     """
-    session, todo = time.time(), []
+    session, todo, out = time.time(), [], set()
     for family, start in setting.rounds():
         missing = [c for c in contenders if (c.label, family.name, start) not in log.runs]
         if missing:
@@ -129,32 +146,34 @@ def measure(setting: Setting, contenders: Sequence[Contender], log: Log) -> list
         # What is loaded and compiled at first use is not part of any contender's time.
         setting.run(contenders[0], *todo[0][:2])
 
-    def add(contender: Contender, family: Problems, start: int) -> None:
+    def add(contender: Contender, family: Family, start: int) -> None:
         log.add({**setting.run(contender, family, start), "session": session})
 
     with Bar(sum(len(chosen) for *_, chosen in todo), "batch", pause=0) as bar:
         for family, start, chosen in todo:
-            calls = {c.label: partial(add, c, family, start) for c in chosen}
+            if lost is not None:
+                begun = [c for c in chosen[1:] if c.label not in out and log.has(c.label)]
+                out |= {c.label for c in begun if lost(summary(c, setting, log))}
+            calls = {c.label: partial(add, c, family, start) for c in chosen if c.label not in out}
             in_turn(calls, bar=bar, told=lambda _, label, family=family: f"{family.name}, {label}")
+            if len(calls) < len(chosen):
+                bar.update(len(chosen) - len(calls))
     return [summary(contender, setting, log) for contender in contenders]
 
 
 def summary(contender: Contender, setting: Setting, log: Log) -> Row:
-    """A row of the table.
+    """A row of the table, of the batches that the contender has had.
 
     Returns:
-        label, policy, right and problems (numbers), by task too; exact, low and high (share answered exactly,
-        and its 95 % interval); change, change_low, change_high (against plain on the same problems, in points);
+        label, policy, settings; what `_answers` and `_texts` tell of what was written;
         tokens_per_second (of new slots) and speed (against plain) from medians over batches;
         computed_share (slots computed, as a share of what plain decoding in one pass a slot computes).
     """
-    places = [(family.name, start) for family, start in setting.rounds()]
+    every = [(family.name, start) for family, start in setting.rounds()]
+    places = [place for place in every if (contender.label, *place) in log.runs]
     own, plain = ([log.runs[(label, *place)] for place in places] for label in (contender.label, PLAIN))
-    right, wanted = ([answer for run in runs for answer in run["right"]] for runs in (own, plain))
-    low, high = wilson(sum(right), len(right))
-    tasks, seconds, yardstick = (defaultdict(list) for _ in range(3))
+    seconds, yardstick = defaultdict(list), defaultdict(list)
     for (task, start), run in zip(places, own, strict=True):
-        tasks[task] += run["right"]
         seconds[task].append(run["seconds"])
         yardstick[task].append(log.plain_seconds[task, start, run["session"]])
     total = {name: sum(run[name] for run in own) for name in ("tokens", "computed_slots", "passes")}
@@ -164,6 +183,36 @@ def summary(contender: Contender, setting: Setting, log: Log) -> Row:
         "label": contender.label,
         "policy": contender.policy,
         "settings": {**contender.settings, **told, "steps": contender.steps},
+        **_answers(own, plain),
+        **_texts(own, plain),
+        "tokens_per_second": total["tokens"] / _typical(seconds),
+        "speed": _typical(yardstick) / _typical(seconds),
+        "computed_share": total["computed_slots"] / sum(run["computed_slots"] for run in plain),
+        "passes": total["passes"],
+    }
+
+
+def _all(runs: Sequence[Row], kind: str) -> list[Any]:
+    return [mark for run in runs for mark in run.get(kind, ())]
+
+
+def _answers(own: Sequence[Row], plain: Sequence[Row]) -> Row:
+    """Of problems with a right answer.
+
+    Returns:
+        right and problems (numbers), and tasks (shares, by task); exact, low and high (share answered exactly,
+        and its 95 % interval); change, change_low, change_high (against plain on the same problems, in points).
+        Without such problems, two zeros and no tasks.
+    """
+    right, wanted = _all(own, "right"), _all(plain, "right")
+    if not right:
+        return {"problems": 0, "right": 0, "tasks": {}}
+    tasks = defaultdict(list)
+    for run in own:
+        if "right" in run:
+            tasks[run["task"]] += run["right"]
+    low, high = wilson(sum(right), len(right))
+    return {
         "problems": len(right),
         "right": sum(right),
         "exact": sum(right) / len(right),
@@ -171,10 +220,25 @@ def summary(contender: Contender, setting: Setting, log: Log) -> Row:
         "high": high,
         **dict(zip(("change", "change_low", "change_high"), paired(right, wanted), strict=True)),
         "tasks": {name: sum(found) / len(found) for name, found in tasks.items()},
-        "tokens_per_second": total["tokens"] / _typical(seconds),
-        "speed": _typical(yardstick) / _typical(seconds),
-        "computed_share": total["computed_slots"] / sum(run["computed_slots"] for run in plain),
-        "passes": total["passes"],
+    }
+
+
+def _texts(own: Sequence[Row], plain: Sequence[Row]) -> Row:
+    """Of texts that were gone on with.
+
+    Returns:
+        texts (number); nats (mean, a token), nats_change, nats_low, nats_high (against plain on the same texts, and
+        the 95 % interval); repeated (mean share). Without such texts, a zero.
+    """
+    nats, wanted, repeated = _all(own, "nats"), _all(plain, "nats"), _all(own, "repeated")
+    if not nats:
+        return {"texts": 0}
+    change = difference(nats, wanted)
+    return {
+        "texts": len(nats),
+        "nats": statistics.fmean(nats),
+        **dict(zip(("nats_change", "nats_low", "nats_high"), change, strict=True)),
+        "repeated": statistics.fmean(repeated),
     }
 
 

@@ -1,4 +1,4 @@
-"""Figures of `dkv eval`: exact answers against speed, and the change of keys and values between steps."""
+"""Figures of `dkv eval`: answers and texts against speed, and the change of keys and values between steps."""
 
 from typing import Any
 
@@ -15,32 +15,43 @@ PANELS = {
 }
 
 
+# By what is compared: the ends of its interval and its form and name.
+MEASURES = {
+    "exact": ("low", "high", lambda value, _: f"{100 * value:.3g}%", "answered exactly"),
+    "nats": (None, None, lambda value, _: f"{value:.2f}", "nats a token of what is written (less: likelier)"),
+}
+
+
 def answers(found: Row) -> Any:
-    """Two panels over the same exact answers: tokens per second, and the computed share."""
+    """Over what was measured, exact answers or likelihood: tokens per second, and the computed share."""
     from matplotlib.figure import Figure
 
     rows, facts = found["rows"], found["facts"]
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    problems = f"{rows[0]['problems']} problems ({', '.join(rows[0]['tasks'])}), batch {facts['batch']}"
+    measures = [name for name in MEASURES if rows[0].get(name) is not None]
+    figure = Figure(figsize=(13, 1 + 5 * len(measures)), layout="constrained")
+    problems = f"{', '.join(f'{count} {name}' for name, count in facts['problems'].items())}, batch {facts['batch']}"
     small = drawing.measured_on(facts, problems).replace("\n", "; ")
-    figure.suptitle(f"Exact answers against speed and work\n{small}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"What is written against speed and work\n{small}", fontsize=10, x=0.01, ha="left")
     styles = drawing.styles([row["policy"] for row in rows])
-    panels = dict(zip(PANELS, figure.subplots(1, 2, sharey=True), strict=True))
-    for by, axes in panels.items():
+    grid = figure.subplots(len(measures), 2, sharey="row", squeeze=False)
+    places = [(by, of, grid[i][j]) for i, of in enumerate(measures) for j, by in enumerate(PANELS)]
+    for by, of, axes in places:
         below, above, form, name = PANELS[by]
         values = [row[by] for row in rows]
-        _panel(axes, rows, by, styles)
+        _panel(axes, rows, by, of, styles)
         # Room for names to the right of the points.
         drawing.logarithmic(axes, "x", min(values) / below, max(values) * above, form)
         axes.set_xlabel(name)
-    left, right = panels.values()
-    right.invert_xaxis()
-    left.set_ylabel("problems answered exactly")
-    left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    for of, (left, right) in zip(measures, grid, strict=True):
+        right.invert_xaxis()
+        left.set_ylabel(MEASURES[of][3])
+        left.yaxis.set_major_formatter(MEASURES[of][2])
+        if of == "nats":
+            left.invert_yaxis()
     figure.draw_without_rendering()
-    for by, axes in panels.items():
-        named = rows if len(rows) <= NAMED else frontier(rows, by)
-        drawing.label(axes, [(r[by], r["exact"], r["label"], styles[r["policy"]]["color"]) for r in named], least=4)
+    for by, of, axes in places:
+        named = rows if len(rows) <= NAMED else frontier(rows, by, of)
+        drawing.label(axes, [(r[by], r[of], r["label"], styles[r["policy"]]["color"]) for r in named], least=4)
     figure.legend(handles=_legend(styles, rows), loc="outside lower center", ncols=len(styles) + 3, frameon=False)
     return figure
 
@@ -53,15 +64,17 @@ def _random(row: Row) -> bool:
     return row["settings"].get("confidence") == "random"
 
 
-def _panel(axes: Any, rows: list[Row], by: str, styles: dict[str, dict[str, str]]) -> None:
+def _panel(axes: Any, rows: list[Row], by: str, of: str, styles: dict[str, dict[str, str]]) -> None:
     drawing.plain(axes)
-    best = sorted(frontier(rows, by), key=lambda row: row[by])
-    axes.plot([row[by] for row in best], [row["exact"] for row in best], color="#bbbbbb", lw=3, zorder=1)
+    best = sorted(frontier(rows, by, of), key=lambda row: row[by])
+    axes.plot([row[by] for row in best], [row[of] for row in best], color="#bbbbbb", lw=3, zorder=1)
+    low, high, *_ = MEASURES[of]
     for row in rows:
         style = styles[row["policy"]] | ({"marker": "x"} if _random(row) else {})
-        axes.plot([row[by]] * 2, [row["low"], row["high"]], color=style["color"], lw=0.8, alpha=0.6)
+        if low is not None:
+            axes.plot([row[by]] * 2, [row[low], row[high]], color=style["color"], lw=0.8, alpha=0.6)
         face = "white" if _fewer(row) else style["color"]
-        axes.plot(row[by], row["exact"], mfc=face, ms=7, zorder=2, **style)
+        axes.plot(row[by], row[of], mfc=face, ms=7, zorder=2, **style)
 
 
 def _legend(styles: dict[str, dict[str, str]], rows: list[Row]) -> list[Any]:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dkv.bench.lineup import ALL, COMPARED
+from dkv.bench.lineup import ALL, BLOCKED, COMPARED
 from dkv.cli import bench_host
 from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
@@ -35,20 +35,22 @@ SHAPES = ("d128x4", "d512x8", "llada-8b", "dream-7b")
 # Measurements that can take the place of the comparison.
 OTHERS = {
     "floor": "a full and a cached step against their matrix products alone, by part",
+    "mass": "what it costs to observe a pass: the attention that slots get, of all layers",
     "growth": "time per generated slot for 64 to 2048 new slots, with the fitted exponents",
     "memory": "peak memory of a step against weights and buffer",
-    "blocks": "Fast-dLLM's block policies and its threshold, one prompt at a time",
+    "blocks": "block policies and a threshold (Fast-dLLM), one prompt at a time",
 }
 # Which of the options of size and choice a measurement goes by; others it would pass over in silence.
 USES = {
     "comparison": ("prompt", "new", "steps", "rounds", "policies", "no_eager"),
     "floor": ("prompt", "new", "no_eager"),
+    "mass": ("prompt", "new"),
     "growth": ("prompt",),
     "memory": ("prompt", "new", "steps", "policies", "no_eager"),
-    "blocks": ("prompt", "new", "rounds", "no_eager"),
+    "blocks": ("prompt", "new", "rounds", "policies", "no_eager"),
 }
 # Of --new: what it must be a multiple of (`BLOCK` of `dkv.bench.speed.blocks`), and the least, which has a cached step.
-MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3}
+MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3, "mass": 3}
 # Slots where --new does not say, of tiny and of all others.
 NEW = (64, 128)
 # Options that go into `dkv.bench.options.Options` as they are.
@@ -60,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: tiny)")
     add("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
     add("--layers", type=int, metavar="N", help="layers of the shape (default: as many as it has)")
-    known = f"{', '.join(COMPARED)} (default: all); plain is always among them"
-    add("--policies", nargs="+", choices=COMPARED, metavar="NAME", help=known)
+    known = f"{', '.join(COMPARED)}; with --blocks {', '.join(BLOCKED)} (default: all); plain is always among them"
+    add("--policies", nargs="+", choices=tuple(dict.fromkeys(COMPARED + BLOCKED)), metavar="NAME", help=known)
     add("--no-eager", action="store_true", help="leave out the eager baseline")
 
     add = parser.add_argument_group("size").add_argument
@@ -135,6 +137,10 @@ def _check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
         if getattr(args, name) and name not in used:
             own = " and ".join(f"--{kind}" for kind in kinds)
             raise ValueError(f"--{name.replace('_', '-')} has no effect on {own}: leave it out")
+    for kind in kinds:
+        known = BLOCKED if kind == "blocks" else COMPARED
+        if "policies" in USES[kind] and (odd := [name for name in args.policies or () if name not in known]):
+            raise ValueError(f"--policies {odd[0]!r} is not among what is compared here: {', '.join(known)}")
     on_tiny = args.shape is None and args.model in (None, "tiny")
     new = args.new or NEW[0 if on_tiny else 1]
     for kind in kinds:
@@ -186,7 +192,8 @@ def build(args: argparse.Namespace, **changes: Any) -> Any:
     asked = {name: value for name, value in asked.items() if value is not None} | changes
     model = asked.pop("model", args.model)
     if "policies" in asked:
-        asked["policies"] = ("plain", *(name for name in dict.fromkeys(asked["policies"]) if name != "plain"))
+        names = ("plain", *(name for name in dict.fromkeys(asked.pop("policies")) if name != "plain"))
+        asked["blocked" if args.blocks else "policies"] = names
     where = {"device": args.device, "dtype": args.dtype}
     if model is None and args.shape is not None:
         return of_shape(args.shape, args.layers, **where, **asked)

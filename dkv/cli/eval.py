@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dkv.cli.measuring import TASK_NAMES, add_json, add_machine, check_counts, read, ready
+from dkv.cli.examining import add_problems, check_problems, loaded
+from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
 
 SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
@@ -20,21 +21,15 @@ examples:
 
 A run names settings of dkv.DiffusionConfig and arguments of the policy; lists are multiplied out. Plain
 decoding is always among them, and losses are counted against it on the same problems. A line of FILE is
-{"prompt": ..., "answer": ...}, with a "task" where there are several; answers are compared as whole texts.
+{"prompt": ..., "answer": ...}, with a "task" where there are several; answers are compared as whole texts. Without an
+"answer" what a run writes is judged by how likely the model itself finds it.
 Measure on an idle machine: all runs take turns on every batch.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems").add_argument
-    add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
-    known = f"tasks of the bundled models: {', '.join(TASK_NAMES)} (default: all)"
-    add("--tasks", nargs="+", choices=TASK_NAMES, metavar="NAME", help=known)
-    add("--data", type=Path, metavar="FILE", help="problems of your own, as JSON lines")
-    add("--new-tokens", type=int, metavar="N", help="slots for an answer of --data")
-    add("--chat", action="store_true", help="put prompts of --data into the tokenizer's chat template")
-    add("--problems", type=int, metavar="N", help="problems per task (default: 96; of --data: all)")
-    add("--seed", type=int, default=1, metavar="N", help="of problems and random numbers (default: %(default)s)")
+    add_problems(add)
 
     add = parser.add_argument_group("what").add_argument
     add("--run", action="append", metavar="TEXT", dest="runs", help="settings to compare (default: nine of them)")
@@ -68,19 +63,7 @@ def check(args: argparse.Namespace) -> None:
         FileNotFoundError: --data does not exist.
     """
     check_counts(args, ("problems", "batch", "threads", "new_tokens"))
-    if args.data is None:
-        for name in ("new_tokens", "chat"):
-            if getattr(args, name):
-                raise ValueError(f"--{name.replace('_', '-')} goes with --data: the bundled tasks have their own")
-        if args.model not in ("tiny", "tiny-dream") and args.tasks is None:
-            raise ValueError(f"--model {args.model} was not trained on the bundled tasks: give --data FILE, or --tasks")
-    else:
-        if args.tasks is not None:
-            raise ValueError("give --data or --tasks, not both")
-        if args.new_tokens is None:
-            raise ValueError("--data needs --new-tokens N: the slots that an answer gets")
-        if not args.data.is_file():
-            raise FileNotFoundError(f"--data: there is no file {args.data}")
+    check_problems(args)
     if args.full and args.runs:
         raise ValueError("give --full or --run, not both")
     if args.drift and (args.full or args.runs):
@@ -103,31 +86,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
         files.check_writable("--out", args.out / LOG, regular=True)
 
 
-def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any]]:
-    """The model, its tokenizer, the problems, and the facts of the measurement."""
-    import dkv
-    from dkv.bench import machine
-    from dkv.bench.problems import bundled, from_file
-
-    if args.data is not None:
-        problems = from_file(args.data, args.new_tokens, args.problems)
-    else:
-        problems = bundled(dict.fromkeys(args.tasks or TASK_NAMES), args.problems or 96, seed=args.seed)
-    model = dkv.load(args.model, dtype=args.dtype, device=args.device)
-    tokenizer = dkv.load_tokenizer(args.model)
-    facts = machine.facts(model.device, args.command_line)
-    facts |= {"model": args.model, "parameters": model.num_parameters, "batch": args.batch, "seed": args.seed}
-    facts |= {"dtype": str(model.dtype).removeprefix("torch.")}
-    facts |= {"problems": {family.name: len(family.prompts) for family in problems}}
-    return model, tokenizer, problems, facts
-
-
 def compare(args: argparse.Namespace) -> int:
     """Exact answers and speed of the runs."""
     from dkv.bench import lineup, plots, report
     from dkv.bench.accuracy import frontier, quality
     from dkv.bench.contenders import contenders
-    from dkv.bench.problems import fingerprint
     from dkv.policies import NoCache
 
     runs = args.runs or (lineup.FULL if args.full else lineup.QUICK)
@@ -139,8 +102,7 @@ def compare(args: argparse.Namespace) -> int:
         # Before hours of work, not in the middle of them.
         contender.settings.get("cache", NoCache()).check(model.spec.shifted)
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
-    fixed = {name: facts[name] for name in ("model", "parameters", "dtype", "device", "batch", "seed")}
-    log = quality.Log(args.out, fixed | {"problems": fingerprint(problems), "weights": quality.digest(model)})
+    log = quality.Log(args.out, quality.fixed(setting, facts))
     with files.beside(args.json):
         print(report.machine_line(facts), flush=True)
         with process.keeping(log.kept):

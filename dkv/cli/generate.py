@@ -73,15 +73,25 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None)
         add("--max-new-tokens", type=int, default=new_tokens, metavar="N", help="slots to fill (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="passes in all (default: one per slot)")
     add("--block-length", type=int, metavar="N", help="fill blocks of N slots one by one (default: one block)")
-    add("--schedule", help="blocks (LLaDA) or time (Dream) (default: that of the model)")
+    add("--schedule", help="blocks (LLaDA), time (Dream) or sliding (default: that of the model)")
+    add("--most", type=int, metavar="N", help="slots of the region that slides (default: to the end of the row)")
     rules = "probability, margin, entropy or random"
     add("--confidence", default="probability", help=f"what is decoded first: {rules} (default: %(default)s)")
     published = "exact, or model: rounded to the model's dtype, as in Dream's published code"
     add("--confidence-dtype", default="exact", metavar="KIND", help=f"{published} (default: %(default)s)")
     limit = "fill all slots that are at least so sure; --steps is then a limit"
     add("--threshold", type=float, metavar="P", help=limit)
+    near = "rank slots by confidence times how much is known around them, known slots within about SIGMA counting"
+    add("--certainty", type=float, metavar="SIGMA", help=near)
+    add("--near-threshold", type=float, metavar="P", help="beside --threshold: enough near a slot that reaches that")
+    add("--radius", type=int, default=4, metavar="N", help="how many slots away is near (default: %(default)s)")
     surest = "fill the n surest slots, n as large as (n+1)(1-confidence)<F allows"
+    falls = "let --threshold fall to P (1-A) while a block fills"
+    add("--threshold-decay", type=float, default=0.0, metavar="A", help=f"{falls} (default: %(default)s, it stays)")
     add("--factor", type=float, metavar="F", help=surest)
+    add("--entropy-bound", type=float, metavar="H", help="fill the surest slots whose entropies add up to H nats")
+    without = "paper: their sum without the largest, or code: without the last, which is stricter"
+    add("--entropy-form", default="paper", metavar="FORM", help=f"{without} (default: %(default)s)")
     add("--cfg-scale", type=float, default=0.0, metavar="S", help="guidance by the prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0 tokens are drawn (default: %(default)s)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P (default: all)")
@@ -92,14 +102,39 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None)
     add = parser.add_argument_group(
         "cache", "The policy and its options; each goes with the policies in brackets, see also dkv info."
     ).add_argument
-    names = "none, decode, greedy, prefill, pd, prefix or dual"
+    names = "none, decode, greedy, prefill, pd, prefix, dual, suffix, sliding, rollout, elastic or skip"
     add("--cache", default="none", metavar="POLICY", help=f"{names} (default: %(default)s)")
     own = "default: the policy's own"
-    add("--refresh", type=int, metavar="N", help=f"full pass every N steps, 0: never [decode, greedy, pd] ({own})")
-    add("--window", type=int, metavar="N", help=f"masked neighbours computed per slot [greedy] ({own})")
+    add(
+        "--refresh",
+        type=int,
+        metavar="N",
+        help=f"full pass every N steps, 0: never [decode, greedy, pd, rollout] ({own})",
+    )
+    window = "masked neighbours computed per slot [greedy], slots seen after the block [suffix], or masks [elastic]"
+    add("--window", type=int, metavar="N", help=f"{window} ({own})")
+    add("--tail", type=int, metavar="N", help=f"slots seen at the end of the answer [suffix] ({own})")
+    add("--base", metavar="POLICY", help=f"prefix or dual: what is computed of what is seen [suffix] ({own})")
     add("--warmup", type=int, metavar="N", help=f"full passes at the start of a block [decode, pd] ({own})")
     add("--delayed", action="store_true", default=None, help="skip decoded slots of the block, too [prefix, dual]")
+    add("--prefix-window", type=int, metavar="N", help=f"slots computed before the region [sliding] ({own})")
     add("--shift-rule", metavar="RULE", help=f"un, un_right or right: when Dream caches a slot [decode, pd] ({own})")
+    add("--rollout-p", type=float, metavar="P", help=f"share of the attention that is computed anew [rollout] ({own})")
+    add("--current-k", type=int, metavar="N", help=f"masks computed [rollout] ({own})")
+    add("--sigma", type=float, metavar="SIGMA", help=f"as --certainty, to choose these masks [rollout] ({own})")
+    shares = "the share of slots that goes on from each depth, such as 1/2@1/8+1/4@1/4"
+    add("--shares", metavar="SHARES", help=f"{shares} [skip] ({own})")
+    add(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help=f"weight of confidences, against changes, in choosing these [skip] ({own})",
+    )
+    add("--block-every", type=int, metavar="N", help=f"all slots of the block go on every N steps [skip] ({own})")
+    add("--prompt-every", type=int, metavar="N", help=f"the prompt is computed every N steps [skip] ({own})")
+    add("--inflate-w", type=int, metavar="N", help=f"gaps of less than N slots are computed, too [rollout] ({own})")
+    turned = "full pass once attention has changed to a cosine below G"
+    add("--gamma", type=float, metavar="G", help=f"{turned} [elastic] ({own})")
 
 
 def run(args: argparse.Namespace) -> int:

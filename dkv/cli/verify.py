@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-SUMMARY = "Replay recorded runs of the published dKV-Cache code and compare tokens, active slots and logits."
+SUMMARY = "Replay recorded runs of published code and compare tokens, computed slots and logits."
 
 EXAMPLES = """\
 examples:

@@ -5,9 +5,8 @@ import json
 import pytest
 
 import dkv
-from dkv.bench import plots, problems
+from dkv.bench import problems
 from dkv.bench.accuracy import frontier, quality
-from dkv.bench.accuracy.intervals import enough, paired, wilson
 from dkv.bench.contenders import contenders
 
 
@@ -136,12 +135,72 @@ def test_problems_of_a_file(tmp_path):
     assert problems.from_file(path, 8, 1)[0].prompts == ("1",)
 
 
+def test_prompts_without_answers_are_openings(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "1"}\n{"prompt": "3", "answer": "4", "task": "b"}\n{"prompt": "5"}\n')
+    known = [problems.Openings("mine", ("1", "5"), 8), problems.Problems("b", ("3",), ("4",), 8)]
+    assert problems.from_file(path, 8) == known
+    assert problems.fingerprint(known) != problems.fingerprint(known[:1])
+
+
+def test_what_is_gone_on_with_is_judged_by_its_likelihood(tiny):
+    texts = [problems.Openings("text", ["+1 -1 +2 =", "1+1=", "+3 -3="], 8)]
+    setting = quality.Setting(*tiny, texts, batch=2, seed=0)
+    plain, decode, half = quality.measure(setting, RUNS, quality.Log(None, {}))
+    assert (plain["problems"], plain["texts"], plain["nats_change"]) == (0, 3, 0)
+    assert plain["nats"] > 0 and 0 <= plain["repeated"] <= 1
+    assert half["nats"] - plain["nats"] == pytest.approx(half["nats_change"])
+    assert half["nats_low"] <= half["nats_change"] <= half["nats_high"]
+    head = frontier.table([plain, decode, half]).splitlines()[0]
+    assert "nats a token" in head and "repeated" in head and "exact" not in head
+    assert frontier.verdict([plain, plain | {"label": "a", "speed": 3.0}]).startswith(
+        "Fastest with texts within 0.05 nats a token of those of plain decoding: a, 3.00x plain, +0.000 (+0.000"
+    )
+    assert frontier.verdict([plain, half | {"nats_change": 1.0}]).startswith("None has texts within 0.05 nats")
+
+
+def test_likelihood_is_that_of_the_tokens_that_were_written(tiny):
+    from dkv.tools.likelihood import log_likelihoods
+    from dkv.tools.text import encode
+
+    model, tokenizer = tiny
+    family = problems.Openings("text", ["+1 -1 +2 =", "1+1="], 6)
+    exam = problems.Exam(model, tokenizer, family)
+    output, found = family.marked(exam, 0, 2, seed=0)
+    rows = [encode(tokenizer, [prompt])[0][0].tolist() for prompt in family.prompts]
+    written = output.sequences[:, -6:].tolist()
+    wanted = dict(log_likelihoods(model, list(zip(rows, written, strict=True)), samples=problems.COPIES))
+    assert found["nats"] == pytest.approx([-wanted[0] / 6, -wanted[1] / 6], rel=1e-4)
+
+
+def test_repetition_is_counted_by_runs():
+    assert problems.repeated(list(range(40))) == 0 and problems.repeated([1, 2]) == 0
+    assert problems.repeated([7] * 40) == 28 / 29
+    assert problems.repeated([*range(20), *range(20)]) == 9 / 29
+
+
+def test_holes_are_filled_and_counted_one_by_one(tiny):
+    model, tokenizer = tiny
+    (whole,) = problems.bundled(["addition"], 3, seed=5)
+    texts = [prompt + answer for prompt, answer in zip(whole.prompts, whole.answers, strict=True)]
+    holes = [[(83, 85), (100, 104)], [(90, 92)], [(84, 86), (95, 99), (110, 111)]]
+    family = problems.Gapped("holes", texts, holes, 7)
+    (row,) = quality.measure(quality.Setting(model, tokenizer, [family], 2, 0), RUNS[:1], quality.Log(None, {}))
+    # A digit of a sum whose two numbers and neighbours are known is no question.
+    assert (row["problems"], row["right"]) == (6, 6)
+    family = problems.Gapped("holes", texts[:1], [[(84, 86), (100, 104)]], 6)
+    _, found = family.marked(problems.Exam(model, tokenizer, family), 0, 1, seed=0, cache=dkv.DecodeCache(2))
+    assert found["right"] == [True, True]
+    assert problems.Gapped("holes", ["1+1="], [[]], 0).marked(problems.Exam(model, tokenizer, family), 0, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "holds no problems"),
         ('{"prompt": "a", "answer": "b"}\n{"prompt"', "line 2 is not JSON"),
-        ('{"prompt": "a"}', 'line 1 must be an object with texts "prompt" and "answer"'),
+        ('{"answer": "a"}', 'line 1 must be an object with texts "prompt" and "answer"'),
+        ('{"prompt": "a"}\n{"prompt": "b", "answer": "c"}', "line 2: a task has an answer to every prompt, or to none"),
         ('["a", "b"]', "line 1 must be an object"),
         ('{"prompt": "a", "answer": 3}', "line 1 must be an object"),
         ('{"prompt": "", "answer": "3"}', "line 1 must be an object"),
@@ -152,128 +211,3 @@ def test_bad_files_are_refused_by_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         problems.from_file(path, 8)
-
-
-@pytest.mark.parametrize(
-    ("right", "count", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (8, 10, 0.4902, 0.9433), (475, 500, 0.9272, 0.9659)],
-)
-def test_wilson(right, count, low, high):
-    """Against published values of Wilson's interval."""
-    assert wilson(right, count) == pytest.approx((low, high), abs=2e-4)
-
-
-def test_paired_differences():
-    same = [True] * 450 + [False] * 50
-    change, low, high = paired(same, same)
-    assert change == 0 and low == -high and 0.3 < high < 0.5
-    worse = [False] * 20 + same[20:]
-    change, low, high = paired(worse, same)
-    assert change == -4.0 and low < -5.5 and -3 < high < -2
-    assert paired(same, worse)[0] == 4.0
-
-
-def row(label, exact, rate, share, change, policy="decode", half=0.4, problems=500):
-    return {
-        "label": label,
-        "policy": policy,
-        "settings": {"steps": 0.5 if "half" in label else None},
-        "exact": exact,
-        "low": exact - 0.01,
-        "high": min(exact + 0.01, 1),
-        "change": change,
-        "change_low": change - half,
-        "change_high": change + half,
-        "tokens_per_second": rate,
-        "speed": rate / 100,
-        "computed_share": share,
-        "problems": problems,
-        "right": round(problems * exact),
-        "tasks": {"balance": exact, "cells": exact},
-        "passes": 64,
-    }
-
-
-ROWS = [
-    row("plain", 0.98, 100, 1.0, 0, "none"),
-    row("plain half", 0.60, 190, 0.5, -38, "none"),
-    row("decode 8", 0.976, 220, 0.36, -0.4),
-    row("greedy 8", 0.955, 400, 0.2, -2.5, "greedy"),
-    row("greedy 16", 0.5, 390, 0.1, -48, "greedy"),
-]
-
-
-def test_the_frontier_is_what_nothing_beats():
-    assert [r["label"] for r in frontier.frontier(ROWS)] == ["greedy 8", "decode 8", "plain"]
-    assert [r["label"] for r in frontier.frontier(ROWS, "computed_share")] == [
-        "greedy 16",
-        "greedy 8",
-        "decode 8",
-        "plain",
-    ]
-
-
-def test_the_verdict_says_what_is_lost_and_won():
-    said = frontier.verdict(ROWS).splitlines()
-    assert said[0].startswith("Fastest cache with at most 0.5 points lost: decode 8, 2.20x plain, -0.4 points")
-    assert said[1].startswith("Fastest cache with at most 3 points lost: greedy 8, 4.00x plain")
-    assert said[2].startswith("Half the steps, no cache: plain half, 1.90x plain, -38.0 points")
-    assert said[3].startswith("A cache is better: greedy 8, 4.00x")
-    alone = frontier.verdict([*ROWS[:2], ROWS[4]])
-    assert "No cache with at most 0.5 points lost." in alone and "No cache is at least as fast" in alone
-
-
-def test_few_problems_are_told_and_not_judged():
-    few = {"half": 14.0, "problems": 12}
-    rows = [
-        row("plain", 1.0, 100, 1.0, 0, "none", **few),
-        row("plain half", 1.0, 190, 0.5, 0, "none", **few),
-        row("decode 8", 1.0, 220, 0.36, 0, **few),
-    ]
-    said = frontier.verdict(rows).splitlines()
-    assert said[0].startswith("Too few problems (12, +-14.0 points; about ") and "Fastest" not in "".join(said)
-    assert said[0].endswith(" would do) to tell whether a cache has at most 0.5 points lost.")
-    assert said[1].endswith("at most 3 points lost.") and said[3].endswith("to tell whether a cache is better.")
-    # A loss that is large is seen all the same.
-    rows[2] = row("decode 8", 0.3, 220, 0.36, -60, **few)
-    assert frontier.verdict(rows).splitlines()[0] == "No cache with at most 0.5 points lost."
-    # Nor can a single problem, or none that plain decoding answers, say anything.
-    none = [row(name, 0.0, 100, 1.0, 0, policy) for name, policy in (("plain", "none"), ("decode 8", "decode"))]
-    assert frontier.verdict(none) == "Plain decoding answers none of the 500 problems: nothing can be lost on them."
-
-
-@pytest.mark.parametrize(("lost", "count", "wanted"), [(0, 4, 3.0), (2, 50, 0.5), (0, 1, 0.5), (0, 768, 3.0)])
-def test_enough_problems_are_as_many_as_the_interval_needs(lost, count, wanted):
-    def half(lost, count):
-        _, low, high = paired([False] * lost + [True] * (count - lost), [True] * count)
-        return (high - low) / 2
-
-    needed = enough(half(lost, count), count, wanted)
-    found = half(round(lost * needed / count), needed)
-    assert found <= 1.1 * wanted
-    assert needed == count or half(round(0.8 * lost * needed / count), round(0.8 * needed)) > wanted
-
-
-def test_the_table_has_a_line_per_contender_and_a_column_per_task():
-    head, *lines = frontier.table(ROWS).splitlines()
-    assert head.split()[-2:] == ["balance", "cells"] and len(lines) == 5
-    assert lines[2].split()[:5] == ["decode", "8", "220", "2.20x", "36%"]
-    for r in ROWS:
-        r["tasks"].pop("cells")
-    assert frontier.table(ROWS).splitlines()[0].split()[-1] == "won"
-
-
-def test_the_figure_shows_every_contender():
-    facts = {
-        "model": "tiny",
-        "dtype": "float32",
-        "processor": "a",
-        "threads": 1,
-        "torch": "2",
-        "date": "2026-01-01",
-        "batch": 8,
-    }
-    figure = plots.answers({"rows": ROWS, "facts": facts})
-    for axes in figure.axes:
-        points = [line for line in axes.lines if len(line.get_xdata()) == 1]
-        assert len(points) == len(ROWS)

@@ -163,7 +163,7 @@ def test_what_does_not_compile_is_told_and_the_rest_goes_on(run, listed):
     [
         (["--arch", "sm_75"], "argument --arch: invalid choice: 'sm_75'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["--op", "matmul"], "unknown operation 'matmul'; known are attention, choose, "),
+        (["--op", "matmul"], "unknown operation 'matmul'; known are attention, change, "),
     ],
 )
 def test_wrong_arguments(run, arguments, message):

@@ -195,7 +195,9 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured):
         (["--growth", "--new", "64"], "--new has no effect on --growth: leave it out"),
         (["--floor", "--blocks", "--steps", "8"], "--steps has no effect on --floor and --blocks: leave it out"),
         (["--memory", "--rounds", "5"], "--rounds has no effect on --memory"),
-        (["--blocks", "--policies", "plain"], "--policies has no effect on --blocks"),
+        (["--growth", "--policies", "plain"], "--policies has no effect on --growth"),
+        (["--blocks", "--policies", "decode 8"], "--policies 'decode 8' is not among what is compared here: plain, "),
+        (["--policies", "suffix 96"], "--policies 'suffix 96' is not among what is compared here: plain, "),
         (["--blocks", "--batch", "2"], "--blocks takes one prompt, as published: --batch must be 1, got 2"),
         (
             ["--shape", "d128x4", "--layers", "1", "--prompt", "4096"],

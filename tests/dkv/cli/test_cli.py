@@ -18,7 +18,9 @@ from dkv.policies import POLICIES
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("name", ["generate", "infill", "trace", "verify", "info", "demo", "bench", "eval", "audit"])
+@pytest.mark.parametrize(
+    "name", ["generate", "infill", "trace", "verify", "info", "demo", "bench", "eval", "suggest", "audit"]
+)
 def test_every_command_explains_itself_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
     out, err = capsys.readouterr()
@@ -37,7 +39,7 @@ def test_the_examples_parse():
 def test_defaults_are_those_of_the_settings():
     args = build_parser().parse_args(["generate"])
     settings = vars(args).keys() & DEFAULTS.keys() - {"cache"}
-    assert len(settings) == 15 and {n: getattr(args, n) for n in settings} == {n: DEFAULTS[n] for n in settings}
+    assert len(settings) == 22 and {n: getattr(args, n) for n in settings} == {n: DEFAULTS[n] for n in settings}
 
 
 def test_help_names_every_policy(capsys):

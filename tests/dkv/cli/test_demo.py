@@ -8,14 +8,14 @@ import pytest
 import dkv
 from dkv.bench.accuracy import demo
 from dkv.bench.problems import Exam, bundled
-from dkv.models.bundled.tasks import TASKS, held_out
+from dkv.models.bundled.tasks import ALL_TASKS, held_out
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Three policies, few slots, one timed round."""
     monkeypatch.setattr(demo, "SHOWN", ("plain", "decode 8", "plain half"))
-    monkeypatch.setitem(TASKS, "balance", replace(TASKS["balance"], new_tokens=16))
+    monkeypatch.setitem(ALL_TASKS, "balance", replace(ALL_TASKS["balance"], new_tokens=16))
     monkeypatch.setattr(demo, "ROUNDS", 1)
 
 
@@ -62,7 +62,7 @@ def test_demo_refuses_nothing(run, name):
 
 
 def test_demo_of_another_task(run, monkeypatch):
-    monkeypatch.setitem(TASKS, "addition", replace(TASKS["addition"], new_tokens=4))
+    monkeypatch.setitem(ALL_TASKS, "addition", replace(ALL_TASKS["addition"], new_tokens=4))
     code, out, err = run("demo", "--problems", 1, "--task", "addition")
     (prompt, _) = held_out(1, task="addition")[0]
     assert (code, err) == (0, "") and out.startswith(f"{prompt}\n\nDecodeCache(refresh=8), 4 steps:")

@@ -40,7 +40,21 @@ ROOT, EOS = Path(__file__).parents[3], 14
         ),
         (("--schedule", "time", "--dtype", "float64"), {"schedule": "time"}),
         (("--threshold", 0.05, "--block-length", 4), {"threshold": 0.05, "block_length": 4}),
+        (("--threshold", 0.3, "--threshold-decay", 0.5), {"threshold": 0.3, "threshold_decay": 0.5}),
+        (
+            ("--cache", "suffix", "--window", 3, "--tail", 2, "--base", "dual", "--block-length", 4),
+            {"cache": {"name": "suffix", "window": 3, "tail": 2, "base": "dual"}, "block_length": 4},
+        ),
         (("--factor", 1.9, "--cfg-scale", 0.5), {"factor": 1.9, "cfg_scale": 0.5}),
+        (("--entropy-bound", 3, "--entropy-form", "code"), {"entropy_bound": 3, "entropy_form": "code"}),
+        (
+            ("--threshold", 0.2, "--near-threshold", 0.05, "--radius", 2),
+            {"threshold": 0.2, "near_threshold": 0.05, "radius": 2},
+        ),
+        (
+            ("--schedule", "sliding", "--block-length", 4, "--most", 5, "--cache", "sliding", "--prefix-window", 2),
+            {"schedule": "sliding", "block_length": 4, "most": 5, "cache": {"name": "sliding", "prefix_window": 2}},
+        ),
         (
             ("--cache", "dual", "--delayed", "--block-length", 4),
             {"cache": {"name": "dual", "delayed": True}, "block_length": 4},

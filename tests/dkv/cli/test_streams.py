@@ -32,6 +32,7 @@ SHORT = {
     "demo": "demo --problems 1",
     "bench": "bench --shape d128x4 --prompt 4 --new 4 --rounds 1 --no-eager --policies plain",
     "eval": "eval --tasks balance --problems 1 --run steps=quarter",
+    "suggest": "suggest --tasks balance --problems 1 --run steps=quarter",
     "verify": f"verify {ROOT / 'tests/golden/llada_maskpred'}",
     "audit": "audit --quick --op commit --arch sm_80 --jobs 1",
 }

@@ -58,3 +58,72 @@ def test_verify_without_cases(run, tmp_path, make, message):
         (tmp_path / "x").mkdir()
     code, out, err = run("verify", tmp_path / "x")
     assert (code, out) == (2, "") and err.startswith(f"dkv verify: error: {message.format(tmp_path / 'x')}")
+
+
+@pytest.fixture
+def policies_copy(tmp_path) -> Path:
+    """A recorded run of a newer policy, to be tampered with."""
+    source, copy = ROOT / "tests/golden/policies/llada_gqa", tmp_path / "llada_gqa"
+    shutil.copytree(source, copy, ignore=lambda *_: ["cases"])
+    (copy / "cases").mkdir()
+    for suffix in ("json", "safetensors"):
+        shutil.copy(source / "cases" / f"sliding_cache_p7_g24_b6_t0.2_w0_m-1.{suffix}", copy / "cases" / f"x.{suffix}")
+    return copy
+
+
+def changed(name, at, value):
+    def change(facts, tensors):
+        tensors[name][at] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts, tensors: None, "PASS llada_gqa/x  21 passes, 45% of the slots computed"),
+        (changed("x_steps", (4, 0, 9), 3), "Mismatch: step 4, row 0, column 9: token "),
+        (changed("computed", (2, 0, 30), 1), "Mismatch: step 2, row 0, column 30: computed False, recorded True"),
+        (changed("final", (0, 9), 3), "Mismatch: step 20, row 0, column 9: final token "),
+        (lambda facts, tensors: facts.update(policy="later"), "ValueError: no policy 'later' is known here: known are"),
+        (lambda facts, tensors: facts.pop("prefix_window"), "ValueError: the recorded run says nothing of 'prefix_win"),
+        (lambda facts, tensors: tensors.pop("x_steps"), "ValueError: the recorded run has no tensor x_steps"),
+        (lambda facts, tensors: tensors.pop("computed"), "ValueError: the recorded run has no set of slots"),
+        (
+            lambda facts, tensors: tensors.update(later=tensors["computed"]),
+            "ValueError: no set 'later' is known here: known are computed",
+        ),
+        (
+            lambda facts, tensors: tensors.update(computed=tensors["computed"][:9]),
+            "ValueError: computed [9, 1, 31] does not fit x_steps [21, 1, 31]",
+        ),
+        (
+            lambda facts, tensors: tensors.update({n: tensors[n][:9] for n in ("x_steps", "computed")}),
+            "Mismatch: 21 passes, recorded 9",
+        ),
+    ],
+)
+def test_verify_of_newer_policies(run, policies_copy, change, message):
+    facts, tensors = (policies_copy / "cases" / name for name in ("x.json", "x.safetensors"))
+    own, values = json.loads(facts.read_text()), load_file(tensors)
+    change(own, values)
+    facts.write_text(json.dumps(own))
+    save_file({name: value.clone() for name, value in values.items()}, tensors)
+    code, out, _ = run("verify", policies_copy)
+    found, last = out.splitlines()
+    assert found.startswith(message if code == 0 else f"FAIL llada_gqa/x  {message}")
+    assert last == ("1 passed, 0 failed" if code == 0 else "0 passed, 1 failed")
+
+
+def test_verify_of_tensors_that_are_cut_off(run, policies_copy):
+    tensors = policies_copy / "cases" / "x.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:500])
+    code, out, _ = run("verify", policies_copy)
+    assert code == 1 and "FAIL llada_gqa/x  ValueError: x.safetensors cannot be read: " in out
+
+
+def test_verify_skips_what_documents_slips(run, policies_copy):
+    facts = policies_copy / "cases" / "x.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "policy": "rollout", "published": True}))
+    code, out, _ = run("verify", policies_copy)
+    assert code == 0 and out.startswith("SKIP llada_gqa/x  the published run has two slips, which the runs called mend")
