@@ -88,7 +88,7 @@ def steps_of(
     with use_backend("triton"), trial(chip=Chip("sm_90", 132)) as tried, torch.no_grad(), real_states():
         engine = engine_of(model, settings, batch, prompt, new)
         for _ in range(steps):
-            full, shape = engine.status.active == engine.rows.row_lengths, engine.shape()
+            full, shape = engine.is_full, engine.shape()
             with Count() as count:
                 engine.advance(shape)
             count.kinds["triton"] = len(tried.calls)
@@ -169,7 +169,7 @@ def times_of(
     with torch.no_grad(), one_thread():
         engine = engine_of(model, settings, batch, prompt, new)
         for _ in range(FIRST_STEPS):
-            full, shape, plan = engine.status.active == engine.rows.row_lengths, engine.shape(), engine.next_plan
+            full, shape, plan = engine.is_full, engine.shape(), engine.next_plan
             if full not in times:
                 with use_backend("triton"), null_driver():
                     # Kernels are compiled the first time.
@@ -208,6 +208,8 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "greedy 4": ({"cache": {"name": "greedy", "refresh": 4}, "confidence": "random", "schedule": "blocks"}, 1),
     "prefill": ({"cache": "prefill"}, 1),
     "dual": ({"cache": "dual", "block_length": 32}, 1),
+    "suffix": ({"cache": "suffix", "block_length": 32}, 1),
+    "suffix, falling threshold": ({"cache": "suffix", "block_length": 32, "threshold": 0.9, "threshold_decay": 0.4}, 1),
 }
 
 

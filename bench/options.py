@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import dkv
-from dkv.bench.lineup import COMPARED, RULES
+from dkv.bench.lineup import BLOCKED, COMPARED, RULES
 from dkv.bench.problems import Exam, bundled
 from dkv.bench.shapes import as_loaded, random_model, shape
 from dkv.models import Transformer
@@ -31,6 +31,7 @@ class Options:
         steps: passes; None: one per slot.
         rounds: timed runs of every contender, in turn, after one that is not timed.
         policies: names in `dkv.bench.lineup.LINEUP`, "plain" first.
+        blocked: the same for those that are compared in blocks.
         rules: names in `dkv.bench.lineup.RULES`, of block policies; a threshold has no effect on random weights.
         exam: problems with one right answer, whose prompts take the place of seeded ids; None: there are none.
     """
@@ -44,6 +45,7 @@ class Options:
     steps: int | None = None
     rounds: int = 3
     policies: tuple[str, ...] = COMPARED
+    blocked: tuple[str, ...] = BLOCKED
     rules: tuple[str, ...] = tuple(RULES)
     exam: Exam | None = None
 

@@ -13,7 +13,7 @@ from dkv.core.sequences import Sequences
 from dkv.engine.engine import Engine, OnStep, StepResult
 from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
-from dkv.engine.stages import Choice, Forward
+from dkv.engine.stages import Choice, Forward, Shape
 
 
 def start(options: Options, settings: dict[str, Any], new: int, hooks: Sequence[OnStep] = ()) -> Engine:
@@ -55,8 +55,10 @@ def full_steps(engine: Engine) -> list[bool]:
 def skip(engine: Engine, steps: int) -> None:
     """Bring the rows to where they are after so many steps, without computing tokens: masks that count as filled."""
     for _ in range(steps):
-        plan, shape = engine.next_plan, engine.shape()
-        forward = Forward(engine.pack(plan, shape), None, False)
+        plan, status = engine.next_plan, engine.status
+        # Nothing goes through the network, so nothing stops in it either.
+        shape = Shape(*engine.filled(status.active), *engine.filled(status.scored))
+        forward = Forward(engine.pack(plan, shape), plan, None, False)
         slots = forward.packed.slots
         choice = Choice(torch.full_like(slots, engine.mask_id), torch.zeros(len(slots), device=slots.device))
         engine.commit(plan, forward, choice)
@@ -104,7 +106,7 @@ class HalfWay:
         return seconds
 
     def sizes(self) -> dict[str, int]:
-        """Of the step: slots of a row, and how many of them are computed ("active") and have an output ("rows")."""
+        """Of the step: slots of a row that are seen, how many are computed ("active") and have an output ("rows")."""
         batch, status = len(self.engine.rows.tokens), self.engine.status
-        active, outputs = (sum(counts) // batch for counts in (status.active, status.scored))
-        return {"slots": self.engine.rows.size, "active": active, "rows": outputs}
+        counts = status.visible or self.engine.rows.row_lengths, status.active, status.scored
+        return dict(zip(("slots", "active", "rows"), (sum(of) // batch for of in counts), strict=True))

@@ -1,8 +1,9 @@
-"""The eager baseline of the block policies: generation that costs what Fast-dLLM's published code costs.
+"""The eager baseline of the block policies: generation that costs what the code of Fast-dLLM and Streaming-dLLM costs.
 
-Own code, after the rules in `tests/golden/README.md` and a reading of NVlabs/Fast-dLLM. It gives the tokens of
-`dkv.generate` and keeps the work that dkv leaves out: logits of every slot of a pass and a float64 softmax of them,
-keys kept unrotated and all rotated again in every pass, and one more pass where the full one has filled its block.
+Own code, after the rules in `tests/golden` and a reading of NVlabs/Fast-dLLM, from which the other one comes. It gives
+the tokens of `dkv.generate` and keeps the work that dkv leaves out: logits of every slot of a pass and a float64
+softmax of them, keys kept unrotated and all rotated again in every pass, and in Fast-dLLM one more pass where the full
+one has filled its block.
 """
 
 import torch
@@ -24,6 +25,7 @@ def generate(
     block_length: int,
     cache: Policy,
     threshold: float | None = None,
+    threshold_decay: float = 0.0,
 ) -> tuple[Tensor, int]:
     """Continue one prompt; the tokens are those of `dkv.generate` with the same settings.
 
@@ -32,8 +34,9 @@ def generate(
         input_ids: integers [1, P].
         new: slots to fill.
         block_length: slots of a block.
-        cache: `NoCache()`, `PrefixCache()` or `DualCache()`.
+        cache: `NoCache()`, `PrefixCache()`, `DualCache()` or `SuffixWindow()`.
         threshold: fill all slots that are at least so sure; None: one slot a pass.
+        threshold_decay: how far the threshold falls while a block fills.
 
     Returns:
         int64 [1, P + new], and the number of passes.
@@ -43,33 +46,49 @@ def generate(
     mask_id, width = model.spec.mask_token_id, input_ids.shape[1]
     x = torch.cat((input_ids, input_ids.new_full((1, new), mask_id)), 1)
     length, passes, cached = x.shape[1], 0, not isinstance(cache, dkv.NoCache)
+    # Fast-dLLM makes one pass more where the full one has filled its block.
+    more = cached and not isinstance(cache, dkv.SuffixWindow)
     rope = tuple(torch.cat((table, table), -1)[:length] for table in model.rope_tables(length))
     plan = DiffusionConfig(max_new_tokens=new, block_length=block_length).plan(shifted=False)
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     for block in (step for step in plan if step.in_block == 0):
         start, stop = width + block.start, width + block.stop
-        begin, end, full, again = 0, length, True, True
+        seen = _seen(cache, stop, length)
+        own = tuple(table[seen] for table in rope)
+        begin, end, full, again = 0, len(seen), True, True
         while again:
 
             def join(layer: int, *fresh: Tensor, begin: int = begin, end: int = end) -> tuple[Tensor, ...]:
-                """Keys and values of all slots, in their order."""
+                """Keys and values of all slots that are seen, in their order."""
                 if begin == 0:
                     kept[layer] = fresh
-                elif end == length:
+                elif not isinstance(cache, dkv.DualCache):
                     return tuple(torch.cat((old[:, :begin], t), 1) for old, t in zip(kept[layer], fresh, strict=True))
                 else:
                     for old, t in zip(kept[layer], fresh, strict=True):
                         old[:, begin:end] = t
                 return kept[layer]
 
-            logits = forward(model, x[:, begin:end], join, tuple(t[begin:end] for t in rope), rope)
-            _fill(x[:, begin:end], logits, mask_id, stop - begin, threshold)
+            tokens = x[:, seen[begin:end]]
+            masks = float((tokens == mask_id).float().mean())
+            bound = threshold if full or threshold is None else threshold * (1 - threshold_decay * (1 - masks))
+            logits = forward(model, tokens, join, tuple(t[begin:end] for t in own), own)
+            _fill(tokens, logits, mask_id, stop - begin, bound)
+            x[:, seen[begin:end]] = tokens
             passes += 1
-            again = (full and cached) or bool((x[:, start:stop] == mask_id).any())
+            again = (full and more) or bool((x[:, start:stop] == mask_id).any())
             full = False
             if cached:
-                begin, end = start, stop if isinstance(cache, dkv.DualCache) else length
+                begin, end = start, stop if isinstance(cache, dkv.DualCache) else len(seen)
     return x, passes
+
+
+def _seen(cache: Policy, stop: int, length: int) -> Tensor:
+    """The slots that the passes of a block see, int64 [n]; the block ends before `stop`."""
+    slots = torch.arange(length)
+    if not isinstance(cache, dkv.SuffixWindow) or length - stop <= cache.window:
+        return slots
+    return torch.cat((slots[: stop + cache.window], slots[max(length - cache.tail, stop + cache.window) :]))
 
 
 def _fill(x: Tensor, logits: Tensor, mask_id: int, stop: int, threshold: float | None) -> None:

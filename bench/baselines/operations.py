@@ -7,13 +7,17 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """q [B, N, Hq, D] over k, v [B, S, Hkv, D]; `visible` bool [B, N or 1, S]. A hidden row gives NaN."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], 2).transpose(1, 2)
+    return (weights(q, k, visible) @ v).transpose(1, 2)
+
+
+def weights(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Of the same attention its weights [B, Hq, N, S]."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2).transpose(1, 2)
     scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     if visible is not None:
         scores = scores + torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf).unsqueeze(1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v).transpose(1, 2)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -62,10 +66,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def choose_token(logits: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """The best id and its probability, as a logarithm, from a softmax in `dtype`, as the published samplers have it."""
-    token = logits.argmax(-1)
-    return token, logits.to(dtype).softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1).log()
+def choose_token(logits: Tensor, dtype: torch.dtype = torch.float64, entropy: bool = False) -> tuple[Tensor, ...]:
+    """The best id and its probability, as a logarithm, from a softmax in `dtype`, as the published samplers have it;
+    and where asked for, the entropy of that softmax.
+    """
+    token, p = logits.argmax(-1), logits.to(dtype).softmax(-1)
+    chosen = token, p.gather(-1, token.unsqueeze(-1)).squeeze(-1).log()
+    return (*chosen, torch.special.entr(p).sum(-1)) if entropy else chosen
 
 
 def commit_(canvas: Tensor, token: Tensor, confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from dkv.kernels.common.operation import Operation
 
 PRODUCTS = ("mm", "addmm", "bmm", "linear")
 # Operations that may be called again with the same arguments: they change nothing, or write the same again.
-REPEATED = ("cached_attention", "rope_scatter_", "rms_norm", "swiglu", "choose_token", "choose_token_fused")
+REPEATED = ("cached_attention", "attention_mass", "rope_scatter_", "rms_norm", "swiglu")
+REPEATED += ("choose_token", "choose_token_fused")
 REPEATS = 5
 # Seconds that sending a graph may take.
 REPLAY = 1e-3

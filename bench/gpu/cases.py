@@ -151,3 +151,13 @@ def heads(z: Sizes, device: torch.device, *slots: int) -> tuple[Tensor, ...]:
     counts = (z.spec.num_heads, z.spec.num_kv_heads, z.spec.num_kv_heads)
     pairs = zip(slots, counts, strict=True)
     return tuple(randn(device, z.batch, n, h, z.spec.head_dim, dtype=z.dtype) for n, h in pairs)
+
+
+def counts(z: Sizes, device: torch.device, most: int) -> tuple[Tensor, Tensor]:
+    """Of rows of different lengths, between half of `most` and all: these, int64 [B], and what is of a row, [B, most].
+
+    A single row has all.
+    """
+    found = [most - most // 2 * i // max(z.batch - 1, 1) for i in range(z.batch)]
+    lengths = torch.tensor(found, device=device)
+    return lengths, torch.arange(most, device=device) < lengths[:, None]

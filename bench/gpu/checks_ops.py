@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dkv import kernels
+from dkv.bench.gpu import change, packed, state
 from dkv.bench.gpu import operations as table
-from dkv.bench.gpu import packed, state
 from dkv.bench.gpu.cases import Sizes
 from dkv.bench.gpu.tools import DTYPES, TINY, agree, check, small, thin
 from dkv.kernels.commit.reference import RULES
@@ -18,7 +18,7 @@ from dkv.kernels.plan.reference import KINDS
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 4, 7)
-VISIBILITY = ("query_lengths", "key_ranges", "key_mask", "mask", "block_ids")
+VISIBILITY = ("query_lengths", "key_ranges", "key_gaps", "key_mask", "mask", "block_ids")
 
 
 def rules(device: torch.device, z: Sizes, names: Sequence[str], integer=torch.int64) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def rules(device: torch.device, z: Sizes, names: Sequence[str], integer=torch.in
     every = {
         "query_lengths": torch.randint(1, n + 1, (b,)).to(integer),
         "key_ranges": torch.stack([start, stop], 1).to(integer),
+        "key_gaps": torch.randint(0, s + 1, (b, 2)).sort(1).values.to(integer),
         "key_mask": torch.rand(b, s) < 0.6,
         "mask": torch.rand(b, n, s) < 0.6,
     }
@@ -80,10 +81,18 @@ def rope_scatter(device, few, dtype) -> None:
 
 @check(*DTYPES)
 def packed_rows(device, few, dtype) -> None:
-    """Rows of different lengths one after the other, with few and many queries."""
+    """Rows of different lengths one after the other, with few and many queries, and with a gap."""
     for i, (b, n, s) in enumerate(thin(few, [(3, 5, 37), (1, 9, 40), (4, 150, 257), (8, 64, 700)], 3)):
         z = small(dtype, b, n, s, 2, GROUPS[i], HEAD_SIZES[2 * i + 1])
-        agree(packed.attention(z, device), packed.rope_scatter(z, device))
+        agree(*(packed.attention(z, device, gap) for gap in (False, True)), packed.rope_scatter(z, device))
+
+
+@check(*DTYPES)
+def attention_mass(device, few, dtype) -> None:
+    """All head sizes and groups, with few and many queries, over rows that differ in both lengths."""
+    shapes = [(2, 2, 700), (1, 9, 40), (3, 40, 131), (4, 150, 257)]
+    for i, size in enumerate(thin(few, HEAD_SIZES, 5)):
+        agree(table.mass(small(dtype, *shapes[i % 4], 2, GROUPS[i // 2 % 4], size), device))
 
 
 def rows_of_logits(dtype: torch.dtype, rows: int, vocabulary: int, d: int = 64) -> Sizes:
@@ -97,6 +106,26 @@ def choose_token(device, few, rule) -> None:
     for dtype, size in thin(few, list(product(DTYPES, [2, 50, 1000, 32007, 126464, 152064])), 4):
         how = {"vocab_limit": size - 7, "banned": (0, 1, size // 2)} if size > 2 else {"banned": ()}
         agree(table.choose(rows_of_logits(dtype, 5, size), device, rule=rule, **how))
+
+
+@check(*kernels.RULES)
+def entropies(device, few, rule) -> None:
+    """The entropy of logits and of hidden states, by the kernel and in strips; and the digits of one next to 0."""
+    sizes = [(5, 64, 32007), (130, 512, 2048), *([] if few else [(200, 64, 126464)])]
+    for dtype, (r, d, v) in thin(few, list(product(DTYPES, sizes)), 3):
+        z = rows_of_logits(dtype, r, v, d)
+        agree(table.choose(z, device, rule=rule, entropy=True, vocab_limit=v - 7, confidence_temperature=0.5))
+        case = table.choose_fused(z, device, rule, bias=True, entropy=True)
+        agree(case)
+        for way in {"fused", "strips"} & case.others.keys():
+            case.check(way)
+    logits = torch.zeros(4, 5000)
+    logits[:, 77] = gaps = torch.tensor([20.0, 26.0, 32.0, 36.0])
+    _, _, entropy = kernels.choose_token(logits.to(device), rule=rule, return_entropy=True)
+    tail = 4999 * torch.exp(-gaps.double())
+    exact = torch.log1p(tail) + tail * gaps.double() / (1 + tail)
+    off = (entropy.cpu().double() / exact - 1).abs().max().item()
+    assert off < 1e-5, f"entropies next to 0 are off by a factor of {1 + off:.7f}"
 
 
 @check()
@@ -168,13 +197,14 @@ def sampling_distribution(device, few) -> None:
 
 
 @check(*DTYPES)
-def norms_and_gates(device, few, dtype) -> None:
-    """Odd and even sizes, up to those beyond a tile."""
+def hidden_states(device, few, dtype) -> None:
+    """Norms, gates, change and store. Odd and even sizes, up to those beyond a tile."""
     for size in thin(few, (1, 64, 1000, 2048, 3584, 4096, 8192, 16384, 16385), 4):
         spec = replace(TINY, hidden_size=size, intermediate_size=size)
         z = replace(small(dtype, 2, 33, 40), spec=spec)
         agree(table.norm(z, device))
         agree(table.gate(z, device))
+        agree(change.change(z, device), change.keep(z, device))
 
 
 @check()

@@ -111,6 +111,7 @@ def second_device(device, few) -> None:
 
 
 POLICIES = {"none": "plain", "decode": "decode 8", "greedy": "greedy 4 planned", "prefill": "prefill", "pd": "pd 8"}
+POLICIES |= {"skip": "skip"}
 
 
 @check(*(f"{family}_{policy}" for family in ("llada", "dream") for policy in POLICIES))
@@ -124,7 +125,9 @@ def generation(device, few, case) -> None:
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     own = of_lineup(POLICIES[policy]).settings
-    for settings in thin(few, ({}, {"confidence": "random"}, {"temperature": 0.9, "confidence": "margin"}), 2):
+    every = ({}, {"confidence": "random"}, {"temperature": 0.9, "confidence": "margin"})
+    # What skips slots goes by confidences.
+    for settings in every[::2] if policy == "skip" else thin(few, every, 2):
         call = {"max_new_tokens": 20, "block_length": 10, "seed": 4, **own, **settings, "output_history": True}
         found = dkv.generate(model, ids, mask, **call)
         with kernels.use_backend("torch"):
@@ -132,7 +135,11 @@ def generation(device, few, case) -> None:
         same(found.history, expected.history, f"tokens by step, {settings or 'the surest first'}")
 
 
-@check(*(f"{family}_{policy}" for family in ("llada", "dream") for policy in ("none", "decode", "prefill")))
+REPLAYED = {"none": "plain", "decode": "decode 8", "prefill": "prefill"}
+REPLAYED |= {name: name for name in ("rollout", "elastic", "skip")}
+
+
+@check(*(f"{family}_{policy}" for family in ("llada", "dream") for policy in REPLAYED))
 def replayed_steps(device, few, case) -> None:
     """Steps from graphs give the tokens of steps one by one: two generations in turn, rows that end early, drawn."""
     need_gpu(device)
@@ -141,7 +148,7 @@ def replayed_steps(device, few, case) -> None:
     model = join_(random_model(spec, torch.device("cpu"), torch.float32, std=0.3)).to(device)
     ids = torch.randint(spec.vocab_size - 1, (3, 11)).to(device)
     for settings in ({}, {"threshold": 0.5}, {"temperature": 0.9}, {"max_new_tokens": [40, 25, 9]}):
-        call = {"max_new_tokens": 40, "seed": 4, **of_lineup(POLICIES[policy]).settings, **settings}
+        call = {"max_new_tokens": 40, "seed": 4, **of_lineup(REPLAYED[policy]).settings, **settings}
         with variable("DKV_GRAPHS", "0"):
             expected = dkv.generate(model, ids, **call)
         drafts = [dkv.stream(model, ids, **call) for _ in range(2)]

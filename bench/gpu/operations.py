@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dkv import kernels
 from dkv.bench.baselines import operations as eager
-from dkv.bench.gpu import state
-from dkv.bench.gpu.cases import Case, Inputs, Sizes, distinct, heads, nbytes, randn, tolerance
+from dkv.bench.gpu import change, state
+from dkv.bench.gpu.cases import Case, Inputs, Sizes, counts, distinct, heads, nbytes, randn, tolerance
+from dkv.bench.gpu.mass import mass
 from dkv.bench.gpu.ways import both_sides, compiled_flex, sdpa, seen
 
 MOST_LOGIT_ROWS = 4096
@@ -21,21 +22,26 @@ def _sizes(z: Sizes) -> dict[str, int]:
     return {"B": z.batch, "N": z.active, "S": z.slots, **numbers}
 
 
-def attention(z: Sizes, device: torch.device, ragged: bool = False, lse: bool = False, **rules: Any) -> Case:
+def attention(
+    z: Sizes, device: torch.device, ragged: bool = False, gap: bool = False, lse: bool = False, **rules: Any
+) -> Case:
     """Attention of the active queries over the whole buffer.
 
     Fresh keys and values are in their slots already: bringing them there is part of rope_scatter.
 
     Args:
         ragged: rows end between half of the slots and all of them.
+        gap: the second half of a row is hidden but for its last slot, as the masks far behind a block may be.
         lse: also the log-sum-exp.
         rules: further arguments that say who sees what; they have no other ways, and no figures.
     """
     inputs: Inputs = dict(zip("qkv", heads(z, device, z.active, z.slots, z.slots), strict=True)) | rules
     stops = [z.slots] * z.batch
     if ragged:
-        stops = [z.slots - z.slots // 2 * i // max(z.batch - 1, 1) for i in range(z.batch)]
+        stops = counts(z, device, z.slots)[0].tolist()
         inputs["key_ranges"] = torch.tensor([[0, stop] for stop in stops], device=device)
+    if gap:
+        inputs["key_gaps"] = torch.tensor([[stop // 2, stop - 1] for stop in stops], device=device)
     work, compiled = kernels.Workspace(), cache(lambda: compiled_flex(inputs))
 
     def run(inputs: Inputs) -> Any:
@@ -44,8 +50,9 @@ def attention(z: Sizes, device: torch.device, ragged: bool = False, lse: bool = 
 
     others = {"eager": lambda x: eager.attention(x["q"], x["k"], x["v"], seen(x)), "sdpa": sdpa}
     others["flex"] = lambda _: compiled()()
-    pairs = sum(stops) * z.spec.num_heads * z.spec.head_dim
-    read = 2 * sum(stops) * z.spec.num_kv_heads * z.spec.head_dim * z.dtype.itemsize
+    keys = z.batch * z.slots if rules else int(seen(inputs).sum())
+    pairs = keys * z.spec.num_heads * z.spec.head_dim
+    read = 2 * keys * z.spec.num_kv_heads * z.spec.head_dim * z.dtype.itemsize
     return Case(
         "cached_attention",
         _sizes(z),
@@ -114,8 +121,8 @@ def _best(logits: Callable[[Inputs, Tensor], Tensor], rule: str) -> Callable[[In
     """Tokens are judged by their logits, as rounded ones may tie; a margin, which may be 0, by itself."""
 
     def judged(inputs: Inputs, found: Any) -> tuple[Tensor, ...]:
-        token, confidence = found
-        return logits(inputs, token), confidence.exp() if rule == "margin" else confidence
+        token, confidence, *entropy = (x for x in found if x is not None)
+        return logits(inputs, token), confidence.exp() if rule == "margin" else confidence, *entropy
 
     return judged
 
@@ -126,22 +133,28 @@ def choose(
     drawn: bool = False,
     rule: str = "probability",
     row_keys: Tensor | None = None,
+    entropy: bool = False,
     **how: Any,
 ) -> Case:
-    """The most probable token of every row of logits, and how probable it is; `drawn` at temperature 1."""
+    """The most probable token of every row of logits, and how probable it is; `drawn` at temperature 1.
+
+    Args:
+        entropy: also that of the distribution.
+    """
     logits = randn(device, min(z.batch * z.active, MOST_LOGIT_ROWS), z.spec.vocab_size, dtype=z.dtype)
     # The published samplers do not forbid the mask: here it never wins.
     logits[:, z.spec.mask_token_id] = 0
-    how = {"rule": rule, "temperature": float(drawn), "banned": (z.spec.mask_token_id,), "validate": False} | how
+    known = {"rule": rule, "temperature": float(drawn), "entropy": entropy, "validate": False}
+    how = known | {"banned": (z.spec.mask_token_id,)} | how
     work = kernels.Workspace()
-    eager_ = {"eager": lambda x: eager.choose_token(x["logits"], _softmax_dtype(z))}
+    eager_ = {"eager": lambda x: eager.choose_token(x["logits"], _softmax_dtype(z), entropy)}
     return Case(
         "choose_token",
         {"R": len(logits), "V": logits.shape[1]},
         {"logits": logits} | ({} if row_keys is None else {"row_keys": row_keys}),
         lambda x: kernels.choose_token(**x, workspace=work, **how),
         tolerance(torch.float32, 0, sums=64),
-        nbytes(logits) + _chosen_bytes(len(logits)),
+        nbytes(logits) + _chosen_bytes(len(logits), entropy),
         4 * logits.numel(),
         {} if drawn or rule != "probability" else eager_,
         # Dream's softmax rounds to the dtype of the logits.
@@ -150,12 +163,14 @@ def choose(
     )
 
 
-def _chosen_bytes(rows: int) -> int:
-    """Of the tokens, int64, and their confidences, float32."""
-    return 12 * rows
+def _chosen_bytes(rows: int, entropy: bool) -> int:
+    """Of the tokens, int64, and their confidences and entropies, float32."""
+    return (16 if entropy else 12) * rows
 
 
-def choose_fused(z: Sizes, device: torch.device, rule: str = "probability", bias: bool = False) -> Case:
+def choose_fused(
+    z: Sizes, device: torch.device, rule: str = "probability", bias: bool = False, entropy: bool = False
+) -> Case:
     """The product with the LM head and the choice from it, as one operation."""
     rows, d, v = min(z.batch * z.active, MOST_LOGIT_ROWS), z.spec.hidden_size, z.spec.vocab_size
     inputs: Inputs = {
@@ -166,9 +181,9 @@ def choose_fused(z: Sizes, device: torch.device, rule: str = "probability", bias
     inputs["head_weight"][z.spec.mask_token_id] = 0
     if bias:
         inputs["head_bias"] = randn(device, v, dtype=z.dtype)
-    how = {"rule": rule, "banned": (z.spec.mask_token_id,)}
+    how = {"rule": rule, "banned": (z.spec.mask_token_id,), "entropy": entropy}
     work = kernels.Workspace()
-    eager_ = {"eager": lambda x: eager.choose_token(x["hidden"] @ x["head_weight"].T, _softmax_dtype(z))}
+    eager_ = {"eager": lambda x: eager.choose_token(x["hidden"] @ x["head_weight"].T, _softmax_dtype(z), entropy)}
 
     def logits(x: Inputs, token: Tensor) -> Tensor:
         shift = x["head_bias"].double()[token] if bias else 0
@@ -181,7 +196,7 @@ def choose_fused(z: Sizes, device: torch.device, rule: str = "probability", bias
         lambda x: kernels.choose_token_fused(**x, workspace=work, validate=False, **how),
         # Rounded to half precision, logits of up to 10 make confidences and margins of about 1.
         tolerance(z.dtype, 8 if z.dtype.itemsize == 2 else 0, sums=64),
-        nbytes(*inputs.values()) + _chosen_bytes(rows),
+        nbytes(*inputs.values()) + _chosen_bytes(rows, entropy),
         2 * rows * d * v,
         ({} if bias or rule != "probability" else eager_) | both_sides(device, kernels.Choice(**how), work),
         judged=_best(logits, rule),
@@ -254,12 +269,15 @@ def gate(z: Sizes, device: torch.device) -> Case:
 
 OPERATIONS: dict[str, Callable[..., Case]] = {
     "cached_attention": attention,
+    "attention_mass": mass,
     "rope_scatter_": rope_scatter,
     "choose_token": choose,
     "choose_token_fused": choose_fused,
     "commit_": commit,
     "rms_norm": norm,
     "swiglu": gate,
+    "row_change": change.change,
+    "keep_rows_": change.keep,
     "plan_pass": state.plan,
     "pack_pass": state.pack,
     "with_masked_window": state.window,

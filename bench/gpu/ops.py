@@ -52,7 +52,8 @@ def items(
                 makes["attention ragged"] = partial(attention, ragged=True)
                 makes |= {"attention packed": packed.attention, "rope_scatter packed": packed.rope_scatter}
             if kind == "cached":
-                makes["choose drawn"] = partial(choose, drawn=True)
+                makes |= {"attention gap": partial(attention, gap=True), "choose drawn": partial(choose, drawn=True)}
+                makes["choose_fused entropy"] = partial(choose_fused, entropy=True)
             for name, make in makes.items():
                 yield f"{name} {kind} {TITLES[family]} B{b} S{s}", partial(make, Sizes(spec, b, s, active, dtype))
 

@@ -7,11 +7,20 @@ from torch import Tensor
 
 from dkv import kernels
 from dkv.bench.gpu.cases import Case, Inputs, Sizes, distinct, nbytes
-from dkv.kernels.commit.reference import Chosen, Pass, Rules, State
+from dkv.kernels.commit.reference import ENTROPY_RULES, Chosen, Pass, Rules, State
 from dkv.kernels.plan.reference import FIELDS
 
 # Steps of a schedule; of tokens there are so many that ends among them are met.
 STEPS, TOKENS = 4, 50
+# By rule of the commit, bounds that some slots fulfil.
+BOUNDS = {
+    "fixed": {},
+    "threshold": {"bound": -0.7},
+    "factor": {"bound": 0.5},
+    "entropy_sum": {"bound": 2.0},
+    "entropy": {"bound": 2.0},
+    "near": {"bound": -0.1, "near": -0.7, "radius": 3},
+}
 
 
 def _rows(z: Sizes, device: torch.device) -> Inputs:
@@ -115,16 +124,21 @@ def advance(
     counts = scored.sum(1)
     passed = Pass(rows["active"], scored, scored & _mask(z, device, 0.8), torch.full_like(counts, count), counts)
     passed = passed._replace(starts=counts.cumsum(0) - counts)
+    if rule == "near":
+        # Every row has a bound of its own, one of them that of `BOUNDS`.
+        passed = passed._replace(bound=-0.1 * (1 + torch.arange(z.batch, device=device)).float())
     confidence = (torch.randint(1, 17, (2, *size)) / 16).log().to(device, dtype)
-    choice = Chosen(torch.randint(TOKENS, size).to(device), *confidence)
-    inputs |= {"table": rows["table"], **passed._asdict(), **choice._asdict()}
+    entropy = torch.rand(size).to(device) if rule in ENTROPY_RULES else None
+    choice = Chosen(torch.randint(TOKENS, size).to(device), *confidence, entropy)
+    given = {"table": rows["table"], **passed._asdict(), **choice._asdict()}
+    inputs |= {name: value for name, value in given.items() if value is not None}
     if ends is not None:
         inputs["ends"] = torch.tensor(ends).to(device)
     written = tuple(name for name in State._fields if name != "rank")
 
     def run(x: Inputs) -> tuple[Tensor, ...]:
-        state, passed, choice = (kind(*(x[name] for name in kind._fields)) for kind in (State, Pass, Chosen))
-        kernels.advance_(state, x["table"], passed, choice, Rules(x.get("ends"), 0, rule, 0.5, **how))
+        state, passed, choice = (kind(*(x.get(name) for name in kind._fields)) for kind in (State, Pass, Chosen))
+        kernels.advance_(state, x["table"], passed, choice, Rules(x.get("ends"), 0, rule, **BOUNDS[rule], **how))
         return tuple(x[name] for name in written)
 
     # Of the table a line a row is read, and becomes `now`. Written: three masks, `now`, `at`; the rest is little.

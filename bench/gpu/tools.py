@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from dkv.bench.gpu import change, packed, state
 from dkv.bench.gpu import operations as table
-from dkv.bench.gpu import packed, state
 from dkv.bench.gpu.cases import Case, Sizes
 from dkv.bench.shapes import shape, tiny
 from dkv.kernels.common.backend import chosen
@@ -79,6 +79,7 @@ def every_operation(device: torch.device, dtype: torch.dtype = torch.float32) ->
     return [
         table.rope_scatter(z, device),
         table.attention(z, device, ragged=True),
+        table.mass(z, device),
         packed.rope_scatter(z, device),
         packed.attention(z, device),
         table.choose(logits, device, rule="margin"),
@@ -87,6 +88,8 @@ def every_operation(device: torch.device, dtype: torch.dtype = torch.float32) ->
         table.commit(z, device, torch.tensor([2, 4], device=device)),
         table.norm(z, device),
         table.gate(z, device),
+        change.change(z, device),
+        change.keep(z, device),
         state.plan(z, device, "window", shifted=True),
         state.pack(z, device, shifted=True),
         state.window(z, device),

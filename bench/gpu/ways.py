@@ -13,19 +13,20 @@ from dkv.kernels.common.backend import has_triton
 
 
 def seen(inputs: Inputs) -> Tensor:
-    """bool [B, 1, S]: what `key_ranges` let through; without them everything, which a mask of padding would say too."""
-    q, k, ranges = inputs["q"], inputs["k"], inputs.get("key_ranges")
-    if ranges is None:
-        return torch.ones(len(q), 1, k.shape[1], dtype=torch.bool, device=q.device)
-    slot = torch.arange(k.shape[1], device=q.device)
-    return ((slot >= ranges[:, :1]) & (slot < ranges[:, 1:])).unsqueeze(1)
+    """bool [B, 1, S]: what ranges and gaps let through; without them all, which a mask of padding would say too."""
+    k, visible = inputs["k"], torch.ones(inputs["k"].shape[:2], dtype=torch.bool, device=inputs["k"].device)
+    slot = torch.arange(k.shape[1], device=k.device)
+    for name, hides in (("key_ranges", False), ("key_gaps", True)):
+        if (bounds := inputs.get(name)) is not None:
+            visible &= ((slot >= bounds[:, :1]) & (slot < bounds[:, 1:])) != hides
+    return visible.unsqueeze(1)
 
 
 def sdpa(inputs: Inputs) -> Tensor:
     """PyTorch's own attention."""
     query, key, value = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
     group = query.shape[1] // key.shape[1]
-    if "key_ranges" not in inputs:
+    if not {"key_ranges", "key_gaps"} & inputs.keys():
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=group > 1).transpose(1, 2)
     # With a mask, grouped heads would take the slow path; transformers repeats them too.
     key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
@@ -40,10 +41,11 @@ def compiled_flex(inputs: Inputs) -> Callable[[], Tensor]:
     torch._dynamo.reset()
     compiled, mask = torch.compile(flex_attention, dynamic=False), None
     q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
-    if (ranges := inputs.get("key_ranges")) is not None:
+    if {"key_ranges", "key_gaps"} & inputs.keys():
+        visible = seen(inputs).squeeze(1)
 
         def inside(b, h, i, j):
-            return (j >= ranges[b, 0]) & (j < ranges[b, 1])
+            return visible[b, j]
 
         mask = create_block_mask(inside, len(q), None, q.shape[2], k.shape[2], device=str(q.device))
     return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The block policies (Fast-dLLM) and parallel decoding, against eager PyTorch and against the products alone."""
+"""The block policies and parallel decoding, against eager PyTorch and against the products alone."""
 
 import statistics
 from functools import partial
@@ -10,7 +10,7 @@ import dkv
 from dkv.bench import report
 from dkv.bench.baselines import fast_dllm
 from dkv.bench.contenders import of_lineup
-from dkv.bench.lineup import BLOCKED, RULES
+from dkv.bench.lineup import RULES
 from dkv.bench.options import Options
 from dkv.bench.speed import floor
 from dkv.bench.steps import HalfWay
@@ -19,7 +19,7 @@ from dkv.common.bar import Bar
 
 BLOCK = 32
 # Those that the published code has, on models of its family.
-PUBLISHED = ("plain", "prefix", "dual")
+PUBLISHED = ("plain", "prefix", "dual", "suffix 96")
 FLOOR_ROUNDS = 9
 
 
@@ -39,7 +39,7 @@ def measure(options: Options) -> dict[str, Any]:
     if options.new % BLOCK:
         raise ValueError(f"new must be a multiple of {BLOCK}, the slots of a block, got {options.new}")
     family = options.eager is not None and not options.model.spec.shifted
-    contenders = [(policy, rule) for rule in options.rules for policy in BLOCKED]
+    contenders = [(policy, rule) for rule in options.rules for policy in options.blocked]
     calls = {key: partial(_both, options, *key, family and key[0] in PUBLISHED) for key in contenders}
     with Bar(len(calls) * (options.rounds + 1), "run", pause=0) as bar:
         # The first round is not timed, but looked at.

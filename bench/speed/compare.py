@@ -83,9 +83,7 @@ class StepClock:
         now = perf_counter()
         if result.forward is not None:
             # The engine reads its next status after the hooks.
-            active, lengths = engine.status.active, engine.rows.row_lengths
-            full = all(active[row] == lengths[row] for row in engine.numbers)
-            self.steps.append(StepTime(full, sum(active), now - self._last))
+            self.steps.append(StepTime(engine.is_full, sum(engine.status.active), now - self._last))
         self._last = now
 
 

@@ -35,6 +35,22 @@ def test_the_baseline_gives_the_tokens_and_passes_of_the_published_code(case, mo
     assert torch.equal(found, tensors["final"].long()) and passes == facts["forward_passes"]
 
 
+SUFFIX = [case for case in find_cases(GOLDEN / "policies" / "llada_mha") if case.facts["policy"] == "suffix"]
+
+
+@pytest.mark.parametrize("case", SUFFIX, ids=lambda case: case.name)
+def test_the_baseline_sees_what_the_code_of_streaming_dllm_sees(case, model):
+    facts, tensors = case.facts, case.tensors
+    if facts["threshold"] is None or case.name.endswith("_end"):
+        return  # several slots a step, or an end
+    cache = dkv.SuffixWindow(facts["window"], facts["tail"])
+    settings = {name: facts[name] for name in ("block_length", "threshold")} | {"threshold_decay": facts["alpha"]}
+    found, passes = fast_dllm.generate(
+        model, tensors["prompt"].long(), new=facts["gen_length"], cache=cache, **settings
+    )
+    assert torch.equal(found, tensors["final"].long()) and passes == facts["passes"]
+
+
 def test_the_baseline_takes_one_row(model):
     with pytest.raises(ValueError, match="input_ids must be one row"):
         fast_dllm.generate(model, torch.zeros(2, 3).long(), new=4, block_length=2, cache=dkv.NoCache())
@@ -60,8 +76,12 @@ def test_a_row_for_every_policy_and_rule(options, monkeypatch):
         assert (row["over_eager"] is None) == (policy not in blocks.PUBLISHED)
         assert (row["step_over_floor"] is not None) == one
     assert rows["dual", "one a step"]["computed_share"] < rows["prefix", "one a step"]["computed_share"] < 1
+    for base in ("prefix", "dual"):
+        wide = "suffix 96" + " dual" * (base == "dual")
+        # Both blocks are in sight of the window.
+        assert rows[wide, "one a step"]["computed_share"] == rows[base, "one a step"]["computed_share"]
     text = blocks.table(found)
-    assert text.count("yes") == 6 and "NO" not in text and "step/floor" in text
+    assert text.count("yes") == 8 and "NO" not in text and "step/floor" in text
 
 
 def test_other_sizes_are_refused(options):

@@ -43,6 +43,7 @@ def wrong(operation: str):
     [
         ("cached_attention", "attention_bfloat16"),
         ("cached_attention", "attention_rules"),
+        ("attention_mass", "attention_mass_bfloat16"),
         ("rope_scatter_", "rope_scatter_float16"),
         ("choose_token", "choose_token_entropy"),
         ("choose_token", "choose_token_tail"),
@@ -54,6 +55,7 @@ def wrong(operation: str):
         ("with_masked_window", "plan_window"),
         ("advance_", "advance_fixed"),
         ("advance_", "advance_factor"),
+        ("advance_", "advance_entropy"),
     ],
 )
 def test_a_wrong_operation_is_noticed(monkeypatch, operation, check):
@@ -92,6 +94,20 @@ def test_tokens_that_are_not_drawn_are_noticed(monkeypatch):
             run_check(name, CPU, "torch")
 
 
+@pytest.mark.parametrize("operation", ["choose_token", "choose_token_fused"])
+def test_a_wrong_entropy_is_noticed(monkeypatch, operation):
+    run_check("entropies_margin", CPU, "torch")
+    right = getattr(fast(operation), operation)
+
+    def wrong(*args, **hints):
+        token, confidence, entropy = right(*args, **hints)
+        return token, confidence, entropy * 1.001 + 0.1
+
+    monkeypatch.setattr(fast(operation), operation, wrong)
+    with pytest.raises(AssertionError, match="result 2 is off"):
+        run_check("entropies_margin", CPU, "torch")
+
+
 def test_error_is_a_share_of_the_largest_value_and_takes_no_nan():
     exact = torch.tensor([1.0, -4.0, -torch.inf], dtype=torch.float64)
     assert cases.error(exact.float(), exact) == 0 and cases.error(exact[:0], exact[:0]) == 0
@@ -113,6 +129,8 @@ def test_error_is_a_share_of_the_largest_value_and_takes_no_nan():
         "nothing_beside_a_tensor_is_used_float32",
         "plan_window",
         "advance_factor",
+        "advance_entropy",
+        "advance_near",
     ],
 )
 def test_checks_pass_in_the_interpreter(name):

@@ -30,10 +30,10 @@ CPU = torch.device("cpu")
 FULL, CACHED = 24, 8
 
 
-def build(operation: str, family: str = "llada-8b", active: int = CACHED, dtype: torch.dtype = torch.float32):
+def build(operation: str, family: str = "llada-8b", active: int = CACHED, dtype: torch.dtype = torch.float32, **how):
     torch.manual_seed(0)
     with torch.no_grad():
-        return OPERATIONS[operation](Sizes(tiny(shape(family)), 2, FULL, active, dtype), CPU)
+        return OPERATIONS[operation](Sizes(tiny(shape(family)), 2, FULL, active, dtype), CPU, **how)
 
 
 @pytest.mark.slow
@@ -78,9 +78,14 @@ def by_hand(operation: str) -> tuple[int, int]:
     r = b * n
     return {
         "cached_attention": (4 * b * (2 * 24 + 2 * n) * heads, 4 * b * n * 24 * heads),
+        # A row of 8 queries over 24 slots, and one of 4 over 12: keys, queries, their log-sum-exp and weight; the sums.
+        "attention_mass": (4 * (36 * heads + 12 * (heads + 4 + 1) + b * 24), 2 * (8 * 24 + 4 * 12) * heads),
         "choose_token": (r * v * 4 + r * 12, 4 * r * v),
         "choose_token_fused": ((r + v) * d * 4 + r * 12, 2 * r * d * v),
         "commit_": (r * (8 + 4 + 1 + 8 + 1) + b * 16, 0),
+        # Half of the entries go on: read with what is added to them, kept, and given; three numbers each.
+        "keep_rows_": (4 * 4 * r // 2 * d + 3 * 8 * r // 2, 0),
+        "row_change": (4 * (3 * r * d + r) + 2 * 8 * r, 0),
         "rms_norm": (4 * (4 * r * d + d), 0),
         "swiglu": (4 * 3 * r * 96, 0),
         # Two masks and the ranks, the steps, and of a row its length and slots that were cut, and six counts; one flag.
@@ -116,10 +121,23 @@ def test_all_ways_agree(operation, family, active, dtype):
         case.check(way)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llada-8b", "dream-7b"])
+@pytest.mark.parametrize("operation", ["choose_token", "choose_token_fused"])
+def test_all_ways_agree_in_the_entropy(operation, family, dtype):
+    case = build(operation, family, FULL, dtype, entropy=True)
+    assert len(case.expected) == 3
+    for way in ("eager", "torch"):
+        case.check(way)
+    # A number of float32 for each of two rows of 24.
+    assert case.bytes == build(operation, family, FULL, dtype).bytes + 2 * 24 * 4
+
+
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
-def test_both_sides_of_the_border_agree():
-    case = build("choose_token_fused")
-    sides = both_sides(torch.device("cuda"), kernels.Choice(), kernels.Workspace())
+@pytest.mark.parametrize("entropy", [False, True])
+def test_both_sides_of_the_border_agree(entropy):
+    case = build("choose_token_fused", entropy=entropy)
+    sides = both_sides(torch.device("cuda"), kernels.Choice(entropy=entropy), kernels.Workspace())
     assert list(sides) == ["fused", "strips"]
     for way in sides:
         replace(case, others=sides).check(way)
@@ -226,12 +244,18 @@ def test_a_wrong_eager_way_is_noticed(monkeypatch):
 
 def test_cases_of_both_models():
     found = runner.cases("cpu")
-    rows = ("attention ragged", "attention packed", "rope_scatter packed")
+    rows, cached = (
+        ("attention ragged", "attention packed", "rope_scatter packed"),
+        ("choose drawn", "choose_fused entropy"),
+    )
     state = ("plan", "pack", "window", "advance")
-    for name in (*rows, *state, "attention", "rope_scatter", "choose", "choose drawn", "choose_fused", "commit"):
+    others = ("attention", "attention gap", "rope_scatter", "choose", "choose_fused", "commit")
+    for name in (*rows, *state, *cached, *others):
         assert f"{name} cached Dream-7B B8 S256" in found
     assert not {
-        name for name in found if (name.startswith(rows) and " B1 " in name) or ("drawn" in name and "full" in name)
+        name
+        for name in found
+        if (name.startswith(rows) and " B1 " in name) or (name.startswith(cached) and "full" in name)
     }
     assert "commit full LLaDA-8B B1 S1024" in runner.cases("cuda")
     llada, dream = (runner.scaled(shape(name)) for name in ("llada-8b", "dream-7b"))
