@@ -34,7 +34,7 @@ def sampled(model, processor=None, entropy=True, **settings):
     hidden = 3 * torch.randn(12, model.spec.hidden_size)
     keys = torch.arange(12)[:, None] if config.temperature else None
     with torch.no_grad():
-        found = sampler(hidden, keys, [7, 4], lambda: TEXTS)
+        found = sampler(hidden, keys, lambda: [7, 4], lambda: TEXTS)
         return found, model.head(hidden).double()
 
 
