@@ -14,14 +14,15 @@ from dkv.engine.guidance import in_both_branches
 from dkv.engine.stages import Packed, Shape, StepPlan
 from dkv.kernels.change.op import KEEP_ROWS, ROW_CHANGE
 from dkv.kernels.plan.op import PACK
-from dkv.policies.base import Policy, View
+from dkv.policies.base import View
+from dkv.policies.skip import SkipCache
 
 
 class Narrowing:
     """What a policy with cuts goes by, from pass to pass.
 
     Args:
-        policy: with cuts, see `dkv.policies.skip.SkipCache`.
+        policy: the one that has cuts.
         model: whose layers are cut.
         rows: the state, whose timetable is set.
         branches: 2 with guidance.
@@ -35,7 +36,7 @@ class Narrowing:
         sure: float32 [B, S + 1], how sure a masked slot was when it was last scored, a probability.
     """
 
-    def __init__(self, policy: Policy, model: Any, rows: Sequences, branches: int, mask_id: int):
+    def __init__(self, policy: SkipCache, model: Any, rows: Sequences, branches: int, mask_id: int):
         self.policy, self.rows, self.branches, self.mask_id = policy, rows, branches, mask_id
         self.shifted, self.layers = model.spec.shifted, model.spec.num_layers
         self.cuts = policy.cuts(self.layers)

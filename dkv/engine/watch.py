@@ -8,6 +8,7 @@ from dkv.core.sequences import Sequences
 from dkv.engine.observe import Observer
 from dkv.kernels.common.dtypes import wide
 from dkv.policies import Policy
+from dkv.policies.elastic import ElasticCache
 
 
 class Importance:
@@ -30,7 +31,7 @@ class Turning:
         attention: float32 [layers, B, S], what it got from each of them, the mean of the heads; 0 from others.
     """
 
-    def __init__(self, policy: Policy, rows: Sequences, layers: int):
+    def __init__(self, policy: ElasticCache, rows: Sequences, layers: int):
         shape, device = rows.masked.shape, rows.masked.device
         self._policy, self._rows = policy, rows
         self.told = torch.zeros(shape[0], 1, dtype=torch.bool, device=device)
