@@ -35,7 +35,7 @@ def test_a_setting_is_named(run, folder, tmp_path):
     ("words", "message"),
     [
         (["--lose", -1], "--lose must be between 0 and 100 points, got -1"),
-        (["--tasks", "stories"], "--tasks stories is none of tiny, which has balance, addition, cells"),
+        (["--tasks", "sums"], "--tasks: invalid choice: 'sums'"),
         (["--model", "x/y"], "was not trained on the bundled tasks: give --data FILE, or --tasks"),
         (["--run", "cache=nothing"], "unknown policy 'nothing'"),
         (["--problems", 0], "--problems must be at least 1, got 0"),
