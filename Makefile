@@ -25,6 +25,15 @@ eval: $(STAMP)  ## exact answers against speed into bench/results: 15 minutes on
 	$(BIN)/dkv eval --problems 32 --run 'cache=none,decode threshold=0.9,0.99' \
 		--run 'cache=none,prefix,dual block_length=16 threshold=0.9,0.99' --run 'cache=dual block_length=16' \
 		--run cache=decode --out bench/results/eval-parallel $(ARGS)
+	$(BIN)/dkv eval --problems 64 --run 'cache=decode refresh=8 threshold=0.99,0.95,0.9' \
+		--run 'cache=decode refresh=8 entropy_bound=0.001,0.01,0.1' \
+		--run 'cache=decode refresh=8 threshold=0.99 near_threshold=0.9' \
+		--run 'cache=dual,skip block_length=16 threshold=0.99' \
+		--run 'cache=suffix window=32 block_length=16 threshold=0.99 threshold_decay=0,0.3' \
+		--run 'cache=sliding schedule=sliding block_length=16 threshold=0.99' \
+		--run 'cache=rollout,elastic threshold=0.99' --run 'cache=rollout,elastic' \
+		--run 'cache=suffix window=32 block_length=16' --run 'cache=skip,dual block_length=16' \
+		--run 'cache=sliding schedule=sliding block_length=16' --out bench/results/eval-newer $(ARGS)
 	$(BIN)/dkv eval --problems 16 --tasks balance --full --out bench/results/eval-full $(ARGS)
 	$(BIN)/dkv eval --drift --out bench/results/eval $(ARGS)
 
