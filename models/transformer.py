@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         Returns:
             Hidden states [R or T, d], or [B, R or N, d], ready for `head`; what fills up means nothing.
         """
-        keys = {"key_ranges": key_ranges, "key_gaps": key_gaps}
+        visible = {"key_ranges": key_ranges, "key_gaps": key_gaps}
         if tokens.dim() == 2:
             (batch, n), device = tokens.shape, tokens.device
             rows = torch.arange(batch, device=device).repeat_interleave(n)
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
                 buffer,
                 rows=rows,
                 segments=segments,
-                **keys,
+                **visible,
                 outputs=outputs,
                 output_segments=output_segments,
                 observe=observe,
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
         cos, sin = self.rope_tables(buffer.slots)
         scale, last = self.spec.head_dim**-0.5, self.layers[-1].index
         layout = Layout(positions, rows, segments, outputs, output_segments)
-        way, at_outputs = _way(layout, keys, False), False
+        way, at_outputs = _way(layout, visible, False), False
 
         # The operations themselves: what the public functions check holds here, in every layer of every step.
         def attend(layer: Block, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -274,22 +274,22 @@ class Transformer(nn.Module):
         for layer in self.layers:
             narrows = narrow is not None and layer.index in narrow.layers
             if layer.index == last and layout.outputs is not None and not narrows and observe is None:
-                way, at_outputs = _way(layout, keys, True), True
+                way, at_outputs = _way(layout, visible, True), True
             x, delta = layer(x, delta, attend, layout.outputs if at_outputs else None)
             if narrows:
                 (x, layout), delta = narrow(layer.index, x, delta, layout), None
-                way = _way(layout, keys, False)
+                way = _way(layout, visible, False)
         if layout.outputs is not None and not at_outputs:
             x, delta = (None if part is None else part.index_select(0, layout.outputs) for part in (x, delta))
         return self.norm.added(x, delta)[0]
 
 
-def _way(layout: Layout, keys: dict[str, Tensor | None], at_outputs: bool) -> tuple[Tensor | None, Rules, int]:
+def _way(layout: Layout, visible: dict[str, Tensor | None], at_outputs: bool) -> tuple[Tensor | None, Rules, int]:
     """Where the queries of a layer stand, whose they are, and the most of a row."""
     of, places = layout.segments, None
     if at_outputs:
         of, places = layout.output_segments, layout.positions.index_select(0, layout.outputs)
-    return places, Rules(of.lengths, query_starts=of.starts, **keys), of.most
+    return places, Rules(of.lengths, query_starts=of.starts, **visible), of.most
 
 
 NO_NORM = Norm()
