@@ -8,7 +8,7 @@ from dkv.core.sequences import Sequences, mask_of
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.rules import sureness
 from dkv.kernels.commit.reference import ENTROPY_RULES, Rules
-from dkv.kernels.commit.together import beside, bounded
+from dkv.kernels.commit.together import beside, best_first, bounded, finite
 
 
 def first_slots(score: Tensor, open_: Tensor, counts: Tensor, width: int) -> Tensor:
@@ -19,9 +19,8 @@ def first_slots(score: Tensor, open_: Tensor, counts: Tensor, width: int) -> Ten
         open_: bool [B, S].
         counts: int64 [B, 1], at most `width`.
     """
-    size, lowest = score.shape[1], torch.finfo(score.dtype).min
-    best, slots = score.clamp(min=lowest).masked_fill(~open_, -torch.inf).sort(dim=1, descending=True, stable=True)
-    wanted = (best >= lowest) & (torch.arange(size, device=score.device) < counts)
+    size, (best, slots) = score.shape[1], best_first(score, open_)
+    wanted = (best > -torch.inf) & (torch.arange(size, device=score.device) < counts)
     found = torch.where(wanted, slots, size)[:, :width]
     return torch.nn.functional.pad(found, (0, width - found.shape[1]), value=size)
 
@@ -60,10 +59,10 @@ def confident_slots(
 
 def _confident(confidence: Tensor, may: Tensor, bound: Tensor | float, rules: Rules) -> Tensor:
     """How many slots of every row fulfil "threshold" or "factor", int64 [B]."""
-    known = confidence.float().clamp(min=torch.finfo(torch.float32).min)
-    best = known.masked_fill(~may, -torch.inf).sort(dim=1, descending=True).values
+    known = confidence.float()
     if rules.rule == "threshold":
-        return (best >= bound).sum(1)
+        return ((finite(known) >= bound) & may).sum(1)
+    best, _ = best_first(known, may)
     number = torch.arange(2, best.shape[1] + 2, device=best.device)
     return ((number * -torch.expm1(best) < rules.bound) & (best > -torch.inf)).sum(1)
 

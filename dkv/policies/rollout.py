@@ -9,6 +9,7 @@ from torch import Tensor
 from dkv.core.density import SIGMAS
 from dkv.core.schedule import Now
 from dkv.core.validation import number, whole
+from dkv.kernels.commit.together import best_first
 from dkv.policies.base import Policy, View, sources
 
 
@@ -73,7 +74,7 @@ class Rollout(Policy):
         last = torch.where(masked & (masked.cumsum(1) == most), rows.rank, -1).amax(1, keepdim=True)
         block = (now.stop - now.start).clamp(min=1)
         end = torch.where(last < 0, rows.size, last - (last - now.start) % block + block)
-        order = _order(view.confidence.double() + view.density.log(), masked)
+        _, order = best_first(view.confidence.double() + view.density.log(), masked)
         first = open_ & (now.in_block > 0)
         others = masked & (rows.rank < end) & ~first
         needed = (open_.sum(1, keepdim=True) - now.left).clamp(min=1)
@@ -85,17 +86,11 @@ class Rollout(Policy):
 
     def _important(self, view: View, others: Tensor) -> Tensor:
         """bool [B, S]: of `others` those with most of the importance."""
-        order = _order(view.observed, others)
+        _, order = best_first(view.observed, others)
         share = view.observed.masked_fill(~others, 0).gather(1, order).cumsum(1)
         few = share <= self.rollout_p * share[:, -1:]
         few[:, :1] = True
         return torch.zeros_like(others).scatter_(1, order, few) & others
-
-
-def _order(score: Tensor, among: Tensor) -> Tensor:
-    """int64 [B, S]: the slots of a row by falling score [B, S], equal ones from the left; all not `among` come last."""
-    lowest = torch.finfo(score.dtype).min
-    return score.clamp(min=lowest).masked_fill(~among, -torch.inf).sort(dim=1, descending=True, stable=True).indices
 
 
 def _leading(order: Tensor, among: Tensor, count: Tensor | int) -> Tensor:

@@ -14,6 +14,12 @@ def finite(x: Tensor) -> Tensor:
     return x.nan_to_num(lowest, torch.inf, lowest)
 
 
+def best_first(score: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots of every row by falling score [B, S], equal ones from the left: their scores, -inf where a slot is not
+    `among` bool [B, S], and the slots, int64 [B, S]. A score of -inf or NaN comes last of those that are."""
+    return finite(score).masked_fill_(~among, -torch.inf).sort(dim=1, descending=True, stable=True)
+
+
 def bounded(score: Tensor, entropy: Tensor, may: Tensor, rules: Rules) -> Tensor:
     """How many slots of each row fulfil "entropy" or "entropy_sum": int64 [B].
 
@@ -21,7 +27,7 @@ def bounded(score: Tensor, entropy: Tensor, may: Tensor, rules: Rules) -> Tensor
         score, entropy: [B, S], what slots are ordered by, and nats.
         may: bool [B, S], slots that count.
     """
-    order = finite(score).masked_fill_(~may, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    order = best_first(score, may)[1]
     own = units(entropy).masked_fill_(~may, 0).gather(1, order)
     spared = own.cummax(1).values if rules.rule == "entropy" else own
     spent = (own.cumsum(1) - spared).float() * UNIT
