@@ -96,6 +96,7 @@ def answers(question: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
+            _wait_for_group(worker.pid)
         shutil.rmtree(folder, ignore_errors=True)
 
     with process.undoing(end), open(folder / "printed", "w+") as printed:
@@ -112,6 +113,15 @@ def answers(question: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
                 yield _lines(worker, folder / "printed")
         finally:
             end()
+
+
+def _wait_for_group(group: int, seconds: float = 5) -> None:
+    """Until the last process of a group that was killed is gone, or so many seconds: it may be writing a file yet."""
+    until = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.killpg(group, 0)
+            time.sleep(0.01)
 
 
 def _lines(worker: subprocess.Popen, printed: Path) -> Iterator[dict[str, Any]]:
