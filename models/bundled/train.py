@@ -34,6 +34,7 @@ from torch import Tensor
 import dkv
 from dkv.common import files
 from dkv.common.bar import Bar
+from dkv.models.bundled.muon import Muon
 from dkv.models.bundled.recipes import LEAST_NEW, RECIPES, WINDOW, Recipe
 from dkv.models.bundled.tasks import ALL_TASKS, held_out
 from dkv.models.bundled.text import Text
@@ -88,13 +89,11 @@ def unseen_loss(model: Transformer, recipe: Recipe, text: Text) -> float:
 
 def optimizers(model: Transformer, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for tables, norms and biases, at one learning rate."""
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"training needs torch.optim.Muon, which torch {torch.__version__} lacks: use 2.9 or newer")
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=rate),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
@@ -105,11 +104,12 @@ class Training:
     Args:
         name: of the recipe.
         text: what a recipe of text is trained on.
+        problems: of each task, answered at the end.
     """
 
-    def __init__(self, name: str, seed: int, rate: float, text: Text | None = None):
+    def __init__(self, name: str, seed: int, rate: float, text: Text | None = None, problems: int = 500):
         torch.manual_seed(seed)
-        self.recipe, self.text = RECIPES[name], text
+        self.recipe, self.text, self.problems = RECIPES[name], text, problems
         self.model, self.seed, self.rate = Transformer(self.recipe.spec), seed, rate
         for parameter in self.model.parameters():
             if parameter.dim() == 2:
@@ -173,7 +173,7 @@ class Training:
             for number, name in enumerate(("loss", "hit")):
                 line[name] = {t: round(mean(found[t][number] for found in recent), 4) for t in self.recipe.tasks}
             if self.step % ANSWERS == 0:
-                line |= self.measured(16, seed=1)
+                line |= self.measured(min(16, self.problems), seed=1)
             files.append_line(out / LOG, json.dumps(line))
             bar.print(json.dumps(line))
             self.save(out / CHECKPOINT)
@@ -183,6 +183,8 @@ class Training:
         """What the model can do: exact answers to so many unseen problems, or the loss on unseen text."""
         if self.text is not None:
             return {"unseen_loss": round(unseen_loss(self.model, self.recipe, self.text), 4)}
+        if not problems:
+            return {}
         tasks = {task: held_out(problems, task=task, **seed) for task in self.recipe.tasks}
         return {"exact": {task: exact_answers(self.model, self.recipe, task, found) for task, found in tasks.items()}}
 
@@ -206,6 +208,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, problems and masks (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.add_argument(
+        "--problems",
+        type=int,
+        default=500,
+        help="unseen problems of each task answered at the end; 0: none, long ones take hours (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -215,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         files.check_writable("--out", args.out / name, regular=True)
     files.check_outputs(("--out", args.out / name) for name in WRITTEN)
     text = None if args.text is None else Text(args.text, WINDOW)
-    training = Training(args.name, args.seed, args.rate, text)
+    training = Training(args.name, args.seed, args.rate, text, args.problems)
     if (args.out / CHECKPOINT).exists():
         training.load(args.out / CHECKPOINT)
         print(f"resuming at step {training.step}")
@@ -229,7 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     recipe = training.recipe
     save_model(training.model, args.out)
     save_tokenizer(args.out, recipe.alphabet, recipe.eos, recipe.mask, training.model.spec.family)
-    found = {"exact_of_500" if name == "exact" else name: value for name, value in training.measured(500).items()}
+    found = training.measured(args.problems)
+    if "exact" in found:
+        found[f"exact_of_{args.problems}"] = found.pop("exact")
     files.append_line(args.out / LOG, json.dumps({"step": training.step, **found}))
     print(json.dumps(found))
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dkv
+from dkv.models.bundled import muon
 from dkv.models.bundled import train as train_tiny
 from dkv.models.bundled.recipes import LEAST_NEW, RECIPES, WINDOW
 from dkv.models.bundled.tasks import ALL_TASKS, TASKS
@@ -125,10 +126,22 @@ def test_a_stopped_training_goes_on_alike(tmp_path, monkeypatch, one_thread):
     assert set(log[-1]["exact_of_500"]) == {"balance", "addition"}
 
 
-def test_a_torch_without_muon_is_named(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ValueError, match=r"torch.optim.Muon, which torch .* lacks: use 2.9 or newer"):
-        train_tiny.Training("tiny", 0, 1e-3)
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has none before 2.9")
+def test_muon_moves_matrices_as_that_of_torch():
+    """Which turns them in bfloat16: alike to its rounding."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((24, 64), (64, 24), (32, 32), (24, 64))]
+    own, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    rule = {"lr": 1e-2, "weight_decay": 0.01}
+    optimizers = [muon.Muon(own, **rule), torch.optim.Muon(theirs, **rule, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(own, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, first in zip(own, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - first).norm()
 
 
 def test_a_training_on_text_tells_its_loss_and_begins_with_other_weights(tmp_path, monkeypatch, one_thread):
