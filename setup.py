@@ -56,7 +56,7 @@ setup(
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
     package_data={
         "dkv.tools.trace": ["*.html", "*.css", "*.js"],
-        "dkv.models": [f"tiny*/*.{suffix}" for suffix in ("json", "jsonl", "safetensors")],
+        "dkv.models": [f"tiny*/*.{suffix}" for suffix in ("json", "jsonl", "safetensors", "txt")],
     },
     entry_points={
         "console_scripts": ["dkv = dkv.__main__:main"],

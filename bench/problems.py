@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 import dkv
+from dkv.models.bundled import passages
 from dkv.models.bundled.tasks import ALL_TASKS, held_out
 from dkv.tools.likelihood import log_likelihoods
 from dkv.tools.text import answer, encode
@@ -67,16 +68,58 @@ def repeated(tokens: Sequence[int]) -> float:
     return (len(runs) - len(set(runs))) / max(len(runs), 1)
 
 
-Family = Problems | Openings
+@dataclass(frozen=True)
+class Gapped:
+    """Texts with holes, which are to be filled as they were. Under "right" for every hole whether it was.
+
+    Attributes:
+        prompts: the whole texts.
+        holes: by text, (first token, the one after the last) of each.
+        new: slots to fill in a text, at most.
+    """
+
+    name: str
+    prompts: Sequence[str]
+    holes: Sequence[Sequence[tuple[int, int]]]
+    new: int
+
+    def marked(self, exam: "Exam", start: int, stop: int, **settings: Any) -> Marked:
+        ids, mask = exam.encoded(start, stop)
+        texts, holes = ids.clone(), self.holes[start:stop]
+        for row, own in zip(texts, holes, strict=True):
+            for first, end in own:
+                row[first:end] = exam.model.spec.mask_token_id
+        settings.pop("max_new_tokens", None)
+        output = dkv.infill(exam.model, texts, mask, **settings)
+        same = output.sequences == ids
+        return output, {"right": [bool(same[row, a:b].all()) for row, own in enumerate(holes) for a, b in own]}
 
 
-def bundled(names: Iterable[str], count: int, **seed: int) -> list[Problems]:
-    """`count` unseen problems of each of the bundled models' tasks; with `seed=`, others."""
-    found = []
-    for name in names:
-        prompts, answers = zip(*held_out(count, task=name, **seed), strict=True)
-        found.append(Problems(name, prompts, answers, ALL_TASKS[name].new_tokens))
-    return found
+Family = Problems | Openings | Gapped
+
+
+def bundled(names: Iterable[str], count: int, seed: int | None = None) -> list[Family]:
+    """`count` unseen problems, or texts, of each of the bundled models' tasks; with a seed, others."""
+    drawn = {} if seed is None else {"seed": seed}
+    return [TEXTS[name](count, **drawn) if name in TEXTS else _problems(name, count, **drawn) for name in names]
+
+
+def _problems(name: str, count: int, **seed: int) -> Problems:
+    prompts, answers = zip(*held_out(count, task=name, **seed), strict=True)
+    return Problems(name, prompts, answers, ALL_TASKS[name].new_tokens)
+
+
+def _stories(count: int, seed: int = 0) -> Openings:
+    return Openings("stories", passages.openings(count, seed), passages.NEW)
+
+
+def _words(count: int, seed: int = 0) -> Gapped:
+    texts, holes = zip(*passages.with_holes(count, seed), strict=True)
+    return Gapped("words", texts, holes, max(sum(end - first for first, end in own) for own in holes))
+
+
+# The tasks of `tiny-text`.
+TEXTS = {"stories": _stories, "words": _words}
 
 
 def from_file(path: Path, new: int, count: int | None = None) -> list[Problems | Openings]:
@@ -152,5 +195,9 @@ class Exam:
 
 def fingerprint(problems: Sequence[Family]) -> str:
     """Of all texts and canvases."""
-    every = [[family.name, family.new, *family.prompts, *getattr(family, "answers", ())] for family in problems]
-    return hashlib.blake2b(json.dumps(every).encode(), digest_size=8).hexdigest()
+    text = json.dumps([[family.name, family.new, *family.prompts, *_wanted(family)] for family in problems])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _wanted(family: Family) -> Sequence[Any]:
+    return getattr(family, "answers", None) or getattr(family, "holes", ())

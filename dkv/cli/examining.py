@@ -4,14 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dkv.cli.measuring import TASK_NAMES
+from dkv.cli.measuring import TASKS_OF
+
+ALL_TASKS = tuple(dict.fromkeys(name for names in TASKS_OF.values() for name in names))
 
 
 def add_problems(add: Any) -> None:
     """Add the options of a model and its problems."""
-    add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
-    known = f"tasks of the bundled models: {', '.join(TASK_NAMES)} (default: all)"
-    add("--tasks", nargs="+", choices=TASK_NAMES, metavar="NAME", help=known)
+    models = f"{', '.join(TASKS_OF)}, a checkpoint folder or a hub id (default: %(default)s)"
+    add("--model", default="tiny", help=models)
+    known = f"tasks of the bundled models: {', '.join(ALL_TASKS)} (default: those of the model)"
+    add("--tasks", nargs="+", choices=ALL_TASKS, metavar="NAME", help=known)
     add("--data", type=Path, metavar="FILE", help="problems of your own, as JSON lines")
     add("--new-tokens", type=int, metavar="N", help="slots for an answer of --data")
     add("--chat", action="store_true", help="put prompts of --data into the tokenizer's chat template")
@@ -25,8 +28,11 @@ def check_problems(args: argparse.Namespace) -> None:
         for name in ("new_tokens", "chat"):
             if getattr(args, name):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --data: the bundled tasks have their own")
-        if args.model not in ("tiny", "tiny-dream") and args.tasks is None:
+        own = TASKS_OF.get(args.model)
+        if own is None and args.tasks is None:
             raise ValueError(f"--model {args.model} was not trained on the bundled tasks: give --data FILE, or --tasks")
+        if odd := [task for task in args.tasks or () if task not in (own or ALL_TASKS)]:
+            raise ValueError(f"--tasks {odd[0]} is none of {args.model}, which has {', '.join(own)}")
     else:
         if args.tasks is not None:
             raise ValueError("give --data or --tasks, not both")
@@ -45,7 +51,7 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     if args.data is not None:
         problems = from_file(args.data, args.new_tokens, args.problems)
     else:
-        problems = bundled(dict.fromkeys(args.tasks or TASK_NAMES), args.problems or 96, seed=args.seed)
+        problems = bundled(dict.fromkeys(args.tasks or TASKS_OF[args.model]), args.problems or 96, seed=args.seed)
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
     tokenizer = dkv.load_tokenizer(args.model)
     facts = machine.facts(model.device, args.command_line)

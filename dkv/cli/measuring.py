@@ -8,6 +8,13 @@ from typing import Any
 
 # The names of `dkv.models.bundled.tasks.TASKS`, which help is to tell without importing torch.
 TASK_NAMES = ("balance", "addition", "cells")
+# What each bundled model was trained on.
+TASKS_OF = {
+    "tiny": TASK_NAMES,
+    "tiny-dream": TASK_NAMES,
+    "tiny-long": ("long-balance", "long-cells"),
+    "tiny-text": ("stories", "words"),
+}
 # What is asked for beyond is a slip: it would take for ever, or all memory, before it fails.
 MOST = {"problems": 1 << 16, "batch": 1 << 12, "layers": 1 << 10, "threads": 1 << 10, "rounds": 1 << 16}
 MOST_SLOTS = 1 << 20

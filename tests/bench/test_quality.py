@@ -179,6 +179,21 @@ def test_repetition_is_counted_by_runs():
     assert problems.repeated([*range(20), *range(20)]) == 9 / 29
 
 
+def test_holes_are_filled_and_counted_one_by_one(tiny):
+    model, tokenizer = tiny
+    (whole,) = problems.bundled(["addition"], 3, seed=5)
+    texts = [prompt + answer for prompt, answer in zip(whole.prompts, whole.answers, strict=True)]
+    holes = [[(83, 85), (100, 104)], [(90, 92)], [(84, 86), (95, 99), (110, 111)]]
+    family = problems.Gapped("holes", texts, holes, 7)
+    (row,) = quality.measure(quality.Setting(model, tokenizer, [family], 2, 0), RUNS[:1], quality.Log(None, {}))
+    # A digit of a sum whose two numbers and neighbours are known is no question.
+    assert (row["problems"], row["right"]) == (6, 6)
+    family = problems.Gapped("holes", texts[:1], [[(84, 86), (100, 104)]], 6)
+    _, found = family.marked(problems.Exam(model, tokenizer, family), 0, 1, seed=0, cache=dkv.DecodeCache(2))
+    assert found["right"] == [True, True]
+    assert problems.Gapped("holes", ["1+1="], [[]], 0).marked(problems.Exam(model, tokenizer, family), 0, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
