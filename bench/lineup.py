@@ -35,6 +35,8 @@ PLAIN = "plain"
 COMPARED = tuple(LINEUP)[:8]
 SHOWN = ("plain", "decode 8", "decode 4", "prefill", "pd 8", "greedy 4 planned", "greedy 2 planned", "plain half")
 BLOCKED = ("plain", "prefix", "dual", "prefix delayed", "dual delayed", "suffix 96", "suffix 96 dual", "skip")
+# Those that may be compared in blocks.
+IN_BLOCKS = (*BLOCKED, "rollout", "elastic")
 ON_GPU = ("plain", "decode 8", "greedy 4", "prefill")
 # How many tokens a step fills: settings that go with the block policies.
 RULES = {"one a step": {}, "threshold 0.9": {"threshold": 0.9}}

@@ -110,3 +110,18 @@ class HalfWay:
         batch, status = len(self.engine.rows.tokens), self.engine.status
         counts = status.visible or self.engine.rows.row_lengths, status.active, status.scored
         return dict(zip(("slots", "active", "rows"), (sum(of) // batch for of in counts), strict=True))
+
+    def entries(self) -> tuple[list[tuple[int, int]], int]:
+        """Of the step, which is taken and taken back: entries into and out of each layer, and into the head."""
+        found: list[tuple[int, int]] = []
+        hooks = [
+            layer.register_forward_hook(lambda _, taken, given: found.append((len(taken[0]), len(given[0]))))
+            for layer in self.engine.model.layers
+        ]
+        try:
+            outputs = len(self.take().forward.hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.back()
+        return found, outputs

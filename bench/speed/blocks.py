@@ -78,7 +78,7 @@ def _both(options: Options, policy: str, rule: str, baseline: bool) -> tuple[flo
 def _over_floor(options: Options, policy: str) -> float:
     """A cached step half-way (of plain decoding, a full one) against its products, medians of ratios within a round."""
     half_way = HalfWay(options, {**of_lineup(policy).settings, "block_length": BLOCK}, cached=True)
-    alone = floor.products(options.model, options.batch, **half_way.sizes())
+    alone = floor.products(options.model, half_way)
 
     def ratio() -> float:
         products = sum(floor.seconds_of(alone, options.model.device).values())

@@ -4,6 +4,7 @@ Where the weights are packed the products of the floor are packed too, so that i
 this build of PyTorch let it be; everything else that a step does is what the ratio is above 1.
 """
 
+import functools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,8 +23,6 @@ from dkv.bench.report import columns
 from dkv.bench.steps import HalfWay
 from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
-from dkv.core.varlen import Padding
-from dkv.engine.engine import PADDINGS
 from dkv.kernels.common.operation import Operation
 from dkv.models.packing import PackedHead, PackedLinear
 from dkv.models.transformer import RMSNorm
@@ -56,34 +55,39 @@ GOALS = {"full": 1.15, "cached": 1.10}
 STEPS = {"full": "plain", "cached": "decode, no refresh"}
 
 
-def products(model: Any, batch: int, slots: int, active: int, rows: int) -> dict[str, Callable[[], Any]]:
-    """The matrix products of a step by part: of every row `active` slots over `slots`, an output for `rows` of them."""
-    spec, padding = model.spec, PADDINGS.get(model.device.type, Padding(1))
+def products(model: Any, half_way: HalfWay) -> dict[str, Callable[[], Any]]:
+    """The matrix products of a step by part: those of the entries that go through each layer, by random numbers.
 
+    Args:
+        model: whose weights are multiplied; that of the step, or the same in another layout.
+        half_way: before the step, which is taken once to see what goes through the layers.
+    """
+    spec, batch, sizes = model.spec, len(half_way.engine.rows.tokens), half_way.sizes()
+    entries, outputs = half_way.entries()
+
+    @functools.cache
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, device=model.device).to(model.dtype)
 
-    # Of every active slot, and of those with an output, which are all that the last layer goes on with.
-    counts, width = (active, rows), spec.num_heads * spec.head_dim
-    wide, out, deep = (
-        [noise(padding.filled(batch * n, batch * slots), size) for n in counts]
-        for size in (spec.hidden_size, width, spec.intermediate_size)
-    )
     heads, group = batch * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
-    query = [noise(heads, n * group, spec.head_dim) for n in counts]
-    keys = noise(heads, spec.head_dim, slots)
+    keys = noise(heads, spec.head_dim, sizes["slots"])
     calls: dict[str, list[Callable[[], Any]]] = {name: [] for name in ("norm + projection", "attention", "MLP")}
-    for layer in model.layers:
-        end = layer is model.layers[-1]
-        inputs = {"qkv_proj": wide[0], "k_proj": wide[0], "v_proj": wide[0], "o_proj": out[end], "down_proj": deep[end]}
-        inputs |= dict.fromkeys(("q_proj", "gate_proj", "up_proj"), wide[end])
+    for layer, (count, left) in zip(model.layers, entries, strict=True):
+        whole, rest = noise(count, spec.hidden_size), noise(left, spec.hidden_size)
+        inputs = {"qkv_proj": whole, "k_proj": whole, "v_proj": whole}
+        inputs |= dict.fromkeys(("q_proj", "gate_proj", "up_proj"), rest)
+        inputs |= {"o_proj": noise(left, spec.num_heads * spec.head_dim)}
+        inputs |= {"down_proj": noise(left, spec.intermediate_size)}
         for part, names in LAYER_MODULES.items():
             linears = [
                 (getattr(layer, name), inputs[name]) for name in names if name in inputs and hasattr(layer, name)
             ]
             calls[part] += [partial(product, *linear) for linear in linears]
-        calls["attention"].append(partial(lambda q: (q @ keys) @ keys.transpose(1, 2), query[end]))
-    calls["head + choice"] = [partial(product, model.head, wide[1])]
+        # What fills up has no queries.
+        most = sizes["rows" if left == outputs else "active"]
+        query = noise(heads, min(-(-left // batch), most) * group, spec.head_dim)
+        calls["attention"].append(partial(lambda q: (q @ keys) @ keys.transpose(1, 2), query))
+    calls["head + choice"] = [partial(product, model.head, noise(outputs, spec.hidden_size))]
     return {part: partial(lambda every: [call() for call in every], every) for part, every in calls.items()}
 
 
@@ -163,8 +167,8 @@ def measure(options: Options) -> dict[str, Any]:
 def _row(options: Options, kind: str, bar: Bar) -> dict[str, Any]:
     model, half_way = options.model, HalfWay(options, of_lineup(STEPS[kind]).settings)
     device, sizes = model.device, half_way.sizes()
-    floor = products(model, options.batch, **sizes)
-    linear = products(options.eager, options.batch, **sizes) if options.eager not in (None, model) else {}
+    floor = products(model, half_way)
+    linear = products(options.eager, half_way) if options.eager not in (None, model) else {}
 
     def by_part() -> dict[str, float]:
         with recorded(model) as seconds:

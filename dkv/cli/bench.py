@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dkv.bench.lineup import ALL, BLOCKED, COMPARED
+from dkv.bench.lineup import ALL, COMPARED, IN_BLOCKS
 from dkv.cli import bench_host
 from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
@@ -62,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: tiny)")
     add("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
     add("--layers", type=int, metavar="N", help="layers of the shape (default: as many as it has)")
-    known = f"{', '.join(COMPARED)}; with --blocks {', '.join(BLOCKED)} (default: all); plain is always among them"
-    add("--policies", nargs="+", choices=tuple(dict.fromkeys(COMPARED + BLOCKED)), metavar="NAME", help=known)
+    known = f"{', '.join(COMPARED)}; with --blocks {', '.join(IN_BLOCKS)} (default: all but rollout and elastic); "
+    known += "plain is always among them"
+    add("--policies", nargs="+", choices=tuple(dict.fromkeys(COMPARED + IN_BLOCKS)), metavar="NAME", help=known)
     add("--no-eager", action="store_true", help="leave out the eager baseline")
 
     add = parser.add_argument_group("size").add_argument
@@ -138,7 +139,7 @@ def _check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
             own = " and ".join(f"--{kind}" for kind in kinds)
             raise ValueError(f"--{name.replace('_', '-')} has no effect on {own}: leave it out")
     for kind in kinds:
-        known = BLOCKED if kind == "blocks" else COMPARED
+        known = IN_BLOCKS if kind == "blocks" else COMPARED
         if "policies" in USES[kind] and (odd := [name for name in args.policies or () if name not in known]):
             raise ValueError(f"--policies {odd[0]!r} is not among what is compared here: {', '.join(known)}")
     on_tiny = args.shape is None and args.model in (None, "tiny")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import dkv
 from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
 from dkv.bench.shapes import as_loaded, random_model, shape, tiny
@@ -35,24 +36,36 @@ def test_a_step_can_be_taken_again(plain, kind):
     assert torch.equal(first.forward.hidden, second.forward.hidden)
 
 
+def counted(call) -> dict[str, int]:
+    """Operations of what a call multiplies, by the operation of torch."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    found = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    return {"linear": found.get("aten.mm", 0) + found.get("aten.addmm", 0), "attention": found.get("aten.bmm", 0)}
+
+
 @pytest.mark.parametrize("kind", GOALS)
 def test_products_are_those_of_the_step(plain, kind):
     half_way = HalfWay(options(plain), of_lineup(STEPS[kind]).settings)
     sizes = half_way.sizes()
     active, rows = sizes["active"], sizes["rows"]
     assert (active, rows) == (14 if kind == "full" else 5, 4)
-    with FlopCounterMode(display=False) as step:
-        half_way.take()
-    with FlopCounterMode(display=False) as alone:
-        for call in products(plain, 2, 14, active, rows).values():
-            call()
-    by_op = step.get_flop_counts()["Global"], alone.get_flop_counts()["Global"]
-    linear = [sum(n for op, n in found.items() if str(op) in ("aten.mm", "aten.addmm")) for found in by_op]
-    assert linear[0] == linear[1] > 0
+    alone = products(plain, half_way)
+    step, alone = counted(half_way.take), counted(lambda: [call() for call in alone.values()])
+    assert step["linear"] == alone["linear"] > 0
     spec = plain.spec
     # Two products per layer, with the keys of all 14 slots; in the last layer with the queries of the outputs alone.
-    attention = sum(n for op, n in by_op[1].items() if str(op) == "aten.bmm")
-    assert attention == 2 * 2 * 2 * spec.num_heads * spec.head_dim * 14 * (active + rows)
+    assert alone["attention"] == 2 * 2 * 2 * spec.num_heads * spec.head_dim * 14 * (active + rows)
+
+
+@pytest.mark.parametrize("policy", [dkv.SkipCache("1/4@1/2"), dkv.ElasticCache(), dkv.SuffixWindow(2), dkv.DualCache()])
+def test_products_are_those_of_the_newer_policies(plain, policy):
+    """Where slots stop, layers that follow multiply fewer; where a pass is observed, the last one multiplies all."""
+    half_way = HalfWay(options(plain, new=32, batch=1), {"cache": policy, "block_length": 16}, cached=True)
+    alone, (entries, outputs) = products(plain, half_way), half_way.entries()
+    assert [len(entries), entries[-1][1]] == [2, outputs if policy.name != "elastic" else entries[0][0]]
+    assert (entries[1][0] < entries[0][0]) == (policy.name == "skip")
+    assert counted(half_way.take)["linear"] == counted(lambda: [call() for call in alone.values()])["linear"] > 0
 
 
 def test_rows(plain, monkeypatch):
