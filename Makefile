@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The stamp is made last, so an interrupted installation is repeated and a finished one never is.
 STAMP := .venv/installed
 
-.PHONY: help demo test bench eval lint clean
+.PHONY: help demo test bench eval frontier lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,20 @@ eval: $(STAMP)  ## exact answers against speed into bench/results: 15 minutes on
 		--run 'cache=sliding schedule=sliding block_length=16' --out bench/results/eval-newer $(ARGS)
 	$(BIN)/dkv eval --problems 16 --tasks balance --full --out bench/results/eval-full $(ARGS)
 	$(BIN)/dkv eval --drift --out bench/results/eval $(ARGS)
+
+# What is compared on answers of 256 slots and more, in blocks of 32.
+LONG := --run 'cache=none,decode threshold=0.99' --run 'cache=decode entropy_bound=0.001' \
+	--run 'cache=prefix,dual,suffix,skip block_length=32 threshold=0.99,0.95' \
+	--run 'cache=suffix block_length=32 threshold=0.99 threshold_decay=0.3' \
+	--run 'cache=dual block_length=32 threshold=0.99 near_threshold=0.9' \
+	--run 'cache=dual block_length=32 entropy_bound=0.001' \
+	--run 'cache=sliding schedule=sliding block_length=32 threshold=0.99' --run 'cache=rollout,elastic threshold=0.99' \
+	--run cache=decode --run 'cache=dual,suffix,skip block_length=32' \
+	--run 'cache=sliding schedule=sliding block_length=32'
+
+frontier: $(STAMP)  ## policies and rules on long answers and on prose into bench/results: 40 minutes on 2 idle cores
+	$(BIN)/dkv eval --model tiny-long --problems 32 $(LONG) --out bench/results/eval-long $(ARGS)
+	$(BIN)/dkv eval --model tiny-text --problems 32 $(LONG) --out bench/results/eval-text $(ARGS)
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .
