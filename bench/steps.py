@@ -80,7 +80,8 @@ class HalfWay:
         full, rows = full_steps(self.engine), self.engine.rows
         self.engine.step()
         half = max(len(full) // 2, 1)
-        skip(self.engine, (full.index(False, half) if cached and False in full[half:] else half) - 1)
+        # The first step of a block is one of a kind.
+        skip(self.engine, (full.index(False, half + 1) if cached and False in full[half + 1 :] else half) - 1)
         table = rows.timetable
         state = (rows.tokens, rows.masked, rows.fresh, table.at, table.current, self.engine.seen)
         self._state = [(x, x.clone()) for x in state]
