@@ -40,7 +40,7 @@ def folder_of(
         TypeError: the path or the subfolder is no path.
     """
     if not isinstance(path_or_id, str | os.PathLike) or isinstance(os.fspath(path_or_id), bytes):
-        raise TypeError(f"path_or_id must be a folder, a hub id or {' or '.join(BUNDLED)}, got {path_or_id!r}")
+        raise TypeError(f"path_or_id must be a folder, a hub id or one of {', '.join(BUNDLED)}, got {path_or_id!r}")
     if not isinstance(subfolder, str | os.PathLike | None):
         raise TypeError(f"subfolder must be the name of a folder, got {subfolder!r}")
     if not os.fspath(path_or_id):
