@@ -195,9 +195,6 @@ class Exam:
 
 def fingerprint(problems: Sequence[Family]) -> str:
     """Of all texts and canvases."""
-    text = json.dumps([[family.name, family.new, *family.prompts, *_wanted(family)] for family in problems])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _wanted(family: Family) -> Sequence[Any]:
-    return getattr(family, "answers", None) or getattr(family, "holes", ())
+    wanted = [(*getattr(family, "answers", ()), *getattr(family, "holes", ())) for family in problems]
+    every = [[x.name, x.new, *x.prompts, *own] for x, own in zip(problems, wanted, strict=True)]
+    return hashlib.blake2b(json.dumps(every).encode(), digest_size=8).hexdigest()

@@ -16,7 +16,7 @@ ROUNDS = 5
 
 
 def turned(matrices: Tensor) -> Tensor:
-    """The nearly orthogonal factors of matrices [count, rows, columns]: singular vectors kept, values near 1."""
+    """Nearly orthogonal factors of matrices, float32 [count, rows, columns]: singular vectors kept, values near 1."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -27,10 +27,10 @@ def turned(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is turned into an orthogonal matrix, with steps as large as AdamW's.
+    """Momentum turned into an orthogonal matrix, with steps as large as AdamW's (Jordan et al. 2024).
 
     Args:
-        params: matrices.
+        params: matrices [rows, columns], float32.
         lr: the learning rate; a matrix moves by 0.2 lr in the root of its mean square, as under AdamW.
         momentum: of the running mean of gradients, looked ahead by one step (Nesterov).
         weight_decay: decoupled from the gradient.

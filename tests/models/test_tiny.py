@@ -60,7 +60,7 @@ def test_log_of_the_training(bundled):
 def test_tokenizer_gives_text_back(bundled):
     name, _, tokenizer = bundled
     for family in problems_of(TASKS_OF[name], 3):
-        for text in family.prompts:
+        for text in (*family.prompts, *getattr(family, "answers", ())):
             assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
