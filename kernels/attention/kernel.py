@@ -30,13 +30,12 @@ def _load(at, entries, columns, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _absorb(
-    state, query, mask_m, query_block, k, v, rules, row, first_token, first, bounds, scale, C, EDGE: tl.constexpr
-):
+def _absorb(state, query, mask_m, limit, k, v, rules, row, first_token, first, bounds, scale, C, EDGE: tl.constexpr):
     """Add the slots `first` to `first + BLOCK_N - 1` to the running softmax of a tile of queries.
 
-    `bounds` are `start` and `stop`, and the same of a gap if there is one. EDGE: some slots may be outside of these, or
-    in the gap. REPAIR: values that are not finite count as 0, and `met` [M, D] counts those that a query sees.
+    `bounds` are `start` and `stop`, and the same of a gap if there is one. EDGE: some slots may be outside of these, in
+    the gap, or behind the end of a query. `limit` [M]: the end, or the block, of each query. REPAIR: values that are
+    not finite count as 0, and `met` [M, D] counts those that a query sees.
     """
     acc, top, total, met = state
     # Scalars carry the 64-bit part of an offset; within a tile 32 bits do, unless a stride is enormous.
@@ -57,10 +56,12 @@ def _absorb(
         scores = tl.where(allowed != 0, scores, float("-inf"))
     if rules.key_blocks is not None:
         key_block = _of_slots(rules.key_blocks, row, first, n, seen).to(tl.int32)
-        scores = tl.where(key_block[None, :] <= query_block[:, None], scores, float("-inf"))
+        scores = tl.where(key_block[None, :] <= limit[:, None], scores, float("-inf"))
     if rules.key_mask is not None:
         seen = seen & (_of_slots(rules.key_mask, row, first, n, seen) != 0)
     if EDGE:
+        if rules.query_ends is not None:
+            scores = tl.where(n[None, :] < (limit - first.to(tl.int32))[:, None], scores, float("-inf"))
         scores = tl.where(seen[None, :], scores, float("-inf"))
     highest = tl.maximum(top, tl.max(scores, 1) * scale)  # [M]
     # Scores are scaled and shifted in one instruction, and their maximum alone is scaled before. -inf is not subtracted
@@ -135,6 +136,14 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
         stop = tl.minimum(stop, tl.load(range_at + rules.key_ranges.stride[1]))
     if query_tile * C.BLOCK_M >= length * C.GROUP:
         stop = start
+    limit, lowest = m, stop
+    if rules.query_ends is not None:
+        end = tl.load(rules.query_ends.ptr + (before + token) * rules.query_ends.stride[0], mask=asked, other=0)
+        limit = tl.maximum(tl.minimum(end, slots), 0).to(tl.int32)
+        # In 32 bits, as numbers of 64 would cost registers.
+        start = tl.minimum(start, slots).to(tl.int32)
+        lowest = tl.maximum(start, tl.minimum(stop, tl.min(tl.where(asked, limit, slots), 0))).to(tl.int32)
+        stop = tl.maximum(start, tl.minimum(stop, tl.max(limit, 0))).to(tl.int32)
     stop = tl.maximum(start, stop)
     bounds = (start, stop)
     if rules.key_gaps is not None:
@@ -144,21 +153,24 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
         bounds = part_around_gap(start, stop, hidden, shown, split, splits, C.BLOCK_N)
     k = Strided(k.ptr + row * k.stride[0] + head * k.stride[2], k.stride)
     v = Strided(v.ptr + row * v.stride[0] + head * v.stride[2], v.stride)
-    first_token, mask_m, query_block = query_tile * C.BLOCK_M // C.GROUP, m, m
+    first_token, mask_m = query_tile * C.BLOCK_M // C.GROUP, m
     if rules.mask is not None:
         mask_m = tl.where(asked, token - first_token, 0)
         mask_m = (mask_m.to(tl.int64) if C.WIDE else mask_m) * rules.mask.stride[1]
     if rules.key_blocks is not None:
         block_at = rules.query_blocks.ptr + row * rules.query_blocks.stride[0]
         block_at += token.to(tl.int64) * rules.query_blocks.stride[1]
-        query_block = tl.load(block_at, mask=asked, other=0).to(tl.int32)
+        limit = tl.load(block_at, mask=asked, other=0).to(tl.int32)
 
     top, total = tl.full((C.BLOCK_M,), float("-inf"), tl.float32), tl.zeros((C.BLOCK_M,), tl.float32)
     met = tl.zeros((C.BLOCK_M, C.BLOCK_D if C.REPAIR else 1), tl.float32)
     state = tl.zeros((C.BLOCK_M, C.BLOCK_D), tl.float32), top, total, met
-    # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends. Where
-    # every tile is tested there is one loop, as one takes fewer registers than two.
+    # Whole tiles in a pipelined loop that does not test the range, then the one or two at its ends, and those that some
+    # of the queries see, and others do not. Where every tile is tested there is one loop, as one takes fewer registers
+    # than two.
     least, whole, after = start // C.BLOCK_N, tl.cdiv(start, C.BLOCK_N), stop // C.BLOCK_N
+    if rules.query_ends is not None:
+        after = tl.maximum(lowest // C.BLOCK_N, whole)
     first, last = (least, tl.cdiv(stop, C.BLOCK_N)) if C.TESTED else (whole, after)
     if rules.key_gaps is not None:
         walk = tiles(*bounds, C.BLOCK_N)
@@ -172,16 +184,17 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
         slot = tile * C.BLOCK_N
         if rules.key_gaps is not None:  # no branch around the loads, which are in flight some tiles ahead
             slot = numbered(tile, walk) * C.BLOCK_N
-        state = _absorb(
-            state, query, mask_m, query_block, k, v, rules, row, first_token, slot, bounds, scale, C, C.TESTED
-        )
+        state = _absorb(state, query, mask_m, limit, k, v, rules, row, first_token, slot, bounds, scale, C, C.TESTED)
     if not C.TESTED:
         has_tail = (after * C.BLOCK_N < stop) & ((after > least) | (whole == least))
-        for end in tl.range(tl.where(least < whole, 0, 1), tl.where(has_tail, 2, 1), num_stages=1):
+        begin, finish = tl.where(least < whole, 0, 1), tl.where(has_tail, 2, 1)
+        if rules.query_ends is not None:
+            finish = 1 + tl.maximum(tl.cdiv(stop, C.BLOCK_N) - after, 0)
+        for end in tl.range(begin, finish, num_stages=1):
             slot = tl.where(end == 0, least, after) * C.BLOCK_N
-            state = _absorb(
-                state, query, mask_m, query_block, k, v, rules, row, first_token, slot, bounds, scale, C, True
-            )
+            if rules.query_ends is not None:
+                slot = tl.where(end == 0, least, after + end - 1) * C.BLOCK_N
+            state = _absorb(state, query, mask_m, limit, k, v, rules, row, first_token, slot, bounds, scale, C, True)
 
     # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing. Behind the queries of a packed
     # row stand those of another.

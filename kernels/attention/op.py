@@ -27,6 +27,7 @@ def cached_attention(
     query_starts: Tensor | None = None,
     most_queries: int | None = None,
     query_lengths: Tensor | None = None,
+    query_ends: Tensor | None = None,
     key_ranges: Tensor | None = None,
     key_gaps: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -56,6 +57,9 @@ def cached_attention(
         most_queries: of packed rows, a number that no length exceeds, which spares work; default T.
         query_lengths: [B] integers, the number of queries of each row. In [B, N, Hq, D] those from this number on
             give 0.
+        query_ends: [T] integers, packed rows alone: a query sees only the slots of its row before this one. Attention
+            over blocks of b slots that see themselves and those before them has (slot // b + 1) * b, causal attention
+            slot + 1. Slots that no query of a tile sees are skipped.
         key_ranges: [B, 2] integers, first visible slot and the one after the last.
         key_gaps: [B, 2] integers, first slot that is hidden from all queries of the row and the one after the last of
             these; equal numbers hide nothing. Hidden slots are skipped, not computed and masked as by `key_mask`.
@@ -84,7 +88,8 @@ def cached_attention(
         raise ValueError(f"q has {hq} heads, which is not a multiple of the {hkv} heads of k_buf")
     checks.dtype("q", q, FLOATS)
     checks.same_dtype(q=q, k_buf=k_buf, v_buf=v_buf)
-    rules = Rules(query_lengths, key_ranges, key_mask, mask, *(block_ids or (None, None)), query_starts, key_gaps)
+    blocks = block_ids or (None, None)
+    rules = Rules(query_lengths, key_ranges, key_mask, mask, *blocks, query_starts, key_gaps, query_ends)
     most_queries = _most_queries(rules, n, most_queries)
     known = (
         ("query_lengths", (b,), INTEGERS),
@@ -95,6 +100,7 @@ def cached_attention(
         ("block_ids[1]", (b, s), INTEGERS),
         ("query_starts", (b,), INTEGERS),
         ("key_gaps", (b, 2), INTEGERS),
+        ("query_ends", (n,), INTEGERS),
     )
     for (name, shape, dtypes), x in zip(known, rules, strict=True):
         if x is not None:
@@ -111,6 +117,8 @@ def _most_queries(rules: Rules, queries: int, given: int | None) -> int:
     if rules.query_starts is None:
         if given is not None:
             raise ValueError("most_queries is of packed queries: give query_starts too, or leave it out")
+        if rules.query_ends is not None:
+            raise ValueError("query_ends are of packed queries: give query_starts too, or use mask or block_ids")
         return queries
     if rules.query_lengths is None:
         raise ValueError("query_starts without query_lengths: give the number of queries of each row")

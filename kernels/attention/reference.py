@@ -19,11 +19,17 @@ class Rules(NamedTuple):
     key_blocks: Tensor | None = None
     query_starts: Tensor | None = None
     key_gaps: Tensor | None = None
+    query_ends: Tensor | None = None  # [T] as `query_starts` say, or without these [B, N]
 
     @property
     def of_pairs(self) -> bool:
         """Whether a key may be visible to some of the queries that are asked, and hidden from others."""
-        return self.mask is not None or self.key_blocks is not None
+        return any(x is not None for x in (self.mask, self.key_blocks, self.query_ends))
+
+    @property
+    def masked(self) -> bool:
+        """Whether any key of a row may be hidden, and not only what stands at its ends or in a gap."""
+        return any(x is not None for x in (self.mask, self.key_blocks, self.key_mask))
 
     def visible(self, queries: int, keys: int) -> Tensor | None:
         """bool [B, N or 1, S], or None when every query sees every key."""
@@ -40,6 +46,9 @@ class Rules(NamedTuple):
             parts.append(self.mask)
         if self.key_blocks is not None:
             parts.append(self.key_blocks.unsqueeze(1) <= self.query_blocks.unsqueeze(2))
+        if self.query_ends is not None:
+            slot = torch.arange(keys, device=self.query_ends.device)
+            parts.append(slot < self.query_ends.unsqueeze(2))
         if self.query_lengths is not None:
             query = torch.arange(queries, device=self.query_lengths.device)
             parts.append((query < self.query_lengths[:, None]).unsqueeze(2))
@@ -76,8 +85,9 @@ def _packed(q, k_buf, v_buf, rules: Rules, scale, return_lse) -> tuple[Tensor, T
     for row, (start, length) in enumerate(zip(rules.query_starts.tolist(), rules.query_lengths.tolist(), strict=True)):
         own, this = slice(start, start + max(length, 0)), slice(row, row + 1)
         of_keys = {name: getattr(rules, name) for name in ("key_ranges", "key_gaps", "key_mask")}
-        keys = Rules(**{name: x[this] for name, x in of_keys.items() if x is not None})
-        found, found_lse = cached_attention(q[own].unsqueeze(0), k_buf[this], v_buf[this], keys, length, scale, True)
+        ends = None if rules.query_ends is None else rules.query_ends[own].unsqueeze(0)
+        of_row = Rules(**{name: x[this] for name, x in of_keys.items() if x is not None}, query_ends=ends)
+        found, found_lse = cached_attention(q[own].unsqueeze(0), k_buf[this], v_buf[this], of_row, length, scale, True)
         out[own], lse[own] = found[0], found_lse[0]
     return out, lse if return_lse else None
 

@@ -7,9 +7,25 @@ class Shares:
     """The weights of an attention, where it had them in memory anyway, so that they need not be made again.
 
     Attributes:
-        rows: of every row of the batch [N, S], the mean of the weights over the heads, of its queries and visible slots
-            alone; None: attention has not kept them.
+        rows: of every row of the batch its queries, its visible slots, and the mean over the heads of the weights that
+            these slots have for those queries [N, S]; None: attention has not kept them.
     """
 
     def __init__(self):
-        self.rows: list[Tensor] | None = None
+        self.rows: list[tuple[slice, slice, Tensor]] | None = None
+
+    def mass(self, weight: Tensor, like: Tensor) -> Tensor:
+        """What slots of the first rows get, where queries count by `weight` [T]: [B, S], for `like` [B, S, ...]."""
+        mass = weight.new_zeros(like.shape[:2])
+        for row, (own, seen, mean) in enumerate(self.rows[: len(like)]):
+            # A copy, as a product may round differently where memory is aligned otherwise.
+            mass[row, seen] = weight[own].clone() @ mean
+        return mass
+
+    def given(self, slots: Tensor, like: Tensor) -> Tensor:
+        """What the queries of the first rows give to `slots` [W, B], visible ones: [W, T], for `like` [T, ...]."""
+        given = like.new_zeros(len(slots), len(like))
+        for row, (own, seen, mean) in enumerate(self.rows[: slots.shape[1]]):
+            if mean.numel():
+                given[:, own] = mean.T.index_select(0, slots[:, row] - seen.start)
+        return given

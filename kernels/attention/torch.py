@@ -1,29 +1,22 @@
-"""Attention over the buffer in fast PyTorch: SDPA, or plain products where they are faster.
+"""Attention over the buffer in fast PyTorch.
 
 What is hidden is set to 0 before anything is multiplied, as 0 times NaN is NaN. Nothing here reads a value back
 from a device other than the CPU.
 """
 
-from itertools import product
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
+from dkv.kernels.attention.products import attend, weighed
 from dkv.kernels.attention.reference import Rules
 from dkv.kernels.attention.shares import Shares
 from dkv.kernels.common import operation
 from dkv.kernels.common.dtypes import wide
 from dkv.kernels.common.workspace import Workspace
 
-# SDPA on a CPU takes the maximum of fewer scores than this one by one, in a way that skips NaN.
-LANES = 16
-# Rows of queries for which two plain products are taken to beat SDPA on a CPU, which cuts fewer than 192 of them into
-# tiles of 32 (ATen's FlashAttentionKernel.cpp). No measurement of the two bounds has been kept.
-PRODUCTS = range(33, 192)
-# The most scores of all heads at once, 16 MiB, so that they stay near the CPU. Not timed.
-MOST_SCORES = 1 << 22
+# Fewer queries than these to an end, on average, are faster with a mask of pairs than end by end: 128 queries of 8
+# heads of 64 over 128 keys took 0.67 ms with a mask, and by ends of 4, 16 and 32 queries 2.9, 0.96 and 0.59 ms.
+QUERIES_OF_AN_END = 16
 
 
 def cached_attention(
@@ -40,16 +33,19 @@ def cached_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for.
 
-    `shares` get the weights on a CPU, of packed rows without gaps, in float32, where heads are not grouped.
+    `shares` get the weights on a CPU, of packed rows without gaps and ends, in float32. They tell what the log-sum-exp
+    is asked for, which then is None.
     """
     by_length = any(x is not None for x in (rules.query_lengths, rules.key_ranges, rules.key_gaps))
-    if by_length and not (rules.of_pairs or rules.key_mask is not None) and operation.readable(q):
-        return _each_row_alone(q, k_buf, v_buf, rules, scale, return_lse, workspace, shares)
+    if by_length and not rules.masked and operation.readable(q):
+        if shares is not None and _keeps(q, k_buf, v_buf, rules):
+            return _with_shares(q, k_buf, v_buf, rules, scale, workspace or Workspace(), shares), None
+        return _each_row_alone(q, k_buf, v_buf, rules, scale, return_lse, workspace)
     if rules.query_starts is not None:
         return _side_by_side(q, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace)
     visible = rules.visible(q.shape[1], k_buf.shape[1])
     if visible is None:
-        return _attend(q, k_buf, v_buf, None, scale, return_lse, workspace)
+        return attend(q, k_buf, v_buf, None, scale, return_lse, workspace)
     blind, unseen = ~visible.any(-1), ~visible.any(1)  # [B, N or 1], [B, S]
     q = q.masked_fill(blind[:, :, None, None], 0)
     key, value = (x.masked_fill(unseen[:, :, None, None], 0) for x in (k_buf, v_buf))
@@ -58,7 +54,7 @@ def cached_attention(
     bias, strange = bias.unsqueeze(1), None
     if rules.of_pairs:
         key, value, bias, strange = _finite(key, value, bias, visible)
-    out, lse = _attend(q, key, value, bias, scale, return_lse, workspace)
+    out, lse = attend(q, key, value, bias, scale, return_lse, workspace)
     if strange is not None:
         out = out.masked_fill(strange.repeat_interleave(q.shape[2] // k_buf.shape[2], 2), torch.nan)
     out = out.masked_fill(blind[:, :, None, None], 0)
@@ -76,78 +72,7 @@ def _finite(key: Tensor, value: Tensor, bias: Tensor, visible: Tensor) -> tuple[
     return key.masked_fill(bad_key.unsqueeze(-1), 0), value.masked_fill(bad_value, 0), bias, strange
 
 
-def _attend(q, key, value, bias, scale, return_lse, workspace, means=None) -> tuple[Tensor, Tensor | None]:
-    """Attention with a bias on the scores, [B, Hkv or 1, N or 1, S] or None.
-
-    `means` [N, S] of every row, if they are given, get the mean of the weights over the heads.
-    """
-    if return_lse and bias is not None:
-        return _with_lse(q, key, value, bias, scale)
-    (batch, n, heads, size), kv_heads = q.shape, key.shape[2]
-    group = heads // kv_heads
-    query, keys, values = q.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if group > 1:
-        # The query heads of a key head become rows: K and V are never repeated.
-        query = q.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(batch, kv_heads, n * group, size)
-        if bias is not None and bias.shape[2] > 1:
-            bias = bias.repeat_interleave(group, 2)
-    lse = None
-    if means is not None or (bias is None and _few_queries(query, key, value)):
-        out, lse = _by_products(query, key, value, scale, return_lse, workspace, means)
-    elif not return_lse:
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
-    elif _sdpa_has_lse(query, keys, values, scale):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, scale=scale)
-    else:
-        return _with_lse(q, key, value, None, scale)
-
-    out, lse = (x if x is None else _by_query(x, n, group) for x in (out, lse))
-    if q.device.type == "cpu" and (q.element_size() < 4 or key.shape[1] < LANES):
-        unseen = _unseen_by_sdpa(q, key)
-        out, lse = out + unseen, lse if lse is None else lse + unseen.squeeze(-1)
-    return out, lse
-
-
-def _by_query(x: Tensor, n: int, group: int) -> Tensor:
-    """[B, Hkv, n * group, ...] -> [B, n, Hq, ...]"""
-    return x.transpose(1, 2) if group == 1 else x.unflatten(2, (n, group)).transpose(1, 2).flatten(2, 3)
-
-
-def _sdpa_has_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
-    """Whether SDPA would choose its implementation for a CPU, which gives the log-sum-exp too, without a gradient.
-
-    In half precision that is off by more than float32 rounds.
-    """
-    plain = query.device.type == "cpu" and query.element_size() >= 4
-    if not plain or any(x.requires_grad for x in (query, key, value)):
-        return False
-    return torch._fused_sdp_choice(query, key, value, scale=scale) == SDPBackend.FLASH_ATTENTION.value
-
-
-def _unseen_by_sdpa(q: Tensor, key: Tensor) -> Tensor:
-    """NaN for the queries [B, N, Hq, 1] whose scores are not finite, else 0.
-
-    SDPA on a CPU gives 0 where all of a few scores are NaN, and in half precision where one is infinite.
-    """
-    of_queries, of_keys = (q.detach() * 0).sum(-1, keepdim=True), (key.detach() * 0).sum((1, 3))  # [B, Hkv]
-    return of_queries + of_keys.repeat_interleave(q.shape[2] // key.shape[2], 1)[:, None, :, None]
-
-
-def _with_lse(q, key, value, bias, scale) -> tuple[Tensor, Tensor]:
-    key, value = wide(key), wide(value)
-    query = wide(q).unflatten(2, (key.shape[2], -1))
-    scores = torch.einsum("bnhgd,bshd->bhgns", query, key) * scale
-    if bias is not None:
-        scores = scores + bias.unsqueeze(2)
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0))
-    out = torch.einsum("bhgns,bshd->bnhgd", weights, value).flatten(2, 3).to(q.dtype)
-    return out, lse.squeeze(-1).flatten(1, 2).transpose(1, 2)
-
-
-def _each_row_alone(
-    q, k_buf, v_buf, rules: Rules, scale, return_lse, workspace, shares
-) -> tuple[Tensor, Tensor | None]:
+def _each_row_alone(q, k_buf, v_buf, rules: Rules, scale, return_lse, workspace) -> tuple[Tensor, Tensor | None]:
     """Attention where rows differ in length alone: each over its own slots, without padding and without a mask."""
     batch, slots = k_buf.shape[:2]
     if rules.query_starts is not None:
@@ -156,29 +81,27 @@ def _each_row_alone(
         packed, width = q.flatten(0, 1), q.shape[1]
         starts = [row * width for row in range(batch)]
         lengths = [width] * batch if rules.query_lengths is None else rules.query_lengths.clamp(max=width).tolist()
+    ends = None if rules.query_ends is None or _behind(rules.query_ends, rules.key_ranges, slots) else rules.query_ends
     alike = lengths[:1] * batch == lengths and [row * lengths[0] for row in range(batch)] == starts
-    whole, keeps = rules.key_ranges is None and rules.key_gaps is None, _keeps(shares, q, k_buf, v_buf, rules)
-    means: list[Tensor] | None = [] if keeps else None
+    whole = rules.key_ranges is None and rules.key_gaps is None and ends is None
     if whole and alike and batch and slots and batch * lengths[0] == len(packed) > 0:
         rows = packed.view(batch, -1, *packed.shape[1:])
-        if keeps:
-            means = shares.rows = [q.new_empty(rows.shape[1], slots) for _ in range(batch)]
-        out, lse = _attend(rows, k_buf, v_buf, None, scale, return_lse, workspace, means)
+        out, lse = attend(rows, k_buf, v_buf, None, scale, return_lse, workspace)
         return out.reshape(q.shape), lse if lse is None else lse.reshape(q.shape[:-1])
     ranges = [(0, slots)] * batch if rules.key_ranges is None else rules.key_ranges.tolist()
     gaps = [(0, 0)] * batch if rules.key_gaps is None else rules.key_gaps.tolist()
     parts = []
     for row, (start, length, (first, stop), gap) in enumerate(zip(starts, lengths, ranges, gaps, strict=True)):
         length, runs = max(length, 0), _runs(max(first, 0), min(stop, slots), *gap)
-        if keeps:
-            means.append(q.new_empty(length, sum(run.stop - run.start for run in runs)))
         if length and runs:
             own, (key, value) = slice(start, start + length), (_joined(x[row : row + 1], runs) for x in (k_buf, v_buf))
-            own_means = means[row : row + 1] if keeps else None
-            out, lse = _attend(packed[own].unsqueeze(0), key, value, None, scale, return_lse, workspace, own_means)
+            query, how = packed[own].unsqueeze(0), (scale, return_lse, workspace)
+            if ends is None:
+                out, lse = attend(query, key, value, None, *how)
+            else:
+                seen = sum(ends[own].clamp(run.start, run.stop) - run.start for run in runs)
+                out, lse = _first_keys(query, key, value, seen, *how)
             parts.append((own, out[0], lse if lse is None else lse[0]))
-    if keeps:
-        shares.rows = means
     lse = wide(packed).new_full(packed.shape[:2], -torch.inf) if return_lse else None
     if not parts:
         return q.masked_fill(torch.ones((), dtype=torch.bool), 0), lse if lse is None else lse.view(q.shape[:-1])
@@ -193,12 +116,53 @@ def _each_row_alone(
     return out.reshape(q.shape), lse if lse is None else lse.reshape(q.shape[:-1])
 
 
-def _keeps(shares: Shares | None, q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules) -> bool:
-    """Whether to keep the weights. With grouped heads SDPA is faster than products by more than that would spare."""
-    if shares is None or rules.query_starts is None or rules.key_gaps is not None:
-        return False
-    plain = q.dtype == torch.float32 and q.shape[1] == k_buf.shape[2]
+def _behind(ends: Tensor, ranges: Tensor | None, slots: int) -> bool:
+    """Whether nothing is hidden by the ends of the queries."""
+    stop = slots if ranges is None or not len(ranges) else min(int(ranges[:, 1].max()), slots)
+    return not len(ends) or int(ends.min()) >= stop
+
+
+def _first_keys(query, key, value, seen: Tensor, scale, return_lse, workspace) -> tuple[Tensor, Tensor | None]:
+    """Attention of one row, query [1, N, H, D], where each sees the first `seen` [N] of the keys alone."""
+    numbers, counts = (x.tolist() for x in torch.unique_consecutive(seen, return_counts=True))
+    least, most, how = min(numbers), max(*numbers, 1), (scale, return_lse, workspace)
+    few = len(numbers) > 1 and len(seen) < QUERIES_OF_AN_END * len(numbers)
+    if least and not few:
+        queries = zip(query.split(counts, 1), numbers, strict=True)
+        found = [attend(own, key[:, :number], value[:, :number], None, *how) for own, number in queries]
+        out, lse = zip(*found, strict=True)
+        return torch.cat(out, 1), torch.cat(lse, 1) if return_lse else None
+    key, value, mask = key[:, :most], value[:, :most], torch.arange(most) < seen.unsqueeze(1)
+    if least and _finite_without_gradient(key[:, least:]) and _finite_without_gradient(value[:, least:]):
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        return attend(query, key, value, bias[None, None], *how)
+    rules = Rules(mask=mask.unsqueeze(0))
+    return cached_attention(query, key, value, rules, len(seen), scale, return_lse, workspace=workspace)
+
+
+def _finite_without_gradient(x: Tensor) -> bool:
+    return not x.requires_grad and bool((x * 0).sum() == 0)
+
+
+def _keeps(q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules) -> bool:
+    """Whether the weights can be kept."""
+    plain = q.dtype == torch.float32 and rules.query_starts is not None and rules.key_gaps is rules.query_ends is None
     return plain and not any(x.requires_grad for x in (q, k_buf, v_buf))
+
+
+def _with_shares(q, k_buf, v_buf, rules: Rules, scale, workspace: Workspace, shares: Shares) -> Tensor:
+    """Attention of packed rows by plain products, whose weights are kept."""
+    (batch, slots), out, shares.rows = k_buf.shape[:2], torch.zeros_like(q), []
+    ranges = [(0, slots)] * batch if rules.key_ranges is None else rules.key_ranges.tolist()
+    parts = zip(rules.query_starts.tolist(), rules.query_lengths.tolist(), ranges, strict=True)
+    for row, (start, length, (first, stop)) in enumerate(parts):
+        own, first, stop = slice(start, start + max(length, 0)), max(first, 0), min(stop, slots)
+        seen = slice(first, max(first, stop))
+        mean = q.new_empty(own.stop - start, seen.stop - first)
+        if mean.numel():
+            weighed(q[own], k_buf[row, seen], v_buf[row, seen], scale, workspace, mean, out[own])
+        shares.rows.append((own, seen, mean))
+    return out
 
 
 def _runs(first: int, stop: int, hidden: int, shown: int) -> list[slice]:
@@ -223,46 +187,11 @@ def _side_by_side(
     column = torch.arange(most_queries, device=q.device)
     own = column < rules.query_lengths.unsqueeze(1)
     entry = rules.query_starts.unsqueeze(1) + column  # [B, most_queries], of T
-    rules, query = rules._replace(query_starts=None), q[entry.where(own, 0)]
+    at = entry.where(own, 0)
+    ends = None if rules.query_ends is None else rules.query_ends[at]
+    rules, query = rules._replace(query_starts=None, query_ends=ends), q[at]
     found = cached_attention(query, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace=workspace)
     # What is of no row is written behind the last entry.
     to = entry.where(own, len(q))
     out, lse = (x if x is None else x.new_zeros(len(q) + 1, *x.shape[2:]).index_put_((to,), x)[:-1] for x in found)
-    return out, lse
-
-
-def _few_queries(query: Tensor, k_buf: Tensor, v_buf: Tensor) -> bool:
-    """Whether two plain products beat SDPA, for query [B, H, M, D]."""
-    heads, rows = query.shape[1:3]
-    plain = query.device.type == "cpu" and query.dtype == torch.float32
-    fits = rows in PRODUCTS and heads * rows * k_buf.shape[1] <= MOST_SCORES
-    return plain and fits and not any(x.requires_grad for x in (query, k_buf, v_buf))
-
-
-def _by_products(
-    query: Tensor,
-    k_buf: Tensor,
-    v_buf: Tensor,
-    scale: float,
-    return_lse: bool,
-    workspace: Workspace | None,
-    means: list[Tensor] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of query [B, H, M, D] over [B, S, H, D] row by row, so that the scores stay in the cache."""
-    work, (heads, entries), slots = workspace or Workspace(), query.shape[1:3], k_buf.shape[1]
-    most = entries if means is None else max(MOST_SCORES // max(heads * slots, 1), 1)
-    out, lse = query.new_empty(query.shape), query.new_empty(query.shape[:3]) if return_lse else None
-    query = query * scale
-    for row, first in product(range(len(query)), range(0, entries, max(most, 1))):
-        some = slice(first, min(first + most, entries))
-        scores = work.take("scores", (heads, some.stop - first, slots), query.dtype, query.device)
-        torch.bmm(query[row, :, some], k_buf[row].permute(1, 2, 0), out=scores)
-        top = scores.amax(-1) if return_lse else None
-        torch.softmax(scores, -1, out=scores)
-        if return_lse:
-            # The largest weight is 1 over the sum of all exponentials.
-            lse[row, :, some] = top - scores.amax(-1).log_()
-        if means is not None:
-            torch.mean(scores, 0, out=means[row][some])
-        torch.bmm(scores, v_buf[row].transpose(0, 1), out=out[row, :, some])
     return out, lse

@@ -171,14 +171,15 @@ def _calls(
     arguments["splits"] = tl.constexpr(split) if masked or split == 1 else split
     sizes = {"GROUP": group, "D": size, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n}
     # Every tile is tested where a rule asks for it, or where a loop that tests and one that does not would not fit
-    # the registers together: counted by `dkv audit`, from 512 bytes a head on. With a gap up to four tiles are cut,
-    # which in a loop of their own would be loaded one after the other.
-    sizes |= {"TESTED": masked or rules.key_gaps is not None or q.element_size() * block_d > 512, "WIDE": wide}
-    sizes["PRECISION"] = precision(q) if _tf32_fits(block_d, masked) else "ieee"
+    # the registers together: counted by `dkv audit`, from 512 bytes a head on, with ends of the queries from 256 on.
+    # With a gap up to four tiles are cut, which in a loop of their own would be loaded one after the other.
+    most_bytes = 512 if rules.query_ends is None else 256
+    tested = masked or rules.key_gaps is not None or q.element_size() * block_d > most_bytes
+    sizes |= {"WIDE": wide, "PRECISION": precision(q) if _tf32_fits(block_d, masked) else "ieee"}
     grid = (tiles * split, kv_heads, batch)
 
     def attend(launch: Launch, repair: bool) -> Call:
-        known = constants(**sizes, REPAIR=repair, STAGES=launch.stages)
+        known = constants(**sizes | {"TESTED": tested or repair}, REPAIR=repair, STAGES=launch.stages)
         return Call(attention_kernel, grid, launch, arguments | {"C": known}, rare=repair or wide)
 
     calls = [attend(launch, False)]
@@ -203,7 +204,7 @@ def _block_d(size: int) -> int:
 
 
 def _kind(rules: Rules) -> str:
-    return "masked" if rules.of_pairs or rules.key_mask is not None else "plain"
+    return "masked" if rules.masked else "plain"
 
 
 def _tf32_fits(block_d: int, masked: bool) -> bool:
@@ -226,11 +227,11 @@ _QUERIES = {"few": (5, 2), "some": (33, 5), "many": (129, 19)}
 
 def audit_cases(arch: str) -> Iterator[Case]:
     """Every launch with all that its regime allows and a head that does not fill the tile; what `arch` uses also bare,
-    with a gap, and with offsets that need 64 bits."""
+    with a gap, with ends of the queries, and with offsets that need 64 bits."""
     seen = []
     for regime, launch in TABLE.on(arch):
         used = launch == TABLE.launch(arch, regime)
-        for kind in ("full", "bare", "gap", "wide") if used else ("full",):
+        for kind in ("full", "bare", "gap", "ends", "wide") if used else ("full",):
             parts = 1 if kind == "bare" and regime[0] == "many" else 4
             calls = calls_of(arch, regime, launch, cached_attention, *_sample(regime, kind), parts=parts)
             for call in calls if used else calls[:1]:
@@ -247,20 +248,23 @@ def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
     tokens, slots, apart = _QUERIES[many][not bare], 1001, 2**29 if kind == "wide" else None
     size = size if bare else size - 16
     # Packed, where nothing asks for [B, N].
-    q = meta(*((2, tokens) if bare or masked else (2 * tokens,)), 4 if bare else 28, size, dtype=dtype)
+    paired = masked and kind != "ends"
+    q = meta(*((2, tokens) if bare or paired else (2 * tokens,)), 4 if bare else 28, size, dtype=dtype)
     k, v = (meta(2, slots, 4, size, dtype=dtype, apart=apart) for _ in range(2))
     rules: dict[str, Tensor] = {}
     if masked:
         rules["key_mask"] = meta(2, slots, dtype=torch.bool)
     if not bare:
         shapes = {"query_lengths": (2,), "key_ranges": (2, 2)}
-        if masked:
+        if paired:
             shapes |= {"query_blocks": (2, tokens), "key_blocks": (2, slots)}
             rules["mask"] = meta(2, tokens, slots, dtype=torch.bool)
         else:
             shapes["query_starts"] = (2,)
         if kind == "gap":
             shapes["key_gaps"] = (2, 2)
+        if kind == "ends":
+            shapes["query_ends"] = (2 * tokens,)
         rules |= {name: meta(*shape, dtype=torch.int64) for name, shape in shapes.items()}
     return q, k, v, Rules(**rules), tokens, 0.125, not bare
 
@@ -273,8 +277,10 @@ def _name(regime: tuple[str, str, int, int], call: Call, kind: str) -> str:
     wide, repair = (
         " " + name.lower() if getattr(call.arguments["C"], name).value else "" for name in ("WIDE", "REPAIR")
     )
-    gap = "" if call.arguments["rules"].key_gaps is None else " gap"
-    return f"{start} {'x'.join(map(str, call.launch.tile))}{gap}{wide}{repair}"
+    of = call.arguments["rules"]
+    rule = "" if of.key_gaps is None else " gap"
+    rule += "" if of.query_ends is None else " ends"
+    return f"{start} {'x'.join(map(str, call.launch.tile))}{rule}{wide}{repair}"
 
 
 def _expected(regime: tuple[str, str, int, int], call: Call) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ Sizes and strides only bound masks and place rows: they are not specialised on, 
 import triton
 import triton.language as tl
 
-from dkv.kernels.commit.ranking import anchors, less_one, level, nats, places, scored_entries, spent
+from dkv.kernels.commit.ranking import Scored, anchors, less_one, level, nats, places, scored_entries, spent
 from dkv.kernels.plan.kernel import loaded
 
 SIZES = ["radius", "slots", "entries", "steps", "ends_count", "pad", "table_row", "starts"]
@@ -136,8 +136,7 @@ def advance_kernel(
         high = tl.maximum(high, tl.where(scores, slot + 1, 0))
     unfinished, low, high = tl.sum(masks_seen) > 0, tl.min(low), tl.max(high)
     begin = tl.load(starts + row).to(tl.int32)
-    of_row = confidence, scored, eligible, entries
-    others = confidence, scored, eligible, entries, low, high, begin
+    others = Scored(confidence, scored, eligible, entries, low, high, begin)
     wanted = tl.load(count + row)
     if (RULE == "threshold" or RULE == "near") and bounds is not None:
         bound = tl.load(bounds + row).to(tl.float32)
@@ -146,17 +145,17 @@ def advance_kernel(
         before = begin
         for first in tl.range(low, high, OWN, num_stages=1):
             slot = first + lane
-            scores, may, entry = scored_entries(*of_row, slot, slot < high, before, FINITE_ONLY)
+            scores, may, entry = scored_entries(others, slot, slot < high, before, FINITE_ONLY)
             before += tl.sum(scores.to(tl.int32))
             known = level(confidence, entry, may, True)
             if RULE == "threshold":
                 fulfils = known >= bound
             elif RULE == "factor":
-                place = places(*others, confidence, known, slot, OTHERS, True, FINITE_ONLY)
+                place = places(others, confidence, known, slot, OTHERS, True, FINITE_ONLY)
                 fulfils = (place + 2).to(tl.float32) * -less_one(known) < bound
             else:
                 own, spends = level(score, entry, may, False), nats(entropy, entry, may)
-                total = spent(*others, score, entropy, own, spends, slot, OTHERS, FINITE_ONLY, RULE == "entropy")
+                total = spent(others, score, entropy, own, spends, slot, OTHERS, FINITE_ONLY, RULE == "entropy")
                 fulfils = total <= bound
             sure += (may & fulfils).to(tl.int32)
         wanted = tl.maximum(wanted, tl.sum(sure))
@@ -168,7 +167,7 @@ def advance_kernel(
         inside = slot < slots
         masks = loaded(masked, 0, slot, inside)
         known_slots = loaded(seen, 0, slot, inside) | (loaded(active, 0, slot, inside) & (masks == 0))
-        scores, may, entry = scored_entries(*of_row, slot, inside, before, False)
+        scores, may, entry = scored_entries(others, slot, inside, before, False)
         number = tl.sum(scores.to(tl.int32))
         before += number
         filled = may
@@ -176,10 +175,10 @@ def advance_kernel(
             sureness = tl.load(confidence + entry, mask=scores, other=0.0).to(tl.float32)
             nan += tl.sum((sureness != sureness).to(tl.int32))
             own = level(score, entry, may, False)
-            filled = places(*others, score, own, slot, OTHERS, False, False) < wanted
+            filled = places(others, score, own, slot, OTHERS, False, False) < wanted
             if RULE == "near":
                 known = level(confidence, entry, may, True)
-                reached = anchors(*others, slot, bound, radius, OTHERS, FINITE_ONLY) > 0
+                reached = anchors(others, slot, bound, radius, OTHERS, FINITE_ONLY) > 0
                 sure = (known >= bound) | (reached & (known >= near))
                 if FINITE_ONLY:
                     sure = sure & (sureness > float("-inf"))

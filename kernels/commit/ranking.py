@@ -1,8 +1,9 @@
 """What a slot is told by the other scored slots of its row, where a program has the whole row.
 
-Of a row, `confidence`, `scored`, `eligible` and `entries` are those of `advance_kernel`; its scored slots lie in
-low .. high - 1, and the first of them is entry `first`. Only what may be filled counts.
+Only what may be filled counts.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -10,20 +11,37 @@ import triton.language as tl
 from dkv.kernels.plan.kernel import loaded
 
 
+class Scored(NamedTuple):
+    """The scored slots of a row, as a program has them; the tensors are those of `advance_kernel`.
+
+    Attributes:
+        low, high: the slots among which they lie, low .. high - 1.
+        begin: entry of the first of them.
+    """
+
+    confidence: tl.tensor
+    scored: tl.tensor
+    eligible: tl.tensor
+    entries: tl.tensor
+    low: tl.tensor
+    high: tl.tensor
+    begin: tl.tensor
+
+
 @triton.jit
-def scored_entries(confidence, scored, eligible, entries, slot, inside, before, FINITE_ONLY: tl.constexpr):
+def scored_entries(row, slot, inside, before, FINITE_ONLY: tl.constexpr):
     """Of slots [I] which are scored, which of these may be filled, and their entries; `before` is the first entry.
 
     With FINITE_ONLY those of confidence -inf may not.
     """
-    score = loaded(scored, 0, slot, inside)
+    score = loaded(row.scored, 0, slot, inside)
     entry = before + tl.cumsum(score.to(tl.int32), 0) - 1
-    score = score & (entry < entries)
+    score = score & (entry < row.entries)
     may = score
-    if eligible is not None:
-        may = loaded(eligible, 0, slot, score)
+    if row.eligible is not None:
+        may = loaded(row.eligible, 0, slot, score)
     if FINITE_ONLY:
-        may = may & (level(confidence, entry, may, False) > float("-inf"))
+        may = may & (level(row.confidence, entry, may, False) > float("-inf"))
     return score, may, entry
 
 
@@ -46,44 +64,6 @@ def less_one(x):
 
 
 @triton.jit
-def _ahead(value, other, may, own, slot):
-    """Whether entries [J] come before each of `own` (slots [I]): higher ones, and equal ones further left."""
-    above = value[None, :] > own[:, None]
-    same = (value[None, :] == own[:, None]) & (other[None, :] < slot[:, None])
-    return (above | same) & may[None, :]
-
-
-@triton.jit
-def places(
-    confidence,
-    scored,
-    eligible,
-    entries,
-    low,
-    high,
-    first,
-    values,
-    own,
-    slot,
-    OTHERS: tl.constexpr,
-    FINITE: tl.constexpr,
-    FINITE_ONLY: tl.constexpr,
-):
-    """How many entries of the row come before each of `own` (slots [I]), in the order of `values`."""
-    place = tl.zeros_like(slot)
-    before = first
-    for start in tl.range(low, high, OTHERS, num_stages=1):
-        other = start + tl.arange(0, OTHERS)
-        score, may, entry = scored_entries(
-            confidence, scored, eligible, entries, other, other < high, before, FINITE_ONLY
-        )
-        ahead = _ahead(level(values, entry, may, FINITE), other, may, own, slot)
-        place += tl.sum(ahead.to(tl.int32), 1)
-        before += tl.sum(score.to(tl.int32))
-    return place
-
-
-@triton.jit
 def nats(entropy, entry, mask):
     """Entropies [I] from 0 to 32, float32; NaN is as large as any."""
     value = tl.load(entropy + entry, mask=mask, other=0.0).to(tl.float32)
@@ -97,14 +77,36 @@ def units(entropy):
 
 
 @triton.jit
+def _others(row, start, before, OTHERS: tl.constexpr, FINITE_ONLY: tl.constexpr):
+    """The next slots [J], from `start` on; then of them what `scored_entries` tells."""
+    other = start + tl.arange(0, OTHERS)
+    score, may, entry = scored_entries(row, other, other < row.high, before, FINITE_ONLY)
+    return other, score, may, entry
+
+
+@triton.jit
+def _ahead(value, other, may, own, slot):
+    """Whether entries [J] come before each of `own` (slots [I]): higher ones, and equal ones further left."""
+    above = value[None, :] > own[:, None]
+    same = (value[None, :] == own[:, None]) & (other[None, :] < slot[:, None])
+    return (above | same) & may[None, :]
+
+
+@triton.jit
+def places(row, values, own, slot, OTHERS: tl.constexpr, FINITE: tl.constexpr, FINITE_ONLY: tl.constexpr):
+    """How many entries of the row come before each of `own` (slots [I]), in the order of `values`."""
+    place, before = tl.zeros_like(slot), row.begin
+    for start in tl.range(row.low, row.high, OTHERS, num_stages=1):
+        other, score, may, entry = _others(row, start, before, OTHERS, FINITE_ONLY)
+        ahead = _ahead(level(values, entry, may, FINITE), other, may, own, slot)
+        place += tl.sum(ahead.to(tl.int32), 1)
+        before += tl.sum(score.to(tl.int32))
+    return place
+
+
+@triton.jit
 def spent(
-    confidence,
-    scored,
-    eligible,
-    entries,
-    low,
-    high,
-    first,
+    row,
     values,
     entropy,
     own,
@@ -118,13 +120,9 @@ def spent(
 
     That is the largest if BUT_LARGEST, else its own. In nats, float32.
     """
-    total, largest = units(own_entropy), own_entropy
-    before = first
-    for start in tl.range(low, high, OTHERS, num_stages=1):
-        other = start + tl.arange(0, OTHERS)
-        score, may, entry = scored_entries(
-            confidence, scored, eligible, entries, other, other < high, before, FINITE_ONLY
-        )
+    total, largest, before = units(own_entropy), own_entropy, row.begin
+    for start in tl.range(row.low, row.high, OTHERS, num_stages=1):
+        other, score, may, entry = _others(row, start, before, OTHERS, FINITE_ONLY)
         ahead = _ahead(level(values, entry, may, False), other, may, own, slot)
         value = nats(entropy, entry, may)
         total += tl.sum(tl.where(ahead, units(value)[None, :], 0), 1)
@@ -135,29 +133,12 @@ def spent(
 
 
 @triton.jit
-def anchors(
-    confidence,
-    scored,
-    eligible,
-    entries,
-    low,
-    high,
-    first,
-    slot,
-    bound,
-    radius,
-    OTHERS: tl.constexpr,
-    FINITE_ONLY: tl.constexpr,
-):
+def anchors(row, slot, bound, radius, OTHERS: tl.constexpr, FINITE_ONLY: tl.constexpr):
     """How many entries of the row that are at least as sure as `bound` stand at most `radius` from each slot [I]."""
-    number = tl.zeros_like(slot)
-    before = first
-    for start in tl.range(low, high, OTHERS, num_stages=1):
-        other = start + tl.arange(0, OTHERS)
-        score, may, entry = scored_entries(
-            confidence, scored, eligible, entries, other, other < high, before, FINITE_ONLY
-        )
-        anchor = may & (level(confidence, entry, may, True) >= bound)
+    number, before = tl.zeros_like(slot), row.begin
+    for start in tl.range(row.low, row.high, OTHERS, num_stages=1):
+        other, score, may, entry = _others(row, start, before, OTHERS, FINITE_ONLY)
+        anchor = may & (level(row.confidence, entry, may, True) >= bound)
         reached = tl.abs(other[None, :] - slot[:, None]) <= radius
         number += tl.sum((reached & anchor[None, :]).to(tl.int32), 1)
         before += tl.sum(score.to(tl.int32))

@@ -16,24 +16,22 @@ LOG2E = 1 / math.log(2)
 def attention_mass(
     q, k_buf, lse, weight, query_starts, query_lengths, key_ranges, most_queries, scale, *, workspace=None, shares=None
 ) -> Tensor:
-    """`dkv.kernels.attention_mass`; where attention has left its `shares`, from these."""
+    """`dkv.kernels.attention_mass`; where attention has left its `shares`, from these, and `lse` is not read."""
+    if shares is not None and shares.rows is not None:
+        return shares.mass(weight, k_buf)
     lse, rows = finite_or_no_share(lse), (query_starts, query_lengths, key_ranges)
     if operation.readable(q):
-        means, work = None if shares is None else shares.rows, workspace or Workspace()
-        return _each_row_alone(q, k_buf, lse, weight, *rows, scale, work, means)
+        return _each_row_alone(q, k_buf, lse, weight, *rows, scale, workspace or Workspace())
     return _side_by_side(q, k_buf, lse, weight, *rows, most_queries, scale)
 
 
-def _each_row_alone(q, k_buf, lse, weight, query_starts, query_lengths, key_ranges, scale, work, means) -> Tensor:
+def _each_row_alone(q, k_buf, lse, weight, query_starts, query_lengths, key_ranges, scale, work) -> Tensor:
     """Every row over its own visible slots."""
     (batch, slots), ranges = k_buf.shape[:2], None if key_ranges is None else key_ranges.clamp(min=0).tolist()
     mass = lse.new_zeros(batch, slots)
     for row, (start, length) in enumerate(zip(query_starts.tolist(), query_lengths.tolist(), strict=True)):
         own, seen = slice(start, start + max(length, 0)), slice(*(ranges[row] if ranges else (0, slots)))
-        if means is not None:
-            # A copy, as a product may round differently where memory is aligned otherwise.
-            mass[row, seen] = weight[own].clone() @ means[row]
-        elif length > 0 and mass[row, seen].numel():
+        if length > 0 and mass[row, seen].numel():
             mass[row, seen] = _of_row(q[own], k_buf[row, seen], lse[own], weight[own], scale, work)
     return mass
 

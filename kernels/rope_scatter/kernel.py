@@ -9,43 +9,58 @@ import triton.language as tl
 
 
 @triton.jit
-def _halves(x, row, token, head, inside, C):
-    """Both halves of the heads of x at `token` and `head` [R]: float32 [R, H] each."""
+def _pairs(C):
+    """Where the numbers that lane h holds stand in a head, [H] each: a pair that is rotated, or one that is kept."""
     h = tl.arange(0, C.BLOCK_H)
+    first, second = h, h + C.D // 2
+    if C.W != C.D // 2:
+        first, second = tl.where(h < C.W, h, h + C.W), tl.where(h < C.W, h + C.W, second)
+    return first, second
+
+
+@triton.jit
+def _halves(x, row, token, head, inside, C):
+    """Both numbers of all pairs of the heads of x at `token` and `head` [R]: float32 [R, H] each."""
+    h, pair = tl.arange(0, C.BLOCK_H), _pairs(C)
     at = x.ptr + row * x.stride[0] + token * x.stride[1] + head.to(tl.int64) * x.stride[2]
     mask = inside[:, None] & (h < C.D // 2)[None, :]
-    first = tl.load(at[:, None] + h[None, :], mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(at[:, None] + (h + C.D // 2)[None, :], mask=mask, other=0.0).to(tl.float32)
+    first = tl.load(at[:, None] + pair[0][None, :], mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(at[:, None] + pair[1][None, :], mask=mask, other=0.0).to(tl.float32)
     return first, second
 
 
 @triton.jit
 def _norm_and_rotate(first, second, norm, cos, sin, place, inside, C, DTYPE: tl.constexpr):
-    """The halves after the norm, rounded where plain torch rounds, and the rotation at `place` [R]."""
-    h = tl.arange(0, C.BLOCK_H)
+    """The pairs after the norm, rounded where plain torch rounds, and the rotation at `place` [R]."""
+    h, pair = tl.arange(0, C.BLOCK_H), _pairs(C)
     mask = inside[:, None] & (h < C.D // 2)[None, :]
     if norm.gain is not None:
         mean_square = tl.sum(first * first + second * second, 1) / C.D
         inverse = tl.rsqrt(mean_square + norm.eps)[:, None]
         first, second = (first * inverse).to(DTYPE).to(tl.float32), (second * inverse).to(DTYPE).to(tl.float32)
-        first *= tl.load(norm.gain + h, mask=h < C.D // 2, other=0.0).to(tl.float32)[None, :]
-        second *= tl.load(norm.gain + C.D // 2 + h, mask=h < C.D // 2, other=0.0).to(tl.float32)[None, :]
+        first *= tl.load(norm.gain + pair[0], mask=h < C.D // 2, other=0.0).to(tl.float32)[None, :]
+        second *= tl.load(norm.gain + pair[1], mask=h < C.D // 2, other=0.0).to(tl.float32)[None, :]
         first, second = first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
+    if C.W != C.D // 2:
+        mask = mask & (h < C.W)[None, :]
     c = tl.load(cos.ptr + (place * cos.stride[0])[:, None] + h[None, :], mask=mask, other=0.0).to(tl.float32)
     s = tl.load(sin.ptr + (place * sin.stride[0])[:, None] + h[None, :], mask=mask, other=0.0).to(tl.float32)
-    return first * c - second * s, second * c + first * s
+    left, right = first * c - second * s, second * c + first * s
+    if C.W != C.D // 2:
+        left, right = tl.where((h < C.W)[None, :], left, first), tl.where((h < C.W)[None, :], right, second)
+    return left, right
 
 
 @triton.jit
 def _write(buffer, row, slot, head, first, second, inside, C, DTYPE: tl.constexpr):
-    """Both halves into one row or rows [R] of a buffer, at `slot` and `head` [R]; rounded to DTYPE before its dtype."""
-    h = tl.arange(0, C.BLOCK_H)
-    lane, mask = h.to(tl.int64)[None, :], inside[:, None] & (h < C.D // 2)[None, :]
+    """All pairs into one row or rows [R] of a buffer, at `slot` and `head` [R]; rounded to DTYPE before its dtype."""
+    h, pair = tl.arange(0, C.BLOCK_H), _pairs(C)
+    mask = inside[:, None] & (h < C.D // 2)[None, :]
     at = row * buffer.stride[0] + slot * buffer.stride[1] + head.to(tl.int64) * buffer.stride[2]
     at = buffer.ptr + at[:, None]
     own: tl.constexpr = buffer.ptr.dtype.element_ty
-    tl.store(at + lane * buffer.stride[3], first.to(DTYPE).to(own), mask=mask)
-    tl.store(at + (lane + C.D // 2) * buffer.stride[3], second.to(DTYPE).to(own), mask=mask)
+    tl.store(at + pair[0].to(tl.int64)[None, :] * buffer.stride[3], first.to(DTYPE).to(own), mask=mask)
+    tl.store(at + pair[1].to(tl.int64)[None, :] * buffer.stride[3], second.to(DTYPE).to(own), mask=mask)
 
 
 NOT_SPECIALIZED = ["positions", "positions_stride", "rows", "query_positions", "query_positions_stride"]
@@ -80,7 +95,8 @@ def rope_scatter_kernel(
     Packed entries are read as those of one row, and written to the rows that `rows` names. The indices of a row are
     dense; the strides are those between rows.
 
-    C is known at compile time: HQ and HKV heads of D numbers, tiles of ENTRIES heads by BLOCK_H numbers of a half.
+    C is known at compile time: HQ and HKV heads of D numbers, of which the first 2 * W are rotated, and tiles of
+    ENTRIES heads by BLOCK_H numbers of a half.
     """
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -93,10 +109,10 @@ def rope_scatter_kernel(
         place = tl.load(query_positions + row * query_positions_stride + token, mask=asked, other=0)
         first, second = _halves(q, row, token, head, asked, C)
         first, second = _norm_and_rotate(first, second, q_norm, cos, sin, place, asked, C, DTYPE)
-        out_at = out + ((row * query_tokens * C.HQ + r) * C.D)[:, None] + h[None, :]
+        out_at, pair = out + ((row * query_tokens * C.HQ + r) * C.D)[:, None], _pairs(C)
         mask = asked[:, None] & (h < C.D // 2)[None, :]
-        tl.store(out_at, first.to(DTYPE), mask=mask)
-        tl.store(out_at + C.D // 2, second.to(DTYPE), mask=mask)
+        tl.store(out_at + pair[0][None, :], first.to(DTYPE), mask=mask)
+        tl.store(out_at + pair[1][None, :], second.to(DTYPE), mask=mask)
     else:
         rest = tile - query_tiles
         r += tl.where(rest < key_tiles, rest, rest - key_tiles) * C.ENTRIES

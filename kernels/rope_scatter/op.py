@@ -35,8 +35,9 @@ def rope_scatter_(
     Args:
         q: [B, R, Hq, D], or packed [R, Hq, D]; R = N unless `query_positions` is given.
         k, v: [B, N, Hkv, D], or packed [N, Hkv, D]; dtype of q.
-        cos, sin: [P, D / 2]. The rotation ("rotate half" layout) is computed in the wider of their
-            dtype and that of q, by the kernels in float32, and cast back.
+        cos, sin: [P, W], W from 1 to D / 2: the first 2 * W numbers of a head are rotated, the others are kept. The
+            rotation ("rotate half" layout) is computed in the wider of their dtype and that of q, by the kernels in
+            float32, and cast back.
         positions: [B, N] or [N], int32 or int64, slots of the buffer and places in the tables. A row must not
             name a slot twice, unless what is written there does not matter.
         k_buf, v_buf: [B, S, Hkv, D], written in place in their own dtype.
@@ -59,8 +60,10 @@ def rope_scatter_(
     checks.shape("v", v, *b, n, hkv, d)
     checks.dtype("q", q, FLOATS)
     checks.same_dtype(q=q, k=k, v=v)
-    checks.shape("cos", cos, None, d // 2)
-    checks.shape("sin", sin, len(cos), d // 2)
+    _, half = checks.shape("cos", cos, None, None)
+    if not 1 <= half <= d // 2:
+        raise ValueError(f"cos must have shape [any, 1 to {d // 2}], half of a head at most, got {list(cos.shape)}")
+    checks.shape("sin", sin, len(cos), half)
     checks.shape("positions", positions, *b, n)
     checks.dtype("positions", positions, INTEGERS)
     checks.shape("k_buf", k_buf, *(b or [None]), None, hkv, d)

@@ -20,11 +20,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [B, N, H, D], or packed [N, H, D].
-        cos, sin: [N, D / 2] or [B, N, D / 2].
+        cos, sin: [N, W] or [B, N, W], W at most D / 2: the first 2 * W numbers of a head are rotated, in two halves,
+            and the others are kept.
     """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    cos, sin, half = cos.unsqueeze(-2), sin.unsqueeze(-2), cos.shape[-1]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).to(x.dtype)
 
 
 def head_norm(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:

@@ -24,8 +24,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.dtype != cos.dtype or any(t.requires_grad for t in (x, cos, sin)):
         return rotate(x, cos, sin)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    (a, b), out = x.chunk(2, -1), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    left, right = out.chunk(2, -1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sizes = cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    (a, b, rest), (left, right, kept) = x.split(sizes, -1), out.split(sizes, -1)
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=right).addcmul_(a, sin)
+    if sizes[-1]:
+        kept.copy_(rest)
     return out

@@ -51,7 +51,8 @@ def _plan(q, k, v, cos, sin, positions, query_positions, rows, k_buf, v_buf, out
     arguments |= {"query_positions": query_positions, "query_positions_stride": query_positions.stride(0)}
     arguments |= {"q_norm": Norm(q_gain, q_eps), "k_norm": Norm(k_gain, k_eps)}
     arguments |= {"out": out, "query_tokens": query_tokens, "tokens": tokens}
-    known = {"HQ": heads, "HKV": kv_heads, "D": size, "BLOCK_H": triton.next_power_of_2(size // 2)}
+    known = {"HQ": heads, "HKV": kv_heads, "D": size, "W": cos.shape[1]}
+    known["BLOCK_H"] = triton.next_power_of_2(size // 2)
 
     def calls(launch: Launch) -> list[Call]:
         (entries,) = launch.tile
@@ -63,16 +64,20 @@ def _plan(q, k, v, cos, sin, positions, query_positions, rows, k_buf, v_buf, out
 
 
 def audit_cases(arch: str) -> Iterator[Case]:
-    """Every launch with nothing optional, and packed with everything; and a head size that is no power of two."""
+    """Every launch with nothing optional, and packed with everything; a head size that is no power of two; and, of
+    what `arch` uses, heads of which a part is rotated."""
     for regime, launch in TABLE.on(arch):
         odd = regime - 16 if regime > 32 else 24
-        for dtype, full, size in (("bf16", False, regime), ("bf16", True, regime), ("fp32", True, odd)):
+        kinds = [("bf16", False, regime, 1), ("bf16", True, regime, 1), ("fp32", True, odd, 1)]
+        if launch == TABLE.launch(arch, regime):
+            kinds.append(("bf16", True, regime, 2))
+        for dtype, full, size, part in kinds:
             entries = (33,) if full else (2, 33)
             q, kv, buffer = (meta(*n, size, dtype=dtype) for n in ((*entries, 28), (*entries, 4), (2, 1001, 4)))
-            table, places = meta(1001, size // 2, dtype=torch.float32), meta(*entries, dtype=torch.int64)
+            table, places = meta(1001, size // 2 // part, dtype=torch.float32), meta(*entries, dtype=torch.int64)
             rows = places if full else None
             norm = Norm(meta(size, dtype=dtype), 1e-6) if full else Norm()
             given = (q, kv, kv, table, table, places, buffer, buffer, rows, rows, norm, norm)
             (call,) = calls_of(arch, regime, launch, rope_scatter_, *given)
-            kind = "full" if full else "plain"
+            kind = ("full" if full else "plain") + (" part" if part > 1 else "")
             yield Case(f"rope_scatter_ {dtype} D{size} {kind} {launch.tile[0]} entries", call)

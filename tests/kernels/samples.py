@@ -209,8 +209,8 @@ SAMPLES = {
         for (k, v) in [buffers()]
         for lse in (False, True)
         for q, *rules in (
-            [numbers(B, N, HQ, D), *[None] * 8],
-            [numbers(5, HQ, D), torch.tensor([2, 3]), *[None] * 5, torch.tensor([0, 2]), None],
+            [numbers(B, N, HQ, D), *[None] * 9],
+            [numbers(5, HQ, D), torch.tensor([2, 3]), *[None] * 5, torch.tensor([0, 2]), None, torch.arange(1, 6)],
             [
                 numbers(B, N, HQ, D),
                 torch.tensor([1, 3]),
@@ -221,6 +221,7 @@ SAMPLES = {
                 torch.randint(3, (B, S)),
                 None,
                 torch.tensor([[1, 3], [2, 2]]),
+                None,
             ],
         )
     ],

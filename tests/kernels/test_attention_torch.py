@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dkv.kernels import Workspace, cached_attention, use_backend
-from dkv.kernels.attention import torch as fast
+from dkv.kernels.attention import products
 
 
 def inputs(n: int, query_heads: int, kv_heads: int):
@@ -47,7 +47,7 @@ def test_scores_that_would_be_many_are_left_to_sdpa():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_log_sum_exp_changes_no_bit_of_the_output(n, heads, dtype, monkeypatch, assert_close):
     """Packed rows get it from what attends anyway: few queries, products, and many queries; not from a formula."""
-    monkeypatch.setattr(fast, "_with_lse", None)
+    monkeypatch.setattr(products, "_with_lse", None)
     q, k, v = (x.to(dtype) for x in inputs(n, *heads))
     rows = {"query_starts": torch.tensor([0, n]), "query_lengths": torch.tensor([n, n - 1])}
     rows["key_ranges"] = torch.tensor([[0, 257], [9, 100]])

@@ -133,7 +133,7 @@ def test_an_operation_without_a_gradient_says_so(name, backend):
 
 def test_an_op_asked_directly_never_detaches_in_silence(backend):
     q = numbers(B, N, HQ, D).requires_grad_()
-    out, _ = torch.ops.dkv.cached_attention(q, *buffers(), *[None] * 8, N, 0.25, False)
+    out, _ = torch.ops.dkv.cached_attention(q, *buffers(), *[None] * 9, N, 0.25, False)
     assert out.requires_grad
     with pytest.raises(RuntimeError, match="autograd"):
         out.sum().backward()

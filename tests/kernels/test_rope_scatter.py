@@ -58,9 +58,9 @@ def plain(q, k, v, cos, sin, positions, k_buf, v_buf, query_positions=None, q_no
         if norm is not None:
             gain, eps = norm
             x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
-        first, second = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
         c, s = cos[place], sin[place]
-        return torch.cat((first * c - second * s, first * s + second * c), -1)
+        first, second, rest = x[:, : len(c)], x[:, len(c) : 2 * len(c)], x[:, 2 * len(c) :]
+        return torch.cat((first * c - second * s, first * s + second * c, rest), -1)
 
     for row in range(b):
         for i in range(n):
@@ -104,6 +104,22 @@ def test_dtypes(shape, dtype, table, backend, assert_close):
 )
 def test_options(shape, names, dtype, backend, assert_close):
     compare(assert_close, inputs(shape, dtype), options(shape, names, dtype))
+
+
+@pytest.mark.parametrize(("shape", "width", "names", "dtype"), sweep(SHAPES, [1, 4, 7], [[], OPTIONS], DTYPES, quick=5))
+def test_a_part_of_a_head(shape, width, names, dtype, backend, assert_close):
+    args = inputs(shape, dtype)
+    args |= {name: args[name][:, :width].contiguous() for name in ("cos", "sin")}
+    compare(assert_close, args, options(shape, names, dtype))
+
+
+def test_what_is_not_rotated_keeps_its_bits(backend):
+    args = inputs(SHAPES[1])
+    args |= {name: args[name][:, :8].contiguous() for name in ("cos", "sin")}
+    args["q"][..., 17] = torch.inf
+    found, place = rope_scatter_(**args), args["positions"]
+    assert torch.equal(found[..., 16:], args["q"][..., 16:]) and found[..., :16].isfinite().all()
+    assert torch.equal(args["k_buf"][torch.arange(2)[:, None], place][..., 16:], args["k"][..., 16:])
 
 
 @pytest.mark.parametrize(("dtype", "buffer"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
