@@ -1,4 +1,4 @@
-"""Diffusion language models: one bidirectional transformer, a thin adapter per family, and a loader."""
+"""Diffusion language models: one transformer, a thin adapter per family, and a loader."""
 
 from dkv.models.loader import load, wrap
 from dkv.models.packing import unpack

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,7 +78,7 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
 def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
     """The model as a checkpoint of its family: the content of `config.json`, and the tensors by their names there.
 
-    The tensors share the storage of the model's, and `family_of(config).spec(config) == model.spec`.
+    The tensors share the storage of the model's, but for fused ones. `family_of(config).spec(config) == model.spec`.
 
     Raises:
         ValueError: the format cannot express the model, or its weights are packed.
@@ -87,7 +88,7 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
     spec, family = model.spec, FAMILIES[model.spec.family]
     # By the names of plain layers, also where products are joined; a head that is the embedding is written once.
     tensors = {n: t for n, t in model.state_dict().items() if not (spec.tied_head and n == "head.weight")}
-    names = family.checkpoint_names(tensors)
+    pieces = family.pieces({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     config = {**family.config(spec), "torch_dtype": str(model.dtype).removeprefix("torch.")}
     # The limit comes from a tokenizer, not from the configuration.
     again = replace(family.spec(config), vocab_limit=spec.vocab_limit)
@@ -95,4 +96,5 @@ def to_checkpoint(model: Transformer) -> tuple[dict, dict[str, Tensor]]:
         ours, theirs = getattr(spec, name), getattr(again, name)
         if ours != theirs:
             raise ValueError(f"the {family.name} format cannot express {name}={ours!r}, only {theirs!r}")
-    return config, {names[name]: tensor for name, tensor in tensors.items()}
+    parts = {theirs: [tensors[part.parameter][part.at] for part in parts] for theirs, parts in pieces.items()}
+    return config, {theirs: few[0] if len(few) == 1 else torch.cat(few) for theirs, few in parts.items()}

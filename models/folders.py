@@ -61,6 +61,8 @@ def folder_of(
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, its missing token ids filled in from `generation_config.json` if that exists.
 
+    All of the latter is `generation_config` in it.
+
     Raises as `read_json`, and ValueError if the folder holds an adapter or quantised weights.
     """
     if is_there(folder / ADAPTER):
@@ -81,7 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for field in ("mask_token_id", "eos_token_id", "pad_token_id"):
         if config.get(field) is None and field in ids:
             config[field] = ids[field]
-    return config
+    return {**config, "generation_config": ids}
 
 
 def read_headers(folder: Path) -> dict[str, Entry]:

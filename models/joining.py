@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dkv.kernels.gate.op import SWIGLU
-from dkv.models.transformer import Block, Layer
+from dkv.models.layers import Block, Layer
 
 # By the joined product, those that it stands for, in their order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -25,13 +25,15 @@ class JoinedLayer(Block):
 
     def __init__(self, layer: Layer):
         super().__init__()
-        self.index, self.head_dim = layer.index, layer.head_dim
-        for name in ("attn_norm", "q_norm", "k_norm", "mlp_norm", "o_proj", "down_proj"):
+        for name in (*self.SETTINGS, "attn_norm", "q_norm", "k_norm", "mlp_norm", "o_proj", "down_proj", "experts"):
             setattr(self, name, getattr(layer, name))
-        self.sizes = {name: [getattr(layer, part).out_features for part in parts] for name, parts in JOINED.items()}
+        parts = {name: [getattr(layer, part) for part in parts] for name, parts in JOINED.items()}
+        # A layer with experts has no MLP.
+        parts = {name: linears for name, linears in parts.items() if None not in linears}
+        self.sizes = {name: [linear.out_features for linear in linears] for name, linears in parts.items()}
         self.heads = [size // self.head_dim for size in self.sizes["qkv_proj"]]
-        for name, parts in JOINED.items():
-            setattr(self, name, _joined([getattr(layer, part) for part in parts]))
+        for name, linears in parts.items():
+            setattr(self, name, _joined(linears))
         self.train(layer.training)
 
     def _qkv(self, h: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,10 +46,10 @@ class JoinedLayer(Block):
 
     def unpacked(self, own: bool = True) -> Layer:
         """The plain layer; its weights are copies, or else parts of the joined ones."""
-        plain = {"o_proj": self.o_proj, "down_proj": self.down_proj}
-        for name, parts in JOINED.items():
+        plain: dict[str, Any] = dict.fromkeys(part for parts in JOINED.values() for part in parts)
+        for name, sizes in self.sizes.items():
             joined = getattr(self, name)
-            plain |= zip(parts, parts_of(joined.weight, joined.bias, self.sizes[name], own), strict=True)
+            plain |= zip(JOINED[name], parts_of(joined.weight, joined.bias, sizes, own), strict=True)
         return Layer.of(self, **plain)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -57,12 +59,12 @@ class JoinedLayer(Block):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
-        for name, parts in JOINED.items():
+        for name, sizes in self.sizes.items():
             for kind, held in getattr(self, name).named_parameters():
-                names = [f"{prefix}{part}.{kind}" for part in parts]
+                names = [f"{prefix}{part}.{kind}" for part in JOINED[name]]
                 missing += [part for part in names if part not in state_dict]
                 # What is missing stays as it is.
-                pairs = zip(names, held.detach().split(self.sizes[name]), strict=True)
+                pairs = zip(names, held.detach().split(sizes), strict=True)
                 state_dict[f"{prefix}{name}.{kind}"] = torch.cat([state_dict.pop(*pair) for pair in pairs])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
@@ -70,7 +72,7 @@ class JoinedLayer(Block):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if any(name in parts for parts in JOINED.values()):
+            if any(name in JOINED[joined] for joined in self.__dict__.get("sizes", ())):
                 text = f"{name} is joined with others: call dkv.unpack(model), or load it with pack=False"
                 raise AttributeError(text) from None
             raise

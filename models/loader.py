@@ -6,6 +6,7 @@ one.
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +14,27 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from dkv.models.families import family_of
+from dkv.models.families import Family, family_of
 from dkv.models.files import Entry, damaged
 from dkv.models.folders import folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
+from dkv.models.gemma import Gemma
 from dkv.models.joining import join_
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
+from dkv.models.mixture import EXPERT_BIAS
 from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.skeleton import fill, skeleton
+from dkv.models.special_ids import with_token_ids
 from dkv.models.tokenizer import with_vocab_limit
 from dkv.models.transformer import Transformer
 
 # The dtypes that are read, by the codes of safetensors headers.
 CODES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS.values(), strict=True))
+# Arguments of `load`, for the message that refuses another.
+NAMES = (
+    *("dtype", "device", "device_map", "torch_dtype", "pack", "subfolder"),
+    *("family", "mask_token_id", "attention_block"),
+)
 # Checkpoints of at least so many bytes show how far they are.
 LARGE = 1 << 30
 
@@ -37,11 +46,14 @@ def load(
     torch_dtype: torch.dtype | str | None = None,
     pack: bool | None = None,
     *,
+    family: str | None = None,
+    mask_token_id: int | None = None,
+    attention_block: int | None = None,
     device_map: Any = None,
     subfolder: str | None = "",
     **keywords: Any,
-) -> Transformer:
-    """Load a LLaDA or Dream checkpoint for inference, without running code that comes with it.
+) -> Transformer | Gemma:
+    """Load a checkpoint for inference, without running code that comes with it.
 
     Everything that can be wrong with names, shapes and files is found before a tensor is read. Large checkpoints show a
     bar on a terminal.
@@ -51,13 +63,18 @@ def load(
             folder of this name is "./tiny"); a folder with `config.json` and `model.safetensors` or its index and
             shards; or the id of a model on the Hugging Face hub ("org/name"), unless a folder of this name exists.
         dtype: of the parameters: a torch dtype, its name, or "auto" for the dtype of the file (that of its embedding
-            table). None is "auto", except on a CPU, where half precision is slow and becomes float32.
+            table). None is "auto", except on a CPU, where half precision is slow and becomes float32. The bias of a
+            router is at least float32.
         device: where the parameters go. None is the current CUDA or ROCm device, or else the CPU.
         torch_dtype: the older name of `dtype`.
         pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`): faster above
             all where few slots are active, but the weights cannot be moved, trained, quantised or saved by
             `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can;
             elsewhere weights that multiply the same states are joined (`models/joining.py`). False: plain layers.
+        family: of the model, where its configuration does not tell: "stable_diffcoder" for a plain Llama one.
+        mask_token_id: where neither the configuration nor the tokenizer beside it say it; counts before both.
+        attention_block: slots of the blocks in which the model was trained, if not as its configuration says: for
+            A2D's BD3LM, whose files say nothing of blocks, and variants of SDAR.
         device_map: transformers' name for `device`; "auto" is the default device, as a model is never split.
         subfolder: the folder inside that holds the files.
         keywords: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in transformers, for
@@ -76,18 +93,17 @@ def load(
         OSError: a file cannot be read.
         TypeError: an unknown argument, or a path that is none.
     """
-    hub = hub_options(keywords, ("dtype", "device", "device_map", "torch_dtype", "pack", "subfolder"))
+    hub = hub_options(keywords, NAMES)
     if not (pack is None or isinstance(pack, bool)):
         raise ValueError(f"pack must be True, False or None, got {pack!r}")
     wanted, device = one_dtype(dtype, torch_dtype), usable(one_device(device, device_map))
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)
-    config = read_config(folder)
-    family = family_of(config)
+    kind, config = described(folder, family, mask_token_id, attention_block)
     entries = read_headers(folder)
-    model, names = skeleton(family, config, entries, str(folder))
+    model, pieces = skeleton(kind, config, entries, str(folder))
     model.spec = with_vocab_limit(model.spec, folder)
     # Files may hold more than the model has.
-    entries = {name: entries[name] for name in names.values()}
+    entries = {name: entries[name] for name in pieces}
     for name, entry in entries.items():
         if entry.dtype not in CODES:
             raise ValueError(
@@ -96,14 +112,21 @@ def load(
             )
     target = wanted
     if not isinstance(wanted, torch.dtype):
-        target = CODES[entries[names["embed.weight"]].dtype]
+        target = CODES[entries[kind.weight_name("embed")].dtype]
         if wanted is None and device.type == "cpu":
             target = torch.promote_types(target, torch.float32)
+    own = isinstance(model, Gemma)
+    if own and pack:
+        raise ValueError("pack=True is of models that fill masks; DiffusionGemma computes with its weights as they are")
     packs = device.type == "cpu" and target == torch.float32 and can_pack()
     if pack:
         check_packable("the model", target, device)
-    fill(model, names, _read(entries, target, device))
+    fill(model, pieces, _read(entries, target, device))
     model.eval()
+    if own:
+        if pack is None:
+            model.join_()
+        return model
     if pack or (pack is None and packs):
         return pack_(model)
     if pack is None:
@@ -114,8 +137,25 @@ def load(
     return model
 
 
-def wrap(hf_model: nn.Module) -> Transformer:
-    """Share the parameters of a LLaDA or Dream model that is already in memory.
+def described(
+    folder: Path, family: str | None, mask_token_id: int | None, attention_block: int | None
+) -> tuple[Family, dict[str, Any]]:
+    """The family of a folder, and its configuration with what the caller and the tokenizer say; arguments and errors as
+    for `load`.
+    """
+    config = read_config(folder)
+    kind = family_of(config, family)
+    return kind, with_token_ids(kind.told(config, mask_token_id, attention_block), folder)
+
+
+def wrap(
+    hf_model: nn.Module,
+    *,
+    family: str | None = None,
+    mask_token_id: int | None = None,
+    attention_block: int | None = None,
+) -> Transformer | Gemma:
+    """Share the parameters of a model that is already in memory.
 
     The result holds the very parameter objects of `hf_model`: training, moving or casting either model changes both.
     Nothing else is taken over: hooks of the original are not seen, and what computes beside the weights (LoRA and other
@@ -124,6 +164,7 @@ def wrap(hf_model: nn.Module) -> Transformer:
     Args:
         hf_model: a module with a `config` and the parameter names of its family, with or without their first component
             ("model."); also behind torch.compile or DistributedDataParallel.
+        family, mask_token_id, attention_block: as for `load`.
 
     Returns:
         The model in eval mode, its parameters as frozen or trainable as they were. It does not know a tokenizer: give
@@ -131,30 +172,39 @@ def wrap(hf_model: nn.Module) -> Transformer:
 
     Raises:
         TypeError: it is no module.
-        ValueError: an unknown family; adapters or other additions; parameters without storage, quantised, of several
-            dtypes or on several devices; or names and shapes that do not fit the configuration.
+        ValueError: an unknown family, or a mixture of experts; adapters or other additions; parameters without storage,
+            quantised, of several dtypes or on several devices; or names and shapes that do not fit the configuration.
     """
     if not isinstance(hf_model, nn.Module):
         raise TypeError(f"hf_model must be a model in memory, got {type(hf_model).__name__}: dkv.load takes a path")
     original = behind_fronts(hf_model)
-    kind = type(original).__name__
-    if isinstance(original, Transformer):
+    name = type(original).__name__
+    if isinstance(original, Transformer | Gemma):
         raise ValueError("this model is dkv's already: use it as it is")
-    parameters = plain_parameters(original, f"the {kind} in memory")
+    parameters = plain_parameters(original, f"the {name} in memory")
+    # Scalars of layers that transformers holds as buffers.
+    scalars = (pair for pair in original.named_buffers() if pair[0].endswith("layer_scalar"))
+    parameters |= {scalar: nn.Parameter(buffer, requires_grad=False) for scalar, buffer in scalars}
     found = getattr(original, "config", None)
     if found is None:
-        raise ValueError(f"{kind} has no config to tell its family: pass a LLaDA or Dream model")
+        raise ValueError(f"{name} has no config to tell its family: pass a model of transformers' kind")
     config = dict(found.to_dict() if hasattr(found, "to_dict") else getattr(found, "__dict__", found))
-    family = family_of(config)
-    roots = {name.partition(".")[0] for name in family.names.values()}
+    kind = family_of(config, family)
+    if kind.is_mixture:
+        raise ValueError(
+            f"a mixture of experts ({kind.name}) cannot be shared, as dkv holds all experts of a layer in one tensor: "
+            "save the model (save_pretrained), and dkv.load the folder"
+        )
+    config = kind.told(config, mask_token_id, attention_block)
+    roots = {name.partition(".")[0] for name in kind.names.values()}
     if not any(name.startswith("model.") for name in parameters):
         parameters = {n if n.partition(".")[0] in roots else f"model.{n}": p for n, p in parameters.items()}
-    head, table = (family.weight_name(module) for module in ("head", "embed"))
+    head, table = (kind.weight_name(module) for module in ("head", "embed"))
     if head in parameters and parameters[head] is parameters.get(table):
-        config[family.field_of("tied_head")] = True
+        config[kind.field_of("tied_head")] = True
         del parameters[head]
-    model, names = skeleton(family, config, parameters, f"the {kind} in memory")
-    fill(model, names, parameters.items())
+    model, pieces = skeleton(kind, config, parameters, f"the {name} in memory")
+    fill(model, pieces, parameters.items())
     return model.eval()
 
 
@@ -167,7 +217,8 @@ def _read(entries: Mapping[str, Entry], dtype: torch.dtype, device: torch.device
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for name in sorted(name for name, entry in entries.items() if entry.file == file):
-                        tensor = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                        kept = torch.promote_types(dtype, torch.float32) if name.endswith(EXPERT_BIAS) else dtype
+                        tensor = tensors.get_tensor(name).to(device=device, dtype=kept)
                         yield name, nn.Parameter(tensor, requires_grad=False)
                         bar.update(entries[name].bytes)
             except SafetensorError as error:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dkv.kernels.choose import torch as torch_choice
 from dkv.models.joining import JoinedLayer, linear_of, parts_of
-from dkv.models.transformer import Attend, Layer
+from dkv.models.layers import Attend, Layer
+from dkv.models.mixture import Bank, Experts, Shared
 
 UNPACK = "call dkv.unpack(model), which gives back the plain layers (or load it with pack=False)"
 
@@ -134,38 +135,85 @@ class PackedHead(Packed):
         return linear_of(torch.cat([part.weight for part in parts]), bias).train(self.training)
 
 
+class PackedBank(Packed):
+    """`Bank`, each expert's weights packed by themselves."""
+
+    def __init__(self, bank: Bank):
+        super().__init__()
+        self.parts = nn.ModuleList(PackedLinear(linear_of(weight, None)) for weight in bank.weight)
+
+    def each(self, x: Tensor, counts: list[int]) -> Tensor:
+        """As `Bank.each`; without a call of a module for each expert, which costs a tenth of a small product."""
+        if x.requires_grad:
+            raise RuntimeError(f"no gradient flows through packed weights: {UNPACK}")
+        product = torch.ops.mkldnn._linear_pointwise
+        every = zip(self.parts, x.split(counts), counts, strict=True)
+        return torch.cat([product(few, part.packed, None, "none", [], "") for part, few, count in every if count])
+
+    def unpacked(self) -> Bank:
+        return Bank.of([part.unpacked().weight for part in self.parts]).train(self.training)
+
+
+class PackedShared(Packed):
+    """`Shared` in three products, of which two also apply the activation and the gate."""
+
+    def __init__(self, shared: Shared):
+        super().__init__()
+        self.gate_proj, self.up_proj = PackedLinear(shared.gate_proj, silu=True), PackedLinear(shared.up_proj)
+        self.down_proj = PackedLinear(shared.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x, times=self.gate_proj(x)))
+
+    def unpacked(self) -> Shared:
+        return Shared.of({name: part.unpacked() for name, part in self.named_children()}).train(self.training)
+
+
 class PackedLayer(Packed):
     """`Layer` in five products, which also apply the activation, the gate and the residuals."""
 
     def __init__(self, layer: Layer):
         super().__init__()
-        self.index, self.head_dim = layer.index, layer.head_dim
+        self.index, self.head_dim, self.clip_qkv = layer.index, layer.head_dim, layer.clip_qkv
         self.attn_norm, self.mlp_norm = layer.attn_norm, layer.mlp_norm
         self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)
         self.heads = [x.out_features // self.head_dim for x in projections]
         self.qkv_proj, self.o_proj = PackedLinear(*projections), PackedLinear(layer.o_proj)
-        self.gate_proj, self.up_proj = PackedLinear(layer.gate_proj, silu=True), PackedLinear(layer.up_proj)
-        self.down_proj = PackedLinear(layer.down_proj)
+        self.experts = None if layer.experts is None else packed_experts(layer.experts)
+        if self.experts is None:
+            self.gate_proj, self.up_proj = PackedLinear(layer.gate_proj, silu=True), PackedLinear(layer.up_proj)
+            self.down_proj = PackedLinear(layer.down_proj)
 
     def forward(
-        self, x: Tensor, delta: None, attend: Attend, rows: Tensor | None = None
+        self, x: Tensor, delta: None, attend: Attend, rows: Tensor | None = None, every: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """As `Block.forward`, with nothing left to be added; here the queries of all slots cost less than a product of
         their own.
         """
         qkv = self.qkv_proj(self.attn_norm(x))
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         query, key, value = qkv.unflatten(-1, (-1, self.head_dim)).split_with_sizes(self.heads, -2)
         if rows is not None:
-            x, query = x.index_select(0, rows), query.index_select(0, rows)
+            x, query = x.index_select(0, rows), query if every else query.index_select(0, rows)
         x = self.o_proj(attend(self, query, key, value).flatten(-2), add=x)
         h = self.mlp_norm(x)
+        if self.experts is not None:
+            return x + self.experts(h), None
         return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x), None
 
     def unpacked(self) -> Layer:
         projections = dict(zip(("q_proj", "k_proj", "v_proj"), self.qkv_proj.unpacked(), strict=True))
-        others = ("o_proj", "gate_proj", "up_proj", "down_proj")
-        return Layer.of(self, **projections, **{name: getattr(self, name).unpacked() for name in others})
+        others: dict[str, Any] = dict.fromkeys(("gate_proj", "up_proj", "down_proj", "experts"))
+        others |= {name: getattr(self, name).unpacked() for name in ("o_proj", *others) if getattr(self, name, None)}
+        return Layer.of(self, **projections, **others)
+
+
+def packed_experts(experts: Experts) -> Experts:
+    """The same experts, with packed weights."""
+    shared = None if experts.shared is None else PackedShared(experts.shared)
+    return experts.of(PackedBank(experts.gate_up), PackedBank(experts.down), shared)
 
 
 def can_pack() -> bool:
@@ -194,8 +242,9 @@ def pack_(model: nn.Module) -> nn.Module:
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
-    for name, linear in linears.items():
-        check_packable(name, linear.weight.dtype, linear.weight.device, linear.weight.requires_grad)
+    banks = {name: m for name, m in model.named_modules() if type(m) is Bank}
+    for name, module in {**linears, **banks}.items():
+        check_packable(name, module.weight.dtype, module.weight.device, module.weight.requires_grad)
     _replace(model, set(linears.values()))
     return model
 

@@ -23,7 +23,7 @@ DREAMS = (None, "DreamTokenizer", "DreamTokenizerFast")
 
 
 def load_tokenizer(path_or_id: str | os.PathLike, *, subfolder: str | None = "", **keywords: Any) -> Any:
-    """The tokenizer that comes with a LLaDA or Dream checkpoint. No code of the checkpoint is run; no weight is read.
+    """The tokenizer that comes with a checkpoint. No code of the checkpoint is run; no weight is read.
 
     Args:
         path_or_id: as for `dkv.load`: "tiny", "tiny-dream", a folder, or the id of a model on the hub, of which only

@@ -1,7 +1,7 @@
 """What an adapter of a model family is: tables, and one way to read, write and name by them."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,22 @@ from dkv.models.families import fields
 from dkv.models.spec import ModelSpec
 
 # How a field is read, by the type of the attribute that it becomes.
-READERS = {int: fields.count, float: fields.positive, bool: fields.flag}
+READERS = {
+    int: fields.count,
+    float: fields.positive,
+    bool: fields.flag,
+    int | None: fields.optional(fields.count),
+    float | None: fields.optional(fields.positive),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor of a checkpoint goes, or so many of its rows: what `at` takes of a parameter, of this shape."""
+
+    parameter: str
+    at: tuple[int | slice, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -21,13 +36,18 @@ class Family:
         model_types, architectures: what its configurations call themselves; the first architecture is written.
         fields: field of the configuration -> attribute of `ModelSpec`. Of two for the same, the later counts.
         defaults: from a configuration to the attributes that it may leave out, as in the published configuration class,
-            or cannot say; raises ValueError as `spec`.
+            or cannot say, or says in other ways than by a field of each; raises ValueError as `spec`.
         switches: fields with one implemented setting each; an absent one counts as set so.
         written: fields that are written besides, and their values.
         copies: fields that are written besides -> the attribute whose value they get.
         usual_ids: size of a published vocabulary -> ids that some of its files leave out. Elsewhere these would be any
             tokens.
-        names: module of `Transformer` -> its name in checkpoints; {} is the number of the layer.
+        names: module of `Transformer` (or parameter) -> its name in checkpoints; {} is the number of the layer. Modules
+            with one name in common have its rows, one after the other. Of a product of all experts: the names of those
+            whose outputs stand side by side, a second {} being the number of the expert.
+        more: from a spec to the fields that are written besides, where they are no copies.
+        unmarked: its configurations say nothing of masks: they are taken for this family where the caller names it.
+        unused: pattern of names of tensors that a file may hold besides, and that nothing is computed with.
     """
 
     name: str
@@ -39,7 +59,11 @@ class Family:
     written: Mapping[str, Any]
     copies: Mapping[str, str]
     usual_ids: Mapping[int, dict[str, int]]
-    names: Mapping[str, str]
+    names: Mapping[str, str | tuple[str, ...]]
+    more: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
+    unmarked: bool = False
+    # Older files hold the rotary frequencies, which follow from the configuration.
+    unused: str = r"inv_freq$"
 
     def spec(self, config: Mapping) -> ModelSpec:
         """The spec of a configuration; ValueError: a field is missing, malformed, or asks for what is not there."""
@@ -49,7 +73,21 @@ class Family:
             values[name] = READERS[ModelSpec.__annotations__[name]](config, field, values.get(name))
         usual = self.usual_ids.get(fields.count(config, "vocab_size"), {})
         ids = fields.token_ids(config, usual, values["vocab_size"])
-        return ModelSpec(self.name, rope_theta=fields.rope_theta(config, 10000.0), **values, **ids)
+        if "rope_theta" not in values:
+            values["rope_theta"] = fields.rope_theta(config, 10000.0)
+        return ModelSpec(self.name, **values, **ids)
+
+    def told(self, config: Mapping, mask_token_id: int | None, attention_block: int | None) -> dict[str, Any]:
+        """The configuration with what the caller knows better; ValueError: it is of the wrong kind, or has no place."""
+        said = {"mask_token_id": mask_token_id, "attention_block": attention_block}
+        for name, least in (("mask_token_id", 0), ("attention_block", 1)):
+            if said[name] is not None and (type(said[name]) is not int or said[name] < least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {said[name]!r}")
+        blocks = [field for field, name in self.fields.items() if name == "block_length"]
+        if attention_block is not None and not blocks:
+            raise ValueError(f"attention_block={attention_block} has no meaning: {self.name} has no blocks of its own")
+        places = dict.fromkeys(blocks, attention_block) | {"mask_token_id": mask_token_id}
+        return {**config, **{field: value for field, value in places.items() if value is not None}}
 
     def config(self, spec: ModelSpec) -> dict[str, Any]:
         """The configuration of a spec: every field that the published modeling code reads, but for the dtype."""
@@ -58,22 +96,40 @@ class Family:
             ids["eot_token_id"] = spec.eot_token_id
         stated = {field: getattr(spec, name) for field, name in {**self.fields, **self.copies}.items()}
         fixed = {**self.switches, **self.written, "architectures": [self.architectures[0]], "use_cache": False}
-        return {**fixed, **stated, **ids, "rope_theta": spec.rope_theta}
+        return {**fixed, **stated, **ids, "rope_theta": spec.rope_theta, **self.more(spec)}
 
     def field_of(self, attribute: str) -> str:
         """The field of the configuration that counts for an attribute of `ModelSpec`."""
         return [field for field, name in self.fields.items() if name == attribute][-1]
 
-    def checkpoint_names(self, parameters: Iterable[str]) -> dict[str, str]:
-        """Checkpoint name of every parameter name of `Transformer`, in the same order; ValueError: it has none."""
-        found = {}
-        for name in parameters:
+    @property
+    def is_mixture(self) -> bool:
+        """Whether its models have experts."""
+        return any(isinstance(name, tuple) for name in self.names.values())
+
+    def pieces(self, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        """Tensors of a checkpoint, and what they are to parameters of `Transformer`, given by name and shape.
+
+        A tensor of several pieces consists of their rows. Raises ValueError: a parameter has no place.
+        """
+        found: dict[str, list[Piece]] = {}
+        for name, shape in parameters.items():
             module, _, leaf = name.rpartition(".")
-            pattern = self.names.get(re.sub(r"\.\d+\.", ".{}.", module))
+            whole, part = (re.sub(r"\.\d+\.", ".{}.", each) for each in (name, module))
+            pattern = self.names.get(whole, self.names.get(part))
             if pattern is None:
                 raise ValueError(f"the {self.name} format has no place for {name}")
             layer = re.search(r"\d+", module)
-            found[name] = f"{pattern.format(layer and layer[0])}.{leaf}"
+            number = layer and layer[0]
+            if isinstance(pattern, str):
+                theirs = pattern.format(number) + ("" if whole in self.names else f".{leaf}")
+                found.setdefault(theirs, []).append(Piece(name, (), shape))
+                continue
+            rows = shape[1] // len(pattern)
+            for expert in range(shape[0]):
+                for i, one in enumerate(pattern):
+                    at = (expert, slice(i * rows, (i + 1) * rows))
+                    found[f"{one.format(number, expert)}.{leaf}"] = [Piece(name, at, (rows, shape[2]))]
         return found
 
     def weight_name(self, module: str) -> str:

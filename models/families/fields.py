@@ -1,7 +1,8 @@
 """Reading the fields of a `config.json`: every complaint names the field, what it holds and what it should."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -33,20 +34,32 @@ def only(supported: Mapping, config: Mapping) -> None:
 def count(config: Mapping, field: str, default: int | None = None) -> int:
     """A whole number of at least 1."""
     found = value(config, field, default)
-    if found is None:
-        raise ValueError(f"the configuration lacks {field!r}: take config.json from the same place as the weights")
+    _there(field, found)
     check(type(found) is int and found >= 1, field, found, "a whole number of at least 1 is needed")
     check(found <= MOST, field, found, f"a whole number of at most {MOST} is needed")
     return found
 
 
-def positive(config: Mapping, field: str, default: float) -> float:
+def positive(config: Mapping, field: str, default: float | None = None) -> float:
     """A number above 0 with which float32 can compute."""
     found = value(config, field, default)
+    _there(field, found)
     check(type(found) in (int, float) and found > 0, field, found, "a number above 0 is needed")
     bounds = f"a number between {SMALLEST:.3g} and {LARGEST:.3g}, which float32 can hold, is needed"
     check(SMALLEST <= found <= LARGEST, field, found, bounds)
     return float(found)
+
+
+def _there(field: str, found: object) -> None:
+    if found is None:
+        raise ValueError(f"the configuration lacks {field!r}: take config.json from the same place as the weights")
+
+
+def optional(read: Callable) -> Callable[[Mapping, str, Any], Any]:
+    """A reader that gives None where the field is absent and has no default."""
+    return lambda config, field, default=None: (
+        None if value(config, field, default) is None else read(config, field, default)
+    )
 
 
 def flag(config: Mapping, field: str, default: bool) -> bool:
@@ -80,7 +93,7 @@ def token_ids(config: Mapping, usual: Mapping[str, int], rows: int) -> dict[str,
     if found["mask_token_id"] is None:
         raise ValueError(
             f"the configuration has no mask_token_id, and a vocabulary of {rows} has no usual one: "
-            "add the id of the mask token to config.json"
+            "add the id of the mask token to config.json, or pass mask_token_id="
         )
     return found
 
@@ -97,14 +110,19 @@ def _token_id(config: Mapping, field: str, default: int | None, rows: int) -> in
     return listed[0] if listed else default
 
 
-def rope_theta(config: Mapping, default: float) -> float:
-    """The rotary base: inside `rope_parameters` (transformers 5) or `rope_scaling`, or `rope_theta` itself."""
-    nested = {}
+def rope_parameters(config: Mapping) -> tuple[dict[str, Any], list[Any]]:
+    """What stands in `rope_parameters` (transformers 5) or `rope_scaling`, without null; and the kinds it names."""
+    nested: dict[str, Any] = {}
     for field in ("rope_scaling", "rope_parameters"):
         part = value(config, field, {})
         check(isinstance(part, Mapping), field, part, "an object or null is needed")
         nested.update({k: v for k, v in part.items() if v is not None})
-    kinds = [nested.pop(key) for key in ("rope_type", "type") if key in nested]
+    return nested, [nested.pop(key) for key in ("rope_type", "type") if key in nested]
+
+
+def rope_theta(config: Mapping, default: float | None = None) -> float:
+    """The rotary base, nested or `rope_theta` itself, of rotary embeddings that are not changed otherwise."""
+    nested, kinds = rope_parameters(config)
     theta = nested.pop("rope_theta", None)
     if nested or any(kind != "default" for kind in kinds):
         asked = ", ".join([*(f"rope_type={k!r}" for k in kinds), *(f"{k}={v!r}" for k, v in nested.items())])

@@ -1,4 +1,4 @@
-"""LLaDA: GSAI-ML/LLaDA-8B-*, LLaDA-1.5, and the language model of MMaDA."""
+"""LLaDA: GSAI-ML/LLaDA-8B-*, LLaDA-1.5, iLLaDA, and the language model of MMaDA."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -62,7 +62,7 @@ FAMILY = Family(
     written={"model_type": "llada", "flash_attention": False, "multi_query_attention": None}
     | dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), 0.0),
     copies={},
-    usual_ids={126464: _IDS, 134656: _IDS},
+    usual_ids={126464: _IDS, 134656: _IDS, 155136: {"mask_token_id": 5, "eos_token_id": 2, "pad_token_id": 1}},
     names={
         "embed": "model.transformer.wte",
         "norm": "model.transformer.ln_f",

@@ -1,4 +1,4 @@
-"""Small checkpoints of either family, and ways to damage them."""
+"""Small checkpoints of the families, and ways to damage them."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,20 @@ SMALL = json.loads("""
     }
 }
 """)
+_DECODER = {name: value for name, value in SMALL["dream"].items() if name not in ("model_type", "architectures")}
+_DECODER |= {"head_dim": 6, "attention_bias": False}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
+SMALL |= {
+    "sdar": {**_DECODER, "model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4},
+    "a2d-llama": {**_DECODER, "model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"], "mlp_bias": False},
+    "nemotron": {
+        **_DECODER,
+        "model_type": "nemotron_labs_diffusion",
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        "block_size": 8,
+    },
+}
 
 
 class Checkpoint:
@@ -36,10 +50,10 @@ class Checkpoint:
     def __init__(self, folder: Path, family: str, dtype=torch.float32, **changes):
         self.folder, self.config = folder, {**SMALL[family], **changes}
         model = Transformer(FAMILIES[family].spec(self.config))
-        names = FAMILIES[family].checkpoint_names(n for n, _ in model.named_parameters())
+        pieces = FAMILIES[family].pieces({name: tuple(p.shape) for name, p in model.named_parameters()})
         noise = torch.Generator().manual_seed(0)
         self.tensors = {
-            names[n]: (0.3 * torch.randn(p.shape, generator=noise)).to(dtype) for n, p in model.named_parameters()
+            name: (0.3 * torch.randn(part.shape, generator=noise)).to(dtype) for name, (part,) in pieces.items()
         }
         self.write()
 

@@ -33,7 +33,10 @@ COUNTS = {
         "head_dim",
     ],
 }
+DECODERS = ("sdar", "a2d-llama", "nemotron")
+COUNTS |= {family: [*COUNTS["dream"], "block_size"] for family in DECODERS}
 NUMBERS = {"llada": ("rope_theta", "rms_norm_eps"), "dream": ("rope_theta", "rms_norm_eps")}
+NUMBERS |= {family: ("rms_norm_eps",) if family == "nemotron" else NUMBERS["dream"] for family in DECODERS}
 FLAGS = {
     "llada": [
         "rope",
@@ -51,8 +54,14 @@ FLAGS = {
     ],
     "dream": ["use_sliding_window", "tie_word_embeddings"],
 }
-IDS = {family: ["mask_token_id", "eos_token_id", "pad_token_id"] for family in ("llada", "dream")}
-WORDS = {"llada": ["block_type", "activation_type", "layer_norm_type"], "dream": ["hidden_act"]}
+FLAGS |= {
+    "sdar": [*FLAGS["dream"], "attention_bias"],
+    "a2d-llama": ["tie_word_embeddings", "attention_bias", "mlp_bias"],
+}
+FLAGS |= {"nemotron": FLAGS["a2d-llama"]}
+IDS = {family: ["mask_token_id", "eos_token_id", "pad_token_id"] for family in COUNTS}
+WORDS = {"llada": ["block_type", "activation_type", "layer_norm_type"]}
+WORDS |= {family: ["hidden_act"] for family in ("dream", *DECODERS)}
 NO_NUMBER = ["7", "", [], {}, True, False]
 BAD = [
     (COUNTS, [*NO_NUMBER, 0, -1, 2.0, 1e30, 10**30, 10**400, 2**31, float("inf"), float("nan")]),
@@ -69,7 +78,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", COUNTS)
 def test_every_field_refuses_what_it_cannot_be(small, family, monkeypatch):
     """The file as a whole, so that what the tensors say does not hide it."""
     checkpoint = small(family)
@@ -142,9 +151,11 @@ def test_ids_are_guessed_for_published_vocabularies_alone(small):
     config = small().config | dict.fromkeys(unknown)
     read = family_of(config).spec
     assert read({**config, "vocab_size": 126464}).mask_token_id == 126336
-    with pytest.raises(ValueError, match="no mask_token_id, and a vocabulary of 155136 has no usual one: add the id"):
-        read({**config, "vocab_size": 155136})
-    assert read({**config, "vocab_size": 155136, "mask_token_id": 5}).eos_token_id is None
+    own = read({**config, "vocab_size": 155136})
+    assert (own.mask_token_id, own.eos_token_id, own.pad_token_id, own.eot_token_id) == (5, 2, 1, None)
+    with pytest.raises(ValueError, match="no mask_token_id, and a vocabulary of 151936 has no usual one: add the id"):
+        read({**config, "vocab_size": 151936})
+    assert read({**config, "vocab_size": 151936, "mask_token_id": 5}).eos_token_id is None
 
 
 def test_every_number_that_is_taken_can_be_computed_with(small):

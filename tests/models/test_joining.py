@@ -12,7 +12,7 @@ import dkv
 from dkv.bench.shapes import random_model, shape
 from dkv.core.kv_cache import KVCache
 from dkv.models.joining import JoinedLayer, join_
-from dkv.models.transformer import Layer
+from dkv.models.layers import Layer
 from tests.models.test_packing import tiny
 
 SWITCHES = {
@@ -21,6 +21,7 @@ SWITCHES = {
     "norms of heads": {"qk_norm": True},
     "tied": {"tied_head": True},
     "one key head": {"num_kv_heads": 1},
+    "held back": {"output_bias": True, "clip_qkv": 0.1},
 }
 
 

@@ -9,20 +9,9 @@ from dkv.models import load
 from dkv.models.families import FAMILIES, family_of
 
 NAMED = [
-    ({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}, "LLaDA-MoE"),
-    ({"model_type": "lladamoe", "architectures": ["LLaDAMoEModel"]}, "LLaDA-MoE"),
-    ({"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"]}, "LLaDA2.x"),
-    ({"model_type": "llada2_moe_veomni"}, "LLaDA2.x"),
-    ({"model_type": "llada21_moe"}, "LLaDA2.x"),
+    ({"model_type": "llada22_moe"}, "LLaDA2.x, but for 2.0 and 2.1"),
+    ({"model_type": "llada2_moe_next", "architectures": ["LLaDA22MoeModelLM"]}, "LLaDA2.x, but for 2.0 and 2.1"),
     ({"model_type": "llava_llada", "architectures": ["LlavaLLaDAModelLM"]}, "LLaDA-V"),
-    ({"model_type": "sdar", "architectures": ["SDARForCausalLM"]}, "SDAR"),
-    ({"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]}, "SDAR"),
-    ({"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"]}, "Fast-dLLM v2"),
-    ({"model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"]}, "DiffusionGemma"),
-    ({"model_type": "nemotron_labs_diffusion"}, "Nemotron-Labs-Diffusion"),
-    ({"architectures": ["NemotronLabsDiffusionModel"]}, "Nemotron-Labs-Diffusion"),
-    ({"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"]}, "A2D"),
-    ({"model_type": "a2d-llama"}, "A2D"),
     ({"model_type": "wedlm"}, "WeDLM"),
     ({"model_type": "rnd1"}, "RND1"),
     ({"model_type": "llada", "architectures": ["LLaDAForMultiModalGeneration"]}, "Lumina-DiMOO"),
@@ -46,11 +35,19 @@ def test_a_model_that_writes_from_left_to_right_is_called_so(name):
 
 
 @pytest.mark.parametrize("field", ["num_experts", "n_routed_experts", "num_local_experts", "moe_intermediate_size"])
-@pytest.mark.parametrize("kind", ["llada", "Dream"])
+@pytest.mark.parametrize("kind", ["sdar", "Dream"])
 def test_experts_without_the_name_of_a_class(kind, field):
-    with pytest.raises(ValueError, match=rf"mixture of experts \({field}=64\).*LLaDA-MoE.*does not load"):
+    with pytest.raises(ValueError, match=rf"mixture of experts \({field}=64\), and the family {kind.lower()} has none"):
         family_of({"model_type": kind, field: 64})
     assert family_of({"model_type": kind, field: None})
+
+
+def test_LLaDA_is_told_from_LLaDA_MoE_by_its_experts():
+    assert family_of({"model_type": "llada"}).name == "llada"
+    assert family_of({"model_type": "llada", "num_experts": 64}).name == "llada_moe"
+    assert family_of({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}).name == "llada_moe"
+    with pytest.raises(ValueError, match=r"mixture of experts \(num_experts=64\), and the family llada has none"):
+        family_of({"model_type": "llada", "architectures": ["LLaDAModelLM"], "num_experts": 64})
 
 
 @pytest.mark.parametrize("found", ["LLaDAModelLM", {"a": 1}, [1], [["LLaDAModelLM"]], 5])
@@ -65,6 +62,19 @@ def test_a_model_type_that_is_no_name(kind):
         family_of({"model_type": kind})
 
 
+PLAIN = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+def test_a_plain_configuration_needs_the_name_of_its_family():
+    with pytest.raises(ValueError, match=r"unknown model family: .*from left to right.*family='stable_diffcoder'"):
+        family_of(PLAIN)
+    assert family_of(PLAIN, "stable_diffcoder") is FAMILIES["stable_diffcoder"]
+    with pytest.raises(ValueError, match="family='stable-diffcoder' is not known: did you mean 'stable_diffcoder'"):
+        family_of(PLAIN, "stable-diffcoder")
+    with pytest.raises(ValueError, match=r"mixture of experts \(num_experts=8\)"):
+        family_of({**PLAIN, "num_experts": 8}, "stable_diffcoder")
+
+
 def test_relatives_that_are_loaded():
     """Other weights under the same classes, or the class of a loaded family under another model_type."""
     for name, config in {
@@ -77,3 +87,22 @@ def test_relatives_that_are_loaded():
 def test_recorded_configurations_are_not_mistaken():
     for path in (Path(__file__).parents[1] / "golden").glob("*/config.json"):
         assert family_of(json.loads(path.read_text())).name == path.parent.name.partition("_")[0]
+
+
+FAMILY_OF = {
+    "sdar_tiny": "sdar",
+    "sdar_tied": "sdar",
+    "a2d_qwen3_tied": "a2d-qwen3",
+    "a2d_qwen2": "a2d-qwen2",
+    "fast_tiny": "fast_dllm_v2",
+    "nemotron_tiny": "nemotron",
+}
+
+
+@pytest.mark.parametrize(("folder", "name"), FAMILY_OF.items())
+def test_the_families_of_2026_by_class_and_by_model_type(folder, name):
+    (path,) = (Path(__file__).parents[1] / "golden/families").glob(f"*/{folder}/config.json")
+    config = json.loads(path.read_text())
+    for field in ("architectures", "model_type"):
+        assert family_of({**config, field: None}) is FAMILIES[name]
+    assert family_of({**config, "auto_map": {"AutoModel": "modeling.Other"}}) is FAMILIES[name]

@@ -51,7 +51,9 @@ def test_what_a_product_applies_while_it_writes():
 
 @pytest.mark.parametrize("rows", [None, [4, 1, 0, 5, 11]])
 @pytest.mark.parametrize(
-    "switches", [{}, {"qkv_bias": True, "linear_bias": True, "qk_norm": True}], ids=["bare", "all"]
+    "switches",
+    [{}, {"qkv_bias": True, "linear_bias": True, "qk_norm": True}, {"output_bias": True, "clip_qkv": 0.1}],
+    ids=["bare", "all", "held back"],
 )
 def test_a_packed_layer_equals_the_plain_one(rows, switches):
     torch.manual_seed(0)

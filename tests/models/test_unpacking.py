@@ -24,6 +24,7 @@ SWITCHES = {
     "norms": {"qk_norm": True},
     "tied": {"tied_head": True},
     "one key head": {"num_kv_heads": 1},
+    "held back": {"output_bias": True, "clip_qkv": 0.1},
 }
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of PyTorch has no oneDNN for this CPU")
 
