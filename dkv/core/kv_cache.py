@@ -21,6 +21,8 @@ class KVCache:
         layers: by number of the layer, its K and V.
         tokens, seen: after a generation, the ids on its canvas, int64 [batch, length], and where the keys and
             values were computed while that id stood in the slot, bool. None before.
+        blocks: of a block-causal model, the length of a block and what slots are shifted by before they are divided by
+            it, int64 [batch, 1]; None elsewhere.
     """
 
     def __init__(self, batch: int, length: int):
@@ -30,6 +32,7 @@ class KVCache:
         self.slots = -(-(length + 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE
         self.tokens: Tensor | None = None
         self.seen: Tensor | None = None
+        self.blocks: tuple[int, Tensor] | None = None
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:

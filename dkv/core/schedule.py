@@ -20,6 +20,9 @@ class Step:
         count: slots to decode; None when chance decides (`probability`).
         left: slots of the block that have no token after this step, at most.
         probability: of decoding a masked slot, when chance decides.
+        first, end: of a block-causal model: the first slot of its block, and the one after the last that the pass sees.
+        part, part_end: of such a model: the same of the part of the block that is open.
+        least: of such a model: slots to decode at least, where confidence decides, whatever was decoded before.
     """
 
     index: int
@@ -30,6 +33,11 @@ class Step:
     count: int | None
     left: int
     probability: float = 0.0
+    first: int = 0
+    end: int | None = None
+    part: int = 0
+    part_end: int = 0
+    least: int = 1
 
 
 # Steps in time beyond the slots decode nothing, and each is a pass: what asks for more than this is a slip.
@@ -51,7 +59,33 @@ def check_steps(new_tokens: int, steps: int, block_length: int | None) -> None:
         )
 
 
-def block_schedule(new_tokens: int, steps: int, block_length: int) -> list[Step]:
+def shares(steps: int, blocks: int, rounded: bool) -> list[int]:
+    """How many of all steps every block takes: the first ones those that are left over, or `rounded` all of them."""
+    base, more = divmod(steps, blocks)
+    return [base + (bool(more) if rounded else block < more) for block in range(blocks)]
+
+
+def quotas(slots: int, steps: int, rounded: bool = False) -> list[int]:
+    """How many of a block's slots each step decodes: at least one, so there may be fewer steps.
+
+    Equal shares, of which the first ones are larger by one (LLaDA, `get_num_transfer_tokens`); or `rounded`, each
+    step its share of what is left to the nearest whole number, of halves the even one, in the float32 of the published
+    code (dllm, linear schedule), whose rounding decides.
+    """
+    if not rounded:
+        base, more = divmod(slots, steps)
+        return [base + (i < more) for i in range(min(slots, steps))]
+    found, left = [], slots
+    for j in range(steps, 0, -1):
+        before, now = (1 - torch.tensor(time, dtype=torch.float32) for time in ((j - 1) / steps, j / steps))
+        kept = (1 - before) / (1 - now)
+        count = min(round(left * (1 - kept.double()).item()), left)
+        left -= count
+        found += [count] if count else []
+    return found
+
+
+def block_schedule(new_tokens: int, steps: int, block_length: int, rounded: bool = False) -> list[Step]:
     """LLaDA's schedule: blocks from left to right, and equal shares of a block in each of its steps.
 
     Where the shares are not whole, the first steps decode one slot more (published code,
@@ -63,6 +97,7 @@ def block_schedule(new_tokens: int, steps: int, block_length: int) -> list[Step]
         new_tokens: slots to decode.
         steps: in total, at least one per block.
         block_length: slots of a block.
+        rounded: as for `quotas`.
 
     Raises:
         ValueError: fewer steps than blocks.
@@ -70,13 +105,12 @@ def block_schedule(new_tokens: int, steps: int, block_length: int) -> list[Step]
     check_steps(new_tokens, steps, block_length)
     starts = range(0, new_tokens, block_length)
     plan: list[Step] = []
-    for block, start in enumerate(starts):
+    for block, (start, share) in enumerate(zip(starts, shares(steps, len(starts) or 1, rounded), strict=False)):
         stop = min(start + block_length, new_tokens)
-        share = steps // len(starts) + (block < steps % len(starts))
-        left, (base, extra) = stop - start, divmod(stop - start, share)
-        for i in range(min(share, stop - start)):
-            left -= base + (i < extra)
-            plan.append(Step(len(plan), block, i, start, stop, base + (i < extra), left))
+        left = stop - start
+        for i, count in enumerate(quotas(left, share, rounded)):
+            left -= count
+            plan.append(Step(len(plan), block, i, start, stop, count, left))
     return plan
 
 
@@ -107,6 +141,10 @@ def time_schedule(new_tokens: int, steps: int, eps: float, by_chance: bool) -> l
     return plan
 
 
+# What a step of a block-causal model has beside the fields of all.
+REACH = ("first", "end", "part", "part_end", "least")
+
+
 class Now:
     """Steps as columns [..., 1] of int64: the fields of `Step`, and
 
@@ -115,10 +153,15 @@ class Now:
         full: whether every slot is computed, 0 or 1.
         chance: float32, `Step.probability`; None where counts are fixed.
         moved: int64, slots by which the first mask went on in the last step; None where blocks stay in their places.
+        first, end, part, part_end, least: of `Step`, in a block-causal model; else None.
     """
 
-    def __init__(self, numbers: Tensor, chance: Tensor | None, moved: Tensor | None = None):
+    def __init__(
+        self, numbers: Tensor, chance: Tensor | None, moved: Tensor | None = None, reach: Tensor | None = None
+    ):
         self.numbers, self.chance, self.moved = numbers, chance, moved
+        columns = (None,) * len(REACH) if reach is None else reach.split(1, -1)
+        self.first, self.end, self.part, self.part_end, self.least = columns
         for name, column in zip(FIELDS, numbers.split(1, -1), strict=True):
             setattr(self, name, column)
 
@@ -143,6 +186,8 @@ class Timetable:
         longest = max(map(len, plans), default=0) or 1
         table = torch.zeros(len(plans), longest, len(FIELDS), dtype=torch.int64)
         chance = torch.zeros(len(plans), longest)
+        reach = torch.zeros(len(plans), longest, len(REACH), dtype=torch.int64)
+        in_blocks = any(plan and plan[0].end is not None for plan in plans)
         for row, plan in enumerate(plans):
             if not plan:
                 continue
@@ -155,20 +200,34 @@ class Timetable:
                     table[row, : len(plan), place] = torch.tensor([getattr(step, name) for step in plan])
             table[row, : len(plan), FIELDS.index("next_block")] = torch.tensor(after[::-1])
             chance[row, : len(plan)] = torch.tensor([step.probability for step in plan])
+            if in_blocks:
+                reach[row, : len(plan)] = torch.tensor([[getattr(step, name) for name in REACH] for step in plan])
         if full is not None:
             table[..., FIELDS.index("full")] = full(Now(table, None)).squeeze(-1)
         self.by_chance = any(step.count is None for plan in plans for step in plan)
         self.at = torch.zeros(len(plans), dtype=torch.int64, device=device)
         self.table, self._chance = table.to(device), chance.to(device) if self.by_chance else None
+        self._reach = reach.to(device) if in_blocks else None
         self.current = self.table[:, 0].clone()
 
     def follow(self, masked: Tensor, rank: Tensor) -> None:
         """Make the next steps from what is masked, bool [B, S]; here all of them are told beforehand."""
 
+    def go_to(self, at: Tensor) -> None:
+        """Let every row take the step with this number next, int64 [B, 1]."""
+        self.at.copy_(at.squeeze(1))
+        self.current.copy_(self.table.gather(1, at[..., None].expand(-1, 1, self.table.shape[2])).squeeze(1))
+
     def now(self) -> Now:
         """The steps that come next."""
-        return Now(self.current, None if self._chance is None else self._chance.gather(1, self.at[:, None]))
+        chance, reach = self._chance, self._reach
+        if chance is not None:
+            chance = chance.gather(1, self.at[:, None])
+        if reach is not None:
+            reach = reach.gather(1, self.at[:, None, None].expand(-1, 1, reach.shape[2])).squeeze(1)
+        return Now(self.current, chance, reach=reach)
 
     def steps(self, row: int) -> Now:
         """All steps of a row, as columns [T, 1]."""
-        return Now(self.table[row], None if self._chance is None else self._chance[row][:, None])
+        chance, reach = (None if x is None else x[row] for x in (self._chance, self._reach))
+        return Now(self.table[row], None if chance is None else chance[:, None], reach=reach)

@@ -58,6 +58,7 @@ class Sequences:
         masked: bool [B, S], slots to fill that have no token yet.
         fresh: bool [B, S], slots filled by the last step.
         rank: int64 [B, S], slots to fill counted from the left of their row, from 0; -1 elsewhere.
+        fill_end: int64 [B, 1], the slot after the last one to fill; 0 where there is none.
         lengths: int64 [B, 1], slots of each row; `row_lengths` is the same on the host.
         everywhere: bool [B, S], the slots that a row has.
         key_ranges: [B, 2], first and last + 1 of these; None when all rows have all.
@@ -77,6 +78,8 @@ class Sequences:
         self.tokens.scatter_(1, self._slot, torch.where(fill, mask_token_id, ids * real))
         self.masked = self.from_caller(fill)
         self.rank = torch.where(self.masked, self.masked.cumsum(1) - 1, -1)
+        after = torch.arange(self.size + 1, device=ids.device)
+        self.fill_end = (torch.nn.functional.pad(self.masked, (1, 0)) * after).amax(1, keepdim=True)
         self.fresh = torch.zeros_like(self.masked)
         self.everywhere = torch.arange(self.size, device=ids.device) < self.lengths
         ranges = torch.cat((torch.zeros_like(self.lengths), self.lengths), 1)
@@ -85,17 +88,36 @@ class Sequences:
 
     @classmethod
     def after_prompts(
-        cls, input_ids: Tensor, attention_mask: Tensor, new_tokens: Sequence[int], mask_token_id: int, pad: int = 0
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        new_tokens: Sequence[int],
+        mask_token_id: int,
+        pad: int = 0,
+        extra: Sequence[int] | None = None,
     ) -> "Sequences":
         """Prompts [B, P] with their mask (bool), and `new_tokens` slots to fill after each.
 
-        The caller's layout has P columns and then as many as the longest row fills; the rest holds `pad`.
+        The caller's layout has P columns and then as many as the longest row of new tokens; the rest holds `pad`.
+        `extra` slots are filled behind those of a row, and not shown.
         """
+        if extra is not None and any(extra):
+            wide = [new + more for new, more in zip(new_tokens, extra, strict=True)]
+            rows = cls.after_prompts(input_ids, attention_mask, wide, mask_token_id, pad)
+            return rows._shown(input_ids.shape[1], new_tokens, pad)
         width, device = max(new_tokens, default=0), input_ids.device
         new = torch.arange(width, device=device) < column(list(new_tokens), device)
         ids = torch.cat((input_ids, input_ids.new_full(new.shape, pad)), 1)
         fill = torch.cat((torch.zeros_like(attention_mask), new), 1)
         return cls(ids, torch.cat((attention_mask, new), 1), fill, mask_token_id)
+
+    def _shown(self, prompts: int, new_tokens: Sequence[int], pad: int) -> "Sequences":
+        """The same rows, of whose slots behind the prompts the caller sees only so many new ones."""
+        columns = torch.arange(max(new_tokens), device=self.ids.device)
+        beyond = torch.nn.functional.pad(columns >= column(list(new_tokens), self.ids.device), (prompts, 0))
+        self._slot = self._slot[:, : beyond.shape[1]].masked_fill(beyond, self.size)
+        self.ids = self.ids[:, : beyond.shape[1]].masked_fill(beyond, pad)
+        return self
 
     def begin(
         self, plans: Sequence[Sequence[Step]], full: Callable[[Now], Tensor], region: Region | None = None

@@ -26,6 +26,13 @@ class Padding:
         return min(size, max(most, count))
 
 
+# By the kind of device, where steps are taken as they come. oneDNN compiles a product anew for a shape that it has not
+# met, and every step would have another one.
+PADDINGS = {"cpu": Padding(4)}
+# On a GPU launches are made ready, and graphs captured, for each shape. Few entries cost about what one costs.
+GRAPHED = PADDINGS["cuda"] = Padding(64, (16, 32, 64, 96, 128, 192, 256))
+
+
 @dataclass(frozen=True)
 class Segments:
     """Where the entries of each row stand in a packed tensor [T, ...].
@@ -60,6 +67,7 @@ class Layout:
         segments: where the entries of each row stand.
         outputs: int64 [R], which of the T need an output; None: all.
         output_segments: where those of each row stand in [R].
+        ends: int64 [T], each sees the slots of its row before this one; None: all.
     """
 
     positions: Tensor
@@ -67,6 +75,7 @@ class Layout:
     segments: Segments
     outputs: Tensor | None = None
     output_segments: Segments | None = None
+    ends: Tensor | None = None
 
 
 class Narrow(Protocol):

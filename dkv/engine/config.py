@@ -13,8 +13,10 @@ from dkv.core.validation import MOST
 from dkv.engine import rules
 from dkv.engine.published_caches import CACHE_NAMES, choose_policy
 from dkv.engine.published_names import BOOKKEEPING, canonical, check_other, choose_temperature, own_name
-from dkv.engine.settings import BY_ROW, DEFAULTS, check_value
+from dkv.engine.settings import BY_ROW, DEFAULTS, ORDERS, check_value
 from dkv.policies import policy_of
+
+SCHEDULES = ("blocks", "time", "sliding", "speculative")
 
 
 class DiffusionConfig(GenerationConfig):
@@ -31,11 +33,15 @@ class DiffusionConfig(GenerationConfig):
             `entropy_bound`, the most that are made. A list: by row.
         block_length: slots of a block of LLaDA's schedule; None: one block.
         schedule: "blocks" (LLaDA), "time" (Dream) or "sliding" (DSB: slots are filled from the first mask up to
-            `block_length` beyond as many as are filled); None: that of the model.
+            `block_length` beyond as many as are filled); None: that of the model. "speculative" lets a model that
+            can be read causally verify what it writes as a block (Nemotron, `linear_spec`).
+        quotas: how many slots of a block each of its steps fills: "equal" shares, the first ones larger by one (LLaDA),
+            or "rounded" shares of what is left (A2D, dllm).
         most: slots of the region that slides, from its first mask, at most; None: it may reach the end of the row.
         eps: last time of Dream's schedule.
         confidence: which slots are decoded first: "probability" of the best token, "margin" to the
-            second, negative "entropy", or "random"; or a published name of these (`remasking`, `alg`).
+            second, negative "entropy", "random", or "sequential", from the left; or a published name of these
+            (`remasking`, `alg`).
         confidence_dtype: "exact" tells apart probabilities however close to 1 they are. "model" computes them as
             Dream's published code does, in the dtype of the model: at a temperature of 0.1 in bfloat16 most become
             equal, and of equals the leftmost slot is filled. Scores reported for Dream at low temperatures (GSM8K
@@ -61,10 +67,14 @@ class DiffusionConfig(GenerationConfig):
             their tokens, in nats, without the largest of them (Ben-Hamu et al. 2025). 0 fills one a step.
         entropy_form: "paper": that sum. "code": the sum without the entropy of the n-th, which is the larger sum and so
             the stricter rule, as in the published code of d2Cache.
+        edit_threshold: let a filled slot of the current block take the best token of a pass where that is another one,
+            and more probable than this (LLaDA2.1, whose blocks know finished tokens only); None: filled slots stay.
+        post_steps: passes over a block that has no mask left at most, made as long as they edit.
         cfg_scale: guidance: logits are l + cfg_scale (l - l'), l' with everything masked that was given (LLaDA).
             Both branches are computed, each with its own keys and values; 0: none.
         eos_token_id: id or ids. A row ends at its first one as soon as no mask stands before it, takes
-            `pad_token_id` from there on and leaves the batch. None: every slot is filled, as published.
+            `pad_token_id` from there on and leaves the batch. None: every slot is filled, but in block-causal models,
+            whose rows end at the end token of the model; both as published. []: every slot is filled.
         pad_token_id: None: that of the model, or the first end id.
         eot_token_id: id or ids that end a turn of a talk, for `confidence_eos_eot_inf`; None: that of the model.
         logits_eos_inf: never emit `eos_token_id`, or that of the model: its logit is -inf (LLaDA).
@@ -132,7 +142,7 @@ class DiffusionConfig(GenerationConfig):
             if given.get("max_length") is not None:
                 warnings.warn("max_new_tokens and max_length are both given: max_new_tokens is used", stacklevel=4)
             given["max_length"] = None
-        unset = {"eos_token_id": [], "eot_token_id": []}
+        unset = {"eot_token_id": []}
         # None puts the default back.
         taken = {n: DEFAULTS.get(n) if value in (None, unset.get(n)) else value for n, value in given.items()}
         taken["cache"] = policy_of(taken.get("cache", self.cache))
@@ -152,15 +162,16 @@ class DiffusionConfig(GenerationConfig):
         for name in DEFAULTS:
             check_value(name, getattr(self, name))
         rules.check(self)
-        if self.confidence_eos_eot_inf and self.confidence == "random":
-            raise ValueError("confidence_eos_eot_inf needs a confidence to go by, and confidence='random' has none")
-        if self.selection_temperature > 0 and self.confidence == "random":
-            raise ValueError("selection_temperature needs a confidence to go by, and confidence='random' has none")
-        if self.confidence == "random":
+        lacking = f"a confidence to go by, and confidence={self.confidence!r} has none"
+        if self.confidence_eos_eot_inf and self.is_ordered:
+            raise ValueError(f"confidence_eos_eot_inf needs {lacking}")
+        if self.selection_temperature > 0 and self.is_ordered:
+            raise ValueError(f"selection_temperature needs {lacking}")
+        if self.is_ordered:
             by_cache = f"cache={self.cache.name!r}" if self.cache.by_confidence else None
             goes_by = "certainty" if self.certainty else by_cache
             if goes_by:
-                raise ValueError(f"{goes_by} needs a confidence to go by, and confidence='random' has none")
+                raise ValueError(f"{goes_by} needs {lacking}")
         self._validate_schedule()
         lists = {name: len(value) for name in BY_ROW if isinstance(value := getattr(self, name), list)}
         if len(set(lists.values())) > 1:
@@ -172,8 +183,8 @@ class DiffusionConfig(GenerationConfig):
 
     def _validate_schedule(self) -> None:
         slides = self.schedule == "sliding"
-        if self.schedule not in (None, "blocks", "time", "sliding"):
-            raise ValueError(f'schedule must be "blocks", "time" or "sliding", got {self.schedule!r}')
+        if self.schedule not in (None, *SCHEDULES):
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.schedule == "time" and self.block_length is not None:
             raise ValueError('block_length goes with schedule="blocks" or "sliding"; the time schedule has one block')
         if slides and self.block_length is None:
@@ -189,6 +200,11 @@ class DiffusionConfig(GenerationConfig):
     def is_dynamic(self) -> bool:
         """Whether confidences decide how many slots a step fills."""
         return bool(rules.given(self))
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the order of the slots is known before the pass."""
+        return self.confidence in ORDERS
 
     def of_row(self, name: str, row: int) -> Any:
         """A setting of `BY_ROW` for one row."""
@@ -221,7 +237,7 @@ class DiffusionConfig(GenerationConfig):
             # Which slots are open follows the row: the plan says how many are filled.
             check_steps(new, steps, block_length)
             return block_schedule(new, steps, new)
-        return block_schedule(new, steps, block_length)
+        return block_schedule(new, steps, block_length, self.quotas == "rounded")
 
     @property
     def region(self) -> Region | None:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from dkv import kernels
+from dkv.core.blocks import Blocks
 from dkv.core.kv_cache import KVCache
 from dkv.core.sequences import Sequences
-from dkv.core.varlen import Padding, Segments
+from dkv.core.varlen import GRAPHED, PADDINGS, Padding, Segments
 from dkv.engine.config import DiffusionConfig
+from dkv.engine.editing import Editing
 from dkv.engine.ending import Ending
 from dkv.engine.graphs import runner_of
 from dkv.engine.guidance import guided, in_both_branches
+from dkv.engine.in_blocks import block_rule, plans_of
 from dkv.engine.narrow import Narrowing, NarrowPass
 from dkv.engine.noise import Noise
 from dkv.engine.observe import Observer
@@ -30,13 +33,6 @@ from dkv.engine.watch import watch_of
 from dkv.kernels.commit.op import ADVANCE
 from dkv.kernels.commit.reference import ENTROPY_RULES, Chosen, Pass, State
 from dkv.kernels.plan.op import PACK
-
-# By the kind of device, where steps are taken as they come. oneDNN compiles a product anew for a shape that it has not
-# met, and every step would have another one.
-PADDINGS = {"cpu": Padding(4)}
-# On a GPU launches are made ready, and graphs captured, for each shape. Few entries cost about what one costs.
-GRAPHED = PADDINGS["cuda"] = Padding(64, (16, 32, 64, 96, 128, 192, 256))
-
 
 # Called after every step.
 OnStep = Callable[["Engine", StepResult], None]
@@ -77,11 +73,15 @@ class Engine:
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
         self.shifted, self.ending, self.hooks = model.spec.shifted, ending, hooks
         self.branches, batch, device = 2 if config.cfg_scale else 1, len(rows.tokens), rows.tokens.device
-        plans = [config.plan(self.shifted, row, count) for row, count in enumerate(rows.to_fill)]
+        rule = block_rule(model.spec, config)
+        self.blocks = rule and Blocks(rule, rows.masked)
+        plans = plans_of(config, rows, rule, self.shifted)
         # The timetable may keep it: with the engine in it, both would wait for the collector of cycles.
         rows.begin(plans, partial(config.cache.full, shifted=self.shifted), config.region)
         self.watch = watch_of(config.cache, rows, model.spec.num_layers)
-        self.planner = Planner(config, rows, plans, noise, self.shifted, self.watch)
+        edits = config.edit_threshold is not None
+        self.editing = Editing(config, rows, ending and ending.eos) if edits else None
+        self.planner = Planner(config, rows, plans, noise, self.shifted, self.watch, self.blocks, self.editing)
         cuts = config.cache.cuts(model.spec.num_layers)
         self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
         self.noise, self.cache = noise, KVCache(batch * self.branches, max(rows.size, 1))
@@ -164,24 +164,18 @@ class Engine:
         """Read what the host has to know of the next step, once, and see which rows are finished."""
         status = Status.after(self.next_plan)
         if any(status.invalid):
-            raise ValueError(self._suspects())
+            raise ValueError(self.sampler.suspects())
         self.status = status
         self.numbers = [row for row, left in enumerate(self.status.masked) if left]
-
-    def _suspects(self) -> str:
-        """What to say of logits that are no numbers."""
-        config = self.config
-        suspects = ["the weights, and the dtype (float16 overflows where bfloat16 and float32 do not)"]
-        if self.sampler.processor is not None:
-            suspects.insert(0, "the logits_processor, which changes them")
-        if config.cfg_scale:
-            suspects.insert(0, f"cfg_scale={config.cfg_scale}, which multiplies them")
-        return f"the model's logits hold NaN or infinity, or no id that may be chosen: check {', then '.join(suspects)}"
 
     def _forward(self, plan: StepPlan, shape: Shape) -> Forward:
         """Send the active slots through the model, for the hidden states that predict the scored ones."""
         packed, config, ranges, gaps = self.pack(plan, shape), self.config, self.rows.key_ranges, plan.hidden
         given, narrow = packed, self.narrowing and NarrowPass(self.narrowing, plan, packed, shape)
+        ends = None
+        if self.blocks is not None:
+            # What is hidden lies behind the ends.
+            ends, gaps = self.blocks.ends(packed.positions, packed.rows, self.rows.timetable.now()), None
         if self.branches == 2:
             given = in_both_branches(packed, self.rows, self.mask_id)
             ranges, gaps = (None if x is None else x.repeat(2, 1) for x in (ranges, gaps))
@@ -194,6 +188,7 @@ class Engine:
             segments=given.active,
             key_ranges=ranges,
             key_gaps=gaps,
+            ends=ends,
             outputs=None if config.output_logits else given.places,
             output_segments=given.scored,
             observe=observer,
@@ -255,24 +250,22 @@ class Engine:
     def commit(self, plan: StepPlan, forward: Forward | None, choice: Choice | None) -> None:
         """Write the tokens of the most confident eligible slots, go on in the schedule, and cut rows at their ends."""
         rows, table = self.rows, self.rows.timetable
-        if choice is None:
-            starts = torch.zeros_like(plan.count)
-            none = torch.empty(0, device=starts.device)
-            chosen = Chosen(starts[:0], none, none, none if self.rules.rule in ENTROPY_RULES else None)
-        else:
-            starts = forward.packed.scored.starts
-            self.planner.remember(forward.packed, choice)
-            chosen = self.planner.ranked(choice, forward.packed)
-            if self.narrowing is not None:
-                self.narrowing.remember(forward.packed, choice.confidence)
+        if self.blocks is not None:
+            self.blocks.passed(table.now(), plan.active)
+        starts, chosen = self._chosen(plan, forward, choice)
+        before = None if self.editing is None else self.editing.before()
         asked = (ending := self.ending) is not None and ending.asked
         state = State(
             *(rows.tokens, rows.masked, rows.fresh, self.seen, rows.rank),
             *(table.at, table.current, self.cut, self.invalid),
         )
         passed = Pass(plan.active, plan.scored, plan.eligible, plan.count, starts, plan.bound)
-        rules = self.rules._replace(ends=None if ending is None or asked else ending.eos, pad=self.pad_id)
-        ADVANCE(state, table.table, passed, chosen, rules)
+        ends = None if ending is None or asked or before is not None else ending.eos
+        ADVANCE(state, table.table, passed, chosen, self.rules._replace(ends=ends, pad=self.pad_id))
+        if before is not None:
+            beyond = self.editing.after(before, plan, choice, forward.packed, self.pad_id)
+            self.seen &= ~beyond
+            self.cut += beyond.sum(1)
         if asked:
             # Criteria are Python: only rows that were not finished before the step are asked.
             ends = ending.ends(rows, self.numbers)
@@ -280,6 +273,17 @@ class Engine:
             self.seen &= ~beyond
             self.cut.copy_(torch.where(ends.squeeze(1) > rows.size, self.cut, beyond.sum(1)))
         table.follow(rows.masked, rows.rank)
+
+    def _chosen(self, plan: StepPlan, forward: Forward | None, choice: Choice | None) -> tuple[Tensor, Chosen]:
+        """Where the scored slots of each row begin, int64 [B], and what was chosen for them; it is remembered, too."""
+        if choice is None:
+            starts = torch.zeros_like(plan.count)
+            none = torch.empty(0, device=starts.device)
+            return starts, Chosen(starts[:0], none, none, none if self.rules.rule in ENTROPY_RULES else None)
+        self.planner.remember(forward.packed, choice)
+        if self.narrowing is not None:
+            self.narrowing.remember(forward.packed, choice.confidence)
+        return forward.packed.scored.starts, self.planner.ranked(choice, forward.packed)
 
     @property
     def sequences(self) -> Tensor:
@@ -289,10 +293,15 @@ class Engine:
     def finish(self) -> KVCache:
         """The keys and values, with the text that they belong to; after the last step."""
         self.cache.tokens, self.cache.seen = self.rows.tokens[:, :-1].clone(), self.seen.clone()
+        if self.blocks is not None:
+            self.cache.seen = self.blocks.kept()
+            self.cache.blocks = self.blocks.rule.length, self.blocks.offset
         return self.cache
 
     def snapshot(self, **facts: Any) -> Stats:
         """What the generation has cost so far; `facts` are further fields."""
         unfilled = sum(self.status.masked) + sum(self.status.cut) if self.rows.size else 0
         filled = sum(self.rows.to_fill) - unfilled
+        if self.blocks is not None and not self.numbers and not self.blocks.rule.seeded:
+            self.stats.merged_stores = int(self.blocks.stores.sum())
         return replace(self.stats, new_tokens=filled, seconds=time.perf_counter() - self._start, **facts)

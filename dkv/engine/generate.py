@@ -10,13 +10,15 @@ from torch import Tensor
 
 from dkv.core.kv_cache import KVCache
 from dkv.core.sequences import Sequences
+from dkv.engine import canvas
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import StoppingCriteria
-from dkv.engine.inputs import checked_inputs
+from dkv.engine.inputs import check_helpers, checked_inputs
 from dkv.engine.output import DiffusionOutput
 from dkv.engine.published_names import own_name
 from dkv.engine.run import Run, mask_id_of
 from dkv.engine.sampler import LogitsProcessor
+from dkv.models.gemma import Gemma
 
 
 def _by_name(function: Callable) -> Callable:
@@ -55,7 +57,8 @@ def generate(
     gets alone, whatever stands beside it.
 
     Args:
-        model: from `dkv.load` or `dkv.wrap`.
+        model: from `dkv.load` or `dkv.wrap`. DiffusionGemma has settings of its own,
+            `dkv.engine.canvas_settings.CanvasSettings`, and refuses others with the reason.
         input_ids: integers [B, P], prompts of one batch, padded on either side. A mask id in a
             prompt is left as it is; `dkv.infill` fills it. Or the encoding of a tokenizer, which holds them and
             their mask; `**encoding` does as well.
@@ -90,6 +93,10 @@ def generate(
         >>> output = dkv.generate(model, ids, max_new_tokens=64, cache=dkv.DecodeCache(refresh=8))
         >>> output.sequences[:, ids.shape[1]:], output.stats.computed_share
     """
+    if isinstance(model, Gemma):
+        given = {**overrides, "logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        call = (model, input_ids, attention_mask, generation_config, given, generator, streamer, kv_cache)
+        return canvas.checked_run(*call).to_the_end(streamer)
     config = config_of(generation_config, overrides)
     check_helpers(config, generator, streamer)
     ids, run = Run.after_prompts(
@@ -141,6 +148,8 @@ def infill(
     config = infill_config(generation_config, overrides)
     check_helpers(config, generator, streamer)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
+    if config.edit_threshold is not None:
+        raise ValueError("edit_threshold does not go with infill, which changes nothing but masks")
     mask_id = mask_id_of(model, config)
     rows = Sequences(ids, mask, mask & (ids == mask_id), mask_id)
     run = Run(model, rows, config, mask_id, generator, logits_processor, ends=False)
@@ -172,6 +181,10 @@ def stream(
         >>> for draft in dkv.stream(model, ids, max_new_tokens=64):
         ...     print(tokenizer.decode(draft.sequences[0]))
     """
+    if isinstance(model, Gemma):
+        given = {**overrides, "logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        call = (model, input_ids, attention_mask, generation_config, given, generator, None, kv_cache)
+        return _drafts(canvas.checked_run(*call))
     config = config_of(generation_config, overrides)
     check_helpers(config, generator)
     _, run = Run.after_prompts(
@@ -188,7 +201,7 @@ def stream(
 
 
 @torch.no_grad()
-def _drafts(run: Run) -> Iterator[DiffusionOutput]:
+def _drafts(run: Run | canvas.CanvasRun) -> Iterator[DiffusionOutput]:
     yield from run.drafts()
 
 
@@ -202,16 +215,6 @@ def config_of(given: DiffusionConfig | None, overrides: dict[str, Any]) -> Diffu
     config = DiffusionConfig() if given is None else copy.copy(given)
     config.update(**overrides)
     return config
-
-
-def check_helpers(config: DiffusionConfig, generator: Any, streamer: Any = None) -> None:
-    """Raise TypeError or ValueError where a generator or a streamer is none, or does not go with the settings."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {generator!r}; a number is given as seed=")
-    if generator is not None and config.seed is not None:
-        raise ValueError(f"generator and seed={config.seed!r} are both sources of random numbers: give one of them")
-    if streamer is not None and (isinstance(streamer, type) or not callable(getattr(streamer, "put", None))):
-        raise TypeError(f"streamer must have put(ids), as in transformers, got {streamer!r}")
 
 
 def infill_config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> DiffusionConfig:

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import unwanted_ends
 from dkv.engine.published_names import NO_EFFECT
 from dkv.engine.settings import BY_ROW, DEFAULTS
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import INTEGERS
+from dkv.models.gemma import Gemma
 
 # Ids that must be in the vocabulary, or with it.
 IDS = ("mask_token_id", "vocab_limit", "eos_token_id", "eot_token_id", "pad_token_id")
@@ -28,9 +30,9 @@ def checked_inputs(
         IndexError: an id is outside the vocabulary.
     """
     check_settings(model, config)
-    input_ids, attention_mask = _taken_apart(input_ids, attention_mask)
-    ids = _checked_ids(model, input_ids)
-    mask = _checked_mask(input_ids, attention_mask)
+    input_ids, attention_mask = taken_apart(input_ids, attention_mask)
+    ids = checked_ids(model, input_ids)
+    mask = checked_mask(input_ids, attention_mask)
     for name in BY_ROW:
         value = getattr(config, name)
         if isinstance(value, list) and len(value) != len(ids):
@@ -42,6 +44,11 @@ def checked_inputs(
 
 def check_settings(model: Any, config: DiffusionConfig) -> None:
     """Raise TypeError if the model is not one of ours, ValueError if a setting does not go with it."""
+    if isinstance(model, Gemma):
+        raise ValueError(
+            "DiffusionGemma has no masks to fill, so that of dkv's functions it has generate and stream alone: every "
+            "token of its canvas may change in every step"
+        )
     if isinstance(model, type) or not hasattr(model, "spec") or not hasattr(model, "step"):
         raise TypeError(f"model must come from dkv.load(path) or dkv.wrap(hf_model), got {type(model).__name__}")
     spec, vocabulary = model.spec, model.spec.vocab_size
@@ -54,10 +61,11 @@ def check_settings(model: Any, config: DiffusionConfig) -> None:
         raise ValueError(f'eps={config.eps!r} is of the time schedule, and this one has blocks: give schedule="time"')
     unwanted_ends(config, spec)
     config.cache.check(spec.shifted)
+    in_blocks.check(spec, config)
 
 
-def _taken_apart(input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
-    """Ids and mask, which a tokenizer's encoding holds both of."""
+def taken_apart(input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+    """Ids and mask, which a tokenizer's encoding holds both of; ValueError: it holds something else, too."""
     if not isinstance(input_ids, Mapping):
         return input_ids, attention_mask
     if "input_ids" not in input_ids:
@@ -70,7 +78,8 @@ def _taken_apart(input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
     return input_ids["input_ids"], attention_mask if inner is None else inner
 
 
-def _checked_ids(model: Any, input_ids: Tensor) -> Tensor:
+def checked_ids(model: Any, input_ids: Tensor) -> Tensor:
+    """The ids as int64 [B, P]; ValueError, IndexError: they are none of the model's."""
     if not isinstance(input_ids, Tensor):
         raise ValueError(
             f"input_ids must be a tensor [B, P] of token ids, got {type(input_ids).__name__}: give "
@@ -104,17 +113,21 @@ def _resolve_max_length(config: DiffusionConfig, prompt: int) -> None:
 
 def _check_lengths(spec: Any, mask: Tensor, config: DiffusionConfig) -> None:
     """Every row has the positions that it needs, and a plan."""
+    rule = in_blocks.block_rule(spec, config)
     for row, prompt in enumerate(mask.sum(1).tolist()):
         new = config.of_row("max_new_tokens", row)
-        if prompt + new > spec.max_positions:
+        needed = prompt + new + (rule.extra(prompt, new) if rule else 0)
+        if needed > spec.max_positions:
             raise ValueError(
-                f"a prompt of {prompt} tokens and max_new_tokens ({new}) need {prompt + new} positions, the model has "
+                f"a prompt of {prompt} tokens and max_new_tokens ({new}) need {needed} positions, the model has "
                 f"{spec.max_positions}"
             )
-        config.check_steps(spec.shifted, row)
+        if rule is None:
+            config.check_steps(spec.shifted, row)
 
 
-def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mask as bool [B, P]; TypeError, ValueError: it is none of these ids."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if not isinstance(attention_mask, Tensor):
@@ -127,3 +140,13 @@ def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError("attention_mask must hold 1 at real tokens and 0 at padding, and nothing else")
     return attention_mask.bool()
+
+
+def check_helpers(config: Any, generator: Any, streamer: Any = None) -> None:
+    """Raise TypeError or ValueError where a generator or a streamer is none, or does not go with the settings."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}; a number is given as seed=")
+    if generator is not None and config.seed is not None:
+        raise ValueError(f"generator and seed={config.seed!r} are both sources of random numbers: give one of them")
+    if streamer is not None and (isinstance(streamer, type) or not callable(getattr(streamer, "put", None))):
+        raise TypeError(f"streamer must have put(ids), as in transformers, got {streamer!r}")

@@ -13,6 +13,16 @@ from dkv.kernels.common import noise
 _ORDER, _SELECTION = -1, -2
 
 
+def text_keys(texts: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
+    """Keys int64 [B, 2] of rows, from the tokens of each, on the CPU, and its seed, a 64-bit integer."""
+    keys = []
+    for text, seed in zip(texts, seeds, strict=True):
+        digest = hashlib.blake2b(text.numpy().tobytes(), digest_size=7).digest()
+        # The low 64 bits of the seed, as the signed number that a tensor holds.
+        keys.append((int.from_bytes(digest, "little"), (seed + 2**63) % 2**64 - 2**63))
+    return torch.tensor(keys)
+
+
 class Noise:
     """The noise of one generation.
 
@@ -27,13 +37,8 @@ class Noise:
     def __init__(self, seeds: Sequence[int], rows: Sequences):
         self._size = rows.size
         tokens, masked = rows.tokens[:, :-1].cpu(), rows.masked.cpu()
-        keys = []
-        for row, length in enumerate(rows.row_lengths):
-            text = tokens[row, :length][~masked[row, :length]]
-            digest = hashlib.blake2b(text.numpy().tobytes(), digest_size=7).digest()
-            # The low 64 bits of the seed, as the signed number that a tensor holds.
-            keys.append((int.from_bytes(digest, "little"), (seeds[row] + 2**63) % 2**64 - 2**63))
-        self._keys = torch.tensor(keys, device=rows.tokens.device)
+        texts = [tokens[row, :length][~masked[row, :length]] for row, length in enumerate(rows.row_lengths)]
+        self._keys = text_keys(texts, seeds).to(rows.tokens.device)
 
     def order(self, step: Tensor) -> Tensor:
         """Uniform numbers [B, S] by which slots are ordered; `step` int64 [B, 1] is the number of every row's step."""

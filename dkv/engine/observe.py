@@ -8,11 +8,12 @@ from dkv.core.kv_cache import KVCache
 from dkv.core.sequences import Sequences
 from dkv.engine.stages import Packed
 from dkv.kernels.attention.shares import Shares
+from dkv.kernels.common.dtypes import wide
 from dkv.kernels.mass.op import MASS
 
 
 class Observer:
-    """Keeps the queries of a pass, layer by layer; the argument `observe` of `Transformer.step`.
+    """Keeps what was asked in a pass, layer by layer; the argument `observe` of `Transformer.step`.
 
     With guidance the branch that has the text is observed, and not the one without.
 
@@ -20,17 +21,21 @@ class Observer:
         packed: the entries, of one branch.
         rows: whose they are.
         cache: their keys.
+
+    Attributes:
+        layers: of each its number, its queries [T, Hq, D], the log-sum-exp of their scores [T, Hq], and what attention
+            left instead of that.
     """
 
     def __init__(self, packed: Packed, rows: Sequences, cache: KVCache, workspace: kernels.Workspace):
         self.packed, self.rows, self.cache, self.workspace = packed, rows, cache, workspace
-        self.layers: list[tuple[int, Tensor, Tensor, Shares]] = []
+        self.layers: list[tuple[int, Tensor, Tensor | None, Shares]] = []
         # Where the entries stand among all slots [B, S + 1], of which the last is a spare.
         self._places = packed.rows * (rows.size + 1) + packed.positions
 
-    def __call__(self, layer: int, query: Tensor, lse: Tensor, shares: Shares) -> None:
+    def __call__(self, layer: int, query: Tensor, lse: Tensor | None, shares: Shares) -> None:
         total = len(self.packed.tokens)
-        self.layers.append((layer, query[:total], lse[:total], shares))
+        self.layers.append((layer, query[:total], lse if lse is None else lse[:total], shares))
 
     def rollout(self) -> Tensor:
         """The column sums of the attention rollout of the pass, float64 [B, S].
@@ -41,18 +46,30 @@ class Observer:
         stays there, and the other half goes to where it attends.
         """
         mass = torch.ones(len(self.rows.masked), self.rows.size + 1, dtype=torch.float64, device=self._places.device)
-        for layer, query, lse, shares in reversed(self.layers):
-            half = mass.take(self._places) / 2
+        for number in reversed(range(len(self.layers))):
+            half = mass.take(self._places).div_(2)
             # What fills the entries up has the spare slot, and means nothing.
             mass.put_(self._places, half)
-            mass[:, :-1] += self.attended(layer, query, lse, half.to(lse.dtype), shares)
+            mass[:, :-1] += self.attended(number, half)
         return mass[:, :-1]
 
-    def attended(self, layer: int, query: Tensor, lse: Tensor, weight: Tensor, shares: Shares) -> Tensor:
-        """What every slot gets of the weights [T] of the queries, [B, S]."""
+    def attended(self, number: int, weight: Tensor) -> Tensor:
+        """What every slot gets of the weights [T] of the queries in a layer, [B, S]."""
+        layer, query, lse, shares = self.layers[number]
         segments, ranges = self.packed.active, self.rows.key_ranges
+        weight = weight.to(torch.promote_types(query.dtype, torch.float32))
         scale, where = query.shape[-1] ** -0.5, (segments.starts, segments.lengths, ranges, segments.most)
         return MASS(query, self.keys(layer), lse, weight, *where, scale, workspace=self.workspace, shares=shares)
+
+    def given(self, number: int, slots: Tensor) -> Tensor:
+        """What every query gives in a layer to `slots` [W, B] of its row, the mean of the heads: [W, T]."""
+        layer, query, lse, shares = self.layers[number]
+        if shares.rows is not None:
+            return shares.given(slots, query)
+        keys = self.keys(layer)
+        own = keys[torch.arange(len(keys), device=keys.device), slots].index_select(1, self.packed.rows)
+        score = (wide(query).unflatten(1, (own.shape[2], -1)) * wide(own).unsqueeze(3)).sum(-1).flatten(2)
+        return torch.exp(score * query.shape[-1] ** -0.5 - lse).mean(2)
 
     def keys(self, layer: int) -> Tensor:
         """Those of the slots of all rows, [B, S, Hkv, D]."""
@@ -63,6 +80,6 @@ class Observer:
         return torch.nn.functional.pad(x, (0, 1)).take(self._places)
 
     def to_slots(self, x: Tensor) -> Tensor:
-        """Values [T] of the entries as values [B, S] of their slots; 0 at those that were not computed."""
-        wide = x.new_zeros(len(self.rows.masked), self.rows.size + 1)
-        return wide.put_(self._places, x)[:, :-1]
+        """Values [..., T] of the entries as values [..., B, S] of their slots; 0 at those that were not computed."""
+        shape = *x.shape[:-1], len(self.rows.masked), self.rows.size + 1
+        return x.new_zeros(shape).flatten(-2).index_copy_(-1, self._places, x).view(shape)[..., :-1]

@@ -22,6 +22,8 @@ class Stats:
         graphs, graph_bytes: graphs that stood ready after the last one was made, those of earlier generations of the
             kind among them, and the memory of the device that was reserved for them; 0 where none was made.
         eager_reason: why steps were, or from some step on were, taken as they came; None: they were not.
+        merged_stores: of a block-causal model, passes that were spared because the one that begins a block stores what
+            stands before it as well, all rows.
         reused_slots: slots whose keys and values were taken over from an earlier generation, all rows.
         new_tokens: slots filled, all rows; without those beyond the end of a row.
         seconds: wall time of the whole call.
@@ -38,6 +40,7 @@ class Stats:
     graphs: int = 0
     graph_bytes: int = 0
     eager_reason: str | None = None
+    merged_stores: int = 0
     reused_slots: int = 0
     new_tokens: int = 0
     seconds: float = 0.0

@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dkv.core.blocks import Blocks
 from dkv.core.density import Density
 from dkv.core.schedule import Now, Step
 from dkv.core.sequences import Sequences, mask_of, outside, slots_of
 from dkv.engine.commit import bounds_of_rows, confident_slots, first_slots
 from dkv.engine.config import DiffusionConfig
+from dkv.engine.editing import Editing
 from dkv.engine.noise import Noise
 from dkv.engine.rules import sureness
 from dkv.engine.stages import Choice, Packed, StepPlan
@@ -31,6 +33,8 @@ class Planner:
         noise: of random orders.
         shifted: the output of a slot predicts the next one (Dream).
         watch: what the policy observes of the last pass.
+        blocks: where the rows of a block-causal model stand; None: every slot sees all.
+        editing: of filled slots; None: these stay.
     """
 
     def __init__(
@@ -41,22 +45,25 @@ class Planner:
         noise: Noise,
         shifted: bool,
         watch: Importance | Turning | None,
+        blocks: Blocks | None = None,
+        editing: Editing | None = None,
     ):
         self.config, self.rows, self.noise, self.shifted, self.watch = config, rows, noise, shifted, watch
+        self.blocks, self.editing = blocks, editing
         self.policy = policy = config.cache
-        self.random, self.dynamic = config.confidence == "random", config.is_dynamic
+        self.ordered, self.dynamic = config.is_ordered, config.is_dynamic
         self._by_chance = rows.timetable.by_chance
         # The most slots that a step fills, where the schedule tells: a region that slides may make up for lost ones.
         counts = [step.count for plan in plans for step in plan]
         tells = not (self.dynamic or self._by_chance or config.region)
         self.most = max(counts, default=0) if tells else None
         # A policy that plans needs the order of a whole block, which is drawn once.
-        per_block = self.random and self.policy.plans and not self._by_chance
+        per_block = config.confidence == "random" and self.policy.plans and not self._by_chance
         self._order = self._block_orders(plans) if per_block else None
         self._rules = sureness(config)
         # The confidence of every slot when it was last computed, and its entropy: what a policy that plans or observes
         # goes by.
-        self._remembers = policy.observes == "mass" or (policy.plans and not self.random)
+        self._remembers = policy.observes == "mass" or (policy.plans and not self.ordered)
         wide, device = (len(rows.masked), rows.size + 1), rows.tokens.device  # The last column is a spare.
         self._remembered = torch.full(wide, -torch.inf, device=device)
         self._entropies = torch.full_like(self._remembered, torch.inf) if self._rules.rule in ENTROPY_RULES else None
@@ -74,19 +81,40 @@ class Planner:
         rows, policy = self.rows, self.policy
         now, chosen = rows.timetable.now(), None
         view = self._view(now)
-        hidden = policy.hidden(view)
+        hidden = policy.hidden(view) if self.blocks is None else self.blocks.hidden(now)
         seen = None if hidden is None else outside(hidden, rows.size)
         bound = bounds_of_rows(self.config, rows, now, seen)
-        if self.random or policy.plans:
+        if self.blocks is not None and self.blocks.rule.seeded and not self.shifted:
+            # A seed is predicted by a slot that is not its own.
+            chosen = rows.open(now)
+        if self.editing is not None:
+            chosen = self.editing.scored(now)
+        if self.ordered or policy.plans:
             planned, chosen = self._planned(now, bound)
             view = replace(view, planned=planned)
         active, everything = policy.active(view), self._everything(now)
-        if seen is not None:
+        if self.blocks is not None:
+            # A pass that is full computes the current block, and what is not stored before it.
+            everything = self.blocks.open(now, rows.masked, self.shifted)
+            active = active & everything
+        elif seen is not None:
             active, everything = active & seen, (rows.everywhere if everything is None else everything) & seen
-        kind = "chosen" if self.random else "window" if policy.plans else "masks" if self._remembers else "open"
+        kind = (
+            "chosen"
+            if self.ordered or (chosen is not None and not policy.plans)
+            else "window"
+            if policy.plans
+            else "masks"
+            if self._remembers
+            else "open"
+        )
         state = (now.numbers, rows.masked, rows.rank, rows.lengths.squeeze(1), active, chosen)
         how = (kind, self.dynamic, self._by_chance, self.shifted)
         *plan, report = PLAN(*state, everything, cut, invalid, *how)
+        if self.editing is not None:
+            plan[2] = rows.open(now)
+        if now.least is not None and (self.dynamic or self.editing is not None):
+            plan[3] = now.least.squeeze(1)
         if hidden is not None:
             visible = rows.lengths - hidden.diff(dim=1)
             report = torch.cat((report, visible.T))
@@ -160,8 +188,8 @@ class Planner:
         count = open_.sum(1, keepdim=True) - now.left
         if self.dynamic:
             count = count.clamp(min=1)
-        if self.random:
-            score = self.noise.order(now.index) if self._order is None else self._order
+        if self.ordered:
+            score = self._ordered(now)
             if self._by_chance:
                 drawn = open_ & (score < now.chance)
                 planned = slots_of(drawn, self._width(drawn.sum(1)), self.rows.size) if self.policy.plans else None
@@ -174,6 +202,12 @@ class Planner:
                 open_, count = confident_slots(score, remembered, entropies, open_, count, self._rules, bound)
         planned = first_slots(score, open_, count, self._width(count.squeeze(1)))
         return planned, mask_of(planned, open_)
+
+    def _ordered(self, now: Now) -> Tensor:
+        """What slots are ranked by where that is known before the pass, [B, S] or [1, S]."""
+        if self.config.confidence == "sequential":
+            return -self.rows.rank.float()
+        return self.noise.order(now.index) if self._order is None else self._order
 
     def _width(self, counts: Tensor) -> int:
         """At least as many as the slots that any row fills now or has just filled."""

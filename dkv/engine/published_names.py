@@ -34,6 +34,7 @@ CONFIDENCES = {
     "entropy": "entropy",
     "random": "random",
     "origin": "random",
+    "sequential": "sequential",
 }
 
 # Kept for transformers, or said of a text by its tokenizer: no model here has token types, and nothing is compiled.

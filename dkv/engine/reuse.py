@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from dkv.core.blocks import Blocks
 from dkv.core.kv_cache import KVCache
 from dkv.policies import NoCache
 from dkv.policies.base import sources
@@ -24,7 +26,7 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     spec, rows, own = engine.model.spec, engine.rows, engine.cache
     if not isinstance(past, KVCache) or past.tokens is None:
         raise ValueError("kv_cache must be the kv_cache of an output of dkv.generate")
-    if isinstance(engine.config.cache, NoCache):
+    if isinstance(engine.config.cache, NoCache) and engine.blocks is None:
         raise ValueError("kv_cache goes with a cache policy: without one every pass computes every slot")
     if engine.branches == 2 or len(past.tokens) != past.batch:
         raise ValueError("kv_cache does not go with cfg_scale: the branch without text has other keys")
@@ -38,9 +40,45 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     shared = (same & ~rows.masked[:, :size]).cumprod(1).bool() & past.seen[:, :size] & rows.everywhere[:, :size]
     spared = torch.zeros_like(rows.masked)
     spared[:, :size] = shared
-    if engine.shifted:
+    if engine.blocks is not None:
+        spared = _whole_blocks(engine.blocks, past, spared)
+    elif engine.shifted:
         spared &= ~sources(rows.masked)
     own.copy_from(past, size)
     engine.planner.spared = spared
     engine.seen.copy_(spared)
     return int(spared.sum())
+
+
+def _whole_blocks(blocks: Blocks, past: KVCache, shared: Tensor) -> Tensor:
+    """Of the slots that are shared, bool [B, S], those of blocks that are so as a whole, and counted alike."""
+    length, offset = past.blocks or (0, 0)
+    alike = blocks.rule.causal or ((length == blocks.rule.length) & (blocks.offset == offset))
+    known = shared.sum(1, keepdim=True) * alike
+    return torch.arange(shared.shape[1], device=shared.device) < blocks.take_over(known)
+
+
+def shared_prefixes(past: KVCache, own: KVCache, kind: tuple, texts: Tensor, lengths: Tensor) -> Tensor:
+    """Copy the exact keys and values of the prefixes that texts share with those of an earlier generation.
+
+    Args:
+        past, own: the caches, from and to.
+        kind: what `past.kind` has to be.
+        texts, lengths: [B, P] tokens from slot 0 on, and how many of them each row has.
+
+    Returns:
+        int64 [B], the lengths of these prefixes.
+
+    Raises:
+        ValueError: the cache is not that of a finished generation, or of another model or batch.
+    """
+    if not isinstance(past, KVCache) or past.tokens is None:
+        raise ValueError("kv_cache must be the kv_cache of an output of dkv.generate")
+    if past.batch != own.batch:
+        raise ValueError(f"kv_cache has {past.batch} rows, the call has {own.batch}")
+    if past.kind not in (None, kind):
+        raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {past.kind}")
+    size = min(past.length, texts.shape[1])
+    same = (past.tokens[:, :size].to(texts.device) == texts[:, :size]) & past.seen[:, :size].to(texts.device)
+    own.copy_from(past, size)
+    return torch.minimum(same.cumprod(1).sum(1), lengths)

@@ -37,7 +37,7 @@ def check(config: Any) -> None:
     name = names[0]
     if len(names) > 1:
         raise ValueError(f"{name} and {names[1]} are two rules for the same thing: give one of them")
-    if config.confidence == "random" or (name == "factor" and config.confidence == "entropy"):
+    if config.is_ordered or (name == "factor" and config.confidence == "entropy"):
         raise ValueError(f"{name} needs a confidence to go by, which confidence={config.confidence!r} does not give")
     if config.selection_temperature > 0:
         raise ValueError(f"{name} fills the surest slots, selection_temperature draws them: give one of them")

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from dkv.core.kv_cache import KVCache
 from dkv.core.sequences import Sequences
+from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending, id_list
 from dkv.engine.engine import Engine, OnStep
@@ -16,6 +17,7 @@ from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
 from dkv.engine.output import DiffusionOutput, Stats
 from dkv.engine.records import Recorder
+from dkv.engine.speculation import Speculation
 from dkv.version import versions
 
 
@@ -50,24 +52,21 @@ class Run:
     ):
         batch = len(rows.tokens)
         self.model, self.config, self.recorder = model, config, Recorder(config)
-        self.seed = _seed(config.seed, batch, generator)
+        self.seed = drawn_seeds(config.seed, batch, generator)
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * batch
         processor = _listed("logits_processor", processor, LogitsProcessorList)
         criteria = _listed("stopping_criteria", criteria, StoppingCriteriaList)
-        eos = id_list(config.eos_token_id) if ends else []
+        eos = ends_of(model, config) if ends else []
+        hooks = [hook for hook in (self.recorder, on_step) if hook]
+        if config.schedule == "speculative":
+            budgets = [config.of_row("max_new_tokens", row) for row in range(batch)]
+            self.engine = Speculation(model, rows, config, mask_id, pad_id(model, config), budgets, eos, hooks)
+            return
         if ending is None and (eos or criteria):
             ending = Ending(eos, criteria, batch, rows.tokens.device)
+        given = noise(rows) if noise else Noise(seeds, rows)
         self.engine = Engine(
-            model,
-            rows,
-            config,
-            noise(rows) if noise else Noise(seeds, rows),
-            mask_id,
-            pad_id(model, config),
-            processor,
-            ending,
-            past,
-            hooks=[hook for hook in (self.recorder, on_step) if hook],
+            model, rows, config, given, mask_id, pad_id(model, config), processor, ending, past, hooks=hooks
         )
 
     @classmethod
@@ -78,7 +77,8 @@ class Run:
         ids, mask = checked_inputs(model, input_ids, attention_mask, config)
         budgets = [config.of_row("max_new_tokens", row) for row in range(len(ids))]
         mask_id = mask_id_of(model, config)
-        rows = Sequences.after_prompts(ids, mask, budgets, mask_id, pad=pad_id(model, config))
+        extra = in_blocks.extras(model.spec, config, mask, budgets)
+        rows = Sequences.after_prompts(ids, mask, budgets, mask_id, pad=pad_id(model, config), extra=extra)
         return ids, cls(model, rows, config, mask_id, **how)
 
     def drafts(self) -> Iterator[DiffusionOutput]:
@@ -127,6 +127,14 @@ def mask_id_of(model: Any, config: DiffusionConfig) -> int:
     return model.spec.mask_token_id if config.mask_token_id is None else config.mask_token_id
 
 
+def ends_of(model: Any, config: DiffusionConfig) -> list[int]:
+    """The ids at which rows end; those of a block-causal model unless the settings name others, as published."""
+    given = config.eos_token_id
+    if given is None and model.spec.attention != "full":
+        given = model.spec.eos_token_id
+    return id_list(given)
+
+
 def pad_id(model: Any, config: DiffusionConfig) -> int:
     """What a row is filled up with beyond its end."""
     eos = id_list(config.eos_token_id)[:1]
@@ -134,7 +142,8 @@ def pad_id(model: Any, config: DiffusionConfig) -> int:
     return next(number for number in known if number is not None)
 
 
-def _seed(given: int | list[int] | None, rows: int, generator: torch.Generator | None) -> int | list[int]:
+def drawn_seeds(given: int | list[int] | None, rows: int, generator: torch.Generator | None) -> int | list[int]:
+    """The seed that is given, or new ones, one a row; a single row's is a number."""
     if given is not None:
         return given
     device = generator.device if generator else "cpu"

@@ -38,6 +38,7 @@ class Sampler:
         entropy: bool = False,
     ):
         self.model, self.workspace, self.processor = model, workspace, processor
+        self.cfg_scale = config.cfg_scale
         self.rounded = config.confidence_dtype == "model"
         self.never, self.late = unwanted_ends(config, model.spec)
         # What is made once, as to make it in a step would make the host wait for the device: by ids, a tensor of them,
@@ -45,7 +46,7 @@ class Sampler:
         self.made: dict[tuple[str, tuple[int, ...]], Any] = {}
         drawn = config.temperature > 0
         self.how = {
-            "rule": "probability" if config.confidence == "random" else config.confidence,
+            "rule": "probability" if config.is_ordered else config.confidence,
             "temperature": config.temperature,
             # Dream takes filters and confidences from the tempered logits, LLaDA from the raw ones.
             "confidence_temperature": config.temperature if drawn and model.spec.shifted else 1.0,
@@ -81,6 +82,15 @@ class Sampler:
         rows = max(1, LOGITS_AT_A_TIME // self.model.spec.vocab_size)
         parts = hidden.split(rows)
         return self._parts(map(head, parts), [None] * len(parts) if keys is None else keys.split(rows))
+
+    def suspects(self) -> str:
+        """What to say of logits that are no numbers."""
+        found = ["the weights, and the dtype (float16 overflows where bfloat16 and float32 do not)"]
+        if self.processor is not None:
+            found.insert(0, "the logits_processor, which changes them")
+        if self.cfg_scale:
+            found.insert(0, f"cfg_scale={self.cfg_scale}, which multiplies them")
+        return f"the model's logits hold NaN or infinity, or no id that may be chosen: check {', then '.join(found)}"
 
     def _with_late_ends(self, choose: Callable[[Sequence[int]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The choice that `choose` makes with the logits of some ids gone, that is at -inf.

@@ -9,8 +9,11 @@ from dkv.core.density import SIGMAS
 from dkv.core.validation import MOST, flag, number, whole
 from dkv.kernels.choose import CONFIDENCE_DTYPES
 
-CONFIDENCE_RULES = ("probability", "margin", "entropy", "random")
+# Rules by which the order of the slots is known before the pass.
+ORDERS = ("random", "sequential")
+CONFIDENCE_RULES = ("probability", "margin", "entropy", *ORDERS)
 ENTROPY_FORMS = ("paper", "code")
+QUOTAS = ("equal", "rounded")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "steps": Setting(None, "whole", 1, listed=True, by_row=True),
         "block_length": Setting(None, "whole", 1),
         "schedule": Setting(),
+        "quotas": Setting("equal", "choice", choices=QUOTAS),
         "most": Setting(None, "whole", 1),
         "eps": Setting(1e-3, "number", high=1),
         "confidence": Setting("probability", "choice", choices=CONFIDENCE_RULES),
@@ -58,6 +62,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "factor": Setting(None, "number", high=10**6),
         "entropy_bound": Setting(None, "number", high=10**6),
         "entropy_form": Setting("paper", "choice", choices=ENTROPY_FORMS),
+        "edit_threshold": Setting(None, "number", high=1),
+        "post_steps": Setting(16, "whole"),
         "cfg_scale": Setting(0.0, "number", high=10**6),
         "eos_token_id": Setting(None, "whole", listed=True),
         "eot_token_id": Setting(None, "whole", listed=True),
@@ -87,7 +93,7 @@ def check_value(name: str, value: Any) -> None:
     if value is None and setting.default is None:
         return
     if setting.kind == "whole" and isinstance(value, list) and setting.listed:
-        if not value:
+        if not value and setting.by_row:
             raise ValueError(f"{name} is an empty list: give one number, or one for every row")
         for one in value:
             whole(name, one, low, high, value)

@@ -2,11 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dkv.core.sequences import Sequences
 from dkv.engine.observe import Observer
-from dkv.kernels.common.dtypes import wide
 from dkv.policies import Policy
 from dkv.policies.elastic import ElasticCache
 
@@ -42,29 +40,21 @@ class Turning:
     def update(self, observer: Observer) -> None:
         """Compare a pass, whose tokens are not filled in yet, with the one before it."""
         rows, now = self._rows, self._rows.timetable.now()
-        asking = self._policy.leftmost(rows, now)
+        asking, layers = self._policy.leftmost(rows, now), range(len(observer.layers))
         both, known = asking & self.asking, rows.everywhere & ~rows.masked
-        weight, least = observer.of_entries(asking), torch.ones_like(self.told, dtype=torch.float64)
-        for place, (layer, query, lse, shares) in enumerate(observer.layers):
-            found = _attention(observer, layer, query, lse, self.watched[place])
-            pair = (x.masked_fill(~both, 0).double() for x in (found, self.attention[place]))
-            least = torch.minimum(least, F.cosine_similarity(*pair, dim=1).unsqueeze(1))
-            mass = observer.attended(layer, query, lse, weight.to(lse.dtype), shares)
-            self.watched[place] = mass.masked_fill(~known, -1).argmax(1)
-            found = _attention(observer, layer, query, lse, self.watched[place])
-            self.attention[place] = found.masked_fill(~asking, 0)
+        weight = observer.of_entries(asking)
+        mass = torch.stack([observer.attended(number, weight) for number in layers])
+        watched = torch.stack((self.watched, mass.masked_fill_(~known, -1).argmax(2)), 1)
+        given = torch.stack([observer.given(number, watched[number]) for number in layers])
+        again, attention = observer.to_slots(given).unbind(1)
+        pair = (x.masked_fill(~both, 0).double() for x in (again, self.attention))
+        least = F.cosine_similarity(*pair, dim=2).amin(0).unsqueeze(1)
+        self.watched.copy_(watched[:, 1])
+        self.attention.copy_(attention.masked_fill(~asking, 0))
         self.asking.copy_(asking)
         # Nothing has turned where no slot asks in both passes, nor right after a full pass, which changes all keys.
         compared = both.any(1, keepdim=True) & ~(self.told | now.full.bool())
         self.told.copy_((least < self._policy.gamma) & compared)
-
-
-def _attention(observer: Observer, layer: int, query: Tensor, lse: Tensor, watched: Tensor) -> Tensor:
-    """What the slot `watched` [B] of a row gets from every slot that was computed: [B, S]."""
-    keys = observer.keys(layer)
-    own = keys[torch.arange(len(keys), device=keys.device), watched].index_select(0, observer.packed.rows)
-    score = (wide(query).unflatten(1, (own.shape[1], -1)) * wide(own).unsqueeze(2)).sum(-1).flatten(1)
-    return observer.to_slots(torch.exp(score * query.shape[-1] ** -0.5 - lse).mean(1))
 
 
 WATCHES = {"mass": Importance, "turn": Turning}

@@ -79,6 +79,7 @@ class Policy(ABC):
         observes: what a pass tells beside its logits: "mass", how much of all attention slots get, float64 [B, S], and
             then all masks that it reaches are scored; "turn", whether attention has turned, bool [B, 1]; None: nothing.
         sigma: of the density that the policy goes by, in slots; None: by none.
+        in_blocks: it goes with a block-causal model, where a full pass is one over the current block.
         by_confidence: its passes fill the surest of the slots that they compute, which need not be those that
             confidence="random" draws.
     """
@@ -88,6 +89,7 @@ class Policy(ABC):
     slides: bool | None = None
     observes: ClassVar[str | None] = None
     sigma: ClassVar[float | None] = None
+    in_blocks: ClassVar[bool] = False
     by_confidence: ClassVar[bool] = False
 
     def _take(self, check: Callable[..., Any], name: str, low: float, *high: float, optional: bool = False) -> None:

@@ -18,6 +18,7 @@ class NoCache(Policy):
     """Every slot in every step: plain decoding."""
 
     name: ClassVar[str] = "none"
+    in_blocks: ClassVar[bool] = True
 
     def full(self, now: Now, shifted: bool) -> Tensor:
         return now.index >= 0
@@ -43,6 +44,7 @@ class DecodeCache(Policy):
     """
 
     name: ClassVar[str] = "decode"
+    in_blocks: ClassVar[bool] = True
     refresh: int | None = 8
     warmup: int | None = None
     shift_rule: str = "un"
@@ -105,6 +107,7 @@ class PrefillDecodeCache(DecodeCache):
     """
 
     name: ClassVar[str] = "pd"
+    in_blocks: ClassVar[bool] = False
 
     def full(self, now: Now, shifted: bool) -> Tensor:
         return now.index == 0

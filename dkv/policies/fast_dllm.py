@@ -4,6 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dkv.core.schedule import Now
@@ -52,10 +53,25 @@ class PrefixCache(_BlockCache):
 class DualCache(_BlockCache):
     """The current block alone; what stands before and after it is cached.
 
-    Full passes and arguments are those of `PrefixCache`.
+    Full passes and arguments are those of `PrefixCache`. In a block-causal model the block is a part of its own
+    (`block_length`), and a full pass computes all of that; where outputs predict the next slot, every pass does until
+    the first slot of the part is filled (Fast-dLLM v2, `use_block_cache`).
     """
 
     name: ClassVar[str] = "dual"
+    in_blocks: ClassVar[bool] = True
+
+    def active(self, view: View) -> Tensor:
+        if view.now.end is None:
+            return super().active(view)
+        now, slot = view.now, torch.arange(view.rows.size, device=view.rows.rank.device)
+        inside = (slot >= now.part) & (slot < now.part_end)
+        if self.delayed:
+            inside &= view.unsettled
+        if not view.shifted:
+            return inside
+        waits = (view.rows.masked & (slot == now.part)).any(1, keepdim=True)
+        return torch.where(waits, view.rows.everywhere, inside)
 
     def _reach(self, view: View) -> Tensor:
         rank = view.rows.rank

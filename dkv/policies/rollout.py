@@ -78,11 +78,11 @@ class Rollout(Policy):
         first = open_ & (now.in_block > 0)
         others = masked & (rows.rank < end) & ~first
         needed = (open_.sum(1, keepdim=True) - now.left).clamp(min=1)
-        return (
-            _leading(order, first, most)
-            | _leading(order, others, most - first.sum(1, keepdim=True))
-            | _leading(order, open_, needed)
-        )
+        # As many as these, of each kind the best.
+        counts = torch.stack((torch.full_like(needed, most), most - first.sum(1, keepdim=True), needed))
+        here = torch.stack((first, others, open_)).gather(2, order.expand(3, -1, -1))
+        leading = (here & (here.cumsum(2) <= counts)).any(0)
+        return torch.zeros_like(masked).scatter_(1, order, leading)
 
     def _important(self, view: View, others: Tensor) -> Tensor:
         """bool [B, S]: of `others` those with most of the importance."""
@@ -91,12 +91,6 @@ class Rollout(Policy):
         few = share <= self.rollout_p * share[:, -1:]
         few[:, :1] = True
         return torch.zeros_like(others).scatter_(1, order, few) & others
-
-
-def _leading(order: Tensor, among: Tensor, count: Tensor | int) -> Tensor:
-    """bool [B, S]: of the slots `among` [B, S] the first `count` [B, 1] in an order."""
-    here = among.gather(1, order)
-    return torch.zeros_like(among).scatter_(1, order, here & (here.cumsum(1) <= count))
 
 
 def _closed(chosen: Tensor, width: int) -> Tensor:

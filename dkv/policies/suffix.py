@@ -56,9 +56,9 @@ class SuffixWindow(Policy):
         return BASES[self.base].active(view)
 
     def hidden(self, view: View) -> Tensor:
-        rank = view.rows.rank
-        after = torch.arange(1, view.rows.size + 1, device=rank.device)
-        # Behind the last slot of the block, and behind the last one to fill.
-        block, end = ((after * last).amax(1, keepdim=True) for last in (rank == view.now.stop - 1, rank >= 0))
-        stop = (end - self.tail).clamp(min=0)
+        rows = view.rows
+        after = torch.arange(1, rows.size + 1, device=rows.rank.device)
+        # Behind the last slot of the block.
+        block = (after * (rows.rank == view.now.stop - 1)).amax(1, keepdim=True)
+        stop = (rows.fill_end - self.tail).clamp(min=0)
         return torch.cat((torch.minimum(block + self.window, stop), stop), 1)

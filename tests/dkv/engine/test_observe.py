@@ -1,5 +1,6 @@
 """How much slots were attended to, through all layers: against the product of whole matrices."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from dkv.core.kv_cache import KVCache
 from dkv.core.varlen import Segments
 from dkv.engine.run import Run
 from dkv.kernels import Workspace
+from dkv.models.joining import join_
+from dkv.models.packing import pack_
 
 
 class Watched:
@@ -109,7 +112,10 @@ def test_a_pass_is_full_after_attention_has_turned(build, padded, monkeypatch):
     assert seen == {False, True}
 
 
-def test_an_observed_pass_gives_the_same_hidden_states(model):
+@pytest.mark.parametrize("layers", [lambda model: model, join_, pack_], ids=["plain", "joined", "packed"])
+def test_an_observed_pass_gives_the_same_hidden_states(model, layers):
+    """Layer by layer all entries are asked, and those that need no output go no further in the last one."""
+    model = layers(copy.deepcopy(model).requires_grad_(False))
     tokens, positions = torch.tensor([5, 9, 11, 7, 3]), torch.tensor([0, 1, 2, 0, 1])
     rows, starts = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 3])
     how = {
@@ -117,9 +123,11 @@ def test_an_observed_pass_gives_the_same_hidden_states(model):
         "key_ranges": torch.tensor([[0, 3], [0, 2]]), "workspace": Workspace(),
     }  # fmt: skip
     some = {"outputs": torch.tensor([1, 3]), "output_segments": Segments(starts // 3, torch.tensor([1, 1]), 1)}
-    seen = []
+    seen, left = [], []
     expected = model.step(tokens, positions, KVCache(2, 3), **how, **some)
+    model.layers[-1].register_forward_hook(lambda _, taken, given: left.append(len(given[0])))
     found = model.step(tokens, positions, KVCache(2, 3), **how, **some, observe=lambda *given: seen.append(given))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert [layer for layer, *_ in seen] == [0, 1]
-    assert all(len(query) == len(lse) == 5 for _, query, lse, _ in seen)
+    assert [layer for layer, *_ in seen] == [0, 1] and left == [2]
+    # Attention has left its weights instead of the log-sum-exp.
+    assert all(len(query) == 5 and lse is None and len(shares.rows) == 2 for _, query, lse, shares in seen)
