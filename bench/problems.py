@@ -17,6 +17,8 @@ from dkv.tools.text import answer, encode
 
 # Problems that are answered at a time, where nothing else is asked for.
 BATCH = 8
+# Of each bundled task, where no number is given. Of a passage plain decoding takes a CPU some seconds.
+PROBLEMS, PASSAGES = 96, 8
 # Masked copies of a text that tell how likely it is, and tokens of a run that counts as repeated.
 COPIES, RUN = 16, 12
 # An output of dkv, and numbers of each kind for every row, or several of a row.
@@ -98,10 +100,16 @@ class Gapped:
 Family = Problems | Openings | Gapped
 
 
-def bundled(names: Iterable[str], count: int, seed: int | None = None) -> list[Family]:
-    """`count` unseen problems, or texts, of each of the bundled models' tasks; with a seed, others."""
+def bundled(names: Iterable[str], count: int | None = None, seed: int | None = None) -> list[Family]:
+    """`count` unseen problems, or passages, of each of the bundled models' tasks; with a seed, others.
+
+    None: `PROBLEMS`, or `PASSAGES`.
+    """
     drawn = {} if seed is None else {"seed": seed}
-    return [TEXTS[name](count, **drawn) if name in TEXTS else _problems(name, count, **drawn) for name in names]
+    return [
+        TEXTS[name](count or PASSAGES, **drawn) if name in TEXTS else _problems(name, count or PROBLEMS, **drawn)
+        for name in names
+    ]
 
 
 def _problems(name: str, count: int, **seed: int) -> Problems:

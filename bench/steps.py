@@ -1,7 +1,8 @@
 """Single steps of a generation: before its first one, or anywhere in it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from dkv.engine.engine import Engine, OnStep, StepResult
 from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
 from dkv.engine.stages import Choice, Forward, Shape
+from dkv.kernels.attention.op import ATTENTION
+from dkv.kernels.common.operation import Operation
 
 
 def start(options: Options, settings: dict[str, Any], new: int, hooks: Sequence[OnStep] = ()) -> Engine:
@@ -65,6 +68,15 @@ def skip(engine: Engine, steps: int) -> None:
         engine.prepare()
 
 
+class Through(NamedTuple):
+    """What goes through a layer: entries that enter, ask, and leave it, and queries of a row without what fills up."""
+
+    entering: int
+    asking: int
+    leaving: int
+    queries: int
+
+
 class HalfWay:
     """A generation with half of its slots filled, whose next step can be taken again and again.
 
@@ -112,17 +124,33 @@ class HalfWay:
         counts = status.visible or self.engine.rows.row_lengths, status.active, status.scored
         return dict(zip(("slots", "active", "rows"), (sum(of) // batch for of in counts), strict=True))
 
-    def entries(self) -> tuple[list[tuple[int, int]], int]:
-        """Of the step, which is taken and taken back: entries into and out of each layer, and into the head."""
+    def attention(self) -> list[tuple[Any, ...]]:
+        """The arguments of the attention of every layer of the step, which is taken and taken back."""
+        calls, call_operation = [], Operation.__call__
+
+        def noted(operation: Operation, *args: Any, **hints: Any) -> Any:
+            if operation is ATTENTION:
+                calls.append(args)
+            return call_operation(operation, *args, **hints)
+
+        with patch.object(Operation, "__call__", noted):
+            self.take()
+        self.back()
+        return calls
+
+    def entries(self) -> tuple[list[Through], int]:
+        """Of the step, which is taken and taken back: what goes through each layer, and entries into the head."""
         found: list[tuple[int, int]] = []
         hooks = [
             layer.register_forward_hook(lambda _, taken, given: found.append((len(taken[0]), len(given[0]))))
             for layer in self.engine.model.layers
         ]
         try:
-            outputs = len(self.take().forward.hidden)
+            calls = self.attention()
         finally:
             for hook in hooks:
                 hook.remove()
-        self.back()
-        return found, outputs
+        batch, layers = len(self.engine.rows.tokens), []
+        for (entering, leaving), (query, _, _, rules, *_) in zip(found, calls, strict=True):
+            layers.append(Through(entering, len(query), leaving, int(rules.query_lengths.sum()) // batch))
+        return layers, len(self._last.forward.hidden)

@@ -142,14 +142,14 @@ def measure(
         missing = [c for c in contenders if (c.label, family.name, start) not in log.runs]
         if missing:
             todo.append((family, start, [c for c in contenders if c in (contenders[0], *missing)]))
-    if todo:
-        # What is loaded and compiled at first use is not part of any contender's time.
-        setting.run(contenders[0], *todo[0][:2])
 
     def add(contender: Contender, family: Family, start: int) -> None:
         log.add({**setting.run(contender, family, start), "session": session})
 
     with Bar(sum(len(chosen) for *_, chosen in todo), "batch", pause=0) as bar:
+        if todo:
+            # What is loaded and compiled at first use is not part of any contender's time.
+            setting.run(contenders[0], *todo[0][:2])
         for family, start, chosen in todo:
             if lost is not None:
                 begun = [c for c in chosen[1:] if c.label not in out and log.has(c.label)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dkv.bench.accuracy.frontier import ALIKE, Row
+from dkv.bench.accuracy.frontier import ALIKE, Row, too_hard
 from dkv.bench.contenders import Contender
 
 
@@ -15,12 +15,16 @@ def lost(row: Row, points: float) -> bool:
 
 
 def best(rows: Sequence[Row], points: float) -> Row | None:
-    """The fastest that loses no more than so many points on these problems; None: plain decoding alone does.
+    """The fastest that loses no more than so many points on these problems.
+
+    None: plain decoding alone does, or the problems are too hard to tell and there are no texts.
 
     Args:
         rows: of `quality.measure`, plain decoding first. Those that have not had all batches are out.
     """
     plain, *others = rows
+    if too_hard(plain) and not plain["texts"]:
+        return None
     good = [row for row in others if _whole(row, plain) and not _loses(row, points) and row["speed"] > 1]
     return max(good, key=lambda row: row["speed"], default=None)
 
@@ -35,22 +39,26 @@ def _loses(row: Row, points: float) -> bool:
 
 def verdict(rows: Sequence[Row], points: float) -> str:
     """What to use, how sure that is, and how to write it."""
-    found, count = best(rows, points), rows[0]["problems"]
-    if rows[0].get("right") == 0 and count:
-        return f"Plain decoding answers none of the {count} problems: nothing can be lost on them. Give easier ones."
-    if found is None:
-        return f"Nothing is faster than plain decoding and loses at most {points:g} points on these problems."
-    said = [f"{found['label']}: {found['speed']:.2f}x plain"]
-    if count:
-        low, high = found["change_low"], found["change_high"]
-        said.append(f"{found['change']:+.1f} points on {count} problems (95 %: {low:+.1f} to {high:+.1f})")
-    if found["texts"]:
-        low, high = found["nats_low"], found["nats_high"]
-        said.append(f"{found['nats_change']:+.3f} nats a token (95 %: {low:+.3f} to {high:+.3f})")
-    lines = [", ".join(said) + "."]
-    if count and found["change_low"] < -points:
-        lines.append(f"So few problems cannot rule out a loss of more than {points:g} points: give more of them.")
+    found, hard = best(rows, points), too_hard(rows[0])
+    lines = [f"{hard} Give easier problems."] if hard else []
+    if found is not None:
+        lines += _said(found, points)
+    elif not hard or rows[0]["texts"]:
+        lines.append(f"Nothing is faster than plain decoding and loses at most {points:g} points on these problems.")
     return "\n".join(lines)
+
+
+def _said(row: Row, points: float) -> list[str]:
+    """Lines of what the fastest wins and loses."""
+    said = [f"{row['label']}: {row['speed']:.2f}x plain"]
+    if count := row["problems"]:
+        interval = f"{row['change_low']:+.1f} to {row['change_high']:+.1f}"
+        said.append(f"{row['change']:+.1f} points on {count} problems (95 %: {interval})")
+    if row["texts"]:
+        interval = f"{row['nats_low']:+.3f} to {row['nats_high']:+.3f}"
+        said.append(f"{row['nats_change']:+.3f} nats a token (95 %: {interval})")
+    few = f"So few problems cannot rule out a loss of more than {points:g} points: give more of them."
+    return [", ".join(said) + ".", *([few] if count and row["change_low"] < -points else [])]
 
 
 def in_python(contender: Contender) -> str:

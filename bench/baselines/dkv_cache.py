@@ -26,7 +26,7 @@ from dkv.engine.noise import Noise
 from dkv.engine.replay import Numbers, RecordedNoise
 from dkv.engine.settings import CONFIDENCE_RULES
 from dkv.models import Transformer
-from dkv.models.transformer import Layer
+from dkv.models.layers import Layer
 from dkv.policies import Policy
 
 

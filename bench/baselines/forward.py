@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dkv.bench.baselines.operations import norm as eager_norm
 from dkv.models import Transformer
-from dkv.models.transformer import Layer, RMSNorm
+from dkv.models.layers import Layer, RMSNorm
 
 # (layer, fresh keys and values [B, N, d_kv]) -> keys and values of all slots [B, L, d_kv]
 Join = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -81,10 +81,12 @@ def rope_scatter(device, few, dtype) -> None:
 
 @check(*DTYPES)
 def packed_rows(device, few, dtype) -> None:
-    """Rows of different lengths one after the other, with few and many queries, and with a gap."""
+    """Rows of different lengths one after the other, with few and many queries; with a gap, or ends of the queries, in
+    blocks or causal; heads of which a part is rotated."""
     for i, (b, n, s) in enumerate(thin(few, [(3, 5, 37), (1, 9, 40), (4, 150, 257), (8, 64, 700)], 3)):
         z = small(dtype, b, n, s, 2, GROUPS[i], HEAD_SIZES[2 * i + 1])
         agree(*(packed.attention(z, device, gap) for gap in (False, True)), packed.rope_scatter(z, device))
+        agree(*(packed.attention(z, device, i % 2 == 1, block) for block in (1, 32)), packed.rope_scatter(z, device, 4))
 
 
 @check(*DTYPES)

@@ -24,8 +24,8 @@ from dkv.bench.steps import HalfWay
 from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
 from dkv.kernels.common.operation import Operation
+from dkv.models.layers import RMSNorm
 from dkv.models.packing import PackedHead, PackedLinear
-from dkv.models.transformer import RMSNorm
 
 ROUNDS = 25
 # What a step is divided into, which modules and operations belong to a part, and why it exceeds its products.
@@ -41,7 +41,7 @@ PARTS = {
 }
 LAYER_MODULES = {
     "norm + projection": ("attn_norm", "qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
-    "MLP": ("mlp_norm", "gate_proj", "up_proj", "down_proj"),
+    "MLP": ("mlp_norm", "gate_proj", "up_proj", "down_proj", "experts"),
 }
 OPERATIONS = {
     "rope_scatter_": "rope + scatter",
@@ -60,7 +60,7 @@ def products(model: Any, half_way: HalfWay) -> dict[str, Callable[[], Any]]:
 
     Args:
         model: whose weights are multiplied; that of the step, or the same in another layout.
-        half_way: before the step, which is taken once to see what goes through the layers.
+        half_way: before the step, which is taken to see what goes through the layers.
     """
     spec, batch, sizes = model.spec, len(half_way.engine.rows.tokens), half_way.sizes()
     entries, outputs = half_way.entries()
@@ -72,20 +72,20 @@ def products(model: Any, half_way: HalfWay) -> dict[str, Callable[[], Any]]:
     heads, group = batch * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
     keys = noise(heads, spec.head_dim, sizes["slots"])
     calls: dict[str, list[Callable[[], Any]]] = {name: [] for name in ("norm + projection", "attention", "MLP")}
-    for layer, (count, left) in zip(model.layers, entries, strict=True):
-        whole, rest = noise(count, spec.hidden_size), noise(left, spec.hidden_size)
+    for layer, through in zip(model.layers, entries, strict=True):
+        whole, rest = noise(through.entering, spec.hidden_size), noise(through.leaving, spec.hidden_size)
         inputs = {"qkv_proj": whole, "k_proj": whole, "v_proj": whole}
-        inputs |= dict.fromkeys(("q_proj", "gate_proj", "up_proj"), rest)
-        inputs |= {"o_proj": noise(left, spec.num_heads * spec.head_dim)}
-        inputs |= {"down_proj": noise(left, spec.intermediate_size)}
+        inputs |= {"q_proj": noise(through.asking, spec.hidden_size), "gate_proj": rest, "up_proj": rest}
+        inputs |= {"o_proj": noise(through.leaving, spec.num_heads * spec.head_dim)}
+        inputs |= {"down_proj": noise(through.leaving, spec.intermediate_size)}
         for part, names in LAYER_MODULES.items():
             linears = [
-                (getattr(layer, name), inputs[name]) for name in names if name in inputs and hasattr(layer, name)
+                (getattr(layer, name), inputs[name])
+                for name in names
+                if name in inputs and getattr(layer, name, None) is not None
             ]
             calls[part] += [partial(product, *linear) for linear in linears]
-        # What fills up has no queries.
-        most = sizes["rows" if left == outputs else "active"]
-        query = noise(heads, min(-(-left // batch), most) * group, spec.head_dim)
+        query = noise(heads, through.queries * group, spec.head_dim)
         calls["attention"].append(partial(lambda q: (q @ keys) @ keys.transpose(1, 2), query))
     calls["head + choice"] = [partial(product, model.head, noise(outputs, spec.hidden_size))]
     return {part: partial(lambda every: [call() for call in every], every) for part, every in calls.items()}

@@ -1,6 +1,6 @@
 """What it costs to observe a pass: the attention that slots get, of all layers, against the pass.
 
-A pass that is observed also gives the log-sum-exp of its attention, and on a CPU it may keep the weights; then
+A pass that is observed also gives the log-sum-exp of its attention, or on a CPU may keep the weights instead; then
 `attention_mass` sums up every layer.
 """
 
@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -21,7 +20,6 @@ from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
 from dkv.kernels.attention.op import ATTENTION
 from dkv.kernels.attention.shares import Shares
-from dkv.kernels.common.operation import Operation
 from dkv.kernels.mass.op import MASS
 
 ROUNDS = 25
@@ -32,16 +30,7 @@ def attention_calls(half_way: HalfWay) -> list[tuple[Any, ...]]:
 
     The last layer has queries for outputs alone. An observed pass has all, so it is given those of the layer before.
     """
-    calls, call_operation = [], Operation.__call__
-
-    def noted(self: Operation, *args: Any, **hints: Any) -> Any:
-        if self is ATTENTION:
-            calls.append(args)
-        return call_operation(self, *args, **hints)
-
-    with patch.object(Operation, "__call__", noted):
-        half_way.take()
-    half_way.back()
+    calls = half_way.attention()
     return [*calls[:-1], calls[-2 if len(calls) > 1 else -1]]
 
 
@@ -54,7 +43,8 @@ def contenders(half_way: HalfWay) -> dict[str, Callable[[], float]]:
         shares = Shares()
         _, lse = ATTENTION(q, k, v, rules, most, scale, True, shares=shares, **work)
         rows = rules.query_starts, rules.query_lengths, rules.key_ranges
-        args = q, k, lse, torch.ones_like(lse[:, 0]), *rows, most, scale
+        weight = torch.ones(len(q), dtype=torch.promote_types(q.dtype, torch.float32), device=device)
+        args = q, k, lse, weight, *rows, most, scale
         sums.append(partial(MASS, *args, shares=shares, **work))
     plain = [partial(ATTENTION, *args[:-1], False, **work) for args in layers]
 

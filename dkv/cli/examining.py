@@ -18,7 +18,8 @@ def add_problems(add: Any) -> None:
     add("--data", type=Path, metavar="FILE", help="problems of your own, as JSON lines")
     add("--new-tokens", type=int, metavar="N", help="slots for an answer of --data")
     add("--chat", action="store_true", help="put prompts of --data into the tokenizer's chat template")
-    add("--problems", type=int, metavar="N", help="problems per task (default: 96; of --data: all)")
+    what = "problems per task (default: 96, of tiny-text 8 passages; of --data all)"
+    add("--problems", type=int, metavar="N", help=what)
     add("--seed", type=int, default=1, metavar="N", help="of problems and random numbers (default: %(default)s)")
 
 
@@ -51,7 +52,7 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     if args.data is not None:
         problems = from_file(args.data, args.new_tokens, args.problems)
     else:
-        problems = bundled(dict.fromkeys(args.tasks or TASKS_OF[args.model]), args.problems or 96, seed=args.seed)
+        problems = bundled(dict.fromkeys(args.tasks or TASKS_OF[args.model]), args.problems, seed=args.seed)
     model = dkv.load(args.model, dtype=args.dtype, device=args.device)
     tokenizer = dkv.load_tokenizer(args.model)
     facts = machine.facts(model.device, args.command_line)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dkv.cli.canvas import add_canvas, canvas_settings
+from dkv.cli.model import add_told, told
+
 SUMMARY = "Continue a prompt with a diffusion language model."
 
 EXAMPLES = """\
@@ -29,6 +32,7 @@ prompt that begins with a dash after `--`.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation(parser, "every line that is not blank is a prompt; they make one batch")
+    add_canvas(parser)
     raw, stats = "do not cut the text at its end, and write special tokens out", "tokens, time, passes, computed share"
     add_output(parser, raw, stats, "text, tokens")
 
@@ -55,6 +59,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
     add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
+    add_told(add)
 
 
 def add_output(parser: argparse.ArgumentParser, raw: str, stats: str, facts: str) -> None:
@@ -105,12 +110,8 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None)
     names = "none, decode, greedy, prefill, pd, prefix, dual, suffix, sliding, rollout, elastic or skip"
     add("--cache", default="none", metavar="POLICY", help=f"{names} (default: %(default)s)")
     own = "default: the policy's own"
-    add(
-        "--refresh",
-        type=int,
-        metavar="N",
-        help=f"full pass every N steps, 0: never [decode, greedy, pd, rollout] ({own})",
-    )
+    often = "full pass every N steps, 0: never [decode, greedy, pd, rollout]"
+    add("--refresh", type=int, metavar="N", help=f"{often} ({own})")
     window = "masked neighbours computed per slot [greedy], slots seen after the block [suffix], or masks [elastic]"
     add("--window", type=int, metavar="N", help=f"{window} ({own})")
     add("--tail", type=int, metavar="N", help=f"slots seen at the end of the answer [suffix] ({own})")
@@ -140,21 +141,25 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None)
 def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     import dkv
+    from dkv.models.gemma import Gemma
     from dkv.tools.streaming import DraftStreamer, ProgressStreamer, draws_drafts
     from dkv.tools.text import answer, end_ids
 
     config, model, tokenizer, ids, mask = prepare(args, prompts)
-    if not args.raw:
+    canvases = isinstance(model, Gemma)
+    # Such a model has its own ends, which may be more than a tokenizer says.
+    extra = canvas_settings(args, canvases)
+    if not (args.raw or canvases):
         # What follows the end of a text is not shown.
         config.update(eos_token_id=end_ids(tokenizer, model.spec))
     # Every draft costs a copy from the device: none where nobody sees it.
     streamer = None
     if draws_drafts() and not (args.json or args.no_stream):
         streamer = DraftStreamer(tokenizer, model.spec, args.raw)
-    elif sys.stderr.isatty():
-        streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
+    elif sys.stderr.isatty() and not canvases:
+        streamer = ProgressStreamer(len(ids) * config.of_row("max_new_tokens", 0), model.spec.mask_token_id)
     try:
-        output = dkv.generate(model, ids, mask, generation_config=config, streamer=streamer)
+        output = dkv.generate(model, ids, mask, generation_config=config, streamer=streamer, **extra)
     finally:
         if streamer is not None:
             streamer.end()
@@ -193,13 +198,15 @@ def write(
 
 def prepare(args: argparse.Namespace, prompts: list[str]) -> tuple[Any, Any, Any, Any, Any]:
     """What the arguments of `add_generation` ask for: settings, model, tokenizer, and ids [B, P] with their mask."""
+    from dkv.engine.canvas import checked_run
     from dkv.engine.inputs import checked_inputs
+    from dkv.models.gemma import Gemma
     from dkv.tools.text import encode
 
     config, model, tokenizer = load(args)
     draw_seeds(config, len(prompts))
     ids, mask = (t.to(model.device) for t in encode(tokenizer, prompts, args.chat))
-    checked_inputs(model, ids, mask, config)
+    (checked_run if isinstance(model, Gemma) else checked_inputs)(model, ids, mask, config)
     return config, model, tokenizer, ids, mask
 
 
@@ -209,7 +216,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from dkv.tools.text import turn_end_ids
 
     config = dkv.DiffusionConfig(**settings(args))
-    model = dkv.load(args.model, dtype=args.dtype, device=args.device)
+    model = dkv.load(args.model, dtype=args.dtype, device=args.device, **told(args))
     tokenizer = dkv.load_tokenizer(args.model)
     config.update(eot_token_id=turn_end_ids(tokenizer))
     return config, model, tokenizer

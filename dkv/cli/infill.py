@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
         # A wrong number in a marker is found before a model is loaded.
         marked(text, args.marker)
     import dkv
+    from dkv.engine.inputs import check_settings
     from dkv.tools.streaming import draws_drafts
     from dkv.tools.text import filling_text, mask_text
 
     config, model, tokenizer = generate.load(args)
+    check_settings(model, config)
     own = mask_text(tokenizer, model.spec)
     texts = [marked(text, args.marker, own, args.gap) for text, _ in lines]
     with_gaps = [number for number, text in enumerate(texts) if text.gaps]

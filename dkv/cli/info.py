@@ -1,4 +1,4 @@
-"""`dkv info`: what is installed, and what it would run on."""
+"""`dkv info`: what is installed and what it would run on, or what a model is."""
 
 import argparse
 import json
@@ -7,20 +7,38 @@ import platform
 from dataclasses import fields
 from typing import Any
 
-SUMMARY = "Tell versions, devices, backends, bundled models and cache policies."
+from dkv.cli.model import add_told, described_model, model_facts, told
+
+SUMMARY = "Tell versions, devices, backends, bundled models and cache policies; or what a model is and needs."
 
 EXAMPLES = """\
 examples:
   dkv info
-  dkv info --json      the same for a program; paste either into a report of a fault
+  dkv info --json                  the same for a program; paste either into a report of a fault
+  dkv info tiny-dream              the family, sizes and memory of a model, and the policies that go with it
+  dkv info JetLM/SDAR-8B-Chat      the same of one on the hub, whose weights are not fetched
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a bundled name, a checkpoint folder or a hub id")
+    add_told(parser.add_argument)
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model is not None:
+        found = model_facts(args.model, told(args))
+        print(json.dumps(found) if args.json else described_model(found))
+        return 0
+    if given := [name for name, value in told(args).items() if value is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')} goes with a MODEL, of which it tells")
+    print_machine(args)
+    return 0
+
+
+def print_machine(args: argparse.Namespace) -> None:
+    """What is installed, as text or as JSON."""
     from dkv.models.folders import BUNDLED
     from dkv.policies import POLICIES
     from dkv.version import versions
@@ -34,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
         "policies": {name: {f.name: f.default for f in fields(policy)} for name, policy in POLICIES.items()},
     }
     print(json.dumps(facts) if args.json else described(facts))
-    return 0
 
 
 def devices() -> dict[str, dict[str, Any]]:

@@ -57,7 +57,7 @@ def _recorded(args: argparse.Namespace, prompts: list[str]) -> Any:
     from dkv.tools.trace import record
 
     config, model, tokenizer, ids, _ = prepare(args, prompts)
-    streamer = ProgressStreamer(len(config.plan(model.spec.shifted)))
+    streamer = ProgressStreamer(config.of_row("max_new_tokens", 0), model.spec.mask_token_id)
     try:
         return record(model, tokenizer, ids, config, streamer, name=args.model)
     finally:

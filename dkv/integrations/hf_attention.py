@@ -189,7 +189,7 @@ def attention(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     rules = _rules(attention_mask, query.shape[:2], key.shape[1])
     if attention_mask is None or attention_mask.dim() == 2:
-        if sliding_window is not None and key.shape[1] > sliding_window:
+        if sliding_window is not None and key.shape[1] > sliding_window and not _is_denoiser(module, attention_mask):
             raise ValueError(
                 f"sliding_window={sliding_window} is not in attention_mask, which is not 4-D: make the mask with "
                 "transformers.masking_utils.create_sliding_window_causal_mask, or give a 4-D bool mask"
@@ -198,6 +198,12 @@ def attention(
         if query.shape[1] > 1 and _is_causal(module, is_causal):
             rules["block_ids"] = _causal(query, key)
     return cached_attention(query, key, value, scale=scaling, **rules), None
+
+
+def _is_denoiser(module: nn.Module | None, mask: Tensor | None) -> bool:
+    """Whether a module without a mask is of DiffusionGemma's denoiser, which sees all of a cache cut to the window."""
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return mask is None and kind == "diffusion_gemma_text" and module.is_causal is False
 
 
 def _is_causal(module: nn.Module | None, asked: bool | None) -> bool:

@@ -183,6 +183,11 @@ def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
 
 def _check(model: Any, questions: Sequence[Question], **counts: int) -> None:
     spec = model.spec
+    if spec.attention != "full":
+        raise ValueError(
+            f"likelihoods are those of models in which every slot sees all, and this one has attention "
+            f"{spec.attention!r}: they are not defined here"
+        )
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

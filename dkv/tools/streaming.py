@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from dkv.common.bar import Bar
@@ -87,7 +88,11 @@ class DraftStreamer:
 
     def put_draft(self, ids: Tensor) -> None:
         """Show the new slots [B, new], every row from a line of its own."""
-        fresh = ids != (self.spec.mask_token_id if self._before is None else self._before)
+        fresh = torch.ones_like(ids, dtype=torch.bool)
+        if self._before is not None:
+            # Of a model that writes canvas by canvas, a draft may be longer than the last one.
+            known = self._before.shape[1]
+            fresh[:, :known] = ids[:, :known] != self._before
         size, lines = shutil.get_terminal_size(), []
         for row, row_fresh in zip(ids.tolist(), fresh.tolist(), strict=True):
             pieces = draft_pieces(self.tokenizer, self.spec, row, row_fresh, self.raw)
@@ -110,21 +115,24 @@ class DraftStreamer:
 
 
 class ProgressStreamer:
-    """A progress bar over the steps on standard error; lines now and then if that is no terminal.
+    """A progress bar over the slots to fill on standard error; lines now and then if that is no terminal.
+
+    Steps are not counted: with a threshold, or a region that slides, nobody knows how many there will be.
 
     Args:
-        steps: of the generation, `len(config.plan(shifted))`.
+        slots: to fill, of all rows together.
+        mask_id: what a slot without a token holds.
     """
 
-    def __init__(self, steps: int):
-        self._bar = Bar(steps, "step")
+    def __init__(self, slots: int, mask_id: int):
+        self._bar, self._mask_id = Bar(slots, "token"), mask_id
 
     def put(self, ids: Tensor) -> None:
         """The bar does not show tokens."""
 
     def put_draft(self, ids: Tensor) -> None:
-        """Count a step."""
-        self._bar.update()
+        """Show how many of the new slots [B, new] are filled by now; what a row holds beyond its end counts as well."""
+        self._bar.update(int((ids != self._mask_id).sum()) - self._bar.n)
 
     def end(self) -> None:
         """Remove the bar."""

@@ -3,7 +3,9 @@
 A golden folder holds `config.json`, `model.safetensors` and `cases/NAME.json` + `.safetensors`;
 `tests/golden/README.md` describes the tensors. Of the runs of dKV-Cache, tokens after every step and the slots
 computed in every step must be equal, logits within `LOGIT_TOLERANCE`; of those of Fast-dLLM, the tokens and how
-many slots every pass computed. Runs of newer policies are replayed by `dkv.tools.verify_policies`.
+many slots every pass computed. Runs of newer policies are replayed by `dkv.tools.verify_policies`, those of
+block-causal models and their kin by `dkv.tools.verify_families`, and those of DiffusionGemma by
+`dkv.tools.verify_gemma`.
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,10 @@ from torch import Tensor
 import dkv
 from dkv.common.bar import counted
 from dkv.engine.replay import Numbers, replay
+from dkv.models.gemma import Gemma
 from dkv.tools.recorded import Case, Mismatch, compare, find_cases
+from dkv.tools.verify_families import check_family, is_family
+from dkv.tools.verify_gemma import check_gemma
 from dkv.tools.verify_policies import check_policy
 
 LOGIT_TOLERANCE = 1e-4
@@ -58,6 +63,8 @@ def check_case(case: Case, model: Any) -> str:
     Raises:
         Mismatch: what differs, where, and the two values.
     """
+    if is_family(case):
+        return (check_gemma if isinstance(model, Gemma) else check_family)(case, model)
     if "policy" in case.facts:
         return check_policy(case, model)
     if "function" in case.facts:

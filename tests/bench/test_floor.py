@@ -63,15 +63,17 @@ def test_products_are_those_of_the_step(plain, kind):
 @pytest.mark.parametrize("name", ["llada-8b", "dream-7b"])
 @pytest.mark.parametrize("policy", [dkv.SkipCache("1/4@1/4"), dkv.ElasticCache(), dkv.SuffixWindow(2), dkv.DualCache()])
 def test_products_are_those_of_the_newer_policies(name, policy):
-    """Where slots stop, layers that follow multiply fewer; where a pass is observed, the last one multiplies all."""
+    """Where slots stop, layers that follow multiply fewer; where a pass is observed, all ask in the last one."""
     model = random_model(replace(tiny(shape(name)), num_layers=4), torch.device("cpu"), torch.float32)
     half_way = HalfWay(options(model, new=32, batch=1), {"cache": policy, "block_length": 16}, cached=True)
-    alone, (entries, outputs) = products(model, half_way), half_way.entries()
-    assert entries[-1][1] == (entries[0][0] if policy.name == "elastic" else outputs)
-    assert (entries[2][0] < entries[1][0]) == (policy.name == "skip")
-    step, alone = counted(half_way.take)["linear"], counted(lambda: [call() for call in alone.values()])["linear"]
-    # To observe takes products of its own.
-    assert step > alone if policy.name == "elastic" else step == alone
+    alone, (through, outputs), observed = products(model, half_way), half_way.entries(), policy.name == "elastic"
+    assert through[-1].leaving == outputs
+    assert through[-1].asking == (through[-1].entering if observed else outputs)
+    assert (through[2].entering < through[1].entering) == (policy.name == "skip")
+    step, alone = counted(half_way.take), counted(lambda: [call() for call in alone.values()])
+    # To observe takes products of its own, and those of attention are not left to SDPA.
+    assert step["linear"] > alone["linear"] if observed else step["linear"] == alone["linear"]
+    assert not observed or step["attention"] == alone["attention"]
 
 
 def test_rows(plain, monkeypatch):

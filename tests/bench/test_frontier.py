@@ -92,9 +92,22 @@ def test_few_problems_are_told_and_not_judged():
     # A loss that is large is seen all the same.
     rows[2] = row("decode 8", 0.3, 220, 0.36, -60, **few)
     assert frontier.verdict(rows).splitlines()[0] == "No cache with at most 0.5 points lost."
-    # Nor can a single problem, or none that plain decoding answers, say anything.
-    none = [row(name, 0.0, 100, 1.0, 0, policy) for name, policy in (("plain", "none"), ("decode 8", "decode"))]
-    assert frontier.verdict(none) == "Plain decoding answers none of the 500 problems: nothing can be lost on them."
+
+
+@pytest.mark.parametrize(("right", "count", "said"), [(0, 500, "none"), (2, 96, "2"), (5, 96, "5")])
+def test_problems_that_are_too_hard_tell_nothing(right, count, said):
+    """Not even which is the fastest."""
+    ways = (("plain", "none", 100), ("decode 8", "decode", 900))
+    rows = [row(name, right / count, rate, 1.0, 0, policy, problems=count) for name, policy, rate in ways]
+    told = f"Plain decoding answers {said} of the {count} problems: accuracy cannot tell settings apart here."
+    assert frontier.verdict(rows) == told
+    # What is written may tell all the same.
+    texts = {"texts": 9, "nats_change": 0.0, "nats_low": 0.0, "nats_high": 0.0}
+    first, second = frontier.verdict([r | texts for r in rows]).splitlines()
+    assert first == told and second.startswith("Fastest with texts within 0.05 nats a token")
+    # As hard, but enough of them.
+    many = [r | {"problems": 100 * count, "right": 100 * right} for r in rows]
+    assert ("Fastest cache" in frontier.verdict(many)) is (right == 5)
 
 
 @pytest.mark.parametrize(("lost", "count", "wanted"), [(0, 4, 3.0), (2, 50, 0.5), (0, 1, 0.5), (0, 768, 3.0)])
@@ -146,6 +159,14 @@ def test_less_likely_texts_are_not_on_the_frontier():
     kept = frontier.frontier(rows, of="nats")
     assert kept[0] == by_speed[0] and all(a["nats"] > b["nats"] for a, b in pairwise(kept))
     assert min(row["nats"] for row in rows) == kept[-1]["nats"]
+
+
+def test_of_texts_that_count_as_alike_the_fastest_stands_for_all():
+    rows = [row | {"nats": nats} for row, nats in zip(ROWS, (1.0, 1.3, 0.99, 1.03, 1.5), strict=True)]
+    assert [r["label"] for r in frontier.frontier(rows, of="nats")] == ["greedy 8"]
+    assert [r["label"] for r in frontier.frontier(rows, "computed_share", "nats")] == ["greedy 16", "greedy 8"]
+    rows[2]["nats"] = 0.97
+    assert [r["label"] for r in frontier.frontier(rows, of="nats")] == ["greedy 8", "decode 8"]
 
 
 def test_the_interval_of_a_mean_difference():

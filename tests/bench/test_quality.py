@@ -113,6 +113,12 @@ def test_the_seed_draws_the_problems():
     assert problems.fingerprint(first) != problems.fingerprint(second)
 
 
+def test_passages_are_fewer_than_problems():
+    """They are long: as many would take hours on a CPU."""
+    assert [len(family.prompts) for family in problems.bundled(["balance", "stories", "words"])] == [96, 8, 8]
+    assert [len(family.prompts) for family in problems.bundled(["balance", "stories"], 3)] == [3, 3]
+
+
 def test_the_digest_tells_weights_apart(tiny):
     assert quality.digest(tiny[0]) == quality.digest(dkv.load("tiny", device="cpu"))
     other = dkv.load("tiny", device="cpu")

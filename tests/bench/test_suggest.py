@@ -26,7 +26,20 @@ def test_the_fastest_that_loses_little_is_named():
     assert said[1].startswith("So few problems cannot rule out a loss of more than 1 points")
     assert len(suggest.verdict(rows, 0.5).splitlines()) == 1
     assert suggest.verdict([PLAIN], 1.0).startswith("Nothing is faster than plain decoding")
-    assert "nothing can be lost" in suggest.verdict([PLAIN | {"right": 0}, row("a", 2.0, 0.0)], 1.0)
+
+
+def test_nothing_is_named_on_problems_that_are_too_hard():
+    rows = [PLAIN | {"right": 2, "problems": 96}, row("a", 2.0, 0.0, problems=96)]
+    assert suggest.best(rows, 1.0) is None
+    hard = (
+        "Plain decoding answers 2 of the 96 problems: accuracy cannot tell settings apart here. Give easier problems."
+    )
+    assert suggest.verdict(rows, 1.0) == hard
+    # Texts may tell all the same.
+    rows = [r | {"texts": 9, "nats_change": 0.0, "nats_low": 0.0, "nats_high": 0.0} for r in rows]
+    assert suggest.best(rows, 1.0)["label"] == "a"
+    first, second, *_ = suggest.verdict(rows, 1.0).splitlines()
+    assert first == hard and second.startswith("a: 2.00x plain")
 
 
 def test_who_is_sure_to_lose_more_is_left_out():

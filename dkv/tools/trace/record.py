@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.engine import Engine, StepResult
-from dkv.engine.generate import check_helpers, config_of
-from dkv.engine.inputs import checked_inputs
+from dkv.engine.generate import config_of
+from dkv.engine.inputs import check_helpers, checked_inputs
 from dkv.engine.output import Stats
 from dkv.engine.records import entering, visible
 from dkv.engine.run import Run

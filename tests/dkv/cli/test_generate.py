@@ -156,6 +156,8 @@ def test_B22_generate_never_emits_ids_without_text(run, write_model, tmp_path):
         (("1=", "--device", "abacus"), "device='abacus' cannot be used here"),
         (("1=", "--model", "nowhere"), "there is no folder nowhere"),
         (("1=", "--model", ROOT / "tests/golden/llada_gqa"), "has no tokenizer: put its files"),
+        (("1=", "--attention-block", 4), "attention_block=4 has no meaning: llada has no blocks of its own"),
+        (("1=", "--family", "drem"), "family='drem' is not known: did you mean 'dream'?"),
         (("one=",), "no token for 'o', 'n', 'e'; it knows the characters ' +-0123456789='"),
         (("1=", "--chat"), "no chat template"),
         (("1=", "--file", "prompt"), "give a prompt or --file, not both"),

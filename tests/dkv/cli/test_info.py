@@ -1,12 +1,14 @@
 """`dkv info` as text and as JSON."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dkv.kernels.common import backend
+from dkv.models import load
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +75,56 @@ def test_triton_chosen_on_the_cpu(run, monkeypatch, interpreted):
     monkeypatch.setattr(backend, "interpreted", lambda: interpreted)
     wanted = "triton" if interpreted else "none (Triton runs there with TRITON_INTERPRET=1 alone)"
     assert line(run("info")[1], "cpu").endswith(f", backend: {wanted}")
+
+
+FAMILIES = Path(__file__).parents[2] / "golden" / "families"
+
+
+def test_a_model(run):
+    code, out, err = run("info", "tiny-dream")
+    assert (code, err) == (0, "")
+    assert line(out, "family") == "family     dream" and line(out, "outputs").endswith("of the next slot")
+    assert line(out, "attention").endswith("every slot sees all")
+    assert "793,472 parameters: 3.03 MiB in float32, 1.51 MiB in bfloat16" in line(out, "weights")
+    # 4 layers of 2 heads of 32, keys and values, 512 slots.
+    assert "K/V 512    1.00 MiB in float32, 0.50 MiB in bfloat16" in out
+    assert line(out, "decode").endswith("applies")
+
+
+def test_a_model_in_blocks(run):
+    code, out, _ = run("info", str(FAMILIES / "sdar" / "sdar_tiny"))
+    assert code == 0 and "blocks of 4 slots, counted from slot 0" in line(out, "attention")
+    out = run("info", str(FAMILIES / "a2d" / "a2d_qwen2"), "--attention-block", "8")[1]
+    assert "blocks of 8 slots, counted from the end of the prompt" in line(out, "attention")
+    assert line(out, "none").endswith("applies") and "applies" not in line(out, "sliding")
+
+
+def test_a_mixture(run):
+    code, out, _ = run("info", str(FAMILIES / "llada2" / "llada2_tiny"))
+    assert code == 0 and "2 of 8, of width 24, and a shared one of 24; an MLP in 1 of the layers" in out
+
+
+def test_a_model_for_programs(run):
+    facts = json.loads(run("info", "--json", str(FAMILIES / "nemotron" / "nemotron_tiny"))[1])
+    assert facts["spec"]["family"] == "nemotron" and facts["spec"]["rope"]["factor"] == 16.0
+    assert facts["weight_bytes"] == {"float32": 4 * facts["parameters"], "bfloat16": 2 * facts["parameters"]}
+    assert facts["kv_bytes"]["bfloat16"] == {"256": 256 * 2 * 2 * 3 * 2 * 24}
+    loaded = load(FAMILIES / "nemotron" / "nemotron_tiny", device="cpu")
+    assert facts["parameters"] == loaded.num_parameters
+
+
+def test_a_model_without_weights_that_needs_its_family(run, tmp_path):
+    """As from the hub, of which only the small files are fetched."""
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config |= {"vocab_size": 64, "intermediate_size": 48, "max_position_embeddings": 64, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "family='stable_diffcoder'" in run("info", str(tmp_path))[2]
+    code, _, err = run("info", str(tmp_path), "--family", "stable_diffcoder")
+    assert code == 2 and "mask_token_id" in err
+    code, out, _ = run("info", str(tmp_path), "--family", "stable_diffcoder", "--mask-token-id", "63")
+    assert code == 0 and line(out, "tokens").endswith("mask 63")
+
+
+def test_what_is_said_of_no_model(run):
+    code, _, err = run("info", "--attention-block", "4")
+    assert code == 2 and "--attention-block goes with a MODEL" in err

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dkv
+from dkv.common.bar import Bar
 from dkv.tools.streaming import DraftStreamer, ProgressStreamer, wrapped
 
 END, MASK = 98, 99
@@ -213,12 +214,32 @@ def test_progress_shows_in_a_terminal_alone(monkeypatch):
         err = io.StringIO()
         err.isatty = lambda answer=is_terminal: answer
         monkeypatch.setattr("sys.stderr", err)
-        progress = ProgressStreamer(2)
+        progress = ProgressStreamer(2, MASK)
         progress.put(torch.tensor([[0]]))
         progress.put_draft(torch.tensor([[0, 1]]))
         progress.end()
         progress.end()
         assert ("/2 [" in err.getvalue()) is is_terminal
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block_length": 4, "schedule": "sliding", "cache": "sliding", "most": 3},
+        {"block_length": 8, "threshold": 1e-4},
+        {"schedule": "time", "steps": 30},
+        {"eos_token_id": list(range(0, 64, 2))},
+    ],
+    ids=["sliding", "threshold", "time", "ends"],
+)
+def test_progress_ends_at_its_total(llada, monkeypatch, settings):
+    """However many steps it takes, which the schedule alone does not tell."""
+    done = []
+    monkeypatch.setattr(Bar, "update", lambda bar, n=1: done.append(n) or setattr(bar, "n", bar.n + n))
+    ids = torch.tensor([[5, 9], [7, 3]])
+    progress = ProgressStreamer(2 * 16, llada.spec.mask_token_id)
+    output = dkv.generate(llada, ids, max_new_tokens=16, streamer=progress, **settings)
+    assert len(done) == output.stats.passes and min(done) >= 0 and sum(done) == 2 * 16
 
 
 class Letters:
