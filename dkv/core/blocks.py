@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from dkv.core.kv_cache import KVCache
 from dkv.core.schedule import Now, Step, quotas, shares
 
 
@@ -159,9 +160,13 @@ class Blocks:
         self.stores += begins
         self.stored.copy_(torch.where(begins, now.first, self.stored))
 
-    def kept(self) -> Tensor:
-        """bool [B, S]: slots whose keys and values are what any longer text would have."""
-        return self._slot < self.stored
+    def keep(self, cache: KVCache) -> None:
+        """Tell a cache which keys and values any longer text would have too, and how blocks were counted."""
+        cache.seen, cache.blocks = self._slot < self.stored, (self.rule.length, self.offset)
+
+    def merged_stores(self) -> int:
+        """Passes that were spared, as others stored what they would have; reads the device."""
+        return 0 if self.rule.seeded else int(self.stores.sum())
 
     def take_over(self, known: Tensor) -> Tensor:
         """Begin behind so many slots whose keys and values are known, int64 [B, 1], or as many as are whole blocks."""

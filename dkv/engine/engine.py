@@ -79,8 +79,7 @@ class Engine:
         # The timetable may keep it: with the engine in it, both would wait for the collector of cycles.
         rows.begin(plans, partial(config.cache.full, shifted=self.shifted), config.region)
         self.watch = watch_of(config.cache, rows, model.spec.num_layers)
-        edits = config.edit_threshold is not None
-        self.editing = Editing(config, rows, ending and ending.eos) if edits else None
+        self.editing = None if config.edit_threshold is None else Editing(config, rows, ending and ending.eos)
         self.planner = Planner(config, rows, plans, noise, self.shifted, self.watch, self.blocks, self.editing)
         cuts = config.cache.cuts(model.spec.num_layers)
         self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
@@ -173,8 +172,7 @@ class Engine:
         packed, config, ranges, gaps = self.pack(plan, shape), self.config, self.rows.key_ranges, plan.hidden
         given, narrow = packed, self.narrowing and NarrowPass(self.narrowing, plan, packed, shape)
         ends = None
-        if self.blocks is not None:
-            # What is hidden lies behind the ends.
+        if self.blocks is not None:  # What is hidden lies behind the ends.
             ends, gaps = self.blocks.ends(packed.positions, packed.rows, self.rows.timetable.now()), None
         if self.branches == 2:
             given = in_both_branches(packed, self.rows, self.mask_id)
@@ -227,15 +225,11 @@ class Engine:
 
     def _count(self) -> None:
         """Count the next pass, if it computes anything."""
-        stats, lengths, status = self.stats, self.rows.row_lengths, self.status
-        if any(status.active):
-            counts = [status.active, *status.left]
-            stats.passes += 1
-            stats.full_passes += self.is_full
-            stats.computed_slots += self.branches * sum(status.active)
-            stats.total_slots += self.branches * sum(lengths[row] for row in self.numbers)
-            if self.narrowing is not None:
-                stats.skipped_slots += self.branches * self.narrowing.skipped([sum(count) for count in counts])
+        lengths, counts = self.rows.row_lengths, [sum(count) for count in (self.status.active, *self.status.left)]
+        if counts[0]:
+            skipped = 0 if self.narrowing is None else self.narrowing.skipped(counts)
+            total = sum(lengths[row] for row in self.numbers)
+            self.stats.add_pass(*(self.branches * n for n in (counts[0], total)), self.is_full, self.branches * skipped)
 
     def _choose(self, forward: Forward) -> Choice:
         """A token for each of the scored slots."""
@@ -294,14 +288,13 @@ class Engine:
         """The keys and values, with the text that they belong to; after the last step."""
         self.cache.tokens, self.cache.seen = self.rows.tokens[:, :-1].clone(), self.seen.clone()
         if self.blocks is not None:
-            self.cache.seen = self.blocks.kept()
-            self.cache.blocks = self.blocks.rule.length, self.blocks.offset
+            self.blocks.keep(self.cache)
         return self.cache
 
     def snapshot(self, **facts: Any) -> Stats:
         """What the generation has cost so far; `facts` are further fields."""
         unfilled = sum(self.status.masked) + sum(self.status.cut) if self.rows.size else 0
         filled = sum(self.rows.to_fill) - unfilled
-        if self.blocks is not None and not self.numbers and not self.blocks.rule.seeded:
-            self.stats.merged_stores = int(self.blocks.stores.sum())
+        if self.blocks is not None and not self.numbers:
+            self.stats.merged_stores = self.blocks.merged_stores()
         return replace(self.stats, new_tokens=filled, seconds=time.perf_counter() - self._start, **facts)

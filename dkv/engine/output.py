@@ -47,6 +47,14 @@ class Stats:
     seed: int | list[int] = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def add_pass(self, computed: int, total: int, full: bool = False, skipped: float = 0) -> None:
+        """Count a pass: its slots, those of plain decoding, whether it was full, and what it skipped of these."""
+        self.passes += 1
+        self.full_passes += full
+        self.computed_slots += computed
+        self.total_slots += total
+        self.skipped_slots += skipped
+
     @property
     def cached_passes(self) -> int:
         return self.passes - self.full_passes

@@ -165,9 +165,7 @@ class Speculation:
             workspace=self.workspace,
         )
         token, sure = self.sampler(hidden, None, list, list)[:2]
-        self.stats.passes += 1
-        self.stats.computed_slots += int(counts.sum())
-        self.stats.total_slots += sum(self.rows.row_lengths[row] for row in self.numbers)
+        self.stats.add_pass(int(counts.sum()), sum(self.rows.row_lengths[row] for row in self.numbers))
         if last_only:
             return token, sure
         wide = [x.new_zeros(inside.shape).masked_scatter_(inside, x) for x in (token, sure)]
