@@ -150,6 +150,8 @@ def infill(
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
     if config.edit_threshold is not None:
         raise ValueError("edit_threshold does not go with infill, which changes nothing but masks")
+    if config.schedule == "speculative":
+        raise ValueError('schedule="speculative" does not go with infill: it continues prompts')
     mask_id = mask_id_of(model, config)
     rows = Sequences(ids, mask, mask & (ids == mask_id), mask_id)
     run = Run(model, rows, config, mask_id, generator, logits_processor, ends=False)

@@ -59,6 +59,9 @@ class Run:
         eos = ends_of(model, config) if ends else []
         hooks = [hook for hook in (self.recorder, on_step) if hook]
         if config.schedule == "speculative":
+            given = {"logits_processor": processor, "stopping_criteria": criteria, "kv_cache": past}
+            if name := next((name for name, value in given.items() if value is not None), None):
+                raise ValueError(f'{name} does not go with schedule="speculative": leave one of them out')
             budgets = [config.of_row("max_new_tokens", row) for row in range(batch)]
             self.engine = Speculation(model, rows, config, mask_id, pad_id(model, config), budgets, eos, hooks)
             return
