@@ -62,8 +62,11 @@ def check(spec: ModelSpec, config: DiffusionConfig) -> None:
 
 def _check_edits(spec: ModelSpec, config: DiffusionConfig) -> None:
     """An edited block needs outputs of its own slots, at all of them, in every pass."""
-    if spec.shifted or spec.seeded:
-        raise ValueError("edit_threshold goes with models whose outputs are those of their own slots (LLaDA2.1)")
+    if spec.shifted or spec.seeded or spec.blocks_from_prompt:
+        raise ValueError(
+            "edit_threshold goes with models whose outputs are those of their own slots, and whose blocks are counted "
+            "from slot 0 (LLaDA2.1)"
+        )
     if config.block_length is not None and config.block_length != block_rule(spec, config).length:
         raise ValueError(f"edit_threshold edits whole blocks: leave block_length={config.block_length} out")
     if not isinstance(config.cache, NoCache):

@@ -40,7 +40,8 @@ def model(request):
 
 
 def fits(model, settings):
-    return "edit_threshold" not in settings or not (model.spec.shifted or model.spec.seeded)
+    spec = model.spec
+    return "edit_threshold" not in settings or not (spec.shifted or spec.seeded or spec.blocks_from_prompt)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
