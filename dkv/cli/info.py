@@ -15,8 +15,8 @@ EXAMPLES = """\
 examples:
   dkv info
   dkv info --json                  the same for a program; paste either into a report of a fault
-  dkv info tiny-dream              the family, sizes and memory of a model, and the policies that go with it
-  dkv info JetLM/SDAR-8B-Chat      the same of one on the hub, whose weights are not fetched
+  dkv info tiny-dream              family, sizes, memory and policies of a model: also of a folder, or of one on the
+                                   hub by its id (org/name), whose weights are not fetched
 """
 
 

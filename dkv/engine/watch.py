@@ -39,6 +39,8 @@ class Turning:
 
     def update(self, observer: Observer) -> None:
         """Compare a pass, whose tokens are not filled in yet, with the one before it."""
+        if not observer.layers:
+            return  # A network without layers attends to nothing.
         rows, now = self._rows, self._rows.timetable.now()
         asking, layers = self._policy.leftmost(rows, now), range(len(observer.layers))
         both, known = asking & self.asking, rows.everywhere & ~rows.masked
