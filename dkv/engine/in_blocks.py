@@ -8,7 +8,7 @@ from dkv.core.sequences import Sequences
 from dkv.engine import speculation
 from dkv.engine.config import DiffusionConfig
 from dkv.models.spec import ModelSpec
-from dkv.policies import NoCache
+from dkv.policies import NoCache, Policy
 
 # Settings that have no meaning in such a model, and why.
 REFUSED = {
@@ -49,15 +49,22 @@ def check(spec: ModelSpec, config: DiffusionConfig) -> None:
         value = getattr(config, name)
         if value and value not in ("blocks", "speculative"):
             raise ValueError(f"{name}={value!r} does not go with a block-causal model: {why}")
-    if not config.cache.in_blocks:
+    if why := unfit(type(config.cache)):
         raise ValueError(
-            f"cache {config.cache.name!r} does not go with a block-causal model, which stores finished blocks for good "
-            'and sees nothing behind the current one: "none" computes this block in every pass, "decode" its masks and '
-            "the slots filled last"
+            f'cache {config.cache.name!r} does not go with a block-causal model: {why}; "none" computes the current '
+            'block in every pass, "decode" its masks and the slots filled last'
         )
-
     if config.edit_threshold is not None:
         _check_edits(spec, config)
+
+
+def unfit(policy: type[Policy]) -> str | None:
+    """Why a policy does not go with a block-causal model; None: it does."""
+    if policy.in_blocks:
+        return None
+    if policy.observes:
+        return "the attention that it goes by is summed up as if every slot saw all of its row (attention_mass)"
+    return "finished blocks are stored for good, and nothing behind the current one is seen"
 
 
 def _check_edits(spec: ModelSpec, config: DiffusionConfig) -> None:

@@ -42,6 +42,10 @@ def attention_mass(
     the column sum of an attention rollout, the product of all layers' attention (d2Cache, arXiv 2509.23094), without
     one [S, S] matrix.
 
+    Every query is taken to have seen all slots of `key_ranges`. It knows no `query_ends` and no `key_gaps` of
+    `cached_attention`: a slot that these hide from a query is counted as if the query saw it, so that the result means
+    nothing for block-causal or causal queries.
+
     Args:
         q: packed [T, Hq, D]; float16, bfloat16, float32 or float64. Hq is a multiple of Hkv.
         k_buf: [B, S, Hkv, D], dtype of q; any strides.

@@ -162,6 +162,8 @@ def test_rows_end_at_the_end_token_of_the_model():
 
 REFUSED = {
     "cache 'greedy' does not go with a block-causal model": {"cache": "greedy"},
+    "cache 'rollout'.*attention_mass": {"cache": "rollout"},
+    "cache 'elastic'.*attention_mass": {"cache": "elastic"},
     "block_length=3 must divide": {"block_length": 3},
     "cfg_scale=1.0 does not go": {"cfg_scale": 1.0},
     "schedule='time' does not go": {"schedule": "time"},
