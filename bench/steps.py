@@ -14,7 +14,7 @@ from dkv.core.sequences import Sequences
 from dkv.engine.engine import Engine, OnStep, StepResult
 from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
-from dkv.engine.stages import Choice, Forward, Shape
+from dkv.engine.stages import Choice, Forward, Packed, Shape
 from dkv.kernels.attention.op import ATTENTION
 from dkv.kernels.common.operation import Operation
 
@@ -61,7 +61,7 @@ def skip(engine: Engine, steps: int) -> None:
         plan, status = engine.next_plan, engine.status
         # Nothing goes through the network, so nothing stops in it either.
         shape = Shape(*engine.filled(status.active), *engine.filled(status.scored))
-        forward = Forward(engine.pack(plan, shape), plan, None, False)
+        forward = Forward(Packed.of(engine.rows, plan, shape, engine.shifted), plan, None, False)
         slots = forward.packed.slots
         choice = Choice(torch.full_like(slots, engine.mask_id), torch.zeros(len(slots), device=slots.device))
         engine.commit(plan, forward, choice)

@@ -13,7 +13,7 @@ from dkv import kernels
 from dkv.core.blocks import Blocks
 from dkv.core.kv_cache import KVCache
 from dkv.core.sequences import Sequences
-from dkv.core.varlen import GRAPHED, PADDINGS, Padding, Segments
+from dkv.core.varlen import GRAPHED, PADDINGS, Padding
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.editing import Editing
 from dkv.engine.ending import Ending
@@ -32,7 +32,6 @@ from dkv.engine.stages import Choice, Forward, Packed, Shape, Status, StepPlan, 
 from dkv.engine.watch import watch_of
 from dkv.kernels.commit.op import ADVANCE
 from dkv.kernels.commit.reference import ENTROPY_RULES, Chosen, Pass, State
-from dkv.kernels.plan.op import PACK
 
 # Called after every step.
 OnStep = Callable[["Engine", StepResult], None]
@@ -169,7 +168,8 @@ class Engine:
 
     def _forward(self, plan: StepPlan, shape: Shape) -> Forward:
         """Send the active slots through the model, for the hidden states that predict the scored ones."""
-        packed, config, ranges, gaps = self.pack(plan, shape), self.config, self.rows.key_ranges, plan.hidden
+        packed, config = Packed.of(self.rows, plan, shape, self.shifted), self.config
+        ranges, gaps = self.rows.key_ranges, plan.hidden
         given, narrow = packed, self.narrowing and NarrowPass(self.narrowing, plan, packed, shape)
         ends = None
         if self.blocks is not None:  # What is hidden lies behind the ends.
@@ -200,22 +200,6 @@ class Engine:
         if narrow is not None:
             packed, plan = narrow.packed, narrow.plan
         return Forward(packed, plan, hidden, config.output_logits, narrow)
-
-    def pack(self, plan: StepPlan, shape: Shape) -> Packed:
-        """The active slots of all rows one after the other, and where the scored ones stand among them."""
-        rows = self.rows
-        *entries, starts = PACK(
-            rows.tokens,
-            plan.active,
-            plan.scored,
-            rows.lengths.squeeze(1),
-            plan.report,
-            shape.active,
-            shape.scored,
-            self.shifted,
-        )
-        active = Segments(starts[0], plan.report[0], shape.most_active)
-        return Packed(*entries, active, Segments(starts[1], plan.report[1], shape.most_scored))
 
     @property
     def is_full(self) -> bool:

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from dkv import kernels
 from dkv.core.kv_cache import KVCache
-from dkv.core.sequences import Sequences
-from dkv.core.varlen import Segments
+from dkv.core.sequences import Sequences, column
+from dkv.core.varlen import PADDINGS, Padding
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import among
 from dkv.engine.output import Stats
 from dkv.engine.rules import sureness
 from dkv.engine.sampler import Sampler
 from dkv.engine.settings import DEFAULTS
+from dkv.engine.stages import Packed, Shape, StepPlan
 from dkv.models.spec import ModelSpec
 from dkv.policies import NoCache
 
@@ -52,6 +53,9 @@ class Speculation:
     pass says how many of these drafts it would have written, and the token after them. That pass also stores the keys
     and values of what is taken; those of the others are written anew in the next round.
 
+    The host reads one small tensor a round. Where confidences decide how many drafts a pass fills, it also reads how
+    many are left.
+
     Args:
         model, config, mask_id, pad_id: as for `dkv.engine.engine.Engine`.
         rows: the sequences; each has a block of slots more than it shows.
@@ -60,6 +64,10 @@ class Speculation:
 
     Attributes:
         numbers: of the rows that are not finished.
+        at: int64 [B, 1], by row, the slot of its last token.
+
+    Raises:
+        ValueError: a row has no prompt, so that nothing predicts its first token.
     """
 
     eager_reason = 'schedule="speculative" reads back how many drafts are taken'
@@ -75,120 +83,133 @@ class Speculation:
         eos: Sequence[int],
         hooks: Sequence[Callable[..., None]] = (),
     ):
-        self.hooks = hooks
+        self.hooks, device = hooks, rows.tokens.device
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
         self.length, self._bound = model.spec.block_length, sureness(config).bound
         self.cache, self.workspace = KVCache(len(rows.tokens), max(rows.size, 1)), kernels.Workspace()
         self.sampler = Sampler(model, config, mask_id, self.workspace)
-        self.eos, device = torch.tensor(list(eos), dtype=torch.int64, device=rows.tokens.device), rows.tokens.device
-        self._first = (rows.rank < 0).cumprod(1).sum(1)  # [B], slots before the first one to fill
-        self._last = self._first + torch.tensor(list(budgets), device=device)
-        # By row, the slot of its last token; -1: the prompt is not computed yet.
-        self.at = torch.full_like(self._first, -1)
-        self.stats, self._start = Stats(eager_reason=self.eager_reason), time.perf_counter()
+        self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
+        self._padding, self._slot = PADDINGS.get(device.type, Padding(1)), torch.arange(rows.size, device=device)
         self.numbers = [row for row, budget in enumerate(budgets) if budget]
+        self._prompts = [whole - new for whole, new in zip(rows.row_lengths, rows.to_fill, strict=True)]
+        if any(self._prompts[row] == 0 for row in self.numbers):
+            raise ValueError('schedule="speculative" continues prompts, and a row of input_ids has no token')
+        self._first = column(self._prompts, device)
+        # The slot after the last that a row may have.
+        self._stop = self._first + column(list(budgets), device)
+        self._alive = self._stop > self._first
+        self.at, self._invalid = self._first - 1, torch.zeros((), dtype=torch.bool, device=device)
+        self._begun, self._new = False, 0
+        self.stats, self._start = Stats(eager_reason=self.eager_reason), time.perf_counter()
 
     def step(self) -> None:
-        """Take a round with every row that is not finished."""
-        if bool((self.at < 0).any()):
-            self._prefill()
+        """Take a round with every row that is not finished; the first one reads the prompts."""
+        if self._begun:
+            block, counts = self._block(), self._unfinished([self.length] * len(self._prompts))
+            self._draft(block)
+            self._verify(block, block, counts, counts)
         else:
-            self._draft()
-            self._verify()
-        self._finish_rows()
+            prompt = self._alive & (self._slot <= self.at)
+            last = self._unfinished([1] * len(self._prompts))
+            self._verify(prompt, prompt & (self._slot == self.at), self._unfinished(self._prompts), last)
+            self._begun = True
+        self._read_report()
         for hook in self.hooks:
             hook(self, None)
 
-    def _prefill(self) -> None:
-        starts = torch.zeros_like(self._first)
-        token, _ = self._pass(starts, self._first, causal=True, last_only=True)
-        self.at.copy_(self._first)
-        self._write(self.at[:, None], token[:, None])
-
-    def _draft(self) -> None:
+    def _draft(self, block: Tensor) -> None:
         """Fill the slots behind the last tokens: those that are sure enough, and the surest, in every pass."""
-        slots = self._block()
-        while bool((open_ := self.rows.masked.gather(1, slots)).any()):
-            token, sure = self._pass(self.at, self._counts(), causal=False)
-            sure = sure.masked_fill(~open_, -torch.inf)
-            best = torch.zeros_like(open_).scatter_(1, sure.argmax(1, keepdim=True), True)
-            self._write(slots, token, open_ & (best | (sure >= self._bound)))
+        rows, left = self.rows, self._unfinished([self.length - 1] * len(self._prompts))
+        while any(left):
+            open_ = block & rows.masked
+            counts = [self.length * (count > 0) for count in left]
+            token, sure = self._pass(block & open_.any(1, keepdim=True), open_, counts, left, causal=False)
+            best = self._slot == sure.argmax(1, keepdim=True)
+            taken = open_ & (best | (sure >= self._bound))
+            rows.tokens[:, :-1].copy_(torch.where(taken, token, rows.tokens[:, :-1]))
+            rows.masked &= ~taken
+            left = self._left(block & rows.masked, left)
 
-    def _verify(self) -> None:
+    def _left(self, open_: Tensor, before: list[int]) -> list[int]:
+        """How many drafts are open after a pass, by row."""
+        if self.config.threshold == 0:
+            return [0] * len(before)
+        if self.config.threshold is None or max(before) == 1:
+            return [max(count - 1, 0) for count in before]
+        return open_.sum(1).tolist()
+
+    def _verify(self, active: Tensor, scored: Tensor, counts: list[int], scored_counts: list[int]) -> None:
         """Take the drafts that the causal model would have written, and its next token."""
-        slots = self._block()
-        token, _ = self._pass(self.at, self._counts(), causal=True)
-        drafts = self.rows.tokens.gather(1, slots)
-        taken = (drafts[:, 1:] == token[:, :-1]).cumprod(1).sum(1) + 1
-        taken *= self._unfinished()
-        behind = torch.arange(1, self.length + 1, device=slots.device)
-        self._write(slots + 1, token, behind <= taken[:, None])
-        self.at += taken
+        rows = self.rows
+        token, _ = self._pass(active, scored, counts, scored_counts, causal=True)
+        # The output of a slot is what stands in the next one; -1, which no slot holds, where there is none.
+        written = token.roll(1, 1)
+        same = (self._slot <= self.at) | (rows.tokens[:, :-1] == written)
+        self.at.copy_(torch.where(self._alive, same.cumprod(1).sum(1, keepdim=True), self.at))
+        here = self._alive & (self._slot == self.at)
         # What was not taken is open again.
-        open_ = (self.rows.rank >= 0) & (torch.arange(self.rows.size, device=slots.device) > self.at[:, None])
-        self.rows.tokens[:, :-1].masked_fill_(open_, self.mask_id)
-        self.rows.masked.copy_(open_)
+        open_ = self._alive & (rows.rank >= 0) & (self._slot > self.at)
+        tokens = torch.where(here, written, rows.tokens[:, :-1].masked_fill(open_, self.mask_id))
+        rows.tokens[:, :-1].copy_(tokens)
+        rows.masked.copy_(open_)
 
     def _block(self) -> Tensor:
-        """int64 [B, block]: the slots of the last token and of the drafts behind it."""
-        return self.at[:, None] + torch.arange(self.length, device=self.at.device)
+        """bool [B, S]: the slots of the last token and of the drafts behind it."""
+        return self._alive & (self._slot >= self.at) & (self._slot < self.at + self.length)
 
-    def _unfinished(self) -> Tensor:
-        found = torch.zeros_like(self.at)
-        found[self.numbers] = 1
-        return found
+    def _unfinished(self, counts: list[int]) -> list[int]:
+        """The counts of the rows that are not finished; 0 of the others."""
+        return [count * (row in self.numbers) for row, count in enumerate(counts)]
 
-    def _counts(self) -> Tensor:
-        return self._unfinished() * self.length
-
-    def _pass(self, starts: Tensor, counts: Tensor, causal: bool, last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """Compute so many slots of every row from `starts` on; a token and its log-confidence for each [B, most], or
-        for the last one [B]."""
-        most, device = int(counts.max()), counts.device
-        inside = torch.arange(most, device=device) < counts[:, None]
-        slots = (starts[:, None] + torch.arange(most, device=device)).clamp(max=self.rows.size)
-        row = torch.arange(len(counts), device=device)[:, None].expand_as(slots)[inside]
-        positions, begin = slots[inside], counts.cumsum(0) - counts
-        ends = positions + 1 if causal else (starts + counts).index_select(0, row)
-        outputs = segments = None
-        if last_only:
-            outputs, segments = begin + counts - 1, Segments(row.new_tensor(range(len(counts))), counts.clamp(max=1), 1)
+    def _pass(
+        self, active: Tensor, scored: Tensor, counts: list[int], scored_counts: list[int], causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute slots, bool [B, S], so many of each row; of those that are scored a token and its log-confidence,
+        [B, S], -1 and -inf elsewhere."""
+        rows, report = self.rows, torch.stack((active.sum(1), scored.sum(1)))
+        sizes = [
+            number
+            for of in (counts, scored_counts)
+            for number in (self._padding.filled(sum(of), rows.masked.numel()), max(of))
+        ]
+        packed = Packed.of(rows, StepPlan(active, scored, None, report[1], report), Shape(*sizes), shifted=False)
+        ends = packed.positions + 1
+        if not causal:
+            ends = (self.at + self.length).squeeze(1).index_select(0, packed.rows)
         hidden = self.model.step(
-            self.rows.tokens[row, positions],
-            positions,
+            packed.tokens,
+            packed.positions,
             self.cache,
-            rows=row,
-            segments=Segments(begin, counts, most),
+            rows=packed.rows,
+            segments=packed.active,
             ends=ends,
-            outputs=outputs,
-            output_segments=segments,
+            outputs=packed.places,
+            output_segments=packed.scored,
             workspace=self.workspace,
         )
-        token, sure = self.sampler(hidden, None, list, list)[:2]
-        self.stats.add_pass(int(counts.sum()), sum(self.rows.row_lengths[row] for row in self.numbers))
-        if last_only:
-            return token, sure
-        wide = [x.new_zeros(inside.shape).masked_scatter_(inside, x) for x in (token, sure)]
-        return wide[0], wide[1]
+        self.stats.add_pass(sum(counts), sum(rows.row_lengths[row] for row in self.numbers))
+        places = packed.scored_rows * (rows.size + 1) + packed.slots
+        found = []
+        for x, none in zip(self.sampler(hidden, None, list, list)[:2], (-1, -torch.inf), strict=True):
+            wide = x.new_full((len(counts), rows.size + 1), none)
+            found.append(wide.view(-1).scatter_(0, places, x).view_as(wide)[:, :-1])
+        self._invalid |= found[1].isnan().any()
+        return found[0], found[1]
 
-    def _write(self, slots: Tensor, token: Tensor, where: Tensor | None = None) -> None:
-        """Write tokens [B, n] at slots [B, n], where it holds."""
-        spare = self.rows.size
-        slots = slots if where is None else torch.where(where, slots, spare)
-        self.rows.tokens.scatter_(1, slots, torch.where(slots == spare, self.rows.tokens[:, spare:], token))
-        wide = torch.nn.functional.pad(self.rows.masked, (0, 1))
-        self.rows.masked.copy_(wide.scatter_(1, slots, False)[:, :-1])
-
-    def _finish_rows(self) -> None:
-        """End rows at their first end token, or where they have what was asked for."""
-        rows, slot = self.rows, torch.arange(self.rows.size, device=self.at.device)
-        written = (rows.rank >= 0) & (slot <= self.at[:, None])
-        ends = among(rows.tokens[:, :-1], self.eos) & written
-        behind = torch.where(ends, slot + 1, rows.size + 1).amin(1)
-        done = (behind <= rows.size) | (self.at + 1 >= self._last)
-        cut = torch.where(done, torch.minimum(behind, self._last), rows.size + 1)
-        rows.cut(cut[:, None], self.pad_id)
-        self.numbers = [row for row in self.numbers if not bool(done[row])]
+    def _read_report(self) -> None:
+        """End rows at their first end token, or where they have what was asked for; read which, once."""
+        rows = self.rows
+        ends = among(rows.tokens[:, :-1], self.eos) & (rows.rank >= 0) & (self._slot <= self.at)
+        behind = torch.where(ends, self._slot + 1, rows.size + 1).amin(1, keepdim=True)
+        self._stop.copy_(torch.minimum(self._stop, behind))
+        done = self.at + 1 >= self._stop
+        rows.cut(torch.where(done, self._stop, rows.size + 1), self.pad_id)
+        self._alive &= ~done
+        new = torch.minimum(self.at + 1, self._stop) - self._first
+        new, done, invalid = torch.stack((new, done, self._invalid.expand_as(new))).squeeze(2).tolist()
+        if any(invalid):
+            raise ValueError(self.sampler.suspects())
+        self._new, self.numbers = sum(new), [row for row in self.numbers if not done[row]]
 
     @property
     def sequences(self) -> Tensor:
@@ -197,11 +218,9 @@ class Speculation:
 
     def finish(self) -> KVCache:
         """The keys and values, with the text that they belong to; after the last round."""
-        stored = torch.arange(self.rows.size, device=self.at.device) < self.at[:, None]
-        self.cache.tokens, self.cache.seen = self.rows.tokens[:, :-1].clone(), stored
+        self.cache.tokens, self.cache.seen = self.rows.tokens[:, :-1].clone(), self._slot < self.at.minimum(self._stop)
         return self.cache
 
     def snapshot(self, **facts: Any) -> Stats:
         """What the generation has cost so far; `facts` are further fields."""
-        filled = int((torch.minimum(self.at + 1, self._last) - self._first).clamp(min=0).sum())
-        return replace(self.stats, new_tokens=filled, seconds=time.perf_counter() - self._start, **facts)
+        return replace(self.stats, new_tokens=self._new, seconds=time.perf_counter() - self._start, **facts)

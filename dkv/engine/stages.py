@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dkv.core.varlen import Segments
+from dkv.kernels.plan.op import PACK
 
 if TYPE_CHECKING:
+    from dkv.core.sequences import Sequences
     from dkv.engine.narrow import NarrowPass
 
 
@@ -112,6 +114,14 @@ class Packed:
     places: Tensor
     active: Segments
     scored: Segments
+
+    @classmethod
+    def of(cls, rows: "Sequences", plan: StepPlan, shape: Shape, shifted: bool) -> "Packed":
+        """The active slots of all rows one after the other, and where the scored ones stand among them."""
+        slots = rows.tokens, plan.active, plan.scored, rows.lengths.squeeze(1)
+        *entries, starts = PACK(*slots, plan.report, shape.active, shape.scored, shifted)
+        active = Segments(starts[0], plan.report[0], shape.most_active)
+        return cls(*entries, active, Segments(starts[1], plan.report[1], shape.most_scored))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import dkv
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.run import Run
 from tests.dkv.conftest import pad_rows, small_model
+from tests.waits import NoWaits
 
 PROMPTS = [[5, 9, 3, 8, 1, 44, 17], [7, 2, 4]]
 HOW = {"schedule": "speculative", "eos_token_id": []}
@@ -43,6 +46,39 @@ def test_a_row_ends_behind_its_end_token(model):
     assert torch.equal(found[: first + 1], free[: first + 1]) and not found[first + 1 :].any()
 
 
+@pytest.mark.parametrize(("threshold", "reads"), [(None, 1), (0.0, 1), (0.05, 3)])
+def test_a_round_reads_one_report(model, threshold, reads, monkeypatch):
+    """And where confidences decide, what is left after each pass over the drafts but the last possible one."""
+    monkeypatch.setattr("dkv.kernels.common.operation.readable", lambda _: False)
+    read, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(x) or tolist(x))
+    _, run = Run.after_prompts(
+        model, *pad_rows(PROMPTS), DiffusionConfig(max_new_tokens=16, threshold=threshold, **HOW)
+    )
+    while run.engine.numbers:
+        read.clear()
+        with torch.no_grad(), NoWaits():
+            run.engine.step()
+        assert 1 <= len(read) <= reads and read[-1].shape == (3, 2)
+
+
+def test_the_next_turn_takes_over_what_was_verified(model):
+    ids, mask = pad_rows(PROMPTS)
+    free = dkv.generate(model, ids, mask, max_new_tokens=12, **HOW).sequences[:, 7:]
+    how = {**HOW, "eos_token_id": [int(free[0, 4]), int(free[1, 9])], "pad_token_id": 0}
+    first = dkv.generate(model, ids, mask, max_new_tokens=12, **how)
+    turn = torch.cat((first.sequences, torch.tensor([[20, 21, 22], [23, 24, 25]])), 1)
+    real = torch.cat((mask, torch.ones(2, 15, dtype=mask.dtype)), 1)
+    fresh, output = (
+        dkv.generate(model, turn, real, max_new_tokens=6, eos_token_id=[], **given)
+        for given in ({}, {"kv_cache": first.kv_cache})
+    )
+    assert torch.equal(output.sequences, fresh.sequences)
+    # Behind its end a row has padding, whose keys and values were never computed.
+    ends = first.stats.new_tokens
+    assert 10 < output.stats.reused_slots <= 10 + ends and ends < 24
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -55,5 +91,7 @@ def test_a_row_ends_behind_its_end_token(model):
 def test_what_does_not_go_with_drafts(model, given, message):
     with pytest.raises(ValueError, match=message):
         dkv.generate(model, torch.tensor(PROMPTS[:1]), max_new_tokens=5, **HOW, **given)
+    with pytest.raises(ValueError, match="has no token"):
+        dkv.generate(model, torch.tensor(PROMPTS[:1])[:, :0], max_new_tokens=5, **HOW)
     with pytest.raises(ValueError, match="infill"):
         dkv.infill(model, torch.tensor([[5, 63, 3]]), **HOW)
