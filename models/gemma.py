@@ -14,6 +14,7 @@ from dkv.kernels.rope_scatter.op import ROPE_SCATTER
 from dkv.kernels.rope_scatter.reference import Norm as HeadNorm
 from dkv.models.gemma_layer import Attention, Layer, Mlp, Norm, SelfConditioning
 from dkv.models.gemma_spec import GemmaLayer, GemmaSpec
+from dkv.models.layers import Network
 
 # Tokens of a row that are encoded at once, which bounds the mask of a long prompt.
 PIECE = 1024
@@ -21,15 +22,11 @@ PIECE = 1024
 NO_NORM = HeadNorm()
 
 
-class Gemma(nn.Module):
+class Gemma(Network):
     """The text part of a DiffusionGemma model: `encode` what is known, then `decode` a canvas as often as needed."""
 
     def __init__(self, spec: GemmaSpec):
-        super().__init__()
-        self.spec = spec
-        self.embed = nn.Embedding(
-            spec.vocab_size, spec.hidden_size, _weight=torch.randn(spec.vocab_size, spec.hidden_size)
-        )
+        super().__init__(spec)
         self.self_conditioning = SelfConditioning(spec)
         self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
         self.encoder_scalars = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in spec.layers)
@@ -37,18 +34,6 @@ class Gemma(nn.Module):
         self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.head.weight = self.embed.weight
         self._rope: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
 
     def join_(self) -> None:
         """Join the weights that multiply the same states: fewer products, and larger ones. Names are then others."""

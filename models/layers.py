@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dkv.kernels.norm.op import RMS_NORM
 from dkv.kernels.rope_scatter.reference import Norm
+from dkv.models.gemma_spec import GemmaSpec
 from dkv.models.mixture import Experts
 from dkv.models.spec import ModelSpec
 
@@ -30,6 +31,31 @@ class RMSNorm(nn.Module):
     def added(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of x + delta, and that sum; delta None adds nothing."""
         return (self(x), x) if delta is None else RMS_NORM(delta, self.weight, self.eps, x)
+
+
+class Network(nn.Module):
+    """What every model has: its spec, the table of its tokens, and what these tell."""
+
+    def __init__(self, spec: ModelSpec | GemmaSpec):
+        super().__init__()
+        self.spec = spec
+        # Given its table, as the layer would otherwise load the compiler (2 s) to make one.
+        table = torch.randn(spec.vocab_size, spec.hidden_size)
+        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=table)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all layers, packed ones included."""
+        packed = sum(getattr(module, "num_packed", 0) for module in self.modules())
+        return packed + sum(p.numel() for p in self.parameters())
 
 
 class Block(nn.Module):

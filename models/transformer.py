@@ -13,7 +13,7 @@ from dkv.kernels.attention.op import ATTENTION
 from dkv.kernels.attention.reference import Rules
 from dkv.kernels.attention.shares import Shares
 from dkv.kernels.rope_scatter.op import ROPE_SCATTER
-from dkv.models.layers import Block, Layer, RMSNorm, norm_of
+from dkv.models.layers import Block, Layer, Network, RMSNorm, norm_of
 from dkv.models.rotary import frequencies
 from dkv.models.spec import ModelSpec
 
@@ -24,36 +24,17 @@ LEAST_ROTARY = 256
 Observe = Callable[[int, Tensor, Tensor | None, Shares], None]
 
 
-class Transformer(nn.Module):
+class Transformer(Network):
     """A mask predictor: token ids in, a distribution for every slot out."""
 
     def __init__(self, spec: ModelSpec):
-        super().__init__()
-        self.spec = spec
-        # Given its table, as the layer would otherwise load the compiler (2 s) to make one.
-        self.embed = nn.Embedding(
-            spec.vocab_size, spec.hidden_size, _weight=torch.randn(spec.vocab_size, spec.hidden_size)
-        )
+        super().__init__(spec)
         self.layers = nn.ModuleList(Layer(spec, i) for i in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=spec.linear_bias)
         if spec.tied_head:
             self.head.weight = self.embed.weight
         self._rope: tuple[Tensor, ...] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights of all layers, packed ones included."""
-        packed = sum(getattr(module, "num_packed", 0) for module in self.modules())
-        return packed + sum(p.numel() for p in self.parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # All or nothing: the packed layers, which cannot follow, are asked before the first parameter has gone.

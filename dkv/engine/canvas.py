@@ -21,7 +21,7 @@ from dkv.engine.inputs import check_helpers, checked_ids, checked_mask, taken_ap
 from dkv.engine.noise import text_keys
 from dkv.engine.output import DiffusionOutput, Stats
 from dkv.engine.reuse import shared_prefixes
-from dkv.engine.run import drawn_seeds
+from dkv.engine.run import Steps, drawn_seeds
 from dkv.models.gemma import Gemma
 from dkv.version import versions
 
@@ -41,7 +41,7 @@ class Step:
     finished: Tensor
 
 
-class CanvasRun:
+class CanvasRun(Steps):
     """A generation in canvases.
 
     Args:
@@ -100,13 +100,11 @@ class CanvasRun:
         self._note(self.prompts, torch.zeros_like(self.lengths), self.known)
 
     @property
-    def new(self) -> Tensor:
-        """int64 [B, n]: the canvases that are done, and the best tokens of the one that is being denoised."""
-        parts = [*self.done, *([] if self.draft is None else [self.draft])]
-        return torch.cat(parts, 1) if parts else self.ids[:, :0]
+    def sequences(self) -> Tensor:
+        """As `Steps.sequences`: prompts, canvases that are done, and the best tokens of the one that is denoised."""
+        return torch.cat((self.ids, *self.done, *([] if self.draft is None else [self.draft])), 1)
 
-    def steps(self) -> Iterator[None]:
-        """Take all steps, and pause after each."""
+    def steps(self) -> Iterator[bool]:
         ended = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
         ends = torch.tensor(self.settings.eos_token_id, dtype=torch.int64, device=self.ids.device)
         starts = self.lengths
@@ -147,7 +145,7 @@ class CanvasRun:
         self.buffer.tokens[row, starts[row] + at] = text[row, at]
         self.buffer.seen[row, starts[row] + at] = True
 
-    def _denoise(self, canvas: int, starts: Tensor, rows: Tensor) -> Iterator[None]:
+    def _denoise(self, canvas: int, starts: Tensor, rows: Tensor) -> Iterator[bool]:
         """The steps of one canvas, of `rows` alone; those that are finished keep their best tokens, and rest."""
         s = self.settings
         random = self.numbers_of(canvas)
@@ -173,7 +171,7 @@ class CanvasRun:
             self._count(len(rows))
             if self.on_step is not None:
                 self.on_step(Step(canvas, number, rows, now, hidden, thought, taken, after, finished))
-            yield
+            yield True
             keep = [place for place, done in enumerate(finished.tolist()) if not done]
             if not keep:
                 break
@@ -188,44 +186,22 @@ class CanvasRun:
         # Without a cache every pass computes what stands before the canvas, too.
         self.stats.total_slots += rows * (self.prompts.shape[1] + (len(self.done) + 1) * self.slots)
         if self.settings.output_history:
-            self.history.append(self.new)
+            self.history.append(self.sequences)
 
     def state(self) -> DiffusionOutput:
-        """The text so far, and what it cost."""
         facts = {**versions(), "dtype": str(self.model.dtype), "device": str(self.model.device)}
         self.stats.seconds = time.perf_counter() - self._began
         self.stats.settings = {**self.settings.to_dict(), **facts}
-        return DiffusionOutput(sequences=torch.cat((self.ids, self.new), 1), stats=replace(self.stats))
+        return DiffusionOutput(sequences=self.sequences, stats=replace(self.stats))
 
     def output(self) -> DiffusionOutput:
-        """The result, after the last step; in its history, canvases that were not reached are padding."""
+        """As `Steps.output`; in the history, canvases that were not reached are padding."""
         output = self.state()
         output.kv_cache = self.buffer
         if self.settings.output_history:
-            width, pad = output.sequences.shape[1] - self.ids.shape[1], self.settings.pad_token_id
-            wide = [torch.nn.functional.pad(new, (0, width - new.shape[1]), value=pad) for new in self.history]
-            output.history = torch.stack([torch.cat((self.ids, new), 1) for new in wide])
-        return output
-
-    def drafts(self) -> Iterator[DiffusionOutput]:
-        """Take all steps, one for every draft asked for; the last one is the output."""
-        for _ in self.steps():
-            yield self.state()
-        yield self.output()
-
-    def to_the_end(self, streamer: Any = None) -> DiffusionOutput:
-        """Take all steps; the streamer gets the prompts, the new tokens so far after every step, and all at last."""
-        put, draft, end = (getattr(streamer, name, None) for name in ("put", "put_draft", "end"))
-        if put:
-            put(self.ids.cpu())
-        for _ in self.steps():
-            if draft:
-                draft(self.new.cpu())
-        output = self.output()
-        if put:
-            put(self.new.cpu())
-        if end:
-            end()
+            width, pad = output.sequences.shape[1], self.settings.pad_token_id
+            wide = [torch.nn.functional.pad(text, (0, width - text.shape[1]), value=pad) for text in self.history]
+            output.history = torch.stack(wide)
         return output
 
 

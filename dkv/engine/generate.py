@@ -16,7 +16,7 @@ from dkv.engine.ending import StoppingCriteria
 from dkv.engine.inputs import check_helpers, checked_inputs
 from dkv.engine.output import DiffusionOutput
 from dkv.engine.published_names import own_name
-from dkv.engine.run import Run, mask_id_of
+from dkv.engine.run import Run, Steps, mask_id_of
 from dkv.engine.sampler import LogitsProcessor
 from dkv.models.gemma import Gemma
 
@@ -96,7 +96,8 @@ def generate(
     if isinstance(model, Gemma):
         given = {**overrides, "logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         call = (model, input_ids, attention_mask, generation_config, given, generator, streamer, kv_cache)
-        return canvas.checked_run(*call).to_the_end(streamer)
+        run = canvas.checked_run(*call)
+        return run.to_the_end(streamer, run.ids, new=run.ids.shape[1])
     config = config_of(generation_config, overrides)
     check_helpers(config, generator, streamer)
     ids, run = Run.after_prompts(
@@ -203,7 +204,7 @@ def stream(
 
 
 @torch.no_grad()
-def _drafts(run: Run | canvas.CanvasRun) -> Iterator[DiffusionOutput]:
+def _drafts(run: Steps) -> Iterator[DiffusionOutput]:
     yield from run.drafts()
 
 

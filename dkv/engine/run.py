@@ -1,5 +1,6 @@
 """A generation from its canvas to its output: what callers of an engine share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,50 @@ from dkv.engine.speculation import Speculation
 from dkv.version import versions
 
 
-class Run:
+class Steps(ABC):
+    """A generation that is taken step by step, and watched or streamed alike, however it goes."""
+
+    @property
+    @abstractmethod
+    def sequences(self) -> Tensor:
+        """int64 [B, L]: the text so far, in the caller's layout."""
+
+    @abstractmethod
+    def steps(self) -> Iterator[bool]:
+        """Take all steps, and pause after each; gives whether another one may follow."""
+
+    @abstractmethod
+    def state(self) -> DiffusionOutput:
+        """The text so far, and what it cost."""
+
+    @abstractmethod
+    def output(self) -> DiffusionOutput:
+        """The result, after the last step."""
+
+    def drafts(self) -> Iterator[DiffusionOutput]:
+        """Take all steps, one for every draft asked for; the last one is the output."""
+        for more in self.steps():
+            if more:
+                yield self.state()
+        yield self.output()
+
+    def to_the_end(self, streamer: Any, prompts: Tensor, new: int) -> DiffusionOutput:
+        """Take all steps; the streamer gets what was given, then the columns from `new` on, every step and at last."""
+        if streamer is not None:
+            streamer.put(prompts.cpu())
+        draft, end = (getattr(streamer, name, None) for name in ("put_draft", "end"))
+        for _ in self.steps():
+            if draft is not None:
+                draft(self.sequences[:, new:].cpu())
+        output = self.output()
+        if streamer is not None:
+            streamer.put(output.sequences[:, new:].cpu())
+            if end is not None:
+                end()
+        return output
+
+
+class Run(Steps):
     """An engine with what is asked for around it: seeds, records, drafts, the output.
 
     Args:
@@ -84,32 +128,19 @@ class Run:
         rows = Sequences.after_prompts(ids, mask, budgets, mask_id, pad=pad_id(model, config), extra=extra)
         return ids, cls(model, rows, config, mask_id, **how)
 
-    def drafts(self) -> Iterator[DiffusionOutput]:
-        """Take all steps, one for every draft asked for; the last one is the output."""
-        while self.engine.numbers:
-            self.engine.step()
-            if self.engine.numbers:
-                yield DiffusionOutput(sequences=self.engine.sequences, stats=self._stats())
-        yield self.output()
+    @property
+    def sequences(self) -> Tensor:
+        return self.engine.sequences
 
-    def to_the_end(self, streamer: Any, prompts: Tensor, new: int) -> DiffusionOutput:
-        """Take all steps; the streamer gets what was given, then the columns from `new` on, every step and at last."""
-        if streamer is not None:
-            streamer.put(prompts.cpu())
-        draft, end = (getattr(streamer, name, None) for name in ("put_draft", "end"))
+    def steps(self) -> Iterator[bool]:
         while self.engine.numbers:
             self.engine.step()
-            if draft is not None:
-                draft(self.engine.sequences[:, new:].cpu())
-        output = self.output()
-        if streamer is not None:
-            streamer.put(output.sequences[:, new:].cpu())
-            if end is not None:
-                end()
-        return output
+            yield bool(self.engine.numbers)
+
+    def state(self) -> DiffusionOutput:
+        return DiffusionOutput(sequences=self.sequences, stats=self._stats())
 
     def output(self) -> DiffusionOutput:
-        """The result, after the last step."""
         engine = self.engine
         return DiffusionOutput(
             sequences=engine.sequences, stats=self._stats(), kv_cache=engine.finish(), **self.recorder.fields()

@@ -54,7 +54,7 @@ def _check_run(case: Case, model: Any) -> str:
         steps += 1
 
     settings = settings_of(model.spec, None, {name: v for name, v in case.settings.items() if name in NAMES})
-    output = CanvasRun(model, ids, mask, settings, numbers_of=recorded, on_step=check).to_the_end()
+    output = CanvasRun(model, ids, mask, settings, numbers_of=recorded, on_step=check).to_the_end(None, ids, 0)
     if steps != len(t["step_block"]):
         raise Mismatch(f"{steps} steps, recorded {len(t['step_block'])}")
     if not torch.equal(output.sequences, t["final"].long()):

@@ -27,8 +27,8 @@ class GemmaFamily(Family):
         fields.check(isinstance(text, Mapping), "text_config", text, "an object is needed")
         fields.only(self.switches, text)
         vocabulary = fields.count(text, "vocab_size")
-        ends, pad = (
-            fields.value(config, name, fields.value(text, name, usual))
+        ends, pads = (
+            fields.listed_ids(config, name, vocabulary) or fields.listed_ids(text, name, vocabulary) or [usual]
             for name, usual in (("eos_token_id", 1), ("pad_token_id", 0))
         )
         sizes = {name: fields.count(text, field) for field, name in self.fields.items() if name in SIZES}
@@ -40,8 +40,8 @@ class GemmaFamily(Family):
             softcap=fields.positive(text, "final_logit_softcapping", 30.0),
             block_length=fields.count(config, "canvas_length", 256),
             max_positions=fields.count(text, "max_position_embeddings", 131072),
-            ends=_ids("eos_token_id", ends, vocabulary),
-            pad_token_id=_ids("pad_token_id", pad, vocabulary)[0],
+            ends=tuple(ends),
+            pad_token_id=pads[0],
             generation=fields.value(config, "generation_config", {}),
         )
 
@@ -85,28 +85,13 @@ def _layers(text: Mapping) -> list[GemmaLayer]:
     return made
 
 
-def _ids(field: str, found: Any, rows: int) -> tuple[int, ...]:
-    """Ids of the vocabulary, of one or of a list of them."""
-    listed = tuple(found) if isinstance(found, list | tuple) else (found,)
-    fits = bool(listed) and all(type(one) is int and 0 <= one < rows for one in listed)
-    fields.check(fits, field, found, f"ids below {rows}, the size of the vocabulary, are needed")
-    return listed
-
-
 FAMILY = GemmaFamily(
     name="diffusion_gemma",
     model_types=("diffusion_gemma",),
     architectures=("DiffusionGemmaForBlockDiffusion",),
-    fields={
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "intermediate_size",
-        "num_experts": "num_experts",
-        "top_k_experts": "chosen_experts",
-        "moe_intermediate_size": "expert_size",
-        "tie_word_embeddings": "tied_head",
-    },
+    fields={same: same for same in ("vocab_size", "hidden_size", "intermediate_size", "num_experts")}
+    | {"num_attention_heads": "num_heads", "top_k_experts": "chosen_experts", "moe_intermediate_size": "expert_size"}
+    | {"tie_word_embeddings": "tied_head"},
     defaults=lambda config: {},
     # "vision" reads text from left to right.
     switches={

@@ -100,6 +100,11 @@ def token_ids(config: Mapping, usual: Mapping[str, int], rows: int) -> dict[str,
 
 def _token_id(config: Mapping, field: str, default: int | None, rows: int) -> int | None:
     """A token id, or the first of a list of them."""
+    return next(iter(listed_ids(config, field, rows)), default)
+
+
+def listed_ids(config: Mapping, field: str, rows: int) -> list[int]:
+    """Token ids below `rows`: a list of them, a single one, or none."""
     found = config.get(field)
     listed = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
     if not all(type(one) is int and 0 <= one < rows for one in listed):
@@ -107,7 +112,7 @@ def _token_id(config: Mapping, field: str, default: int | None, rows: int) -> in
             f"the configuration has {field}={found!r}, but the model has {rows} tokens: correct config.json, "
             "or take it from the same place as the weights"
         )
-    return listed[0] if listed else default
+    return listed
 
 
 def rope_parameters(config: Mapping) -> tuple[dict[str, Any], list[Any]]:

@@ -57,14 +57,9 @@ def defaults(config: Mapping) -> dict[str, Any]:
     return {**found, "rotary_dim": rotary, "max_positions": 16384, "mixture": mixture(config)}
 
 
-def more(spec: ModelSpec) -> dict[str, Any]:
-    """As `Family.more`; a spec without experts, which the format cannot express, gets none."""
-    found, rotary = spec.mixture, {"partial_rotary_factor": (spec.rotary_dim or spec.head_dim) / spec.head_dim}
-    if found is None:
-        return rotary
-    return rotary | {
-        "num_experts": found.experts,
-        "num_experts_per_tok": found.chosen,
+def rest(spec: ModelSpec, found: Mixture) -> dict[str, Any]:
+    """As for `experts.more`."""
+    return {
         "moe_intermediate_size": found.width,
         "n_group": found.groups,
         "topk_group": found.top_groups,
@@ -72,6 +67,12 @@ def more(spec: ModelSpec) -> dict[str, Any]:
         "num_shared_experts": found.shared_width // found.width,
         "first_k_dense_replace": len(found.dense_layers),
     }
+
+
+def more(spec: ModelSpec) -> dict[str, Any]:
+    """As `Family.more`."""
+    rotary = spec.rotary_dim or spec.head_dim
+    return {"partial_rotary_factor": rotary / spec.head_dim, **experts.more(rest)(spec)}
 
 
 FAMILY = Family(

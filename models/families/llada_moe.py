@@ -36,14 +36,9 @@ def defaults(config: Mapping) -> dict[str, Any]:
     return {**decoder.defaults(config), **decoder.biases(config), **sizes, **rope, "mixture": found}
 
 
-def more(spec: ModelSpec) -> dict[str, Any]:
-    """As `Family.more`; a spec without experts, which the format cannot express, gets none."""
-    found = spec.mixture
-    if found is None:
-        return {}
+def rest(spec: ModelSpec, found: Mixture) -> dict[str, Any]:
+    """As for `experts.more`."""
     return {
-        "num_experts": found.experts,
-        "num_experts_per_tok": found.chosen,
         "expert_intermediate_size": found.width,
         "shared_expert_intermediate_size": found.shared_width or None,
         "moe_router_enable_expert_bias": found.bias is not None,
@@ -70,5 +65,5 @@ FAMILY = Family(
         **experts.names("shared_expert"),
         "layers.{}.experts.router.expert_bias": "model.layers.{}.mlp.expert_bias",
     },
-    more=more,
+    more=experts.more(rest),
 )

@@ -32,14 +32,9 @@ def defaults(config: Mapping) -> dict[str, Any]:
     return {**sdar.defaults(config), **width, "mixture": found}
 
 
-def more(spec: ModelSpec) -> dict[str, Any]:
-    """As `Family.more`; a spec without experts, which the format cannot express, gets none."""
-    found = spec.mixture
-    if found is None:
-        return {}
+def rest(spec: ModelSpec, found: Mixture) -> dict[str, Any]:
+    """As for `experts.more`."""
     return {
-        "num_experts": found.experts,
-        "num_experts_per_tok": found.chosen,
         "moe_intermediate_size": found.width,
         "norm_topk_prob": found.renormalise,
         "mlp_only_layers": list(found.dense_layers),
@@ -54,5 +49,5 @@ FAMILY = replace(
     defaults=defaults,
     written={**sdar.FAMILY.written, "model_type": "sdar_moe", "decoder_sparse_step": 1},
     names={**decoder.names(), **experts.names()},
-    more=more,
+    more=experts.more(rest),
 )

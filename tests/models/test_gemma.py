@@ -63,7 +63,7 @@ def test_what_a_configuration_may_leave_out():
         ({"rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}}}, {}, "partial_rotary_factor"),
         ({"num_experts": None}, {}, "num_experts"),
         ({"eos_token_id": 192}, {}, "eos_token_id"),
-        ({}, {"eos_token_id": []}, "eos_token_id"),
+        ({}, {"eos_token_id": [1, -1]}, "eos_token_id"),
         ({}, {"text_config": 3}, "text_config"),
     ],
 )

@@ -78,7 +78,7 @@ def test_finished_rows_are_not_computed(gemma):
     settings = settings_of(gemma.spec, None, how)
     ids = torch.cat((one, two))
     run = CanvasRun(gemma, ids, torch.ones_like(ids, dtype=torch.bool), settings, on_step=seen.append)
-    run.to_the_end()
+    run.to_the_end(None, ids, 0)
     alive = [len(step.rows) for step in seen]
     assert {1, 2} == set(alive) and alive == sorted(alive, reverse=True)
     assert run.stats.computed_slots == ids.numel() + 8 * sum(alive)
