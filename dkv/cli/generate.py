@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dkv.cli.canvas import add_canvas, canvas_settings
+from dkv.cli.families import add_families, own_settings
 from dkv.cli.model import add_told, told
 
 SUMMARY = "Continue a prompt with a diffusion language model."
@@ -32,7 +32,7 @@ prompt that begins with a dash after `--`.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation(parser, "every line that is not blank is a prompt; they make one batch")
-    add_canvas(parser)
+    add_families(parser)
     raw, stats = "do not cut the text at its end, and write special tokens out", "tokens, time, passes, computed share"
     add_output(parser, raw, stats, "text, tokens")
 
@@ -78,9 +78,9 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None)
         add("--max-new-tokens", type=int, default=new_tokens, metavar="N", help="slots to fill (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="passes in all (default: one per slot)")
     add("--block-length", type=int, metavar="N", help="fill blocks of N slots one by one (default: one block)")
-    add("--schedule", help="blocks (LLaDA), time (Dream) or sliding (default: that of the model)")
+    add("--schedule", help="blocks (LLaDA), time (Dream), sliding or speculative (default: the model's)")
     add("--most", type=int, metavar="N", help="slots of the region that slides (default: to the end of the row)")
-    rules = "probability, margin, entropy or random"
+    rules = "probability, margin, entropy, random or sequential"
     add("--confidence", default="probability", help=f"what is decoded first: {rules} (default: %(default)s)")
     published = "exact, or model: rounded to the model's dtype, as in Dream's published code"
     add("--confidence-dtype", default="exact", metavar="KIND", help=f"{published} (default: %(default)s)")
@@ -147,8 +147,8 @@ def run(args: argparse.Namespace) -> int:
 
     config, model, tokenizer, ids, mask = prepare(args, prompts)
     canvases = isinstance(model, Gemma)
-    # Such a model has its own ends, which may be more than a tokenizer says.
-    extra = canvas_settings(args, canvases)
+    extra = own_settings(args, model.spec)
+    # A model with canvases has its own ends, which may be more than a tokenizer says.
     if not (args.raw or canvases):
         # What follows the end of a text is not shown.
         config.update(eos_token_id=end_ids(tokenizer, model.spec))

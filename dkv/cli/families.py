@@ -1,0 +1,38 @@
+"""The options of `dkv generate` that are of some families alone: models with blocks, and DiffusionGemma."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+# Of `dkv.DiffusionConfig`, whose defaults they have.
+BLOCKS = {
+    "edit_threshold": (float, "P", "a filled slot of the block takes another token that is more probable than P"),
+    "post_steps": (int, "N", "passes at most that edit a block without masks (default: 16)"),
+    "quotas": (str, "KIND", "equal shares of a block in its steps, or rounded ones of what is left (default: equal)"),
+}
+CANVAS = {
+    "max_denoising_steps": (int, "N", "passes over a canvas at most"),
+    "t_min": (float, "T", "the temperature falls to this"),
+    "t_max": (float, "T", "from this"),
+    "stability_threshold": (int, "N", "a canvas is finished once its best tokens are those of N steps before"),
+    "confidence_threshold": (float, "H", "and their mean entropy is below H nats"),
+}
+
+
+def add_families(parser: argparse.ArgumentParser) -> None:
+    """Add the options; those of canvases say nothing of their defaults, which are those of the model."""
+    _add(parser, BLOCKS, "models with blocks", "LLaDA2.1 edits tokens, A2D rounds its quotas.")
+    about = "Of DiffusionGemma alone, and the defaults are the model's own; --entropy-bound and --seed act, too."
+    _add(parser, CANVAS, "canvas", about)
+
+
+def _add(parser: argparse.ArgumentParser, options: Mapping[str, tuple], title: str, about: str) -> None:
+    add = parser.add_argument_group(title, about).add_argument
+    for name, (kind, metavar, says) in options.items():
+        add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=says)
+
+
+def own_settings(args: argparse.Namespace, spec: Any) -> dict[str, Any]:
+    """What the options of canvases ask for, and --raw of a model that ends rows by itself."""
+    given = {name: value for name in CANVAS if (value := getattr(args, name)) is not None}
+    return {**given, "eos_token_id": []} if spec.attention != "full" and args.raw else given
