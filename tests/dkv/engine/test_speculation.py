@@ -64,19 +64,29 @@ def test_a_round_reads_one_report(model, threshold, reads, monkeypatch):
 
 def test_the_next_turn_takes_over_what_was_verified(model):
     ids, mask = pad_rows(PROMPTS)
-    free = dkv.generate(model, ids, mask, max_new_tokens=12, **HOW).sequences[:, 7:]
-    how = {**HOW, "eos_token_id": [int(free[0, 4]), int(free[1, 9])], "pad_token_id": 0}
-    first = dkv.generate(model, ids, mask, max_new_tokens=12, **how)
+    first = dkv.generate(model, ids, mask, max_new_tokens=12, **HOW)
     turn = torch.cat((first.sequences, torch.tensor([[20, 21, 22], [23, 24, 25]])), 1)
     real = torch.cat((mask, torch.ones(2, 15, dtype=mask.dtype)), 1)
     fresh, output = (
         dkv.generate(model, turn, real, max_new_tokens=6, eos_token_id=[], **given)
         for given in ({}, {"kv_cache": first.kv_cache})
     )
-    assert torch.equal(output.sequences, fresh.sequences)
-    # Behind its end a row has padding, whose keys and values were never computed.
-    ends = first.stats.new_tokens
-    assert 10 < output.stats.reused_slots <= 10 + ends and ends < 24
+    # Of each row all but its last token, which no pass has read.
+    assert torch.equal(output.sequences, fresh.sequences) and output.stats.reused_slots == 10 + 2 * 11
+
+
+def test_drafts_beyond_the_budget_are_not_handed_on():
+    model = small_model(
+        attention="prefix_causal", block_length=4, blocks_from_prompt=True, seeded=True, linear_bias=True
+    )
+    model.head.bias[9] = 1e4  # All drafts are right.
+    ids = torch.tensor(PROMPTS[:1])
+    first = dkv.generate(model, ids, max_new_tokens=6, threshold=0.0, pad_token_id=0, **HOW)
+    assert first.sequences[0, 7:].tolist() == [9] * 6 and first.stats.passes == 1 + 2 * 2
+    # The text goes on as the cache is padded.
+    turn = torch.cat((first.sequences, torch.tensor([[0, 0, 0]])), 1)
+    output = dkv.generate(model, turn, max_new_tokens=4, eos_token_id=[], kv_cache=first.kv_cache)
+    assert output.stats.reused_slots == 7 + 6
 
 
 @pytest.mark.parametrize(
