@@ -63,13 +63,14 @@ class Sequences:
         everywhere: bool [B, S], the slots that a row has.
         key_ranges: [B, 2], first and last + 1 of these; None when all rows have all.
         size: S, at least as many slots as the longest row has.
-        to_fill: how many slots each row fills, on the host.
+        to_fill, shown: how many slots each row fills, and how many of these stand in the caller's layout; on the host.
         timetable: the schedules, once they are set.
     """
 
     def __init__(self, ids: Tensor, real: Tensor, fill: Tensor, mask_token_id: int):
         self.ids, self.lengths = ids, real.sum(1, keepdim=True)
         self.row_lengths, self.to_fill = self.lengths.flatten().tolist(), fill.sum(1).tolist()
+        self.shown = self.to_fill
         multiple = MULTIPLES.get(ids.device.type, 1)
         self.size = -(-max(self.row_lengths, default=0) // multiple) * multiple
         # Where each column of the caller's layout stands here; padding on the spare.
@@ -116,7 +117,7 @@ class Sequences:
         columns = torch.arange(max(new_tokens), device=self.ids.device)
         beyond = torch.nn.functional.pad(columns >= column(list(new_tokens), self.ids.device), (prompts, 0))
         self._slot = self._slot[:, : beyond.shape[1]].masked_fill(beyond, self.size)
-        self.ids = self.ids[:, : beyond.shape[1]].masked_fill(beyond, pad)
+        self.ids, self.shown = self.ids[:, : beyond.shape[1]].masked_fill(beyond, pad), list(new_tokens)
         return self
 
     def begin(

@@ -277,8 +277,11 @@ class Engine:
 
     def snapshot(self, **facts: Any) -> Stats:
         """What the generation has cost so far; `facts` are further fields."""
-        unfilled = sum(self.status.masked) + sum(self.status.cut) if self.rows.size else 0
-        filled = sum(self.rows.to_fill) - unfilled
+        rows, filled = self.rows, 0
+        if rows.size:
+            counts = zip(rows.to_fill, self.status.masked, self.status.cut, rows.shown, strict=True)
+            # What ends a last block is filled with it, and not shown.
+            filled = sum(min(whole - masked - cut, shown) for whole, masked, cut, shown in counts)
         if self.blocks is not None and not self.numbers:
             self.stats.merged_stores = self.blocks.merged_stores()
         return replace(self.stats, new_tokens=filled, seconds=time.perf_counter() - self._start, **facts)

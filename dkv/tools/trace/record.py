@@ -12,6 +12,7 @@ from torch import Tensor
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.engine import Engine, StepResult
 from dkv.engine.generate import config_of
+from dkv.engine.in_blocks import block_rule
 from dkv.engine.inputs import check_helpers, checked_inputs
 from dkv.engine.output import Stats
 from dkv.engine.records import entering, visible
@@ -170,13 +171,16 @@ def record(
     decoded = (output.history[:, 0, prompt:] == mask).sum(0)
     # Beyond the end of the text is padding.
     decoded[output.stats.new_tokens :] = -1
+    rule = block_rule(model.spec, config)
+    part = config.block_length or (rule.length if rule else new)
+    # Blocks may be counted from slot 0; a region that slides has no places of its own.
+    first = prompt if rule is None else prompt - (prompt + rule.offset(prompt)) % part
     layers = torch.stack(through).cpu().numpy()
     return Trace(
         model=name or model.spec.family,
         policy=label(config.cache),
         prompt=prompt,
-        # A region that slides has no places of its own.
-        blocks=tuple(range(prompt, prompt + new, new if config.region else config.block_length or new)),
+        blocks=(prompt, *range(first + part, prompt + new, part)) if config.region is None else (prompt,),
         ids=np.array(ids),
         texts=tuple(texts_of(tokenizer, ids)),
         special=np.isin(ids, tokenizer.all_special_ids),

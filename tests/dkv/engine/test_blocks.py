@@ -109,6 +109,13 @@ def test_what_is_computed_of_a_block():
     assert [int(active.sum()) for active in delayed.active[:, 0]] == [8, 8, 4, 3, 2, 8, 4, 3, 2]
 
 
+def test_what_ends_the_last_block_is_not_counted():
+    model = small_model(attention="block", block_length=4)
+    ids, mask = pad_rows(PROMPTS)
+    output = dkv.generate(model, ids, mask, max_new_tokens=[11, 14, 6], eos_token_id=[])
+    assert output.stats.new_tokens == 11 + 14 + 6
+
+
 def test_delayed_decoding_inside_a_block_computes_less():
     """One token a pass in blocks of 32: at most 60 % of the slots of block-only passes."""
     model = small_model(attention="block", block_length=32)

@@ -34,6 +34,13 @@ def test_a_trace_is_what_the_generation_did(model, cache):
     assert (found.passes, found.full.sum(), found.computed_share) == cost
 
 
+@pytest.mark.parametrize(("from_prompt", "blocks"), [(False, (4, 6, 9, 12)), (True, (4, 7, 10, 13))])
+def test_blocks_are_counted_as_the_model_counts_them(build, from_prompt, blocks):
+    model = build(attention="block", block_length=3, blocks_from_prompt=from_prompt)
+    found = trace.record(model, Tokens(), IDS, max_new_tokens=10, eos_token_id=[])
+    assert found.blocks == blocks and (found.decoded[4:] >= 0).all()
+
+
 def test_a_step_without_a_pass_and_several_tokens_in_a_step(dream):
     found = trace.record(dream, Tokens(), IDS, max_new_tokens=8, steps=3, confidence="random", cache="decode", seed=0)
     assert found.steps == found.passes <= 3 and set(found.decoded[4:]) <= {0, 1, 2}
