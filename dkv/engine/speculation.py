@@ -167,12 +167,9 @@ class Speculation:
         """Compute slots, bool [B, S], so many of each row; of those that are scored a token and its log-confidence,
         [B, S], -1 and -inf elsewhere."""
         rows, report = self.rows, torch.stack((active.sum(1), scored.sum(1)))
-        sizes = [
-            number
-            for of in (counts, scored_counts)
-            for number in (self._padding.filled(sum(of), rows.masked.numel()), max(of))
-        ]
-        packed = Packed.of(rows, StepPlan(active, scored, None, report[1], report), Shape(*sizes), shifted=False)
+        total, scored_total = (self._padding.filled(sum(n), rows.masked.numel()) for n in (counts, scored_counts))
+        shape = Shape(total, max(counts), scored_total, max(scored_counts))
+        packed = Packed.of(rows, StepPlan(active, scored, None, report[1], report), shape, shifted=False)
         ends = packed.positions + 1
         if not causal:
             ends = (self.at + self.length).squeeze(1).index_select(0, packed.rows)
