@@ -40,7 +40,7 @@ class BlockRule:
 
     def extra(self, first: int, new: int) -> int:
         """Slots behind the last of `new` ones that belong to its block, and are filled with it."""
-        return 0 if self.from_prompt else -(first + new) % self.length
+        return 0 if self.from_prompt or not new else -(first + new) % self.length
 
 
 def blocks_of(slots: Sequence[int], rule: BlockRule, part: int) -> Iterator[tuple[bool, int, int, list[int]]]:

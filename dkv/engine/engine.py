@@ -88,7 +88,7 @@ class Engine:
         self.sampler = Sampler(
             model, config, mask_id, self.workspace, processor, entropy=self.rules.rule in ENTROPY_RULES
         )
-        self.numbers = list(range(batch)) if rows.size else []
+        self.numbers = list(range(batch)) if any(rows.to_fill) else []
         # Slots whose keys and values were computed when their token was known.
         self.seen = torch.zeros_like(rows.masked)
         self.cut = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -278,7 +278,7 @@ class Engine:
     def snapshot(self, **facts: Any) -> Stats:
         """What the generation has cost so far; `facts` are further fields."""
         rows, filled = self.rows, 0
-        if rows.size:
+        if any(rows.to_fill):
             counts = zip(rows.to_fill, self.status.masked, self.status.cut, rows.shown, strict=True)
             # What ends a last block is filled with it, and not shown.
             filled = sum(min(whole - masked - cut, shown) for whole, masked, cut, shown in counts)

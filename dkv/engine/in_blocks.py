@@ -97,8 +97,11 @@ def extras(spec: ModelSpec, config: DiffusionConfig, prompts: Tensor, budgets: l
     if config.schedule == "speculative":
         return [spec.block_length] * len(budgets)
     # An edited row has a mask of its own for not being finished.
-    more = int(config.edit_threshold is not None)
-    return [rule.extra(prompt, new) + more for prompt, new in zip(prompts.sum(1).tolist(), budgets, strict=True)]
+    more = config.edit_threshold is not None
+    return [
+        rule.extra(prompt, new) + (more and new > 0)
+        for prompt, new in zip(prompts.sum(1).tolist(), budgets, strict=True)
+    ]
 
 
 def plans_of(config: DiffusionConfig, rows: Sequences, rule: BlockRule | None, shifted: bool) -> list[list[Step]]:

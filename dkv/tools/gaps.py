@@ -31,7 +31,7 @@ from dkv.engine.inputs import check_settings
 from dkv.engine.output import Stats
 from dkv.engine.records import RECORDS
 from dkv.engine.settings import BY_ROW
-from dkv.tools.likelihood import Copy, masked_places, terms_of
+from dkv.tools.likelihood import Copy, check_sees_all, masked_places, terms_of
 from dkv.tools.text import padded
 
 # Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.
@@ -105,8 +105,8 @@ def fill_gaps(
 
     Raises:
         TypeError: the model, the texts or the configuration are of the wrong kind.
-        ValueError, IndexError: the texts or settings are impossible, or a gap of unknown length has no text beside it;
-            before anything is computed. The logits hold NaN.
+        ValueError, IndexError: the texts or settings are impossible, or a gap of unknown length has no text beside it,
+            or is to be filled by a model with blocks; before anything is computed. The logits hold NaN.
 
     Example:
         >>> dkv.fill_gaps(model, [[5, 9, dkv.Gap(0, 8), 3, dkv.Gap(2, 2)]]).fillings
@@ -197,6 +197,9 @@ def _check(model: Any, texts: list[Parts], config: DiffusionConfig) -> None:
     spec = model.spec
     if not texts:
         raise ValueError("texts holds no text")
+    if any(gap.least < gap.most for parts in texts for gap in parts[1::2]):
+        # By likelihoods their lengths are found.
+        check_sees_all(spec)
     if records := [name for name in RECORDS if getattr(config, f"output_{name}")]:
         raise ValueError(f"output_{records[0]} has no effect on fill_gaps: fill the rows that it finds by dkv.infill")
     for name in BY_ROW:

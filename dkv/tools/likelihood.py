@@ -21,6 +21,7 @@ from dkv.core.kv_cache import KVCache
 from dkv.engine.generate import generate
 from dkv.engine.output import Stats
 from dkv.engine.sampler import LOGITS_AT_A_TIME
+from dkv.models.spec import ModelSpec
 from dkv.tools.text import padded
 
 # Token ids of a prompt, and of an answer to it.
@@ -181,13 +182,18 @@ def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     return values
 
 
-def _check(model: Any, questions: Sequence[Question], **counts: int) -> None:
-    spec = model.spec
+def check_sees_all(spec: ModelSpec) -> None:
+    """Raise ValueError where a model is none whose slots see all."""
     if spec.attention != "full":
         raise ValueError(
             f"likelihoods are those of models in which every slot sees all, and this one has attention "
             f"{spec.attention!r}: they are not defined here"
         )
+
+
+def _check(model: Any, questions: Sequence[Question], **counts: int) -> None:
+    spec = model.spec
+    check_sees_all(spec)
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

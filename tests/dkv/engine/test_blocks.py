@@ -148,6 +148,12 @@ def test_infill(model):
         assert torch.equal(dkv.infill(model, text[row : row + 1]).sequences[0], output.sequences[row])
 
 
+def test_nothing_to_fill(model):
+    text = torch.tensor(PROMPTS[:1])
+    for output in (dkv.infill(model, text), dkv.generate(model, text, max_new_tokens=0)):
+        assert torch.equal(output.sequences, text) and output.stats.passes == output.stats.new_tokens == 0
+
+
 def test_a_stream_ends_in_the_output(model):
     ids = torch.tensor([PROMPTS[0]])
     drafts = list(dkv.stream(model, ids, max_new_tokens=9))
@@ -195,6 +201,13 @@ def test_edits_need_a_model_with_blocks(llada):
     model = small_model(attention="block", block_length=4)
     with pytest.raises(ValueError, match=r"edit_threshold.*infill"):
         dkv.infill(model, torch.tensor([[5, MASK, 3]]), edit_threshold=0.5)
+
+
+def test_gaps_of_unknown_length_need_a_model_whose_slots_see_all():
+    model = small_model(attention="block", block_length=4)
+    assert len(dkv.fill_gaps(model, [[5, dkv.Gap(2, 2), 9]]).fillings[0][0]) == 2
+    with pytest.raises(ValueError, match="every slot sees all"):
+        dkv.fill_gaps(model, [[5, dkv.Gap(0, 2), 9]])
 
 
 def test_a_model_that_does_not_say_its_blocks_is_asked():
