@@ -1,0 +1,75 @@
+"""The published loops in eager PyTorch: the tokens of dkv, at the cost of the recorded runs."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dkv
+from dkv.bench.baselines import families
+from dkv.tools.verify import find_cases
+from dkv.tools.verify_families import LOOPS
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "families"
+# The baseline has no guidance.
+CASES = [
+    case
+    for case in find_cases(GOLDEN)
+    if case.facts["kind"] == "generate" and "canvas_length" not in case.settings and not case.settings.get("cfg_scale")
+]
+# What the names of runs hold that end at an end token, where the baseline goes on.
+ENDS = ("eos", "stop", "end", "early")
+
+# By what loops differ.
+KINDS = ("variant", "mode", "sampler")
+
+
+def marked() -> list:
+    """The cases; but for one of each loop and network they are slow."""
+    seen, found = set(), []
+    for case in CASES:
+        kind = (case.folder, *(case.facts.get(name) for name in KINDS), case.settings.get("use_block_cache"))
+        marks = [pytest.mark.slow] if kind in seen else []
+        found.append(pytest.param(case, marks=marks, id=f"{case.folder.name}/{case.name}"))
+        seen.add(kind)
+    return found
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return functools.cache(lambda folder: dkv.load(folder, device="cpu", pack=False))
+
+
+@pytest.mark.parametrize("case", marked())
+def test_the_tokens_of_dkv_at_the_cost_of_the_published_loop(case, loaded):
+    known, model = {**case.facts, **case.settings}, loaded(case.folder)
+    recorded = next(loop for name, loop in LOOPS.items() if name in known)(case, case.tensors)
+    settings = {name: value for name, value in recorded.settings.items() if name != "cfg_scale"}
+    new = settings.pop("max_new_tokens", None) or settings.pop("gen_length")
+    # The recorded canvas of Fast-dLLM v2 has the first token of a block that was not decoded.
+    new -= "small_block_size" in known
+    own, model.spec = model.spec, replace(model.spec, **recorded.spec)
+    try:
+        for prompt in recorded.prompts:
+            ids = prompt[None].long()
+            found, passes, slots = families.generate(model, ids, new=new, **settings)
+            output = dkv.generate(model, ids, max_new_tokens=new, eos_token_id=[], **settings)
+            assert torch.equal(found, output.sequences) and passes >= output.stats.passes
+            if not any(word in case.name for word in ENDS):
+                assert passes == case.facts["forwards"]
+                assert slots == case.facts.get("positions_published", slots)
+    finally:
+        model.spec = own
+
+
+def test_what_no_published_loop_has_is_refused(loaded):
+    model, ids = loaded(GOLDEN / "sdar" / "sdar_tiny"), torch.tensor([[5, 3, 1]])
+    with pytest.raises(ValueError, match="input_ids must be one row"):
+        families.generate(model, ids.repeat(2, 1), new=4)
+    with pytest.raises(ValueError, match="cache must be none, or dual"):
+        families.generate(model, ids, new=4, cache="decode")
