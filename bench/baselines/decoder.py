@@ -1,7 +1,7 @@
 """The forward pass of today's decoders in eager PyTorch, on dkv's weights: logits of all slots of a pass.
 
-Written as the published classes are, which follow those of transformers: keys are kept rotated, heads of keys and values
-are repeated for their queries, and experts are three products each.
+Written as the published classes are, which follow those of transformers: keys are kept rotated, heads of keys and
+values are repeated for their queries, and experts are three products each.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,8 @@
 """The published loops in eager PyTorch: the tokens of dkv, at the cost of the recorded runs."""
 
 import functools
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 import torch
 
 import dkv
+from dkv.bench import shapes
 from dkv.bench.baselines import families
+from dkv.bench.shapes import shape, tiny
+from dkv.bench.speed import families as measured
 from dkv.tools.verify import find_cases
 from dkv.tools.verify_families import LOOPS
 
@@ -73,3 +78,28 @@ def test_what_no_published_loop_has_is_refused(loaded):
         families.generate(model, ids.repeat(2, 1), new=4)
     with pytest.raises(ValueError, match="cache must be none, or dual"):
         families.generate(model, ids, new=4, cache="decode")
+
+
+def test_a_line_for_every_way_to_generate(monkeypatch):
+    sizes = tiny(shape("d128x4"))
+    monkeypatch.setattr(shapes, "EXPERTS", 16)
+    found = json.loads(json.dumps(measured.measure(sizes, list(measured.CASES), prompt=5, new=16, rounds=1)))
+    rows = {(row["family"], row["policy"]): row for row in found["rows"]}
+    assert list(rows) == [(name, way) for name, case in measured.CASES.items() for way in case.ways]
+    for (name, way), row in rows.items():
+        first = way == next(iter(measured.CASES[name].ways))
+        assert row["same"] is (True if first else None)
+        assert row["speed"] > 0 and row["seconds"] > 0
+        assert row["slots"] <= row["eager_slots"] or way.startswith("dual ")
+    # Two blocks are filled, the first from its fifth slot on.
+    blocks = rows["blocks of 32", "none"]
+    assert (blocks["passes"], blocks["slots"], blocks["eager_slots"]) == (4, 128, 128)
+    text = measured.table(found)
+    assert text.count("yes") == len(measured.CASES) and "NO" not in text
+
+
+def test_what_is_no_family_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["families", "LLaDA3"])
+    with pytest.raises(SystemExit):
+        measured.main()
+    assert "unknown family 'LLaDA3'; known are LLaDA2.0" in capsys.readouterr().err
