@@ -29,6 +29,8 @@ from dkv.common import files
 from dkv.models import ModelSpec
 
 Settings = dict[str, Any]
+# Slots of the runs before the first round, which are not timed.
+FIRST = 32
 
 
 @dataclass(frozen=True)
@@ -97,25 +99,26 @@ def measure(sizes: ModelSpec, names: Sequence[str], prompt: int, new: int, round
 def _rows(name: str, sizes: ModelSpec, prompt: int, new: int, rounds: int) -> list[dict[str, Any]]:
     case, device = CASES[name], torch.device("cpu")
     plain = random_model(of_family(case.shape, sizes), device, torch.float32)
-    model, settings = as_loaded(plain), dict(case.settings)
-    if case.per_pass is not None:
-        settings["steps"] = new // case.per_pass
-    draw = torch.Generator().manual_seed(1)
+    model, draw = as_loaded(plain), torch.Generator().manual_seed(1)
     ids = torch.randint(sizes.vocab_size - 1, (1, prompt), generator=draw)
     ids += ids >= sizes.mask_token_id
 
-    def eager(new: int = new) -> Run:
-        seconds, found = timed(partial(families.generate, plain, ids, new=new, **settings), device)
+    def settings(new: int) -> Settings:
+        return case.settings | ({} if case.per_pass is None else {"steps": new // case.per_pass})
+
+    def eager(new: int) -> Run:
+        seconds, found = timed(partial(families.generate, plain, ids, new=new, **settings(new)), device)
         return Run(seconds, *found)
 
-    def own(told: Settings) -> Run:
-        call = {"max_new_tokens": new, "eos_token_id": [], **settings, **told}
+    def own(told: Settings, new: int) -> Run:
+        call = {"max_new_tokens": new, "eos_token_id": [], **settings(new), **told}
         seconds, output = timed(lambda: dkv.generate(model, ids, **call), device)
         return Run(seconds, output.sequences, output.stats.passes, output.stats.computed_slots)
 
     calls = {"loop": eager, **{way: partial(own, told) for way, told in case.ways.items()}}
-    for told in case.ways.values():
-        own(told)  # The first one is not timed.
+    for call in calls.values():
+        call(min(new, FIRST))
+    calls = {way: partial(call, new) for way, call in calls.items()}
     found = in_turn(calls, rounds)
     loop, rows = found.pop("loop"), []
     for number, (way, runs) in enumerate(found.items()):
