@@ -14,6 +14,7 @@ from dkv.bench import shapes
 from dkv.bench.baselines import families
 from dkv.bench.shapes import shape, tiny
 from dkv.bench.speed import families as measured
+from dkv.bench.speed import gemma
 from dkv.tools.verify import find_cases
 from dkv.tools.verify_families import LOOPS
 
@@ -103,3 +104,12 @@ def test_what_is_no_family_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         measured.main()
     assert "unknown family 'LLaDA3'; known are LLaDA2.0" in capsys.readouterr().err
+
+
+def test_both_make_all_steps_of_a_canvas(monkeypatch):
+    pytest.importorskip("transformers", minversion="5.24")
+    monkeypatch.setattr(gemma, "EXPERTS", 8)
+    found = gemma.measure(shape("d128x4", 2), prompt=5, canvas=8, steps=3, rounds=1)
+    (row,) = found["rows"]
+    assert row["seconds"] > 0 and row["eager_seconds"] / row["seconds"] == pytest.approx(row["speed"])
+    assert "8 slots, 3 steps" in gemma.table(found)
