@@ -8,6 +8,7 @@ turn in the same rounds. What is not exact has other tokens than the loop.
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -168,7 +169,7 @@ def main() -> None:
     asked = parser.parse_args()
     if odd := [name for name in asked.families if name not in CASES]:
         parser.error(f"unknown family {odd[0]!r}; known are {', '.join(CASES)}")
-    known = facts(torch.device("cpu"), " ".join(["python -m dkv.bench.speed.families", *sys.argv[1:]]))
+    known = facts(torch.device("cpu"), shlex.join(["python", "-m", "dkv.bench.speed.families", *sys.argv[1:]]))
     found = measure(shape(asked.shape), asked.families or list(CASES), asked.prompt, asked.new, asked.rounds)
     print(table(found))
     if asked.json is not None:

@@ -7,6 +7,7 @@ are not compared here: `tests/dkv/engine/test_canvas_published.py` does so, with
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 import tempfile
@@ -107,7 +108,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
     asked = parser.parse_args()
-    known = facts(torch.device("cpu"), " ".join(["python -m dkv.bench.speed.gemma", *sys.argv[1:]]))
+    known = facts(torch.device("cpu"), shlex.join(["python", "-m", "dkv.bench.speed.gemma", *sys.argv[1:]]))
     found = measure(shape(asked.shape), asked.prompt, asked.canvas, asked.steps, asked.rounds)
     print(table(found))
     if asked.json is not None:
