@@ -7,7 +7,9 @@ import torch
 
 from dkv.models import ModelSpec, Transformer
 from dkv.models.joining import join_
+from dkv.models.mixture import Mixture
 from dkv.models.packing import can_pack, pack_
+from dkv.models.rotary import QueryScale, Yarn
 
 LLADA = {"family": "llada", "max_positions": 4096, "rope_theta": 500000.0, "norm_eps": 1e-5}
 DREAM = {"family": "dream", "max_positions": 131072, "rope_theta": 1000000.0, "norm_eps": 1e-6}
@@ -23,6 +25,28 @@ _TABLE = {
 }
 SHAPES = {name: ModelSpec(**kind, **dict(zip(SIZES, sizes, strict=True))) for name, (kind, *sizes) in _TABLE.items()}
 
+# What the models of a family have beside sizes.
+_QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
+_QWEN3 = {**_QWEN, "qk_norm": True}
+_BY_32 = {"attention": "block", "block_length": 32}
+_ROUTER = {"score": "sigmoid", "groups": 8, "top_groups": 4, "renormalise": True, "scaling": 2.5, "bias": "choice"}
+_SDAR = {**_QWEN3, "family": "sdar", "attention": "block", "block_length": 4}
+_YARN = {"rope": Yarn(16.0, 16384), "query_scale": QueryScale(0.1, 16384)}
+FAMILIES = {
+    "llada2": {**_QWEN3, **_BY_32, "family": "llada2", "mixture": _ROUTER},
+    "llada2, dense": {**_QWEN3, **_BY_32, "family": "llada2"},
+    "sdar": _SDAR,
+    "sdar_moe": {**_SDAR, "family": "sdar_moe", "mixture": {"renormalise": True}},
+    "a2d, mdlm": {**_QWEN3, "family": "a2d-qwen3"},
+    "a2d, bd3lm": {**_QWEN3, "family": "a2d-qwen3", "attention": "block", "blocks_from_prompt": True},
+    "fast_dllm_v2": {**_QWEN, **_BY_32, "family": "fast_dllm_v2", "qkv_bias": True, "shifted": True, "seeded": True},
+    "llada_moe": {**_QWEN3, "family": "llada_moe", "norm_eps": 1e-5, "mixture": {}},
+    "nemotron": {**_QWEN, **_BY_32, **_YARN, "family": "nemotron", "norm_eps": 1e-5, "attention": "prefix_causal"}
+    | {"blocks_from_prompt": True, "seeded": True},
+}
+# Of a mixture; the chosen ones have together as many features as the MLP of a dense model.
+EXPERTS, CHOSEN = 64, 8
+
 
 def shape(name: str, layers: int | None = None) -> ModelSpec:
     """A spec by its name, with as many layers as asked for.
@@ -33,6 +57,16 @@ def shape(name: str, layers: int | None = None) -> ModelSpec:
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r}; known are {', '.join(SHAPES)}")
     return replace(SHAPES[name], num_layers=SHAPES[name].num_layers if layers is None else layers)
+
+
+def of_family(name: str, sizes: ModelSpec) -> ModelSpec:
+    """The spec of a family by its name, in the sizes of another model, and one head of keys for four of its queries."""
+    changes = dict(FAMILIES[name])
+    if "mixture" in changes:
+        width = max(sizes.intermediate_size // CHOSEN, 1)
+        changes["mixture"] = Mixture(EXPERTS, CHOSEN, width, **changes["mixture"])
+    kept = {field: getattr(sizes, field) for field in (*SIZES, "max_positions")}
+    return ModelSpec(**kept | {"num_kv_heads": max(sizes.num_heads // 4, 1)} | changes)
 
 
 def tiny(spec: ModelSpec) -> ModelSpec:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dkv
 from dkv.bench.options import Options
@@ -95,7 +95,9 @@ class HalfWay:
         # The first step of a block is one of a kind.
         skip(self.engine, (full.index(False, half + 1) if cached and False in full[half + 1 :] else half) - 1)
         table = rows.timetable
-        state = (rows.tokens, rows.masked, rows.fresh, table.at, table.current, self.engine.seen)
+        state = [rows.tokens, rows.masked, rows.fresh, table.at, table.current, self.engine.seen]
+        if self.engine.blocks is not None:
+            state += [self.engine.blocks.stored, self.engine.blocks.stores]
         self._state = [(x, x.clone()) for x in state]
 
     def _keep(self, engine: Engine, result: StepResult) -> None:
@@ -137,6 +139,16 @@ class HalfWay:
             self.take()
         self.back()
         return calls
+
+    def inputs(self, modules: Sequence[nn.Module]) -> list[Tensor]:
+        """What goes into these modules in the step, which is taken and taken back."""
+        found: list[Tensor] = []
+        hooks = [module.register_forward_pre_hook(lambda _, given: found.append(given[0])) for module in modules]
+        self.take()
+        self.back()
+        for hook in hooks:
+            hook.remove()
+        return found
 
     def entries(self) -> tuple[list[Through], int]:
         """Of the step, which is taken and taken back: what goes through each layer, and entries into the head."""

@@ -25,6 +25,7 @@ from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
 from dkv.kernels.common.operation import Operation
 from dkv.models.layers import RMSNorm
+from dkv.models.mixture import Experts
 from dkv.models.packing import PackedHead, PackedLinear
 
 ROUNDS = 25
@@ -34,14 +35,14 @@ PARTS = {
     "norm + projection": "the norms, which read and write the states of every active slot once more",
     "rope + scatter": "no product in it: rotation, and the writes into the buffer",
     "attention": "the softmax between its two products",
-    "MLP": "the norm",
+    "MLP": "the norm; of a mixture also the choice of experts, and the order of tokens by expert",
     "head + choice": "the largest logit, and the sum of all exponentials",
     "commit": "no product in it",
     "Python": "the policy, the counts, and the calls between the parts",
 }
 LAYER_MODULES = {
     "norm + projection": ("attn_norm", "qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
-    "MLP": ("mlp_norm", "gate_proj", "up_proj", "down_proj", "experts"),
+    "MLP": ("mlp_norm", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "experts"),
 }
 OPERATIONS = {
     "rope_scatter_": "rope + scatter",
@@ -72,10 +73,15 @@ def products(model: Any, half_way: HalfWay) -> dict[str, Callable[[], Any]]:
     heads, group = batch * spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
     keys = noise(heads, spec.head_dim, sizes["slots"])
     calls: dict[str, list[Callable[[], Any]]] = {name: [] for name in ("norm + projection", "attention", "MLP")}
+    mixtures = [layer.experts for layer in model.layers if layer.experts is not None]
+    # Which experts are chosen, and by how many, is that of the step.
+    for experts, x in zip(mixtures, half_way.inputs(mixtures), strict=True):
+        calls["MLP"] += expert_products(experts, x)
     for layer, through in zip(model.layers, entries, strict=True):
         whole, rest = noise(through.entering, spec.hidden_size), noise(through.leaving, spec.hidden_size)
         inputs = {"qkv_proj": whole, "k_proj": whole, "v_proj": whole}
-        inputs |= {"q_proj": noise(through.asking, spec.hidden_size), "gate_proj": rest, "up_proj": rest}
+        inputs |= {"q_proj": noise(through.asking, spec.hidden_size)}
+        inputs |= dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), rest)
         inputs |= {"o_proj": noise(through.leaving, spec.num_heads * spec.head_dim)}
         inputs |= {"down_proj": noise(through.leaving, spec.intermediate_size)}
         for part, names in LAYER_MODULES.items():
@@ -98,6 +104,24 @@ def product(module: nn.Module, x: Tensor) -> Any:
     if isinstance(module, PackedLinear):
         return torch.ops.mkldnn._linear_pointwise(x, module.packed, None, "none", [], "")
     return F.linear(x, module.weight)
+
+
+def expert_products(experts: Experts, x: Tensor) -> list[Callable[[], Any]]:
+    """The matrix products of a mixture over x [T, d]: those of router and shared expert, and of each chosen one."""
+    mixture, chosen = experts.mixture, experts.router(x)[1].flatten()
+    counts = chosen.bincount(minlength=mixture.experts).tolist()
+    entries, hidden = x.repeat_interleave(mixture.chosen, 0), x.new_ones(len(chosen), mixture.width)
+    calls = [partial(torch.mm, x, experts.router.weight.T)]
+    for bank, inputs in ((experts.gate_up, entries), (experts.down, hidden)):
+        packed = hasattr(bank, "parts")
+        for weight, part in zip(bank.parts if packed else bank.weight, inputs.split(counts), strict=True):
+            if len(part):
+                calls.append(partial(product if packed else F.linear, *((weight, part) if packed else (part, weight))))
+    if experts.shared is not None:
+        wide = x.new_ones(len(x), mixture.shared_width)
+        for name, inputs in {"gate_proj": x, "up_proj": x, "down_proj": wide}.items():
+            calls.append(partial(product, getattr(experts.shared, name), inputs))
+    return calls
 
 
 def seconds_of(parts: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dkv.bench.report import columns
-from dkv.bench.speed.floor import product
+from dkv.bench.speed.floor import expert_products
 from dkv.bench.timing import in_turn, timed
 from dkv.models.mixture import Experts, Mixture
 from dkv.models.packing import can_pack, packed_experts
@@ -47,22 +46,6 @@ def eager_class(experts: Experts) -> nn.Module:
     return block.eval()
 
 
-def products(experts: Experts, x: Tensor) -> Callable[[], Any]:
-    """The matrix products of a call: those of the router, and of every chosen expert over its tokens."""
-    mixture, chosen = experts.mixture, experts.router(x)[1].flatten()
-    counts = chosen.bincount(minlength=mixture.experts).tolist()
-    entries, hidden = x.repeat_interleave(mixture.chosen, 0), torch.randn(len(chosen), mixture.width)
-    calls = [partial(torch.mm, x, experts.router.weight.T)]
-    for bank, inputs in ((experts.gate_up, entries), (experts.down, hidden)):
-        weights = bank.parts if hasattr(bank, "parts") else bank.weight
-        for weight, part in zip(weights, inputs.split(counts), strict=True):
-            if len(part):
-                calls.append(
-                    partial(product, weight, part) if hasattr(bank, "parts") else partial(F.linear, part, weight)
-                )
-    return lambda: [call() for call in calls]
-
-
 @torch.no_grad()
 def measure(mixture: Mixture, size: int, tokens: int) -> dict[str, float]:
     """Medians in milliseconds of the contenders, who take turns, and the medians of their ratios to dkv's layer."""
@@ -72,7 +55,9 @@ def measure(mixture: Mixture, size: int, tokens: int) -> dict[str, float]:
     layer = packed_experts(plain) if can_pack() else plain
     eager = eager_class(plain)
     torch.testing.assert_close(eager(x[None])[0], layer(x), atol=1e-3, rtol=1e-3)
-    calls = {"dkv": partial(layer, x), "products": products(layer, x), "eager": partial(eager, x[None])}
+    products = expert_products(layer, x)
+    calls = {"dkv": partial(layer, x), "products": lambda: [call() for call in products]}
+    calls["eager"] = partial(eager, x[None])
     found = in_turn({name: partial(_seconds, call) for name, call in calls.items()}, ROUNDS)
     ratios = {
         name: statistics.median(other / ours for other, ours in zip(found[name], found["dkv"], strict=True))

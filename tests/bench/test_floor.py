@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import dkv
 from dkv.bench.contenders import of_lineup
 from dkv.bench.options import Options
-from dkv.bench.shapes import as_loaded, random_model, shape, tiny
+from dkv.bench.shapes import as_loaded, of_family, random_model, shape, tiny
 from dkv.bench.speed import floor
 from dkv.bench.speed.floor import GOALS, PARTS, STEPS, measure, products, recorded, table
 from dkv.bench.steps import HalfWay
+from dkv.models.joining import join_
 
 
 @pytest.fixture(params=["llada-8b", "dream-7b"])
@@ -74,6 +75,23 @@ def test_products_are_those_of_the_newer_policies(name, policy):
     # To observe takes products of its own, and those of attention are not left to SDPA.
     assert step["linear"] > alone["linear"] if observed else step["linear"] == alone["linear"]
     assert not observed or step["attention"] == alone["attention"]
+
+
+@pytest.mark.parametrize("name", ["llada_moe", "llada2", "sdar"])
+def test_products_are_those_of_experts_and_of_joined_layers(name):
+    """Of a mixture the experts that the step chooses, router and shared expert among them."""
+    spec = of_family(name, tiny(shape("llada-8b")))
+    if spec.mixture is not None:
+        mixture = replace(spec.mixture, experts=16, shared_width=12, dense_layers=(0,))
+        spec = replace(spec, num_layers=3, mixture=mixture)
+    for make in (lambda model: model, join_):
+        model = make(random_model(spec, torch.device("cpu"), torch.float32))
+        half_way = HalfWay(options(model), {})
+        alone = products(model, half_way)
+        step = counted(half_way.take)["linear"]
+        half_way.back()
+        assert step == counted(half_way.take)["linear"]
+        assert step == counted(lambda calls=alone: [call() for call in calls.values()])["linear"] > 0
 
 
 def test_rows(plain, monkeypatch):
