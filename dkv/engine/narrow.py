@@ -80,7 +80,7 @@ class NarrowPass:
         self.layers = [cut.layer for cut in narrowing.cuts]
         self.stages: list[tuple[Tensor, Tensor]] = []
         # By slot, what its score is made of; asked for where the first slots stop.
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._known: Tensor | None = None
 
     def __call__(self, layer: int, x: Tensor, delta: Tensor | None, layout: Layout) -> tuple[Tensor, Layout]:
         number, of = self.layers.index(layer), self.narrowing
@@ -116,13 +116,12 @@ class NarrowPass:
         lane = torch.arange(before.most, device=change.device)
         outside = lane >= before.lengths[:, None]
         entry = (before.starts[:, None] + lane).clamp_(max=len(change) - 1)
-        slots = self.packed.positions[entry]
-        confidence, bonus = (x.gather(1, slots) for x in self._of_slots())
-        score = of.policy.score(confidence, change[entry], bonus, outside)
+        slots = self.packed.positions.take(entry)
+        confidence, bonus = self._of_slots().gather(2, slots.expand(2, -1, -1))
+        score = of.policy.score(confidence, change.take(entry), bonus, outside)
         order = score.sort(dim=1, descending=True, stable=True).indices
-        place = torch.empty_like(order).scatter_(1, order, lane.expand_as(order))
         # As many as go on are there, and come before what is outside.
-        going = place < count[:, None]
+        going = torch.empty_like(outside).scatter_(1, order, lane < count[:, None])
         computed = mask_of(torch.where(going, slots, rows.size), rows.masked)
         reached = torch.cat((computed[:, :1], computed[:, :-1]), 1) if of.shifted else computed
         scored = self.plan.scored & reached
@@ -135,16 +134,16 @@ class NarrowPass:
         # What fills up is kept as the spare slot, whatever it is.
         return entry.take(going.view(-1).nonzero_static(size=total, fill_value=0).view(-1))
 
-    def _of_slots(self) -> tuple[Tensor, Tensor]:
-        """Confidence and bonus of every slot, [B, S + 1] each, by the slot that predicts."""
+    def _of_slots(self) -> Tensor:
+        """Confidence and bonus of every slot, [2, B, S + 1], by the slot that predicts."""
         if self._known is None:
             of, view = self.narrowing, self.narrowing.view()
             open_ = of.rows.open(view.now)
             sure = of.sure[:, :-1] * open_
             if of.shifted:
                 sure = _of_sources(sure)
-            known = sure, of.policy.bonus(view, open_, self.plan.count)
-            self._known = tuple(torch.nn.functional.pad(x, (0, 1)) for x in known)
+            known = torch.stack((sure, of.policy.bonus(view, open_, self.plan.count)))
+            self._known = torch.nn.functional.pad(known, (0, 1))
         return self._known
 
 

@@ -71,9 +71,11 @@ class SkipCache(Policy):
         own = inside & (rows.rank >= 0)
         # What was filled last is of the block, or in its first pass of the one before.
         block = own & (rows.rank >= torch.where(rows.fresh, rows.rank, now.start).amin(1, keepdim=True))
-        # Up to the last slot of the block.
-        before = (own.flip(1).cumsum(1) > 0).flip(1)
-        reach = torch.where(_due(_clock(now), self.prompt_every), before, block)
+        reach = block
+        if self.prompt_every:
+            # Up to the last slot of the block.
+            before = (own.flip(1).cumsum(1) > 0).flip(1)
+            reach = torch.where(_clock(now) % self.prompt_every == 0, before, block)
         if not view.shifted:
             return reach
         # The last slot of the block predicts nothing of it.
@@ -82,7 +84,9 @@ class SkipCache(Policy):
     def nothing_stops(self, now: Now) -> Tensor:
         """bool [B, 1]: whether all slots of the pass of a row go through all layers."""
         clock = _clock(now)
-        return (now.index == 0) | _due(clock, self.block_every) | _due(clock, self.prompt_every)
+        # In the first pass it is time for both.
+        due = [clock % every == 0 for every in (self.block_every, self.prompt_every) if every]
+        return due[0] | due[-1] if due else now.index == 0
 
     def left(self, view: View, computed: Tensor, count: Tensor, shares: Tensor) -> Tensor:
         """How many slots of every row go on after each cut, int64 [cuts, B].
@@ -126,11 +130,6 @@ class SkipCache(Policy):
 def _clock(now: Now) -> Tensor:
     """int64 [B, 1]: the number of the pass, had every block before taken as many as it has slots."""
     return now.start + now.in_block
-
-
-def _due(clock: Tensor, every: int | None) -> Tensor:
-    """bool [B, 1]: whether it is time for what is done every so many passes."""
-    return clock % every == 0 if every else clock < 0
 
 
 def _text(shares: Any) -> str:

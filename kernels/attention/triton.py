@@ -1,7 +1,6 @@
 """Attention of the active queries over the buffer, in Triton."""
 
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import torch
@@ -11,85 +10,13 @@ from torch import Tensor
 
 from dkv.kernels.attention import torch as fallback
 from dkv.kernels.attention.kernel import LOG2E, attention_kernel, merge_kernel
+from dkv.kernels.attention.launches import TABLE
 from dkv.kernels.attention.reference import Rules
 from dkv.kernels.common.arguments import computable, constants, precision, restored, strided, strided_alone, unit_stride
-from dkv.kernels.common.launch import Call, Launch, LaunchTable, batch_invariant, chip, splits
+from dkv.kernels.common.launch import Call, Launch, batch_invariant, chip, splits
 from dkv.kernels.common.prepared import Scratch
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.dev.cases import Case, calls_of, described, meta
-
-# The launches. The tile is (packed queries, slots). A regime is how many packed queries there are ("few" up to 16,
-# "some" up to 64, or "many"), whether a mask per slot or pair is given ("masked", else "plain"), the bytes of a number,
-# and the head size up to which the launch holds. A line lists (queries, slots, warps, stages) for each pair of the last
-# two. No entry has been timed on a GPU. They are the largest tiles, with as many loads in flight as fit, that
-# `dkv audit` compiles for the architecture without spilled registers and within its shared memory.
-_COLUMNS = ((2, 64), (2, 128), (2, 256), (4, 64), (4, 128), (4, 256))
-
-
-def _entries(*lines: list) -> dict[tuple, Launch]:
-    return {
-        (many, rules, *column): Launch((m, n), warps, stages)
-        for many, rules, *launches in lines
-        for column, (m, n, warps, stages) in zip(_COLUMNS, launches, strict=False)
-    }
-
-
-_ENTRIES = {}
-_ENTRIES["default"] = _entries(
-    ["few", "plain", (16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 1), (16, 32, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
-    ["few", "masked", (16, 32, 4, 2), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
-    ["some", "plain", (32, 64, 4, 3), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
-    ["some", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
-    ["many", "plain", (128, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 1), (16, 16, 8, 1)],
-    ["many", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 2), (16, 16, 8, 2), (16, 16, 8, 1)],
-)
-_ENTRIES["sm_80"] = _entries(
-    ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
-    ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)],
-    ["some", "masked", (32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 4, 1)],
-    ["many", "plain", (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1), (64, 32, 8, 2)],
-    ["many", "masked", (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
-)
-# A program has 99 KB of shared memory here, where it has 163 on sm_80. sm_89 uses these too.
-_ENTRIES["sm_86"] = _ENTRIES["sm_80"] | {
-    ("few", "plain", 2, 256): Launch((16, 32), 4, 3),
-    ("some", "plain", 2, 256): Launch((32, 32), 8, 3),
-    ("some", "masked", 2, 256): Launch((32, 32), 8, 2),
-    ("many", "masked", 2, 256): Launch((32, 32), 8, 2),
-}
-# As much shared memory, and a compiler that needs more registers.
-_ENTRIES["sm_120"] = _ENTRIES["sm_86"] | {
-    ("many", "plain", 2, 128): Launch((64, 64), 8, 3),
-    ("many", "plain", 4, 64): Launch((32, 32), 8, 2),
-}
-# With 64 queries the products are wgmma. Compiled for "some", D 128: 64 x 32 takes 164 registers and 64 KB, so that 3
-# programs share a multiprocessor; 32 x 64 takes 226 and 76 KB, and 2 do. D 64: 117 against 128 registers.
-_ENTRIES["sm_90"] = _entries(
-    ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
-    ["some", "plain", (64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)],
-    ["some", "masked", (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)],
-    ["many", "plain", (128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)],
-    ["many", "masked", (64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)],
-)
-_ENTRIES["sm_100"] = _entries(
-    ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3)],
-    ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 8, 3)],
-    ["some", "masked", (32, 64, 4, 2), (32, 32, 4, 2)],
-    ["many", "plain", (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)],
-    ["many", "masked", (64, 64, 8, 2), (64, 32, 8, 2), (16, 32, 4, 2)],
-)
-_ENTRIES["gfx942"] = _entries(
-    ["few", "plain", (16, 64, 4, 3), (16, 64, 4, 3)],
-    ["some", "plain", (32, 64, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2), (32, 32, 4, 2)],
-    ["some", "masked", (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
-    ["many", "plain", (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2), (64, 64, 4, 2), (64, 32, 8, 2), (32, 16, 8, 2)],
-    ["many", "masked", (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)],
-)
-_TILES = {"few": 16, "some": 64, "many": 128}
-_ENTRIES["interpreter"] = {regime: Launch((_TILES[regime[0]], 128), 4) for regime in _ENTRIES["default"]}
-
-_CANDIDATES = product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
-TABLE = LaunchTable("cached_attention", _ENTRIES, [Launch((m, n), *how) for m, n, *how in _CANDIDATES])
 
 LARGEST_HEAD = 256
 # The kernel multiplies the largest product of a query by the scale, so the scale must be positive, in float32.
@@ -162,7 +89,7 @@ def _calls(
     if split > 1:
         part = Scratch("parts", (*q.shape[:-1], split, size), torch.float32)
         part_lse = Scratch("parts lse", part.shape[:-1], torch.float32)
-    masked, wide = _kind(rules) == "masked", _wide(launch, k, v, rules)
+    masked, wide = rules.masked, _wide(launch, k, v, rules)
     queries = strided(q) if rules.query_starts is None else strided_alone(q)
     tensors = {"q": queries, "k": strided(k), "v": strided(v), "out": part, "lse": part_lse}
     tensors["rules"] = Rules(*map(strided, rules))
@@ -204,7 +131,7 @@ def _block_d(size: int) -> int:
 
 
 def _kind(rules: Rules) -> str:
-    return "masked" if rules.masked else "plain"
+    return ("masked" if rules.masked else "plain") + ("" if rules.query_ends is None else " ends")
 
 
 def _tf32_fits(block_d: int, masked: bool) -> bool:
@@ -227,11 +154,11 @@ _QUERIES = {"few": (5, 2), "some": (33, 5), "many": (129, 19)}
 
 def audit_cases(arch: str) -> Iterator[Case]:
     """Every launch with all that its regime allows and a head that does not fill the tile; what `arch` uses also bare,
-    with a gap, with ends of the queries, and with offsets that need 64 bits."""
+    with a gap, and with offsets that need 64 bits, where queries have no ends."""
     seen = []
     for regime, launch in TABLE.on(arch):
         used = launch == TABLE.launch(arch, regime)
-        for kind in ("full", "bare", "gap", "ends", "wide") if used else ("full",):
+        for kind in ("full", "bare", "gap", "wide") if used and not regime[1].endswith("ends") else ("full",):
             parts = 1 if kind == "bare" and regime[0] == "many" else 4
             calls = calls_of(arch, regime, launch, cached_attention, *_sample(regime, kind), parts=parts)
             for call in calls if used else calls[:1]:
@@ -244,11 +171,12 @@ def audit_cases(arch: str) -> Iterator[Case]:
 def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
     """Arguments of an attention of a regime: bare with one rule at most, else with all that it allows but a gap."""
     many, masking, width, size = regime
-    bare, masked, dtype = kind == "bare", masking == "masked", "bf16" if width == 2 else "fp32"
+    masked, ends = masking.startswith("masked"), masking.endswith("ends")
+    bare, dtype = kind == "bare", "bf16" if width == 2 else "fp32"
     tokens, slots, apart = _QUERIES[many][not bare], 1001, 2**29 if kind == "wide" else None
     size = size if bare else size - 16
     # Packed, where nothing asks for [B, N].
-    paired = masked and kind != "ends"
+    paired = masked and not ends
     q = meta(*((2, tokens) if bare or paired else (2 * tokens,)), 4 if bare else 28, size, dtype=dtype)
     k, v = (meta(2, slots, 4, size, dtype=dtype, apart=apart) for _ in range(2))
     rules: dict[str, Tensor] = {}
@@ -263,7 +191,7 @@ def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
             shapes["query_starts"] = (2,)
         if kind == "gap":
             shapes["key_gaps"] = (2, 2)
-        if kind == "ends":
+        if ends:
             shapes["query_ends"] = (2 * tokens,)
         rules |= {name: meta(*shape, dtype=torch.int64) for name, shape in shapes.items()}
     return q, k, v, Rules(**rules), tokens, 0.125, not bare
@@ -277,9 +205,7 @@ def _name(regime: tuple[str, str, int, int], call: Call, kind: str) -> str:
     wide, repair = (
         " " + name.lower() if getattr(call.arguments["C"], name).value else "" for name in ("WIDE", "REPAIR")
     )
-    of = call.arguments["rules"]
-    rule = "" if of.key_gaps is None else " gap"
-    rule += "" if of.query_ends is None else " ends"
+    rule = "" if call.arguments["rules"].key_gaps is None else " gap"
     return f"{start} {'x'.join(map(str, call.launch.tile))}{rule}{wide}{repair}"
 
 
@@ -290,7 +216,7 @@ def _expected(regime: tuple[str, str, int, int], call: Call) -> tuple[str, ...]:
     _, masking, width, size = regime
     families = {
         # On AMD also in float32, which its matrix instructions multiply as it is.
-        "tensor core": width == 2 or _tf32_fits(size, masking == "masked"),
+        "tensor core": width == 2 or _tf32_fits(size, masking.startswith("masked")),
         "wgmma": width == 2 and call.launch.tile[0] >= 64 and not call.rare,
         "async copy": call.launch.stages > 1 and not call.rare,
     }
