@@ -141,9 +141,9 @@ class Blocks:
             first = torch.where(waits, torch.minimum(first, (now.first - 1).clamp(min=0)), first)
         return (self._slot >= first) & (self._slot < now.end)
 
-    def hidden(self, now: Now) -> Tensor:
-        """int64 [B, 2]: the gap of slots behind the current block."""
-        return torch.cat((now.end, torch.full_like(now.end, len(self._slot))), 1)
+    def hidden(self, now: Now, lengths: Tensor) -> Tensor:
+        """int64 [B, 2]: the gap of slots behind the current block, in rows of so many slots [B, 1]."""
+        return torch.cat((now.end, lengths), 1)
 
     def ends(self, positions: Tensor, rows: Tensor, now: Now) -> Tensor:
         """int64 [T]: the slot after the last one that each entry of a pass sees."""

@@ -44,6 +44,8 @@ class GraphRunner:
 
     def __init__(self, engine: "Engine"):
         device = engine.rows.tokens.device
+        # A graph writes where it was captured, so nothing grows.
+        engine.cache.reserve(engine.cache.length)
         self._on_device = torch.cuda.device(device if device.type == "cuda" else -1)
         self._pool: Any = None
         self._met: set[Shape] = set()
@@ -69,6 +71,7 @@ class GraphRunner:
 
     def adopt(self, engine: "Engine") -> None:
         """Take over the state of another generation that has the same key; from now on it lives in the tensors here."""
+        engine.cache.reserve(engine.cache.length)
         for holder, name, value in list(state_of(engine)):
             attribute = name.rpartition(".")[2]
             setattr(holder, attribute, self._state[name].copy_(value))

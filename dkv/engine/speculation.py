@@ -78,7 +78,7 @@ class Speculation:
         self.hooks = hooks
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
         self.length, self._bound = model.spec.block_length, sureness(config).bound
-        self.cache, self.workspace = KVCache(len(rows.tokens), max(rows.size, 1)), kernels.Workspace()
+        self.cache, self.workspace = KVCache(len(rows.tokens), max(rows.size, 1), grows=True), kernels.Workspace()
         self.sampler = Sampler(model, config, mask_id, self.workspace)
         self.eos, device = torch.tensor(list(eos), dtype=torch.int64, device=rows.tokens.device), rows.tokens.device
         self._first = (rows.rank < 0).cumprod(1).sum(1)  # [B], slots before the first one to fill
@@ -90,9 +90,11 @@ class Speculation:
 
     def step(self) -> None:
         """Take a round with every row that is not finished."""
-        if bool((self.at < 0).any()):
+        last = self.at.tolist()
+        if min(last) < 0:
             self._prefill()
         else:
+            self.cache.reserve(max(last) + 1 + self.length)
             self._draft()
             self._verify()
         self._finish_rows()
@@ -100,6 +102,7 @@ class Speculation:
             hook(self, None)
 
     def _prefill(self) -> None:
+        self.cache.reserve(int(self._first.max()))
         starts = torch.zeros_like(self._first)
         token, _ = self._pass(starts, self._first, causal=True, last_only=True)
         self.at.copy_(self._first)
