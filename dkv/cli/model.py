@@ -57,7 +57,7 @@ def model_facts(path_or_id: str, told: dict[str, Any]) -> dict[str, Any]:
 
 def policies_of(spec: Any) -> dict[str, str | None]:
     """By policy, why it does not go with a model; None where it does."""
-    from dkv.engine import canvas_settings
+    from dkv.engine import canvas_settings, in_blocks
     from dkv.models.gemma_spec import GemmaSpec
     from dkv.policies import POLICIES
 
@@ -68,7 +68,7 @@ def policies_of(spec: Any) -> dict[str, str | None]:
             found[name] = canvas_settings.REFUSED["cache"]
             continue
         if spec.attention != "full" and not policy.in_blocks:
-            found[name] = "finished blocks are stored for good, and nothing behind the current one is seen"
+            found[name] = in_blocks.POLICIES_REFUSED[name]
             continue
         try:
             policy().check(spec.shifted)

@@ -19,6 +19,20 @@ REFUSED = {
     "certainty": "what stands behind the block is not seen",
 }
 
+# Why a policy does not go with such a model, which stores finished blocks for good and sees nothing behind the current
+# one, and what does in its place.
+POLICIES_REFUSED = {
+    "prefill": 'what it spares, the prompt, is stored anyway: use "none"',
+    "pd": 'what it spares at a refresh, the prompt, is stored anyway: use "decode"',
+    "prefix": 'it computes the block and all behind it, of which nothing is seen: use "none"',
+    "suffix": 'it hides what stands far behind the block, of which nothing is seen: use "none"',
+    "sliding": 'its region slides over the bounds of blocks, which are a part of the model: use "decode"',
+    "greedy": 'its windows of masks are laid over the whole answer, and a block has few of them: use "decode"',
+    "rollout": 'it looks for slots all over the text, and those before the block never change: use "decode"',
+    "elastic": 'it finds out when the text before the block changes, which it never does: use "decode"',
+    "skip": 'a slot that stops inside the network would be stored with what it had before: use "dual"',
+}
+
 
 def block_rule(spec: ModelSpec, config: DiffusionConfig) -> BlockRule | None:
     """How the blocks of a model are counted; None: every slot sees all."""
@@ -51,9 +65,7 @@ def check(spec: ModelSpec, config: DiffusionConfig) -> None:
             raise ValueError(f"{name}={value!r} does not go with a block-causal model: {why}")
     if not config.cache.in_blocks:
         raise ValueError(
-            f"cache {config.cache.name!r} does not go with a block-causal model, which stores finished blocks for good "
-            'and sees nothing behind the current one: "none" computes this block in every pass, "decode" its masks and '
-            "the slots filled last"
+            f"cache {config.cache.name!r} does not go with a block-causal model: {POLICIES_REFUSED[config.cache.name]}"
         )
 
     if config.edit_threshold is not None:
