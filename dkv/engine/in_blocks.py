@@ -34,7 +34,7 @@ POLICIES_REFUSED = {
 }
 
 
-def block_rule(spec: ModelSpec, config: DiffusionConfig) -> BlockRule | None:
+def block_rule(spec: ModelSpec, config: DiffusionConfig | None = None) -> BlockRule | None:
     """How the blocks of a model are counted; None: every slot sees all."""
     if spec.attention == "full":
         return None
