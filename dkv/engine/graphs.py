@@ -233,6 +233,8 @@ def state_of(engine: "Engine") -> Iterator[tuple[Any, str, Tensor]]:
         "rows": rows,
         "timetable": rows.timetable,
         "planner": engine.planner,
+        "blocks": engine.blocks,
+        "editing": engine.editing,
         "watch": engine.watch,
         "near": engine.planner.near,
         "certainty": engine.planner.certainty,
@@ -242,7 +244,7 @@ def state_of(engine: "Engine") -> Iterator[tuple[Any, str, Tensor]]:
     }
     for prefix, holder in holders.items():
         for name, value in vars(holder).items() if holder is not None else ():
-            if isinstance(value, Tensor) and name not in ("sequences", "ids", "_slot"):
+            if isinstance(value, Tensor) and f"{prefix}.{name}" not in ("rows.ids", "rows._slot"):
                 yield holder, f"{prefix}.{name}", value
 
 
