@@ -70,12 +70,12 @@ class Gemma(Network):
     def _encode(self, ids: Tensor, starts: Tensor, buffer: KVCache) -> Tensor:
         batch, n = ids.shape
         # What fills up a row may lie behind the buffer: all of that goes to the spare slot.
-        positions = (starts[:, None] + torch.arange(n, device=ids.device)).clamp(max=buffer.length)
-        since = positions[:, :, None] - torch.arange(buffer.length, device=ids.device)
+        positions = (starts[:, None] + torch.arange(n, device=ids.device)).clamp(max=buffer.room)
+        since = positions[:, :, None] - torch.arange(buffer.room, device=ids.device)
         rules = {}
         for window in self._windows:
             mask = since >= 0 if window is None else (since >= 0) & (since < window)
-            rules[window] = Rules(mask=mask, key_ranges=_ranges(starts, n, window).clamp(max=buffer.length))
+            rules[window] = Rules(mask=mask, key_ranges=_ranges(starts, n, window).clamp(max=buffer.room))
 
         def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query, key, value = (x.unflatten(0, (batch, n)) for x in (query, key, value))

@@ -67,8 +67,8 @@ def policies_of(spec: Any) -> dict[str, str | None]:
         if name != "none" and isinstance(spec, GemmaSpec):
             found[name] = canvas_settings.REFUSED["cache"]
             continue
-        if spec.attention != "full" and (why := in_blocks.unfit(policy)):
-            found[name] = why
+        if spec.attention != "full" and not policy.in_blocks:
+            found[name] = in_blocks.POLICIES_REFUSED[name]
             continue
         try:
             policy().check(spec.shifted)

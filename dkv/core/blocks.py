@@ -38,6 +38,11 @@ class BlockRule:
         """What is added to a slot before it is divided by the length; `first` is the first slot to fill."""
         return -first % self.length if self.from_prompt else 0
 
+    def ends(self, positions: Tensor, offset: Tensor, first: Tensor) -> Tensor:
+        """int64: the slot after the last one that each slot sees, while the block from `first` on is filled."""
+        end = ((positions + offset) // self.length + 1) * self.length - offset
+        return torch.where(positions < first, positions + 1, end) if self.causal else end
+
     def extra(self, first: int, new: int) -> int:
         """Slots behind the last of `new` ones that belong to its block, and are filled with it."""
         return 0 if self.from_prompt or not new else -(first + new) % self.length
@@ -141,18 +146,13 @@ class Blocks:
             first = torch.where(waits, torch.minimum(first, (now.first - 1).clamp(min=0)), first)
         return (self._slot >= first) & (self._slot < now.end)
 
-    def hidden(self, now: Now) -> Tensor:
-        """int64 [B, 2]: the gap of slots behind the current block."""
-        return torch.cat((now.end, torch.full_like(now.end, len(self._slot))), 1)
+    def hidden(self, now: Now, lengths: Tensor) -> Tensor:
+        """int64 [B, 2]: the gap of slots behind the current block, in rows of so many slots [B, 1]."""
+        return torch.cat((now.end, lengths), 1)
 
     def ends(self, positions: Tensor, rows: Tensor, now: Now) -> Tensor:
         """int64 [T]: the slot after the last one that each entry of a pass sees."""
-        length, (offset, first) = (
-            self.rule.length,
-            (x.squeeze(1).index_select(0, rows) for x in (self.offset, now.first)),
-        )
-        end = ((positions + offset) // length + 1) * length - offset
-        return torch.where(positions < first, positions + 1, end) if self.rule.causal else end
+        return self.rule.ends(positions, *(x.squeeze(1).index_select(0, rows) for x in (self.offset, now.first)))
 
     def passed(self, now: Now, active: Tensor) -> None:
         """Note that the step was computed in the rows that have `active` slots, bool [B, S]."""

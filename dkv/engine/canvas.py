@@ -77,7 +77,7 @@ class CanvasRun(Steps):
                 f"a prompt of {longest} tokens and {self.canvases} canvases of {self.slots} need {needed} positions, "
                 f"the model has {model.spec.max_positions}"
             )
-        self.buffer = KVCache(len(ids), max(needed, 1))
+        self.buffer = KVCache(len(ids), max(needed, 1), grows=True)
         self.buffer.tokens = ids.new_zeros(len(ids), self.buffer.length)
         self.buffer.seen = torch.zeros_like(self.buffer.tokens, dtype=torch.bool)
         self.seed = drawn_seeds(settings.seed, len(ids), generator)
@@ -109,6 +109,7 @@ class CanvasRun(Steps):
         ends = torch.tensor(self.settings.eos_token_id, dtype=torch.int64, device=self.ids.device)
         starts = self.lengths
         for canvas in range(self.canvases):
+            self.buffer.reserve(self.prompts.shape[1] + (canvas + 1) * self.slots)
             if canvas == 0:
                 self._encode_prompts()
             else:

@@ -82,7 +82,7 @@ class Engine:
         self.planner = Planner(config, rows, plans, noise, self.shifted, self.watch, self.blocks, self.editing)
         cuts = config.cache.cuts(model.spec.num_layers)
         self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
-        self.noise, self.cache = noise, KVCache(batch * self.branches, max(rows.size, 1))
+        self.noise, self.cache = noise, KVCache(batch * self.branches, max(rows.size, 1), grows=rule is not None)
         self.workspace = kernels.Workspace()
         self.rules = sureness(config)
         self.sampler = Sampler(
@@ -159,12 +159,12 @@ class Engine:
         self.read_status()
 
     def read_status(self) -> None:
-        """Read what the host has to know of the next step, once, and see which rows are finished."""
-        status = Status.after(self.next_plan)
+        """Read what the host has to know of the next step, once; see which rows are finished, and what is reached."""
+        self.status = status = Status.after(self.next_plan)
         if any(status.invalid):
             raise ValueError(self.sampler.suspects())
-        self.status = status
-        self.numbers = [row for row, left in enumerate(self.status.masked) if left]
+        self.numbers = [row for row, left in enumerate(status.masked) if left]
+        self.cache.reserve(max((status.visible[row] for row in self.numbers if status.visible), default=0))
 
     def _forward(self, plan: StepPlan, shape: Shape) -> Forward:
         """Send the active slots through the model, for the hidden states that predict the scored ones."""
@@ -180,7 +180,7 @@ class Engine:
         observer = None if self.watch is None else Observer(packed, self.rows, self.cache, self.workspace)
         hidden = self.model.step(
             given.tokens,
-            given.positions,
+            self.cache.places(given.positions),
             self.cache,
             rows=given.rows,
             segments=given.active,

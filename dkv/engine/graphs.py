@@ -44,6 +44,8 @@ class GraphRunner:
 
     def __init__(self, engine: "Engine"):
         device = engine.rows.tokens.device
+        # A graph writes where it was captured, so nothing grows.
+        engine.cache.reserve(engine.cache.length)
         self._on_device = torch.cuda.device(device if device.type == "cuda" else -1)
         self._pool: Any = None
         self._met: set[Shape] = set()
@@ -69,6 +71,7 @@ class GraphRunner:
 
     def adopt(self, engine: "Engine") -> None:
         """Take over the state of another generation that has the same key; from now on it lives in the tensors here."""
+        engine.cache.reserve(engine.cache.length)
         for holder, name, value in list(state_of(engine)):
             attribute = name.rpartition(".")[2]
             setattr(holder, attribute, self._state[name].copy_(value))
@@ -230,6 +233,8 @@ def state_of(engine: "Engine") -> Iterator[tuple[Any, str, Tensor]]:
         "rows": rows,
         "timetable": rows.timetable,
         "planner": engine.planner,
+        "blocks": engine.blocks,
+        "editing": engine.editing,
         "watch": engine.watch,
         "near": engine.planner.near,
         "certainty": engine.planner.certainty,
@@ -239,7 +244,7 @@ def state_of(engine: "Engine") -> Iterator[tuple[Any, str, Tensor]]:
     }
     for prefix, holder in holders.items():
         for name, value in vars(holder).items() if holder is not None else ():
-            if isinstance(value, Tensor) and name not in ("sequences", "ids", "_slot"):
+            if isinstance(value, Tensor) and f"{prefix}.{name}" not in ("rows.ids", "rows._slot"):
                 yield holder, f"{prefix}.{name}", value
 
 

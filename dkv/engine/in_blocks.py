@@ -8,7 +8,7 @@ from dkv.core.sequences import Sequences
 from dkv.engine import speculation
 from dkv.engine.config import DiffusionConfig
 from dkv.models.spec import ModelSpec
-from dkv.policies import NoCache, Policy
+from dkv.policies import NoCache
 
 # Settings that have no meaning in such a model, and why.
 REFUSED = {
@@ -19,8 +19,22 @@ REFUSED = {
     "certainty": "what stands behind the block is not seen",
 }
 
+# Why a policy does not go with such a model, which stores finished blocks for good and sees nothing behind the current
+# one, and what does in its place.
+POLICIES_REFUSED = {
+    "prefill": 'what it spares, the prompt, is stored anyway: use "none"',
+    "pd": 'what it spares at a refresh, the prompt, is stored anyway: use "decode"',
+    "prefix": 'it computes the block and all behind it, of which nothing is seen: use "none"',
+    "suffix": 'it hides what stands far behind the block, of which nothing is seen: use "none"',
+    "sliding": 'its region slides over the bounds of blocks, which are a part of the model: use "decode"',
+    "greedy": 'its windows of masks are laid over the whole answer, and a block has few of them: use "decode"',
+    "rollout": 'it looks for slots all over the text, and those before the block never change: use "decode"',
+    "elastic": 'it finds out when the text before the block changes, which it never does: use "decode"',
+    "skip": 'a slot that stops inside the network would be stored with what it had before: use "dual"',
+}
 
-def block_rule(spec: ModelSpec, config: DiffusionConfig) -> BlockRule | None:
+
+def block_rule(spec: ModelSpec, config: DiffusionConfig | None = None) -> BlockRule | None:
     """How the blocks of a model are counted; None: every slot sees all."""
     if spec.attention == "full":
         return None
@@ -49,22 +63,12 @@ def check(spec: ModelSpec, config: DiffusionConfig) -> None:
         value = getattr(config, name)
         if value and value not in ("blocks", "speculative"):
             raise ValueError(f"{name}={value!r} does not go with a block-causal model: {why}")
-    if why := unfit(type(config.cache)):
+    if not config.cache.in_blocks:
         raise ValueError(
-            f'cache {config.cache.name!r} does not go with a block-causal model: {why}; "none" computes the current '
-            'block in every pass, "decode" its masks and the slots filled last'
+            f"cache {config.cache.name!r} does not go with a block-causal model: {POLICIES_REFUSED[config.cache.name]}"
         )
     if config.edit_threshold is not None:
         _check_edits(spec, config)
-
-
-def unfit(policy: type[Policy]) -> str | None:
-    """Why a policy does not go with a block-causal model; None: it does."""
-    if policy.in_blocks:
-        return None
-    if policy.observes:
-        return "the attention that it goes by is summed up as if every slot saw all of its row (attention_mass)"
-    return "finished blocks are stored for good, and nothing behind the current one is seen"
 
 
 def _check_edits(spec: ModelSpec, config: DiffusionConfig) -> None:

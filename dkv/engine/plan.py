@@ -81,7 +81,7 @@ class Planner:
         rows, policy = self.rows, self.policy
         now, chosen = rows.timetable.now(), None
         view = self._view(now)
-        hidden = policy.hidden(view) if self.blocks is None else self.blocks.hidden(now)
+        hidden = policy.hidden(view) if self.blocks is None else self.blocks.hidden(now, rows.lengths)
         seen = None if hidden is None else outside(hidden, rows.size)
         bound = bounds_of_rows(self.config, rows, now, seen)
         if self.blocks is not None and self.blocks.rule.seeded and not self.shifted:

@@ -35,7 +35,7 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     kind = past.kind
     if kind is not None and kind != (spec.num_layers, spec.num_kv_heads, spec.head_dim, engine.model.dtype):
         raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {kind}")
-    size = min(past.length, rows.size)
+    size = min(past.room, rows.size)
     same = past.tokens[:, :size].to(rows.tokens.device) == rows.tokens[:, :size]
     shared = (same & ~rows.masked[:, :size]).cumprod(1).bool() & past.seen[:, :size] & rows.everywhere[:, :size]
     spared = torch.zeros_like(rows.masked)
@@ -78,7 +78,7 @@ def shared_prefixes(past: KVCache, own: KVCache, kind: tuple, texts: Tensor, len
         raise ValueError(f"kv_cache has {past.batch} rows, the call has {own.batch}")
     if past.kind not in (None, kind):
         raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {past.kind}")
-    size = min(past.length, texts.shape[1])
+    size = min(past.room, texts.shape[1])
     same = (past.tokens[:, :size].to(texts.device) == texts[:, :size]) & past.seen[:, :size].to(texts.device)
     own.copy_from(past, size)
     return torch.minimum(same.cumprod(1).sum(1), lengths)

@@ -86,7 +86,7 @@ class Speculation:
         self.hooks, device = hooks, rows.tokens.device
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
         self.length, self._bound = model.spec.block_length, sureness(config).bound
-        self.cache, self.workspace = KVCache(len(rows.tokens), max(rows.size, 1)), kernels.Workspace()
+        self.cache, self.workspace = KVCache(len(rows.tokens), max(rows.size, 1), grows=True), kernels.Workspace()
         self.sampler = Sampler(model, config, mask_id, self.workspace)
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
         self._padding, self._slot = PADDINGS.get(device.type, Padding(1)), torch.arange(rows.size, device=device)
@@ -100,6 +100,7 @@ class Speculation:
         self._alive = self._stop > self._first
         self.at, self._invalid = self._first - 1, torch.zeros((), dtype=torch.bool, device=device)
         self._begun, self._new = False, 0
+        self.cache.reserve(max((self._prompts[row] for row in self.numbers), default=0))
         self.stats, self._start = Stats(eager_reason=self.eager_reason), time.perf_counter()
 
     def step(self) -> None:
@@ -175,7 +176,7 @@ class Speculation:
             ends = (self.at + self.length).squeeze(1).index_select(0, packed.rows)
         hidden = self.model.step(
             packed.tokens,
-            packed.positions,
+            self.cache.places(packed.positions),
             self.cache,
             rows=packed.rows,
             segments=packed.active,
@@ -207,6 +208,8 @@ class Speculation:
         if any(invalid):
             raise ValueError(self.sampler.suspects())
         self._new, self.numbers = sum(new), [row for row in self.numbers if not done[row]]
+        ends = (self._prompts[row] + new[row] - 1 + self.length for row in self.numbers)
+        self.cache.reserve(max(ends, default=0))
 
     @property
     def sequences(self) -> Tensor:

@@ -31,7 +31,7 @@ from dkv.engine.inputs import check_settings
 from dkv.engine.output import Stats
 from dkv.engine.records import RECORDS
 from dkv.engine.settings import BY_ROW
-from dkv.tools.likelihood import Copy, check_sees_all, masked_places, terms_of
+from dkv.tools.likelihood import Copy, masked_places, terms_of
 from dkv.tools.text import padded
 
 # Given tokens on each side of a gap that are scored, masked copies of a candidate, and copies in a pass.
@@ -174,7 +174,7 @@ def _scores(model: Any, parts: Parts, at: int, stats: Stats) -> dict[int, float]
             hidden = [beside[place] for place in sorted(places)]
             reads = [(slot, text[slot], length) for slot in hidden]
             tokens = [mask_id if slot in hidden else token for slot, token in enumerate(text)]
-            copies.append(Copy(tokens, reads, [length], weight))
+            copies.append(Copy(tokens, reads, [length], weight, shift=int(model.spec.shifted)))
     scores = dict.fromkeys(range(gap.least, gap.most + 1), 0.0)
     for _, terms in terms_of(model, copies, COPIES, stats):
         for length, term in terms:
@@ -195,11 +195,13 @@ def _listed(texts: Any) -> list[list[Any]]:
 
 def _check(model: Any, texts: list[Parts], config: DiffusionConfig) -> None:
     spec = model.spec
+    if spec.attention != "full" and any(gap.least < gap.most for parts in texts for gap in parts[1::2]):
+        raise ValueError(
+            "the length of a gap is found from the text on both sides, and a block-causal model does not see what "
+            "stands behind a block: give every gap its length"
+        )
     if not texts:
         raise ValueError("texts holds no text")
-    if any(gap.least < gap.most for parts in texts for gap in parts[1::2]):
-        # By likelihoods their lengths are found.
-        check_sees_all(spec)
     if records := [name for name in RECORDS if getattr(config, f"output_{name}")]:
         raise ValueError(f"output_{records[0]} has no effect on fill_gaps: fill the rows that it finds by dkv.infill")
     for name in BY_ROW:

@@ -4,24 +4,32 @@ After Nie et al., "Large Language Diffusion Models", 2025, algorithm 3. Of an an
 masked, l uniform in 1..L and every choice of l tokens equally likely. The mean of L / l times the sum
 of the log-probabilities of the masked tokens is a lower bound of the answer's log-likelihood; it is
 estimated from a number of such copies, or taken over all of them where there are no more than that.
+
+In a block-causal model it is the sum of such bounds of the blocks from left to right, each with what stands before it
+known and nothing behind it seen (Arriola et al., "Block Diffusion", 2025). A last block that is not full is filled up
+with masks, as while it is generated; a token that the block before predicts (Fast-dLLM v2, Nemotron) is a part of its
+own.
 """
 
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import accumulate, combinations, islice
 from math import comb
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dkv.core.blocks import blocks_of
 from dkv.core.kv_cache import KVCache
+from dkv.core.varlen import Segments
 from dkv.engine.generate import generate
+from dkv.engine.in_blocks import block_rule
 from dkv.engine.output import Stats
 from dkv.engine.sampler import LOGITS_AT_A_TIME
-from dkv.models.spec import ModelSpec
+from dkv.models.gemma_spec import GemmaSpec
 from dkv.tools.text import padded
 
 # Token ids of a prompt, and of an answer to it.
@@ -45,8 +53,8 @@ def log_likelihoods(
     Args:
         model: from `dkv.load` or `dkv.wrap`.
         questions: prompts and answers as token ids. An answer without tokens has likelihood 1.
-        samples: masked copies of an answer. If it has no more than these (2^L - 1 for L tokens; one
-            for a single token), all are used, and the mean is exact.
+        samples: masked copies of an answer, or of each of its blocks. If it has no more than these (2^L - 1 for L
+            tokens; one for a single token), all are used, and the mean is exact.
         batch_size: copies in a pass.
         seed: of the places that are masked.
         stats: where to count the passes.
@@ -64,9 +72,12 @@ def log_likelihoods(
     _check(model, questions, samples=samples, batch_size=batch_size)
     stats = Stats() if stats is None else stats
     values = [0.0] * len(questions)
-    left = [min(2 ** len(answer) - 1, samples) for _, answer in questions]
+    left = [
+        sum(min(2 ** len(part.own) - 1, samples) for part in _parts(model.spec, len(prompt), len(answer)))
+        for prompt, answer in questions
+    ]
     yield from ((i, 0.0) for i, copies in enumerate(left) if copies == 0)
-    copies = _copies(questions, samples, seed, model.spec.mask_token_id)
+    copies = _copies(model.spec, questions, samples, seed)
     for copy, terms in terms_of(model, copies, batch_size, stats):
         for owner, term in terms:
             values[owner] += term
@@ -90,7 +101,8 @@ def are_greedy(model: Any, questions: Sequence[Question], *, batch_size: int = 3
         prompts = iter(sorted(owners, key=len, reverse=True))
         while batch := list(islice(prompts, batch_size)):
             ids, mask = (t.to(model.device) for t in padded(batch, left=True))
-            output = generate(model, ids, mask, max_new_tokens=length, block_length=length, seed=0)
+            how = {"block_length": length} if model.spec.attention == "full" else {"eos_token_id": []}
+            output = generate(model, ids, mask, max_new_tokens=length, seed=0, **how)
             for prompt, given in zip(batch, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
                 yield from ((i, given == list(questions[i][1])) for i in owners[prompt])
 
@@ -104,15 +116,44 @@ class Copy:
         reads: (slot, token, owner): the probability of which token is wanted where, for which question.
         owners: the questions; several only if the masks leave no difference between them.
         weight: what the log-probabilities are multiplied with.
+        first: in a block-causal model the first slot of the last block.
+        offset: in such a model, what is added to a slot before it is divided by the length of a block.
+        shift: the output that predicts a slot is so many slots before it.
     """
 
     tokens: list[int]
     reads: list[tuple[int, int, int]]
     owners: list[int]
     weight: float
+    first: int = 0
+    offset: int = 0
+    shift: int = 0
 
 
-def _copies(questions: Sequence[Question], samples: int, seed: int, mask_id: int) -> Iterator[Copy]:
+@dataclass(frozen=True)
+class Part:
+    """Slots `own` of an answer that are masked together in a text of `size` slots, whose last block begins at `first`;
+    outputs predict what stands `shift` slots behind them."""
+
+    own: Sequence[int]
+    size: int
+    first: int
+    shift: int
+
+
+def _parts(spec: Any, start: int, length: int) -> list[Part]:
+    """An answer of `length` tokens from slot `start` on: all of it at once, or block by block."""
+    own, rule = range(start, start + length), block_rule(spec)
+    if rule is None or not length:
+        return [Part(own, start + length, 0, int(spec.shifted))] if length else []
+    most = start + length + rule.extra(start, length)
+    return [
+        Part(slots, first if seed else min(end, most), first, int(seed or spec.shifted))
+        for seed, first, end, slots in blocks_of(own, rule, rule.length)
+    ]
+
+
+def _copies(spec: Any, questions: Sequence[Question], samples: int, seed: int) -> Iterator[Copy]:
     """All copies of all questions, those of one question together."""
     groups: dict[object, list[int]] = defaultdict(list)
     for i, (prompt, answer) in enumerate(questions):
@@ -121,12 +162,18 @@ def _copies(questions: Sequence[Question], samples: int, seed: int, mask_id: int
     # What takes the most memory comes first.
     for owners in sorted(groups.values(), key=lambda group: -sum(map(len, questions[group[0]]))):
         prompt, answer = questions[owners[0]]
-        start = len(prompt)
-        rng = random.Random(f"{seed} {len(answer)} {list(prompt)}")
-        for places, weight in masked_places(len(answer), samples, rng):
-            tokens = [*prompt, *(mask_id if i in places else token for i, token in enumerate(answer))]
-            reads = [(start + i, questions[owner][1][i], owner) for owner in owners for i in places]
-            yield Copy(tokens, reads, owners, weight)
+        start, mask, rule = len(prompt), spec.mask_token_id, block_rule(spec)
+        rng, offset = random.Random(f"{seed} {len(answer)} {list(prompt)}"), rule.offset(start) if rule else 0
+        for part in _parts(spec, start, len(answer)):
+            text = [*prompt, *answer, *[mask] * part.size][: part.size]
+            for slot in range(part.own[-1] + 1, part.size):
+                text[slot] = mask
+            for places, weight in masked_places(len(part.own), samples, rng):
+                slots = [part.own[i] for i in places]
+                hidden = set(slots)
+                tokens = [mask if slot in hidden else token for slot, token in enumerate(text)]
+                reads = [(slot, questions[owner][1][slot - start], owner) for owner in owners for slot in slots]
+                yield Copy(tokens, reads, owners, weight, part.first, offset, part.shift)
 
 
 def masked_places(length: int, samples: int, rng: random.Random) -> list[tuple[set[int], float]]:
@@ -158,20 +205,36 @@ def terms_of(
 def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     """Float [n]: the log-probability of every read of the copies, one copy after the other."""
     spec, device, lengths = model.spec, model.device, [len(copy.tokens) for copy in copies]
-    tokens, size = padded([copy.tokens for copy in copies])[0].to(device), max(lengths)
-    # The output that predicts a slot is its own, or in a shifted model that of the slot before.
-    reads = padded([[slot - spec.shifted for slot, _, _ in copy.reads] for copy in copies])
-    rows, real = (t.to(device) for t in reads)
+    tokens, real = (t.to(device) for t in padded([copy.tokens for copy in copies]))
+    size, rule = max(lengths), block_rule(spec)
+    begin, owners, positions = _starts(lengths), *real.bool().nonzero(as_tuple=True)
+    segments = Segments(torch.tensor(begin, device=device), torch.tensor(lengths, device=device), size)
+    counts = [len(copy.reads) for copy in copies]
+    outputs = [at + slot - copy.shift for at, copy in zip(begin, copies, strict=True) for slot, _, _ in copy.reads]
+    wanted = Segments(torch.tensor(_starts(counts), device=device), torch.tensor(counts, device=device), max(counts))
+    ends = None
+    if rule is not None:
+        of = (torch.tensor([getattr(copy, name) for copy in copies], device=device) for name in ("offset", "first"))
+        ends = rule.ends(positions, *(x.index_select(0, owners) for x in of))
     targets = torch.tensor([token for copy in copies for _, token, _ in copy.reads], device=device)
     ranges = None if min(lengths) == size else torch.tensor([[0, length] for length in lengths], device=device)
-    positions = torch.arange(size, device=device).expand(len(copies), size)
-    hidden = model.step(tokens, positions, KVCache(len(copies), size), key_ranges=ranges, outputs=rows)[real.bool()]
+    hidden = model.step(
+        tokens[owners, positions],
+        positions,
+        KVCache(len(copies), size),
+        rows=owners,
+        segments=segments,
+        key_ranges=ranges,
+        ends=ends,
+        outputs=torch.tensor(outputs, device=device),
+        output_segments=wanted,
+    )
     at_a_time = max(1, LOGITS_AT_A_TIME // spec.vocab_size)
     found = []
-    for part, wanted in zip(hidden.split(at_a_time), targets.split(at_a_time), strict=True):
+    for part, target in zip(hidden.split(at_a_time), targets.split(at_a_time), strict=True):
         logits = model.head(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        found.append(logits.gather(1, wanted[:, None]).flatten() - logits.logsumexp(1))
+        found.append(logits.gather(1, target[:, None]).flatten() - logits.logsumexp(1))
     stats.passes += 1
     stats.full_passes += 1
     stats.computed_slots += sum(lengths)
@@ -182,23 +245,26 @@ def log_probabilities(model: Any, copies: list[Copy], stats: Stats) -> Tensor:
     return values
 
 
-def check_sees_all(spec: ModelSpec) -> None:
-    """Raise ValueError where a model is none whose slots see all."""
-    if spec.attention != "full":
-        raise ValueError(
-            f"likelihoods are those of models in which every slot sees all, and this one has attention "
-            f"{spec.attention!r}: they are not defined here"
-        )
+def _starts(counts: list[int]) -> list[int]:
+    """Where each of some parts begins, one after the other."""
+    return [0, *accumulate(counts)][:-1]
 
 
 def _check(model: Any, questions: Sequence[Question], **counts: int) -> None:
     spec = model.spec
-    check_sees_all(spec)
+    if isinstance(spec, GemmaSpec):
+        raise ValueError(
+            "DiffusionGemma has no masks, so what it gives a text is no bound of this kind: its likelihood is not "
+            "defined here"
+        )
+    if spec.attention != "full" and spec.block_length is None:
+        raise ValueError("this model does not say how long its blocks are: load it with attention_block=")
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for i, (prompt, answer) in enumerate(questions):
-        if len(prompt) + len(answer) > spec.max_positions:
+        sizes = [part.size for part in _parts(spec, len(prompt), len(answer))]
+        if max([len(prompt), *sizes]) > spec.max_positions:
             raise ValueError(
                 f"question {i} has a prompt of {len(prompt)} and an answer of {len(answer)} tokens, "
                 f"the model has {spec.max_positions} positions: shorten the prompt"

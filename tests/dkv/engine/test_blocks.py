@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dkv
+from dkv.policies import POLICIES
 from tests.dkv.conftest import pad_rows, small_model
 
 MASK = 63
@@ -186,6 +187,15 @@ REFUSED = {
     'schedule="speculative" needs a model': {"schedule": "speculative"},
     "steps.*2 blocks": {"steps": 1},
 }
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.in_blocks])
+def test_a_policy_that_has_nothing_to_do_is_refused_with_what_has(name):
+    model = small_model(attention="block", block_length=4)
+    slides = {"schedule": "sliding", "block_length": 4} if name == "sliding" else {}
+    instead = "schedule" if slides else 'use "(none|decode|dual)"'
+    with pytest.raises(ValueError, match=instead):
+        dkv.generate(model, torch.tensor([PROMPTS[0]]), max_new_tokens=5, cache=name, **slides)
 
 
 @pytest.mark.parametrize("message", REFUSED)

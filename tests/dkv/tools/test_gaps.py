@@ -124,3 +124,9 @@ def test_ids_of_torch_and_numpy_are_ids(model):
     plain = dkv.fill_gaps(model, [[5, 9, dkv.Gap(1, 1), 3]]).rows
     assert dkv.fill_gaps(model, [[*torch.tensor([5, 9]), dkv.Gap(1, 1), np.int64(3)]]).rows == plain
     assert dkv.fill_gaps(model, torch.tensor([[5, 9]])).rows == [[5, 9]]
+
+
+def test_the_length_of_a_gap_needs_a_model_that_sees_behind_it(build):
+    model = build(attention="block", block_length=4)
+    with pytest.raises(ValueError, match="give every gap its length"):
+        dkv.fill_gaps(model, [[1, 2, dkv.Gap(1, 3), 5]])

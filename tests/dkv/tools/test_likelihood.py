@@ -7,11 +7,15 @@ from math import comb, sqrt
 import pytest
 import torch
 
+import dkv
 from dkv.engine.output import Stats
 from dkv.tools import likelihood
 from dkv.tools.likelihood import are_greedy, log_likelihoods, masked_places
+from tests.dkv.conftest import GOLDEN, small_model
+from tests.dkv.engine.test_blocks import KINDS
 
 MASK = 63
+FAMILIES = GOLDEN / "families"
 PROMPT = [5, 17, 3, 44, 21]
 
 
@@ -162,3 +166,59 @@ def test_logits_that_are_no_numbers_are_told(build):
     model.head.weight[3] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         list(log_likelihoods(model, [(PROMPT, [1])]))
+
+
+def exact_in_blocks(model, prompt, answer, length=4):
+    """From its definition: block by block, as the whole text up to the block's end sees it, computed anew."""
+    spec, start, total = model.spec, len(prompt), 0.0
+    offset = -start % length if spec.blocks_from_prompt else 0
+    text, causal = [*prompt, *answer], spec.attention == "prefix_causal"
+
+    def found(tokens, first):
+        slot = torch.arange(len(tokens))
+        ids = torch.where(slot < first, slot, max(first, 0)) if causal else (slot + offset) // length
+        return model(torch.tensor([tokens]), block_ids=ids[None])[0].log_softmax(-1)
+
+    slots = list(range(start, len(text)))
+    while slots:
+        first = (slots[0] + offset) // length * length - offset
+        end = first + length
+        if spec.seeded and slots[0] == first > 0:
+            total += found(text[:first], first)[first - 1, text[first]].item()
+            slots = slots[1:]
+        own = [slot for slot in slots if slot < end]
+        slots = slots[len(own) :]
+        size = min(end, len(text)) if spec.blocks_from_prompt else end
+        for count in range(1, len(own) + 1):
+            for places in combinations(own, count):
+                tokens = [MASK if s in places or s >= len(text) else text[s] for s in range(size)]
+                logs = found(tokens, first)
+                part = sum(logs[s - spec.shifted, text[s]].item() for s in places)
+                total += part / count / comb(len(own), count)
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_causal_model_goes_block_by_block(kind):
+    model = small_model(**{"attention": "block", "block_length": 4, **KINDS[kind]})
+    questions = [(PROMPT, [9, 30, 2, 51, 8]), (PROMPT[:4], [9, 30, 2, 51, 8, 1]), (PROMPT[:3], [4])]
+    stats = Stats()
+    found = values(model, questions, batch_size=7, stats=stats)
+    assert found == pytest.approx([exact_in_blocks(model, *question) for question in questions], abs=1e-4)
+    drawn = values(model, questions, samples=3)
+    assert drawn != pytest.approx(found, abs=1e-6)
+
+
+def test_a_block_causal_answer_is_greedy_if_decoding_gives_it():
+    model = small_model(attention="block", block_length=4)
+    given = dkv.generate(model, torch.tensor([PROMPT]), max_new_tokens=6, eos_token_id=[]).sequences[0, 5:].tolist()
+    questions = [(PROMPT, given), (PROMPT, [*given[:-1], (given[-1] + 1) % 60])]
+    assert dict(are_greedy(model, questions)) == {0: True, 1: False}
+
+
+def test_models_without_such_a_likelihood_are_told():
+    with pytest.raises(ValueError, match="attention_block="):
+        list(log_likelihoods(small_model(attention="block"), [(PROMPT, [1])]))
+    gemma = dkv.load(FAMILIES / "diffusion_gemma" / "gemma_tiny", device="cpu")
+    with pytest.raises(ValueError, match="DiffusionGemma has no masks"):
+        list(log_likelihoods(gemma, [(PROMPT, [1])]))
