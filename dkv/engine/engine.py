@@ -51,6 +51,8 @@ class Engine:
         processor: changes logits, as `LogitsProcessor` of transformers.
         ending: where rows end early; None: nowhere.
         past: keys and values of an earlier generation, whose common prefixes are taken over.
+        cache: where keys and values are kept, that of others, too; None: made here.
+        graphs: whether its steps may be replayed.
         hooks: called with the engine and every `StepResult`: the seam for records, traces and measurements.
 
     Attributes:
@@ -69,6 +71,8 @@ class Engine:
         ending: Ending | None = None,
         past: KVCache | None = None,
         hooks: Sequence["OnStep"] = (),
+        cache: KVCache | None = None,
+        graphs: bool = True,
     ):
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
         self.shifted, self.ending, self.hooks = model.spec.shifted, ending, hooks
@@ -83,7 +87,7 @@ class Engine:
         self.planner = Planner(config, rows, plans, noise, self.shifted, self.watch, self.blocks, self.editing)
         cuts = config.cache.cuts(model.spec.num_layers)
         self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
-        self.noise, self.cache = noise, KVCache(batch * self.branches, max(rows.size, 1))
+        self.noise, self.cache = noise, cache or KVCache(batch * self.branches, max(rows.size, 1))
         self.workspace = kernels.Workspace()
         self.rules = sureness(config)
         self.sampler = Sampler(
@@ -93,12 +97,12 @@ class Engine:
         # Slots whose keys and values were computed when their token was known.
         self.seen = torch.zeros_like(rows.masked)
         self.cut = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.invalid = torch.zeros((), dtype=torch.bool, device=device)
+        self.invalid = torch.zeros(batch, dtype=torch.bool, device=device)
         self.next_plan: StepPlan | None = None
         self.stats, self._start = Stats(), time.perf_counter()
         if past is not None:
             self.stats.reused_slots = take_over(self, past)
-        self.runner = runner_of(self, past)
+        self.runner = runner_of(self, past is None and cache is None) if graphs else None
         self.planner.waits = self.runner is None
         self.padding = GRAPHED if self.runner else PADDINGS.get(device.type, Padding(1))
         if self.numbers:
