@@ -40,7 +40,7 @@ def _rows(z: Sizes, device: torch.device) -> Inputs:
         "table": table,
         "lengths": torch.full((b,), s),
         "cut": torch.zeros(b, dtype=torch.int64),
-        "invalid": torch.zeros((), dtype=torch.bool),
+        "invalid": torch.zeros(b, dtype=torch.bool),
         "tokens": torch.randint(TOKENS, (b, s + 1)),
     }
     made = {name: x.to(device) for name, x in made.items()}

@@ -173,17 +173,23 @@ class Timetable:
         plans: by row, its steps.
         device: of the tensors.
         full: (steps) -> bool, whether each of them computes every slot; None: none does.
+        room: steps that the table has at least.
 
     Attributes:
         table: int64 [B, steps, fields].
         at: int64 [B], the step that every row is about to take, changed in place; `current` [B, fields] is that step.
         by_chance: whether it is drawn how many slots a step fills.
+        most: steps of the longest plan that there is room for.
     """
 
     def __init__(
-        self, plans: Sequence[Sequence[Step]], device: torch.device, full: Callable[[Now], Tensor] | None = None
+        self,
+        plans: Sequence[Sequence[Step]],
+        device: torch.device,
+        full: Callable[[Now], Tensor] | None = None,
+        room: int = 0,
     ):
-        longest = max(map(len, plans), default=0) or 1
+        self.most = longest = max(1, room, *map(len, plans))
         table = torch.zeros(len(plans), longest, len(FIELDS), dtype=torch.int64)
         chance = torch.zeros(len(plans), longest)
         reach = torch.zeros(len(plans), longest, len(REACH), dtype=torch.int64)

@@ -51,6 +51,7 @@ class Sequences:
         real: [B, L] bool, False at padding, which may stand anywhere.
         fill: [B, L] bool, the columns to fill; all of them real.
         mask_token_id: id of a slot without a token. Elsewhere it is an ordinary token.
+        room: slots and steps that rows may need which come later; None: no others come.
 
     Attributes:
         ids: [B, L], as they came.
@@ -67,12 +68,15 @@ class Sequences:
         timetable: the schedules, once they are set.
     """
 
-    def __init__(self, ids: Tensor, real: Tensor, fill: Tensor, mask_token_id: int):
+    def __init__(
+        self, ids: Tensor, real: Tensor, fill: Tensor, mask_token_id: int, room: tuple[int, int] | None = None
+    ):
         self.ids, self.lengths = ids, real.sum(1, keepdim=True)
         self.row_lengths, self.to_fill = self.lengths.flatten().tolist(), fill.sum(1).tolist()
         self.shown = self.to_fill
         multiple = MULTIPLES.get(ids.device.type, 1)
-        self.size = -(-max(self.row_lengths, default=0) // multiple) * multiple
+        slots, self._steps = room or (0, 0)
+        self.size = -(-max(self.row_lengths, default=0) // multiple) * multiple if room is None else slots
         # Where each column of the caller's layout stands here; padding on the spare.
         self._slot = torch.where(real, real.cumsum(1) - 1, self.size)
         self.tokens = ids.new_zeros(len(ids), self.size + 1)
@@ -84,7 +88,8 @@ class Sequences:
         self.fresh = torch.zeros_like(self.masked)
         self.everywhere = torch.arange(self.size, device=ids.device) < self.lengths
         ranges = torch.cat((torch.zeros_like(self.lengths), self.lengths), 1)
-        self.key_ranges = None if all(length == self.size for length in self.row_lengths) else ranges
+        whole = room is None and all(length == self.size for length in self.row_lengths)
+        self.key_ranges = None if whole else ranges
         self.timetable: Timetable | None = None
 
     @classmethod
@@ -96,6 +101,7 @@ class Sequences:
         mask_token_id: int,
         pad: int = 0,
         extra: Sequence[int] | None = None,
+        room: tuple[int, int] | None = None,
     ) -> "Sequences":
         """Prompts [B, P] with their mask (bool), and `new_tokens` slots to fill after each.
 
@@ -104,13 +110,13 @@ class Sequences:
         """
         if extra is not None and any(extra):
             wide = [new + more for new, more in zip(new_tokens, extra, strict=True)]
-            rows = cls.after_prompts(input_ids, attention_mask, wide, mask_token_id, pad)
+            rows = cls.after_prompts(input_ids, attention_mask, wide, mask_token_id, pad, room=room)
             return rows._shown(input_ids.shape[1], new_tokens, pad)
         width, device = max(new_tokens, default=0), input_ids.device
         new = torch.arange(width, device=device) < column(list(new_tokens), device)
         ids = torch.cat((input_ids, input_ids.new_full(new.shape, pad)), 1)
         fill = torch.cat((torch.zeros_like(attention_mask), new), 1)
-        return cls(ids, torch.cat((attention_mask, new), 1), fill, mask_token_id)
+        return cls(ids, torch.cat((attention_mask, new), 1), fill, mask_token_id, room)
 
     def _shown(self, prompts: int, new_tokens: Sequence[int], pad: int) -> "Sequences":
         """The same rows, of whose slots behind the prompts the caller sees only so many new ones."""
@@ -125,9 +131,9 @@ class Sequences:
     ) -> None:
         """Set the schedules of the rows; `full` says which steps compute every slot, `region` what slides, if any."""
         if region is None:
-            self.timetable = Timetable(plans, self.tokens.device, full)
+            self.timetable = Timetable(plans, self.tokens.device, full, self._steps)
         else:
-            self.timetable = SlidingTable(plans, full, region, self.masked, self.rank)
+            self.timetable = SlidingTable(plans, full, region, self.masked, self.rank, self._steps)
 
     def open(self, now: Now) -> Tensor:
         """bool [B, S]: the masked slots of the current blocks."""

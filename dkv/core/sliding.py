@@ -38,6 +38,7 @@ class SlidingTable(Timetable):
         full: as for `Timetable`; asked for every step.
         region: how it slides.
         masked, rank: of the rows, bool and int64 [B, S], before the first step.
+        room: steps that a plan may have at least.
 
     Attributes:
         table: int64 [B, 1, fields], `current` itself: going on in the table changes nothing.
@@ -51,8 +52,9 @@ class SlidingTable(Timetable):
         region: Region,
         masked: Tensor,
         rank: Tensor,
+        room: int = 0,
     ):
-        super().__init__(plans, masked.device)
+        super().__init__(plans, masked.device, room=room)
         self._full, self._region = full, region
         self._left = self.table[..., FIELDS.index("left")].clone()
         self.table = self.current.unsqueeze(1)

@@ -50,6 +50,8 @@ class Engine:
         processor: changes logits, as `LogitsProcessor` of transformers.
         ending: where rows end early; None: nowhere.
         past: keys and values of an earlier generation, whose common prefixes are taken over.
+        cache: where keys and values are kept, that of others, too; None: made here.
+        graphs: whether its steps may be replayed.
         hooks: called with the engine and every `StepResult`: the seam for records, traces and measurements.
 
     Attributes:
@@ -68,6 +70,8 @@ class Engine:
         ending: Ending | None = None,
         past: KVCache | None = None,
         hooks: Sequence["OnStep"] = (),
+        cache: KVCache | None = None,
+        graphs: bool = True,
     ):
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
         self.shifted, self.ending, self.hooks = model.spec.shifted, ending, hooks
@@ -82,7 +86,8 @@ class Engine:
         self.planner = Planner(config, rows, plans, noise, self.shifted, self.watch, self.blocks, self.editing)
         cuts = config.cache.cuts(model.spec.num_layers)
         self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
-        self.noise, self.cache = noise, KVCache(batch * self.branches, max(rows.size, 1), grows=rule is not None)
+        slots, grows = max(rows.size, 1), rule is not None
+        self.noise, self.cache = noise, cache or KVCache(batch * self.branches, slots, grows)
         self.workspace = kernels.Workspace()
         self.rules = sureness(config)
         self.sampler = Sampler(
@@ -92,12 +97,12 @@ class Engine:
         # Slots whose keys and values were computed when their token was known.
         self.seen = torch.zeros_like(rows.masked)
         self.cut = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.invalid = torch.zeros((), dtype=torch.bool, device=device)
+        self.invalid = torch.zeros(batch, dtype=torch.bool, device=device)
         self.next_plan: StepPlan | None = None
         self.stats, self._start = Stats(), time.perf_counter()
         if past is not None:
             self.stats.reused_slots = take_over(self, past)
-        self.runner = runner_of(self, past)
+        self.runner = runner_of(self, past is None and cache is None) if graphs else None
         self.planner.waits = self.runner is None
         self.padding = GRAPHED if self.runner else PADDINGS.get(device.type, Padding(1))
         if self.numbers:
@@ -159,10 +164,15 @@ class Engine:
         self.read_status()
 
     def read_status(self) -> None:
-        """Read what the host has to know of the next step, once; see which rows are finished, and what is reached."""
+        """Read what the host has to know of the next step, once."""
         self.status = status = Status.after(self.next_plan)
         if any(status.invalid):
             raise ValueError(self.sampler.suspects())
+        self.note_rows()
+
+    def note_rows(self) -> None:
+        """See which rows are finished, and what the others reach in the next step."""
+        status = self.status
         self.numbers = [row for row, left in enumerate(status.masked) if left]
         self.cache.reserve(max((status.visible[row] for row in self.numbers if status.visible), default=0))
 

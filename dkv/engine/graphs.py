@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dkv.core.kv_cache import KVCache
 from dkv.engine.stages import Shape, StepResult
 from dkv.kernels.common import backend
 
@@ -160,8 +159,12 @@ class GraphRunner:
 RUNNERS: dict[str, type[GraphRunner]] = {"cuda": GraphRunner}
 
 
-def runner_of(engine: "Engine", past: KVCache | None) -> GraphRunner | None:
-    """What replays the steps of an engine; None where each is taken as it comes. `stats.eager_reason` says why."""
+def runner_of(engine: "Engine", kept: bool) -> GraphRunner | None:
+    """What replays the steps of an engine; None where each is taken as it comes. `stats.eager_reason` says why.
+
+    Args:
+        kept: it may be one of an earlier generation, and serve later ones; else its keys and values are its own.
+    """
     kind = engine.rows.tokens.device.type
     if kind not in RUNNERS:
         engine.stats.eager_reason = f"no graphs on a device of kind {kind}"
@@ -179,10 +182,7 @@ def runner_of(engine: "Engine", past: KVCache | None) -> GraphRunner | None:
     if reason:
         return None
     with _choosing:
-        if past is not None:
-            # Its keys and values are in the tensors of this generation already, and no other will have the like.
-            return RUNNERS[kind](engine)
-        return _kept_runner(engine) or _new_runner(engine, RUNNERS[kind])
+        return (_kept_runner(engine) or _new_runner(engine, RUNNERS[kind])) if kept else RUNNERS[kind](engine)
 
 
 def _is_hooked(model: Any) -> bool:

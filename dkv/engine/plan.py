@@ -77,7 +77,7 @@ class Planner:
         self.waits = True
 
     def plan(self, cut: Tensor, invalid: Tensor) -> StepPlan:
-        """What the next step does; `cut` [B] and `invalid` [] go into the report of it."""
+        """What the next step does; `cut` [B] and `invalid` [B] go into the report of it."""
         rows, policy = self.rows, self.policy
         now, chosen = rows.timetable.now(), None
         view = self._view(now)

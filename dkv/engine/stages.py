@@ -55,7 +55,7 @@ class Status:
     Attributes:
         active, scored: slots of the next pass, by row.
         masked, cut: slots without a token, and those that became padding beyond an early end, by row.
-        invalid: 1 in every row where any logits were no numbers, else 0.
+        invalid: 1 in every row in which any logits were no numbers, else 0.
         visible: slots that the next pass may compute and see, by row; None: all that a row has.
         left: slots that go on after each cut of the policy, by cut and row.
     """

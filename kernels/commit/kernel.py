@@ -210,7 +210,7 @@ def advance_kernel(
         tl.store(masked + slot, masks, mask=inside)
         tl.store(fresh + slot, filled, mask=inside)
         tl.store(seen + slot, known_slots, mask=inside)
-    tl.store(invalid, True, mask=nan > 0)
+    tl.store(invalid + row, True, mask=nan > 0)
     tl.store(cut + row, tl.load(cut + row) + beyond_seen, mask=beyond_seen > 0)
     following = tl.where(open_left > 0, tl.load(now + INDEX) + 1, tl.load(now + NEXT_BLOCK))
     following = tl.minimum(following, steps - 1)

@@ -96,7 +96,7 @@ def advance_(state: State, table: Tensor, passed: Pass, choice: Chosen, rules: R
             "state.at": (state.at, LONGS, rows),
             "state.now": (state.now, LONGS, (b, fields)),
             "state.cut": (state.cut, LONGS, rows),
-            "state.invalid": (state.invalid, BOOLS, ()),
+            "state.invalid": (state.invalid, BOOLS, rows),
             "table": (table, LONGS, (b, None, fields)),
             "passed.active": (passed.active, BOOLS, slots),
             "passed.scored": (passed.scored, BOOLS, slots),

@@ -28,7 +28,7 @@ class State(NamedTuple):
         at: int64 [B], the step that a row is about to take.
         now: int64 [B, 7], that step, a line of the row's table.
         cut: int64 [B], slots that became padding beyond an end.
-        invalid: bool [], whether any confidence was NaN.
+        invalid: bool [B], whether any confidence of the row was NaN.
     """
 
     tokens: Tensor
@@ -182,7 +182,7 @@ def advance_(state: State, table, passed: Pass, choice: Chosen, rules: Rules) ->
         slots = passed.scored[b].nonzero()[:, 0][: len(choice.token)]
         first = int(passed.starts[b])
         own = Chosen(*(x if x is None else x[first : first + len(slots)] for x in choice))
-        state.invalid.logical_or_(own.confidence.isnan().any())
+        state.invalid[b] |= own.confidence.isnan().any()
         if passed.eligible is not None:
             allowed = passed.eligible[b, slots]
             slots, own = slots[allowed], Chosen(*(x if x is None else x[allowed] for x in own))

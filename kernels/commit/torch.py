@@ -50,7 +50,9 @@ def _fill(state, passed, choice, rules) -> None:
     allowed = real
     if passed.eligible is not None:
         allowed = passed.eligible.take(slots.clamp(max=batch * size - 1)) & real
-    state.invalid.logical_or_((choice.confidence.isnan() & real).any())
+    nan = choice.confidence.isnan() & real
+    found = nan.any() if rows is None else torch.zeros_like(passed.count).index_add_(0, rows, nan.long()) > 0
+    state.invalid.logical_or_(found)
     count, also = passed.count, None
     if rules.rule in ("threshold", "factor"):
         count = _confident(choice, allowed, rows, passed, rules)

@@ -107,7 +107,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
                 continue
             mask, count = meta(3, 1001, dtype=torch.bool), meta(3, dtype=torch.int64)
             longs, now = meta(3, 1001, dtype=torch.int64), meta(3, len(FIELDS), dtype=torch.int64)
-            tokens, invalid = meta(3, 1002, dtype=torch.int64), meta(dtype=torch.bool)
+            tokens, invalid = meta(3, 1002, dtype=torch.int64), meta(3, dtype=torch.bool)
             state = State(tokens, mask, mask, mask, longs, count, now, count, invalid)
             by_row = meta(3, dtype=torch.float32) if rule == "near" else None
             passed = Pass(mask, mask, mask if i else None, count, count, by_row)

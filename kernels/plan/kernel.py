@@ -120,7 +120,7 @@ def plan_kernel(
     tl.store(report + rows + row, tl.sum(scored_seen))
     tl.store(report + 2 * rows + row, unfilled)
     tl.store(report + 3 * rows + row, tl.load(cut + row))
-    tl.store(report + 4 * rows + row, (tl.load(invalid) != 0).to(tl.int64))
+    tl.store(report + 4 * rows + row, (tl.load(invalid + row) != 0).to(tl.int64))
 
 
 @triton.jit

@@ -53,7 +53,7 @@ def plan_pass(
         lengths: int64 [B], slots of each row.
         active: bool [B, S], slots to compute where a step is not full.
         cut: int64 [B], reported as it is.
-        invalid: bool [], reported as 0 or 1.
+        invalid: bool [B], reported as 0 or 1.
         chosen: bool [B, S], the slots that a policy has chosen; of "window" and "chosen".
         everything: bool [B, S], slots to compute where a step is full; None: all of the row.
         kind: what is scored: "open", the open slots that are reached, in rows that fill some of them; "window", those
@@ -86,7 +86,7 @@ def plan_pass(
             "lengths": (lengths, LONGS, (b,)),
             "active": (active, BOOLS, (b, s)),
             "cut": (cut, LONGS, (b,)),
-            "invalid": (invalid, BOOLS, ()),
+            "invalid": (invalid, BOOLS, (b,)),
             "chosen": (chosen, BOOLS, (b, s)),
             "everything": (everything, BOOLS, (b, s)),
         }

@@ -50,7 +50,7 @@ def plan(
             elif kind == "window" or fills > 0:
                 scored[b] = open_ & reached
         eligible[b] = chosen[b] if kind == "window" and not step["full"] else open_
-        report[:, b] = torch.stack([*(x[b].sum() for x in (computed, scored, masked)), cut[b], invalid])
+        report[:, b] = torch.stack([*(x[b].sum() for x in (computed, scored, masked)), cut[b], invalid[b]])
     return computed, scored, eligible if kind in ELIGIBLE else None, count, report
 
 

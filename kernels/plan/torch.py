@@ -35,7 +35,7 @@ def plan(now, masked, rank, lengths, active, chosen, everything, cut, invalid, k
         else:
             eligible = open_ if kind == "masks" else torch.where(full, open_, chosen)
     count = torch.full_like(lengths, slots) if by_chance else count.squeeze(1)
-    report = (active.sum(1), scored.sum(1), unfilled.squeeze(1), cut, invalid.expand(len(cut)))
+    report = (active.sum(1), scored.sum(1), unfilled.squeeze(1), cut, invalid)
     return active, scored, eligible, count, torch.stack(report)
 
 

@@ -38,7 +38,7 @@ def plan(now, masked, rank, lengths, active, chosen, everything, cut, invalid, k
     eligible = torch.empty(rows, slots, **like) if kind in ELIGIBLE else None
     written = computed, scored, eligible, lengths.new_empty(rows), lengths.new_empty(5, rows)
     if rows:
-        read = *dense(now, masked, rank, active, chosen, everything, lengths, cut), invalid
+        read = dense(now, masked, rank, active, chosen, everything, lengths, cut, invalid)
         PLAN.start(_plan, (*read, *written), kind, dynamic, by_chance, shifted)
     return written
 

@@ -64,7 +64,7 @@ class Rows:
             at,
             table[torch.arange(batch), at],
             torch.randint(3, (batch,)),
-            torch.zeros((), dtype=torch.bool),
+            torch.zeros(batch, dtype=torch.bool),
         )
         return cls(lengths, table, state)
 

@@ -17,7 +17,7 @@ def filled(rules: Rules, confidence, entropy=None, *, score=None, slots=None, el
     scored = torch.zeros(1, size, dtype=torch.bool)
     scored[0, slots] = True
     one, fresh, now = torch.ones(1, dtype=torch.int64), torch.zeros_like(scored), torch.zeros(1, 1, len(FIELDS)).long()
-    tokens, rank, invalid = torch.zeros(1, size + 1).long(), torch.arange(size)[None], torch.tensor(False)
+    tokens, rank, invalid = torch.zeros(1, size + 1).long(), torch.arange(size)[None], torch.zeros(1, dtype=torch.bool)
     state = State(tokens, scored.clone(), fresh, fresh.clone(), rank, 0 * one, now[0].clone(), 0 * one, invalid)
     may = None
     if eligible is not None:

@@ -52,7 +52,7 @@ def mask(slots: int, device: str = "cpu") -> Tensor:
 def steps(slots: int, entries: int, scored: int, device: str = "cpu") -> dict[str, tuple]:
     """By name a call of each operation on the state of the rows: the operation, its arguments and its options."""
     whole, now, of_rows = longs(B, slots, device=device), longs(B, len(FIELDS), device=device), longs(B, device=device)
-    tokens, invalid = longs(B, slots + 1, device=device), flags(device=device)
+    tokens, invalid = longs(B, slots + 1, device=device), flags(B, device=device)
     masked, dense = mask(slots, device), flags(B, slots, device=device)
     state = State(tokens, masked, dense, dense.clone(), whole, of_rows.clone(), now, of_rows.clone(), invalid)
     passed = Pass(dense, dense, dense, of_rows, of_rows)
