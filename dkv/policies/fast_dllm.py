@@ -67,7 +67,7 @@ class DualCache(_BlockCache):
         now, slot = view.now, torch.arange(view.rows.size, device=view.rows.rank.device)
         inside = (slot >= now.part) & (slot < now.part_end)
         if self.delayed:
-            inside &= view.unsettled
+            inside &= view.with_sources(view.unsettled)
         if not view.shifted:
             return inside
         waits = (view.rows.masked & (slot == now.part)).any(1, keepdim=True)

@@ -22,6 +22,7 @@ SETTINGS = [
     {},
     {"cache": "decode"},
     {"cache": "dual", "block_length": 2},
+    {"cache": {"name": "dual", "delayed": True}, "block_length": 2},
     {"threshold": 0.05},
     {"threshold": 0.05, "steps": 9},
     {"steps": 9, "cache": dkv.DecodeCache(None)},
