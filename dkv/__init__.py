@@ -35,6 +35,7 @@ _MODULES = {
     ),
     "dkv.kernels": "use_backend",
     "dkv.integrations.hf_attention": "register",
+    "dkv.serving.llm": "LLM Full",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 

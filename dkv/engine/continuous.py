@@ -91,13 +91,10 @@ class ContinuousBatch(Engine):
             ValueError, IndexError: the input or a setting is impossible, or it needs more slots or steps than a row has.
         """
         ids, mask = checked_inputs(self.model, input_ids, None, config)
-        budget = config.of_row("max_new_tokens", 0)
+        budget, room = config.of_row("max_new_tokens", 0), self._room
         extra = in_blocks.extras(self.model.spec, config, mask, [budget])
-        room, needed = self._room, ids.shape[1] + budget + sum(extra)
-        if needed > room[0]:
-            raise ValueError(
-                f"a prompt of {ids.shape[1]} tokens and max_new_tokens ({budget}) need {needed} slots, a row has {room[0]}"
-            )
+        if (needed := slots_needed(self.model, ids, config)) > room[0]:
+            raise ValueError(f"a prompt of {ids.shape[1]} tokens and its answer need {needed} slots, a row has {room[0]}")
         rows = Sequences.after_prompts(ids, mask, [budget], self.mask_id, self.pad_id, extra, room)
         alone = Engine(**self._parts(self.model, config, rows, config.of_row("seed", 0)), graphs=False)
         if rows.timetable.most > room[1]:
@@ -128,6 +125,13 @@ class ContinuousBatch(Engine):
         self.status = status = Status.after(self.next_plan)
         self.note_rows()
         self.invalid_rows = [row for row, invalid in enumerate(status.invalid) if invalid]
+
+
+def slots_needed(model: Any, input_ids: Tensor, config: DiffusionConfig) -> int:
+    """Slots of a prompt [1, P] and its answer, and of what is filled with it."""
+    budget = config.of_row("max_new_tokens", 0)
+    extra = in_blocks.extras(model.spec, config, torch.ones_like(input_ids, dtype=torch.bool), [budget])
+    return input_ids.shape[1] + budget + sum(extra)
 
 
 def _pairs(batch: Engine, alone: Engine) -> Iterator[tuple[Tensor, Tensor]]:

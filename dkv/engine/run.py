@@ -98,7 +98,7 @@ class Run(Steps):
         self.model, self.config, self.recorder = model, config, Recorder(config)
         self.seed = drawn_seeds(config.seed, batch, generator)
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * batch
-        processor = _listed("logits_processor", processor, LogitsProcessorList)
+        processor = listed_processors(processor)
         criteria = _listed("stopping_criteria", criteria, StoppingCriteriaList)
         eos = ends_of(model, config) if ends else []
         hooks = [hook for hook in (self.recorder, on_step) if hook]
@@ -183,6 +183,11 @@ def drawn_seeds(given: int | list[int] | None, rows: int, generator: torch.Gener
     device = generator.device if generator else "cpu"
     drawn = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
     return drawn[0] if rows == 1 else drawn
+
+
+def listed_processors(given: Any) -> LogitsProcessorList | None:
+    """One logits processor, a list of them, or none, as transformers' list."""
+    return _listed("logits_processor", given, LogitsProcessorList)
 
 
 def _listed(name: str, given: Any, kind: type) -> Any:
