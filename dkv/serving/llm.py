@@ -40,8 +40,8 @@ class LLM:
     """Serves requests from rows that they share; each gets the tokens that it gets alone.
 
     Requests of the same settings share passes; those of other settings, or with a logits processor, have passes of
-    their own, in turn. All of them share the rows of one buffer of keys and values, first come first served. It is to be
-    used from one thread.
+    their own, in turn. All of them share the rows of one buffer of keys and values, first come first served. It is to
+    be used from one thread.
 
     Args:
         model: from `dkv.load` or `dkv.wrap`.
@@ -83,7 +83,7 @@ class LLM:
                 f"max_slots ({max_slots}) must be at least max_length ({self.max_length}), the slots of one row: give "
                 "a smaller max_length, or a larger max_slots"
             )
-        self._cache = KVCache(self.rows, self.max_length)
+        self._cache = KVCache(self.rows, self.max_length, grows=model.spec.attention != "full")
         self._free = deque(range(self.rows))
         self._waiting: deque[Request] = deque()
         self._batches: dict[str, ContinuousBatch] = {}
@@ -130,7 +130,7 @@ class LLM:
                 raise ValueError(f"{name} does not go with requests, which tell their tokens alone: use dkv.generate")
         if config.schedule == "speculative":
             raise ValueError('schedule="speculative" does not go with requests yet: use dkv.generate')
-        ids, mask = checked_inputs(self.model, _one_row(input_ids, self.model), None, config)
+        ids, _ = checked_inputs(self.model, _one_row(input_ids, self.model), None, config)
         needed = slots_needed(self.model, ids, config)
         if needed > self.max_length:
             raise ValueError(
@@ -176,7 +176,12 @@ class LLM:
         return batch.rows.tokens[request.row, start : start + new].to("cpu", copy=True)
 
     def generate(
-        self, prompts: Iterable[Any], *, own: Iterable[Mapping[str, Any]] | None = None, progress: bool = True, **settings: Any
+        self,
+        prompts: Iterable[Any],
+        *,
+        own: Iterable[Mapping[str, Any]] | None = None,
+        progress: bool = True,
+        **settings: Any,
     ) -> list[Request]:
         """Answer prompts, as many of them at a time as there are rows.
 
