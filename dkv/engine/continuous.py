@@ -1,5 +1,6 @@
 """Rows that sequences join and leave between two steps."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -49,6 +50,9 @@ class ContinuousBatch(Engine):
     ):
         self.invalid_rows: list[int] = []
         self._processor, self._room = processor, (slots, 0)
+        # Those of each sequence are its own.
+        config = copy.copy(config)
+        config.update(steps=None)
         super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache)
         self._room = slots, self.rows.timetable.most
         nobody = self._unfilled(model, config, 1)

@@ -8,7 +8,14 @@ import torch
 import dkv
 from dkv.serving import memory
 
-CALLS = [{}, {"cache": "decode"}, {"cache": "dual", "block_length": 4}, {"temperature": 0.7}, {"cfg_scale": 1.0}]
+CALLS = [
+    {},
+    {"steps": 3, "block_length": 8},
+    {"cache": "decode"},
+    {"cache": "dual", "block_length": 4},
+    {"temperature": 0.7},
+    {"cfg_scale": 1.0},
+]
 
 
 def asked(rng, count):
