@@ -70,6 +70,7 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "generation_kwargs": (({},), "give its settings by name"),
     "min_length": ((0,), _LENGTH),
     "min_new_tokens": ((0,), _LENGTH),
+    "right_shift_logits": ((False,), "a family says whether its outputs are those of the next slot, and A2D's are not"),
     "eos_early_stop": ((False,), "give eos_token_id=, at whose first one a row ends"),
     "max_time": ((), _CRITERIA),
     "stop_strings": ((), _CRITERIA),

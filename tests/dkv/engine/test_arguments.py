@@ -43,6 +43,7 @@ def test_an_encoding_is_taken_apart(llada, call):
         ({"generator": torch.Generator(), "seed": 0}, ValueError, "generator and seed=0"),
         ({"streamer": 5}, TypeError, "streamer must have put"),
         ({"streamer": DiffusionConfig}, TypeError, "streamer must have put"),
+        ({"right_shift_logits": True}, ValueError, "can only be False here.*A2D"),
         ({"generation_tokens_hook_func": lambda step, x, logits: x}, ValueError, "put_draft"),
         ({"generation_logits_hook_func": lambda step, x, logits: logits}, ValueError, "logits_processor"),
         ({"prompt": IDS}, ValueError, "give input_ids="),
