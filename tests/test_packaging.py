@@ -34,7 +34,7 @@ for name in ("dkv", "dkv.kernels", "dkv.models", "dkv.bench"):
     for module in pkgutil.walk_packages([path], name + "."):
         # The Triton kernels are loaded on demand, and by nobody where there is no Triton.
         last = module.name.rpartition(".")[2]
-        of_triton = ("triton", "kernel", "gap", "ranking", "arguments", "launch", "prepared")
+        of_triton = ("triton", "kernel", "gap", "ranking", "arguments", "launch", "launches", "prepared")
         of_triton += ("audit", "cases", "autotune")
         needs_triton = (".kernels." in module.name and last in of_triton) or last in ("null_driver", "bare")
         if not module.name.endswith("__main__") and not (without_triton and needs_triton):

@@ -107,7 +107,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
     state = (now, mask, longs, count, mask)
     cases: list[tuple[str, LaunchTable, Any, tuple]] = []
     for i, kind in enumerate(KINDS):
-        how = (meta(dtype=torch.bool), kind, kind == "open", kind == "chosen", kind != "chosen")
+        how = (meta(rows, dtype=torch.bool), kind, kind == "open", kind == "chosen", kind != "chosen")
         given = (mask if kind in ("window", "chosen") else None, None if i % 2 else mask, count, *how)
         cases.append((f"plan {kind}", PLAN, plan, (*state, *given)))
     for shifted in (False, True):

@@ -88,13 +88,13 @@ def by_hand(operation: str) -> tuple[int, int]:
         "row_change": (4 * (3 * r * d + r) + 2 * 8 * r, 0),
         "rms_norm": (4 * (4 * r * d + d), 0),
         "swiglu": (4 * 3 * r * 96, 0),
-        # Two masks and the ranks, the steps, and of a row its length and slots that were cut, and six counts; one flag.
-        "plan_pass": (b * 24 * (2 + 8 + 2) + b * 8 * (7 + 2 + 6) + 1, 0),
+        # Two masks and the ranks, the steps, and of a row its length and slots that were cut, and six counts, and its flag.
+        "plan_pass": (b * 24 * (2 + 8 + 2) + b * 8 * (7 + 2 + 6) + b, 0),
         "pack_pass": (b * 24 * 2 + 8 * (r * (1 + 6) + b * 5), 0),
         "with_masked_window": (b * 24 * 3 + b * 4 * 8, 0),
         # Tokens with a spare slot and ranks; five masks read and three written; a step read, looked up and written; its
-        # number, twice, slots that were cut, count and start; token, confidence and score; a flag and an end.
-        "advance_": (b * (25 * 8 + 24 * (8 + 5 + 3)) + b * 8 * (3 * 7 + 5) + r * (8 + 4 + 4) + 1 + 8, 0),
+        # number, twice, slots that were cut, count and start; token, confidence and score; a flag a row, and an end.
+        "advance_": (b * (25 * 8 + 24 * (8 + 5 + 3)) + b * 8 * (3 * 7 + 5) + r * (8 + 4 + 4) + b + 8, 0),
     }[operation]
 
 
