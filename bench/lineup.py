@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that the command line can name them at once. `dkv.bench.contenders` reads the texts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 # Greedy goes with the random order, as published, or plans by confidences; all others fill the surest slot first.
@@ -24,6 +25,8 @@ LINEUP = {
     "dual": "cache=dual",
     "prefix delayed": "cache=prefix delayed=true",
     "dual delayed": "cache=dual delayed=true",
+    "dual in parts": "cache=dual block_length=8",
+    "dual in parts delayed": "cache=dual block_length=8 delayed=true",
     "suffix 96": "cache=suffix window=96",
     "suffix 96 dual": "cache=suffix window=96 base=dual",
     "rollout": "cache=rollout",
@@ -34,6 +37,8 @@ PLAIN = "plain"
 # What `dkv bench` compares, `dkv demo` shows, and what runs with blocks or on a GPU; plain decoding first.
 COMPARED = tuple(LINEUP)[:8]
 SHOWN = ("plain", "decode 8", "decode 4", "prefill", "pd 8", "greedy 4 planned", "greedy 2 planned", "plain half")
+# The same of a block-causal model, in parts of its blocks.
+SHOWN_IN_BLOCKS = ("plain", "decode 8", "decode, no refresh", "dual in parts", "dual in parts delayed", "plain half")
 BLOCKED = ("plain", "prefix", "dual", "prefix delayed", "dual delayed", "suffix 96", "suffix 96 dual", "skip")
 # Those that may be compared in blocks.
 IN_BLOCKS = (*BLOCKED, "rollout", "elastic")
@@ -70,6 +75,21 @@ SUGGESTED = (
     "cache=sliding schedule=sliding block_length=32 threshold=0.99,0.95",
     "cache=greedy refresh=8 window=4 window_center=last",
 )
+# Both of a block-causal model; {part} is a quarter of its blocks.
+QUICK_IN_BLOCKS = (
+    "steps=half",
+    "cache=decode refresh=8",
+    "cache=decode refresh=0 warmup=1",
+    "cache=dual block_length={part} delayed=false,true",
+    "cache=none,decode threshold=0.9",
+)
+SUGGESTED_IN_BLOCKS = (
+    "cache=decode refresh=8,32",
+    "cache=dual block_length={part} delayed=false,true",
+    "cache=none,decode threshold=0.99,0.95",
+    "cache=decode entropy_bound=0.01,0.1",
+    "cache=dual block_length={part} threshold=0.99,0.95",
+)
 # Further runs of a model whose logits are shifted.
 SHIFTED = ("cache=decode,pd refresh=2,4,8,16 shift_rule=un_right",)
 
@@ -86,3 +106,8 @@ ALL: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "blocks": ("blocks", (1,), {"new": 64, "rounds": 1, "rules": ("one a step",)}),
     "blocks_tiny": ("blocks", (1,), {"model": "tiny"}),
 }
+
+
+def in_blocks(runs: Sequence[str], block_length: int) -> list[str]:
+    """Runs of a model with such blocks."""
+    return [text.format(part=max(block_length // 4, 1)) for text in runs]

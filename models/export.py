@@ -18,7 +18,7 @@ from dkv.models.packing import PackedLinear
 from dkv.models.transformer import Transformer
 
 FORM: dict[str, Any] = {"indent": 2, "sort_keys": True}
-MASK_TOKENS = {"llada": "<|mdm_mask|>", "dream": "<|mask|>"}
+MASK_TOKENS = {"llada": "<|mdm_mask|>", "dream": "<|mask|>", "sdar": "<|MASK|>"}
 
 
 def save_model(model: Transformer, folder: str | os.PathLike) -> None:
@@ -53,7 +53,7 @@ def save_tokenizer(folder: str | os.PathLike, alphabet: str, eos: int, mask: int
         alphabet: the characters, whose ids are 0, 1, 2, ...
         eos: id of `<|endoftext|>`, which also pads.
         mask: id of the mask token, which each family writes in its own way.
-        family: "llada" or "dream".
+        family: "llada", "dream" or "sdar".
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 

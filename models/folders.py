@@ -9,7 +9,8 @@ from typing import Any
 from dkv.models.files import Entry, damaged, is_there, read_header, read_json, some
 from dkv.models.foreign import adapter_advice
 
-BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "tiny-dream", "tiny-long", "tiny-text")}
+_NAMES = ("tiny", "tiny-dream", "tiny-block", "tiny-long", "tiny-text")
+BUNDLED = {name: Path(__file__).parent / name for name in _NAMES}
 # What is fetched from the hub for a tokenizer and for a model: no code, and no weights in other formats.
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dkv.bench import report
 from dkv.bench.contenders import Contender, of_lineup
-from dkv.bench.lineup import SHOWN
+from dkv.bench.lineup import SHOWN, SHOWN_IN_BLOCKS
 from dkv.bench.problems import Exam
 from dkv.bench.timing import in_turn
 from dkv.common.bar import Bar, counted
+from dkv.engine.in_blocks import block_rule
 from dkv.tools.streaming import DraftStreamer, draft_pieces, drawable, draws_drafts
 from dkv.tools.text import answer
 
@@ -24,7 +25,8 @@ SNAPSHOTS = 9
 
 def measure(exam: Exam) -> list[dict[str, Any]]:
     """A line of the table per policy: speed at batch 1, and the answers to all problems."""
-    lineup, count = [of_lineup(name) for name in SHOWN], len(exam.problems.answers)
+    names = SHOWN if exam.model.spec.attention == "full" else SHOWN_IN_BLOCKS
+    lineup, count = [of_lineup(name) for name in names], len(exam.problems.answers)
     with Bar(len(lineup) * (1 + ROUNDS + count), "answer") as bar:
         turns = iter(range(len(lineup) * (1 + ROUNDS)))
         calls = {c.label: partial(_speed, exam, c, turns, len(lineup)) for c in lineup}
@@ -70,7 +72,10 @@ def show(exam: Exam) -> None:
     spec, contender, right = exam.model.spec, of_lineup(SHOWN[1]), exam.problems.answers[0]
     cache = contender.settings["cache"]
     print(f"{exam.problems.prompts[0]}\n\n{type(cache).__name__}(refresh={cache.refresh}), ", end="")
-    print(f"{counted(exam.problems.new, 'step')}:\n")
+    steps = exam.problems.new
+    if (rule := block_rule(spec)) is not None:
+        steps += rule.extra(len(exam.problems.prompts[0]), steps)
+    print(f"{counted(steps, 'step')}:\n")
     if draws_drafts():
         streamer = DraftStreamer(exam.tokenizer, spec)
         output, _ = exam.decode(0, 1, streamer=streamer, **_settings(exam, contender))

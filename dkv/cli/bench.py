@@ -59,7 +59,7 @@ SETTINGS = ("prompt", "new", "steps", "rounds")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what").add_argument
-    add("--model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: tiny)")
+    add("--model", metavar="MODEL", help="a bundled model, a checkpoint folder or a hub id (default: tiny)")
     add("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
     add("--layers", type=int, metavar="N", help="layers of the shape (default: as many as it has)")
     known = f"{', '.join(COMPARED)}; with --blocks {', '.join(IN_BLOCKS)} (default: all but rollout and elastic); "

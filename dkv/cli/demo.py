@@ -11,6 +11,7 @@ EXAMPLES = """\
 examples:
   dkv demo
   dkv demo --task cells --model tiny-dream
+  dkv demo --task cells --model tiny-block          in blocks of 32 slots
   dkv demo --problems 100 --threads 1
   dkv demo --json > demo.json
 """
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--problems", type=int, default=24, metavar="N", help="problems to answer per policy (default: %(default)s)")
     known = f"{', '.join(TASK_NAMES)} (default: %(default)s)"
     add("--task", choices=TASK_NAMES, default=TASK_NAMES[0], metavar="NAME", help=known)
-    what = "tiny, tiny-dream, or a folder with a model of the same task (default: %(default)s)"
+    what = "tiny, tiny-dream, tiny-block, or a folder with a model of the same task (default: %(default)s)"
     add("--model", default="tiny", help=what)
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     add("--json", action="store_true", help="the table as one JSON object, without the drafts")

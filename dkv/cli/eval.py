@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dkv.cli.examining import add_problems, check_problems, loaded
+from dkv.cli.examining import add_problems, check_contenders, check_problems, loaded
 from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
 
@@ -91,16 +91,19 @@ def compare(args: argparse.Namespace) -> int:
     from dkv.bench import lineup, plots, report
     from dkv.bench.accuracy import frontier, quality
     from dkv.bench.contenders import contenders
-    from dkv.policies import NoCache
 
     runs = args.runs or (lineup.FULL if args.full else lineup.QUICK)
     chosen = contenders(runs)
     model, tokenizer, problems, facts = loaded(args)
-    if model.spec.shifted and args.runs is None:
+    if args.runs is None and model.spec.block_length is not None:
+        if args.full:
+            raise ValueError(
+                "--full has policies that do not go with a block-causal model: leave it out, or give --run"
+            )
+        chosen = contenders(lineup.in_blocks(lineup.QUICK_IN_BLOCKS, model.spec.block_length))
+    elif model.spec.shifted and args.runs is None:
         chosen = contenders((*runs, *lineup.SHIFTED))
-    for contender in chosen:
-        # Before hours of work, not in the middle of them.
-        contender.settings.get("cache", NoCache()).check(model.spec.shifted)
+    check_contenders(model, chosen)
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
     log = quality.Log(args.out, quality.fixed(setting, facts))
     with files.beside(args.json):

@@ -1,6 +1,7 @@
 """What commands that examine a model share: its problems, where they come from, and what is checked beforehand."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,12 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     facts |= {"dtype": str(model.dtype).removeprefix("torch.")}
     facts |= {"problems": {family.name: len(family.prompts) for family in problems}}
     return model, tokenizer, problems, facts
+
+
+def check_contenders(model: Any, chosen: Sequence[Any]) -> None:
+    """Raise ValueError where a run does not go with the model: before hours of work, not in the middle of them."""
+    from dkv.engine.config import DiffusionConfig
+    from dkv.engine.inputs import check_settings
+
+    for contender in chosen:
+        check_settings(model, DiffusionConfig(**contender.settings))

@@ -56,7 +56,7 @@ def add_source(parser: argparse.ArgumentParser, name: str, text: str, lines: str
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny", help="tiny, tiny-dream, a checkpoint folder or a hub id (default: %(default)s)")
+    add("--model", default="tiny", help="a bundled model, a checkpoint folder or a hub id (default: %(default)s)")
     add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
     add_told(add)

@@ -12,6 +12,7 @@ TASK_NAMES = ("balance", "addition", "cells")
 TASKS_OF = {
     "tiny": TASK_NAMES,
     "tiny-dream": TASK_NAMES,
+    "tiny-block": TASK_NAMES,
     "tiny-long": ("long-balance", "long-cells"),
     "tiny-text": ("stories", "words"),
 }

@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from dkv.cli.examining import add_problems, check_problems, loaded
+from dkv.cli.examining import add_problems, check_contenders, check_problems, loaded
 from dkv.cli.measuring import add_json, add_machine, check_counts, ready
 from dkv.common import files, process
 
@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
     chosen = contenders(args.runs or lineup.SUGGESTED)
     model, tokenizer, problems, facts = loaded(args)
-    for contender in chosen:
-        contender.settings["cache"].check(model.spec.shifted)
+    if args.runs is None and model.spec.block_length is not None:
+        chosen = contenders(lineup.in_blocks(lineup.SUGGESTED_IN_BLOCKS, model.spec.block_length))
+    check_contenders(model, chosen)
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
     log = quality.Log(args.out, quality.fixed(setting, facts))
     with files.beside(args.json):

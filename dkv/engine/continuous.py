@@ -1,5 +1,6 @@
 """Rows that sequences join and leave between two steps."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -49,6 +50,9 @@ class ContinuousBatch(Engine):
     ):
         self.invalid_rows: list[int] = []
         self._processor, self._room = processor, (slots, 0)
+        # Those of each sequence are its own.
+        config = copy.copy(config)
+        config.update(steps=None)
         super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache)
         self._room = slots, self.rows.timetable.most
         nobody = self._unfilled(model, config, 1)
@@ -88,17 +92,21 @@ class ContinuousBatch(Engine):
             config: its settings, those of the batch but for `BY_ROW`; with a seed.
 
         Raises:
-            ValueError, IndexError: the input or a setting is impossible, or it needs more slots or steps than a row has.
+            ValueError, IndexError: the input or a setting is impossible, or asks for more than a row has.
         """
         ids, mask = checked_inputs(self.model, input_ids, None, config)
         budget, room = config.of_row("max_new_tokens", 0), self._room
         extra = in_blocks.extras(self.model.spec, config, mask, [budget])
         if (needed := slots_needed(self.model, ids, config)) > room[0]:
-            raise ValueError(f"a prompt of {ids.shape[1]} tokens and its answer need {needed} slots, a row has {room[0]}")
+            raise ValueError(
+                f"a prompt of {ids.shape[1]} tokens and its answer need {needed} slots, a row has {room[0]}"
+            )
         rows = Sequences.after_prompts(ids, mask, [budget], self.mask_id, self.pad_id, extra, room)
         alone = Engine(**self._parts(self.model, config, rows, config.of_row("seed", 0)), graphs=False)
         if rows.timetable.most > room[1]:
             raise ValueError(f"steps must be at most {room[1]} in rows of {room[0]} slots, got {config.steps}")
+        if not alone.numbers:  # It has nothing to fill.
+            alone.prepare()
         self._take(row, alone)
 
     def leave(self, row: int) -> None:

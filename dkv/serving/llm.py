@@ -40,8 +40,8 @@ class LLM:
     """Serves requests from rows that they share; each gets the tokens that it gets alone.
 
     Requests of the same settings share passes; those of other settings, or with a logits processor, have passes of
-    their own, in turn. All of them share the rows of one buffer of keys and values, first come first served. It is to be
-    used from one thread.
+    their own, in turn. All of them share the rows of one buffer of keys and values, first come first served. It is to
+    be used from one thread.
 
     Args:
         model: from `dkv.load` or `dkv.wrap`.
@@ -83,7 +83,7 @@ class LLM:
                 f"max_slots ({max_slots}) must be at least max_length ({self.max_length}), the slots of one row: give "
                 "a smaller max_length, or a larger max_slots"
             )
-        self._cache = KVCache(self.rows, self.max_length)
+        self._cache = KVCache(self.rows, self.max_length, grows=model.spec.attention != "full")
         self._free = deque(range(self.rows))
         self._waiting: deque[Request] = deque()
         self._batches: dict[str, ContinuousBatch] = {}
@@ -124,13 +124,19 @@ class LLM:
         """
         if self.max_waiting is not None and self.waiting - len(self._free) >= self.max_waiting:
             raise Full(f"{self.waiting} requests wait already, and max_waiting is {self.max_waiting}: ask again later")
-        config = config_of(generation_config or self.config, settings)
+        request = self._request(input_ids, generation_config, logits_processor, settings)
+        self._waiting.append(request)
+        return request
+
+    def _request(self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict) -> Request:
+        """A request that can be, which does not wait yet."""
+        config = config_of(given or self.config, settings)
         for name in RECORDS:
             if getattr(config, name):
                 raise ValueError(f"{name} does not go with requests, which tell their tokens alone: use dkv.generate")
         if config.schedule == "speculative":
             raise ValueError('schedule="speculative" does not go with requests yet: use dkv.generate')
-        ids, mask = checked_inputs(self.model, _one_row(input_ids, self.model), None, config)
+        ids, _ = checked_inputs(self.model, _one_row(input_ids, self.model), None, config)
         needed = slots_needed(self.model, ids, config)
         if needed > self.max_length:
             raise ValueError(
@@ -138,9 +144,10 @@ class LLM:
                 f"{self.max_length}: give fewer tokens, or make the LLM with a larger max_length"
             )
         config.update(seed=drawn_seeds(config.seed, 1, None))
-        request = Request(self._count, ids, config, listed_processors(logits_processor))
         self._count += 1
-        self._waiting.append(request)
+        request = Request(self._count - 1, ids, config, listed_processors(processor))
+        shared = {name: value for name, value in config.settings().items() if name not in (*BY_ROW, "max_length")}
+        request.key = repr((shared, None if request.processor is None else request.number))
         return request
 
     @torch.no_grad()
@@ -161,8 +168,7 @@ class LLM:
             self._waiting.remove(request)
             request.end(CANCELLED)
         elif request.state == RUNNING:
-            key = self._key(request)
-            self._end(key, request, CANCELLED, tokens=self.draft(request))
+            self._end(request, CANCELLED, tokens=self.draft(request))
 
     def draft(self, request: Request) -> Tensor:
         """int64 [new] on the CPU: what stands on the canvas of a request, the mask id where there is no token yet."""
@@ -172,11 +178,16 @@ class LLM:
         if request.row is None:
             mask_id = request.config.mask_token_id
             return torch.full((new,), self.model.spec.mask_token_id if mask_id is None else mask_id)
-        batch = self._batches[self._key(request)]
+        batch = self._batches[request.key]
         return batch.rows.tokens[request.row, start : start + new].to("cpu", copy=True)
 
     def generate(
-        self, prompts: Iterable[Any], *, own: Iterable[Mapping[str, Any]] | None = None, progress: bool = True, **settings: Any
+        self,
+        prompts: Iterable[Any],
+        *,
+        own: Iterable[Mapping[str, Any]] | None = None,
+        progress: bool = True,
+        **settings: Any,
     ) -> list[Request]:
         """Answer prompts, as many of them at a time as there are rows.
 
@@ -188,25 +199,29 @@ class LLM:
 
         Returns:
             The requests in the order of the prompts, all of them done; one that failed has an `error`.
-        """
-        prompts, found = list(prompts), []
-        left = deque(zip(prompts, [{}] * len(prompts) if own is None else own, strict=True))
-        with Bar(len(prompts), "request", silent=not progress) as bar:
-            while left or not all(request.done for request in found):
-                while left and self.waiting < max(len(self._free), 1):
-                    prompt, more = left.popleft()
-                    found.append(self.add(prompt, **{**settings, **more}))
-                bar.update(sum(request in found for request in self.step()))
-        return found
 
-    def _key(self, request: Request) -> str:
-        """What requests have in common that share passes."""
-        settings = {name: value for name, value in request.config.settings().items() if name not in BY_ROW}
-        return repr((settings, None if request.processor is None else request.number))
+        Raises:
+            TypeError, ValueError, IndexError: one of them cannot be; none is worked on then.
+        """
+        prompts = list(prompts)
+        asked = [
+            self._request(prompt, None, None, {**settings, **more})
+            for prompt, more in zip(prompts, [{}] * len(prompts) if own is None else own, strict=True)
+        ]
+        left, going = deque(asked), set(asked)
+        with Bar(len(asked), "request", silent=not progress) as bar:
+            while going:
+                while left and self.waiting < len(self._free):
+                    left[0].stats.arrived = time.perf_counter()
+                    self._waiting.append(left.popleft())
+                done = going.intersection(self.step())
+                going -= done
+                bar.update(len(done))
+        return asked
 
     def _start(self, request: Request, ended: list[Request]) -> None:
         """Give a request a free row."""
-        row, key = self._free.popleft(), self._key(request)
+        row, key = self._free.popleft(), request.key
         request.state, request.row, request.stats.started = RUNNING, row, time.perf_counter()
         if key not in self._batches:
             # With guidance a row has keys and values in two branches.
@@ -217,7 +232,7 @@ class LLM:
         try:
             self._batches[key].join(row, request.input_ids, request.config)
         except (ValueError, IndexError) as error:
-            self._end(key, request, FAILED, error=error)
+            self._end(request, FAILED, error=error)
             ended.append(request)
 
     def _step(self, key: str, batch: ContinuousBatch) -> list[Request]:
@@ -233,10 +248,10 @@ class LLM:
         for row, request in list(running.items()):
             request.stats.passes += 1
             if error is not None or row in batch.invalid_rows:
-                self._end(key, request, FAILED, error=error or ValueError(batch.sampler.suspects()))
+                self._end(request, FAILED, error=error or ValueError(batch.sampler.suspects()))
             elif row not in going:
                 request.stats.new_tokens = request.new - min(batch.status.cut[row], request.new)
-                self._end(key, request, FINISHED, tokens=self.draft(request))
+                self._end(request, FINISHED, tokens=self.draft(request))
             if request.done:
                 ended.append(request)
         self._note_first_tokens(batch, running)
@@ -252,11 +267,11 @@ class LLM:
         for (_, request), waits in zip(without, masked, strict=True):
             request.stats.first_token = None if waits else now
 
-    def _end(self, key: str, request: Request, state: str, **how: Any) -> None:
+    def _end(self, request: Request, state: str, **how: Any) -> None:
         """Take the row of a request, which may be the next one's."""
         row = request.row
-        self._batches[key].leave(row)
-        del self._running[key][row]
+        self._batches[request.key].leave(row)
+        del self._running[request.key][row]
         self._free.append(row)
         request.end(state, **how)
         if state == FINISHED and request.stats.first_token is None:

@@ -74,6 +74,7 @@ class Request:
         error: why it failed.
         stats: `RequestStats`.
         row: which it has, while it runs.
+        key: what it has in common with those that share its passes.
     """
 
     number: int
@@ -85,6 +86,7 @@ class Request:
     error: Exception | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     row: int | None = None
+    key: str = ""
 
     @property
     def new(self) -> int:

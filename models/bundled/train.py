@@ -6,7 +6,8 @@ Example:
 
 Each step draws fresh problems of every task, or windows of the text; a share t ~ U(0, 1) of every answer
 is masked, and the loss is the cross-entropy at the masked slots divided by t (LLaDA, Nie et al. 2025,
-algorithm 1). A checkpoint in the output folder is picked up again when the command is repeated; with more
+algorithm 1); for a model that sees no later block, those of one block of the answer, drawn anew for each
+batch. A checkpoint in the output folder is picked up again when the command is repeated; with more
 --steps than before, the learning rate follows the schedule of the longer training from there on. The folder
 then holds a checkpoint in the format of the family, a tokenizer, and the log of the training. The same
 seed gives the same weights on the same machine with the same number of threads.
@@ -52,7 +53,14 @@ WINDOWS = 128
 
 
 def loss_of(model: Transformer, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
-    """The LLaDA loss, and the share of masked slots whose best guess is right."""
+    """The LLaDA loss, and the share of masked slots whose best guess is right.
+
+    Where a slot sees no later block, it is that of one block of the answer, drawn for the batch by its slots to fill:
+    what stands before it is known, and what stands behind it is cut off.
+    """
+    if (block := model.spec.block_length) is not None:
+        end = (int(torch.randint(prompt, ids.shape[1], ())) // block + 1) * block
+        ids, prompt = ids[:, :end], max(prompt, end - block)
     batch, length = ids.shape
     # One offset for the batch spreads t evenly over (0, 1): same mean, less noise.
     t = ((torch.arange(batch) + torch.rand(1)) / batch).clamp_(min=1e-2)

@@ -13,13 +13,14 @@ from dkv.models.bundled import passages
 from dkv.models.bundled.recipes import RECIPES
 from dkv.models.bundled.tasks import TASKS, held_out
 from dkv.models.bundled.text import CHARACTERS
+from dkv.models.export import MASK_TOKENS
 from dkv.models.folders import BUNDLED
 from dkv.tools.text import answer, encode
 
 # Share of 500 unseen problems of each kind that plain decoding has to answer exactly.
-LEAST = 0.95
+LEAST = {"tiny": 0.95, "tiny-dream": 0.95, "tiny-block": 0.75}
 # The models whose training ended with 500 problems of each kind.
-COUNTED = ("tiny", "tiny-dream")
+COUNTED = tuple(LEAST)
 
 
 @pytest.fixture(scope="module", params=BUNDLED)
@@ -31,14 +32,14 @@ def bundled(request):
 def test_all_together_are_small():
     kinds = ("*.json*", "*.safetensors", "*.txt")
     shipped = [file for folder in BUNDLED.values() for kind in kinds for file in folder.glob(kind)]
-    assert len(shipped) == 21 and sum(path.stat().st_size for path in shipped) <= 20e6
+    assert len(shipped) == 26 and sum(path.stat().st_size for path in shipped) <= 24e6
 
 
 def test_models_are_those_of_the_script(bundled):
     name, model, tokenizer = bundled
     assert model.spec == RECIPES[name].spec
     assert len(tokenizer) == model.spec.vocab_size == RECIPES[name].mask + 1
-    assert tokenizer.mask_token == ("<|mask|>" if model.spec.shifted else "<|mdm_mask|>")
+    assert tokenizer.mask_token == MASK_TOKENS[model.spec.family]
 
 
 def test_log_of_the_training(bundled):
@@ -52,7 +53,7 @@ def test_log_of_the_training(bundled):
     assert log[-1]["seconds"] < 3 * 3600
     for task in RECIPES[name].tasks:
         assert log[-1]["loss"][task] < log[0]["loss"][task] / (5 if name in COUNTED else 1.5)
-        assert name not in COUNTED or last["exact_of_500"][task] >= LEAST
+        assert name not in COUNTED or last["exact_of_500"][task] >= LEAST[name]
     if name == "tiny-text":
         assert last["unseen_loss"] < 1.8
 
@@ -75,7 +76,7 @@ def test_passages_are_plain_and_have_room_for_holes():
 
 # Of 4. Dream's published rule of what is settled caches some slots too early, so it has to do worse.
 CACHES = {"plain": (dkv.NoCache(), 4), "decode": (dkv.DecodeCache(8), 3)}
-QUICK = [("tiny", "addition", "plain"), ("tiny-dream", "addition", "decode")]
+QUICK = [("tiny", "addition", "plain"), ("tiny-dream", "addition", "decode"), ("tiny-block", "cells", "decode")]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in product(COUNTED, TASKS, CACHES)
 ]

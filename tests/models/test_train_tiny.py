@@ -98,6 +98,30 @@ def test_the_loss_is_that_of_masked_answer_slots(name):
     assert loss_of(oracle, ids, prompt)[0] > 1
 
 
+def test_the_loss_of_blocks_is_that_of_one_block():
+    """What stands before it is known, and nothing stands behind it."""
+    recipe = RECIPES["tiny-block"]
+    ids, prompt = recipe.batch_of("balance", random.Random(0), 16)
+    block, ends = recipe.spec.block_length, set()
+    assert ids.shape[1] % block == 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        oracle = Oracle(recipe.spec, ids)
+        oracle.forward = lambda x, oracle=oracle: Oracle(recipe.spec, ids[:, : x.shape[1]]).forward(keep(oracle, x))
+        assert loss_of(oracle, ids, prompt)[0] < 1e-5
+        end = oracle.seen.shape[1]
+        masked = oracle.seen == recipe.mask
+        assert end % block == 0 and masked.any() and not masked[:, : max(prompt, end - block)].any()
+        assert torch.equal(oracle.seen[~masked], ids[:, :end][~masked])
+        ends.add(end)
+    assert ends == set(range(-(-(prompt + 1) // block) * block, ids.shape[1] + 1, block))
+
+
+def keep(oracle, x):
+    oracle.seen = x
+    return x
+
+
 def test_a_stopped_training_goes_on_alike(tmp_path, monkeypatch, one_thread):
     recipe = RECIPES["tiny-dream"]
     small = replace(recipe.spec, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16)

@@ -1,0 +1,108 @@
+"""Sequences that join and leave the rows of a running generation get the tokens that they get alone."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dkv
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.continuous import ContinuousBatch
+from tests.dkv.conftest import EOS, small_model
+from tests.dkv.engine.test_rows import decoding
+
+ROWS, SLOTS = 3, 24
+
+
+def served(model, call, asked, rng, leave=0.0):
+    """The tokens of prompts with budgets and seeds, by number, as rows become free; some leave before they are done."""
+    batch = ContinuousBatch(model, ROWS, SLOTS, DiffusionConfig(**call))
+    found, holders, left = {}, [None] * ROWS, list(enumerate(asked))
+    while left or any(holder is not None for holder in holders):
+        for row in range(ROWS):
+            if holders[row] is None and left and rng.random() < 0.5:
+                number, (prompt, new, seed) = left.pop(0)
+                config = DiffusionConfig(**call, max_new_tokens=new, seed=seed)
+                batch.join(row, torch.tensor([prompt], dtype=torch.int64), config)
+                holders[row] = number
+        if batch.numbers:
+            batch.step()
+        for row, number in enumerate(holders):
+            if number is not None and (row not in batch.numbers or rng.random() < leave):
+                prompt, new, _ = asked[number]
+                if row not in batch.numbers:
+                    found[number] = batch.rows.tokens[row, len(prompt) : len(prompt) + new].clone()
+                batch.leave(row)
+                holders[row] = None
+    return found
+
+
+def drawn(rng, count):
+    return [
+        ([rng.randrange(61) for _ in range(rng.randrange(1, 10))], rng.randrange(0, 11), rng.randrange(99))
+        for _ in range(count)
+    ]
+
+
+def check(model, call, asked, rng, leave=0.0):
+    for number, tokens in served(model, call, asked, rng, leave).items():
+        prompt, new, seed = asked[number]
+        ids = torch.tensor([prompt])
+        alone = dkv.generate(model, ids, max_new_tokens=new, seed=seed, **call).sequences[0, len(prompt) :]
+        assert torch.equal(tokens, alone), number
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.sampled_from(["llada", "dream"]), decoding(), st.sampled_from([None, EOS]), st.integers(0, 99))
+def test_a_row_that_joins_gets_what_it_gets_alone(models, name, call, eos, seed):
+    rng = random.Random(seed)
+    check(models(name), {**call, "eos_token_id": eos}, drawn(rng, 5), rng, leave=0.05)
+
+
+@pytest.fixture(scope="module")
+def models(llada, dream):
+    return {"llada": llada, "dream": dream}.__getitem__
+
+
+@pytest.mark.parametrize("how", [{}, {"cache": dkv.DecodeCache(2)}, {"edit_threshold": 0.3}, {"temperature": 0.7}])
+def test_blocks_join_too(how):
+    model, rng = small_model(attention="block", block_length=4), random.Random(1)
+    check(model, how, drawn(rng, 8), rng, leave=0.1)
+
+
+def test_nothing_of_a_row_that_nobody_has_is_computed(llada):
+    batch = ContinuousBatch(llada, ROWS, SLOTS, DiffusionConfig())
+    assert batch.numbers == [] and batch.status.active == [0] * ROWS
+    batch.join(1, torch.tensor([[5, 9]]), DiffusionConfig(max_new_tokens=4, seed=0))
+    assert batch.numbers == [1] and batch.status.active == [0, 6, 0]
+    batch.leave(1)
+    assert batch.numbers == [] and batch.status.masked == [0] * ROWS
+
+
+def test_what_has_no_room_is_refused_and_changes_nothing(llada):
+    batch = ContinuousBatch(llada, ROWS, SLOTS, DiffusionConfig())
+    with pytest.raises(ValueError, match="a prompt of 20 tokens and its answer need 25 slots, a row has 24"):
+        batch.join(0, torch.ones(1, 20, dtype=torch.int64), DiffusionConfig(max_new_tokens=5, seed=0))
+    assert batch.numbers == []
+
+
+def test_numbers_that_are_none_are_told_by_row(llada):
+    """A row whose logits are no numbers is named; the one beside it goes on as alone."""
+
+    def broken(ids, scores):
+        return scores * torch.nan if ids[0, 0] == 7 else scores
+
+    asked = {0: [5, 9], 2: [7, 3]}
+    batch = ContinuousBatch(llada, ROWS, SLOTS, DiffusionConfig(), processor=broken)
+    for row, prompt in asked.items():
+        batch.join(row, torch.tensor([prompt]), DiffusionConfig(max_new_tokens=4, seed=0))
+    batch.step()
+    assert batch.invalid_rows == [2]
+    batch.leave(2)
+    while batch.numbers:
+        batch.step()
+        assert batch.invalid_rows == []
+    alone = dkv.generate(llada, torch.tensor([[5, 9]]), max_new_tokens=4)
+    assert torch.equal(batch.rows.tokens[0, :6], alone.sequences[0])

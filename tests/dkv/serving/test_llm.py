@@ -1,0 +1,118 @@
+"""`dkv.LLM`: requests of any settings share rows, and each gets the tokens that it gets alone."""
+
+import random
+
+import pytest
+import torch
+
+import dkv
+from dkv.serving import memory
+
+CALLS = [
+    {},
+    {"steps": 3, "block_length": 8},
+    {"cache": "decode"},
+    {"cache": "dual", "block_length": 4},
+    {"temperature": 0.7},
+    {"cfg_scale": 1.0},
+]
+
+
+def asked(rng, count):
+    for number in range(count):
+        prompt = [rng.randrange(61) for _ in range(rng.randrange(1, 12))]
+        yield prompt, {"max_new_tokens": rng.randrange(1, 13), "seed": number, **rng.choice(CALLS)}
+
+
+def alone(model, prompt, settings):
+    return dkv.generate(model, torch.tensor([prompt]), **settings).sequences[0, len(prompt) :]
+
+
+def test_requests_of_any_settings_get_what_they_get_alone(llada):
+    prompts, own = zip(*asked(random.Random(0), 20), strict=True)
+    llm = dkv.LLM(llada, max_length=32, max_slots=4 * 32)
+    requests = llm.generate(prompts, own=own, progress=False)
+    assert llm.rows == 4 and (llm.running, llm.waiting) == (0, 0)
+    for request, prompt, settings in zip(requests, prompts, own, strict=True):
+        assert request.state == "finished" and torch.equal(request.tokens, alone(llada, prompt, settings))
+        stats = request.stats
+        assert 0 <= stats.queued_seconds <= stats.first_token_seconds <= stats.seconds
+        assert stats.new_tokens == settings["max_new_tokens"] and 0 < stats.passes <= stats.new_tokens
+
+
+def test_arrivals_and_cancels_harm_nobody(llada):
+    rng, llm = random.Random(1), dkv.LLM(llada, max_length=32, max_slots=3 * 32)
+    left, going, done = list(asked(rng, 24)), {}, {}
+    while left or going:
+        if left and rng.random() < 0.5:
+            prompt, settings = left.pop()
+            going[llm.add(prompt, **settings)] = prompt, settings
+        if going and rng.random() < 0.05:
+            request = rng.choice(list(going))
+            llm.cancel(request)
+            assert request.state == "cancelled" and request.done
+            del going[request]
+        for request in llm.step():
+            done[request] = going.pop(request)
+    assert llm.running == llm.waiting == 0 and len(done) > 12
+    for request, (prompt, settings) in done.items():
+        assert torch.equal(request.tokens, alone(llada, prompt, settings))
+
+
+def raising(ids, scores):
+    raise RuntimeError("a processor of this request")
+
+
+@pytest.mark.parametrize(
+    ("processor", "why"), [(raising, "a processor of this request"), (lambda ids, scores: scores * torch.nan, "NaN")]
+)
+def test_a_request_that_fails_harms_no_other(llada, processor, why):
+    llm = dkv.LLM(llada, max_length=32, max_slots=3 * 32)
+    good, bad = llm.add([5, 9], max_new_tokens=6), llm.add([7], max_new_tokens=6, logits_processor=processor)
+    while not (good.done and bad.done):
+        llm.step()
+    assert bad.state == "failed" and why in str(bad.error) and bad.tokens is None
+    assert torch.equal(good.tokens, alone(llada, [5, 9], {"max_new_tokens": 6}))
+    assert llm.running == 0
+
+
+def test_drafts_are_told_as_they_fill(llada):
+    llm = dkv.LLM(llada, max_length=32, max_slots=32)
+    first, second = llm.add([5, 9], max_new_tokens=4), llm.add([7], max_new_tokens=3)
+    mask, counts = llada.spec.mask_token_id, []
+    while not first.done:
+        llm.step()
+        counts.append(int((llm.draft(first) == mask).sum()))
+        assert second.state == "waiting" and (llm.draft(second) == mask).all() and len(llm.draft(second)) == 3
+    assert counts == [3, 2, 1, 0]
+    llm.cancel(second)
+    assert second.done and second.stats.started is None and llm.step() == []
+
+
+def test_what_cannot_be_is_refused_at_once(llada):
+    llm = dkv.LLM(llada, max_length=32, max_slots=64, max_waiting=1)
+    for prompt, settings, why in (
+        ([5] * 20, {"max_new_tokens": 20}, "a prompt of 20 tokens and its answer need 40 slots, and a row has 32"),
+        ([64], {}, "input_ids must be in 0..63"),
+        ([[5], [6]], {}, r"input_ids must be one prompt, \[P\] or \[1, P\], got \[2, 1\]"),
+        ([5], {"output_history": True}, "output_history does not go with requests"),
+        ([5], {"steps": 0}, "steps must be"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=why):
+            llm.add(torch.tensor(prompt), **settings)
+    for _ in range(3):
+        llm.add([5], max_new_tokens=2)
+    with pytest.raises(dkv.Full, match="3 requests wait already, and max_waiting is 1"):
+        llm.add([5], max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"max_slots \(20\) must be at least max_length \(32\)"):
+        dkv.LLM(llada, max_length=32, max_slots=20)
+
+
+def test_rows_are_as_many_as_memory_holds(llada, monkeypatch):
+    spec = llada.spec
+    a_slot = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
+    assert memory.slot_bytes(llada) == a_slot
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * a_slot * 100)
+    assert memory.slots_that_fit(llada, 32) == 96 and memory.slots_that_fit(llada, 500) == 500
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 50)
+    assert dkv.LLM(llada, max_length=32).rows == memory.MOST_ROWS
