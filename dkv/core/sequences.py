@@ -8,9 +8,15 @@ from torch import Tensor
 from dkv.core.schedule import Now, Step, Timetable
 from dkv.core.sliding import Region, SlidingTable
 
-# By the kind of device, of what the number of slots is a multiple: graphs of one generation then fit the next one,
-# whose text is a little longer.
+# By the kind of device, of what the numbers of slots and of steps are multiples: graphs of one generation then fit the
+# next one, whose text is a little longer, and whose first and last blocks have some more slots to fill.
 MULTIPLES = {"cuda": 64}
+
+
+def multiple(count: int, device: torch.device) -> int:
+    """A number of slots or steps, or some more."""
+    unit = MULTIPLES.get(device.type, 1)
+    return -(-count // unit) * unit
 
 
 def slots_of(mask: Tensor, count: int, spare: int) -> Tensor:
@@ -74,9 +80,8 @@ class Sequences:
         self.ids, self.lengths = ids, real.sum(1, keepdim=True)
         self.row_lengths, self.to_fill = self.lengths.flatten().tolist(), fill.sum(1).tolist()
         self.shown = self.to_fill
-        multiple = MULTIPLES.get(ids.device.type, 1)
         slots, self._steps = room or (0, 0)
-        self.size = -(-max(self.row_lengths, default=0) // multiple) * multiple if room is None else slots
+        self.size = multiple(max(self.row_lengths, default=0), ids.device) if room is None else slots
         # Where each column of the caller's layout stands here; padding on the spare.
         self._slot = torch.where(real, real.cumsum(1) - 1, self.size)
         self.tokens = ids.new_zeros(len(ids), self.size + 1)
@@ -130,10 +135,11 @@ class Sequences:
         self, plans: Sequence[Sequence[Step]], full: Callable[[Now], Tensor], region: Region | None = None
     ) -> None:
         """Set the schedules of the rows; `full` says which steps compute every slot, `region` what slides, if any."""
+        steps = multiple(max((self._steps, *map(len, plans))), self.tokens.device)
         if region is None:
-            self.timetable = Timetable(plans, self.tokens.device, full, self._steps)
+            self.timetable = Timetable(plans, self.tokens.device, full, steps)
         else:
-            self.timetable = SlidingTable(plans, full, region, self.masked, self.rank, self._steps)
+            self.timetable = SlidingTable(plans, full, region, self.masked, self.rank, steps)
 
     def open(self, now: Now) -> Tensor:
         """bool [B, S]: the masked slots of the current blocks."""

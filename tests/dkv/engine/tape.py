@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from dkv.engine.graphs import GraphRunner
+from dkv.engine import graphs
 from tests.waits import NoWaits, Waits
 
 
@@ -48,7 +48,7 @@ class Recorded:
         self.ran = True
 
 
-class TapeRunner(GraphRunner):
+class TapeRunner(graphs.GraphRunner):
     """Replays from tapes. The tensors of the state must stay where they are."""
 
     captured = 0
@@ -75,12 +75,14 @@ def refused(name):
 
 
 def state_of(engine):
-    """Where the tensors that outlive a step are."""
-    found = {}
-    for holder in (engine, engine.rows, engine.rows.timetable, engine.planner, engine.noise, engine.next_plan):
-        for name, value in vars(holder).items():
-            if isinstance(value, torch.Tensor) and (holder, name) != (engine, "sequences"):
-                found[f"{holder.__class__.__name__}.{name}"] = value.data_ptr()
+    """Where the tensors that outlive a step are, the next plan and keys and values among them."""
+    kept = [(holder, name.rpartition(".")[2], value) for holder, name, value in graphs.state_of(engine)]
+    planned = [(engine.next_plan, name, value) for name, value in vars(engine.next_plan).items()]
+    found = {
+        f"{holder.__class__.__name__}.{name}": value.data_ptr()
+        for holder, name, value in kept + planned
+        if isinstance(value, torch.Tensor)
+    }
     for index, pair in engine.cache.layers.items():
         found[f"layer {index}"] = tuple(x.data_ptr() for x in pair)
     return found
