@@ -4,18 +4,18 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-# Of `dkv.DiffusionConfig`, whose defaults they have.
+# Their kind, default and help. Of `dkv.DiffusionConfig`, whose defaults they have.
 BLOCKS = {
-    "edit_threshold": (float, "P", "a filled slot of the block takes another token that is more probable than P"),
-    "post_steps": (int, "N", "passes at most that edit a block without masks (default: 16)"),
-    "quotas": (str, "KIND", "equal shares of a block in its steps, or rounded ones of what is left (default: equal)"),
+    "edit_threshold": (float, None, "P", "a filled slot of the block takes another token that is more probable than P"),
+    "post_steps": (int, 16, "N", "passes at most that edit a block without masks (default: %(default)s)"),
+    "quotas": (str, "equal", "KIND", "equal shares of a block in its steps, or rounded (default: %(default)s)"),
 }
 CANVAS = {
-    "max_denoising_steps": (int, "N", "passes over a canvas at most"),
-    "t_min": (float, "T", "the temperature falls to this"),
-    "t_max": (float, "T", "from this"),
-    "stability_threshold": (int, "N", "a canvas is finished once its best tokens are those of N steps before"),
-    "confidence_threshold": (float, "H", "and their mean entropy is below H nats"),
+    "max_denoising_steps": (int, None, "N", "passes over a canvas at most"),
+    "t_min": (float, None, "T", "the temperature falls to this"),
+    "t_max": (float, None, "T", "from this"),
+    "stability_threshold": (int, None, "N", "a canvas is finished once its best tokens are those of N steps before"),
+    "confidence_threshold": (float, None, "H", "and their mean entropy is below H nats"),
 }
 
 
@@ -28,8 +28,8 @@ def add_families(parser: argparse.ArgumentParser) -> None:
 
 def _add(parser: argparse.ArgumentParser, options: Mapping[str, tuple], title: str, about: str) -> None:
     add = parser.add_argument_group(title, about).add_argument
-    for name, (kind, metavar, says) in options.items():
-        add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=says)
+    for name, (kind, default, metavar, says) in options.items():
+        add(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=says)
 
 
 def own_settings(args: argparse.Namespace, spec: Any) -> dict[str, Any]:
