@@ -39,10 +39,10 @@ eval: $(STAMP)  ## exact answers against speed into bench/results: 15 minutes on
 
 # What is compared on answers of 256 slots and more, in blocks of 32.
 LONG := --run 'cache=none,decode threshold=0.99' --run 'cache=decode entropy_bound=0.001' \
-	--run 'cache=prefix,dual,suffix,skip block_length=32 threshold=0.99,0.95' \
+	--run 'cache=prefix,dual,suffix,skip block_length=32 threshold=0.9995,0.99' \
 	--run 'cache=suffix block_length=32 threshold=0.99 threshold_decay=0.3' \
 	--run 'cache=dual block_length=32 threshold=0.99 near_threshold=0.9' \
-	--run 'cache=dual block_length=32 entropy_bound=0.001' \
+	--run 'cache=prefix,dual block_length=32 entropy_bound=0.001,0.003' \
 	--run 'cache=sliding schedule=sliding block_length=32 threshold=0.99' --run 'cache=rollout,elastic threshold=0.99' \
 	--run cache=decode --run 'cache=dual,suffix,skip block_length=32' \
 	--run 'cache=sliding schedule=sliding block_length=32'
@@ -56,7 +56,7 @@ PROSE := --run cache=decode --run 'cache=decode,rollout,elastic threshold=0.9' \
 	--run 'cache=sliding schedule=sliding block_length=32 threshold=0.9'
 
 frontier: $(STAMP)  ## policies and rules on long answers and on prose into bench/results: 30 minutes on 2 idle cores
-	$(BIN)/dkv eval --model tiny-long --problems 32 $(LONG) --out bench/results/eval-long $(ARGS)
+	$(BIN)/dkv eval --model tiny-long --problems 32 --seed 2 $(LONG) --out bench/results/eval-long $(ARGS)
 	$(BIN)/dkv eval --model tiny-text --problems 16 $(PROSE) --out bench/results/eval-text $(ARGS)
 
 lint: $(STAMP)  ## check style and format
