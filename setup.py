@@ -19,8 +19,20 @@ DESCRIPTION = re.sub(r"\[([^]]+)\]\((?!https?://)[^)]+\)", r"\1", (ROOT / "READM
 LINT = ["ruff"]
 BENCH = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 # The packaging tests build without isolation, so they need the build backend too.
-TEST = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools>=77", *BENCH, *EVAL]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "hypothesis",
+    "setuptools>=77",
+    "httpx",
+    "openai",
+    *BENCH,
+    *EVAL,
+    *SERVE,
+]
 FOLDERS = {"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"}
 INNER = [f"{name}.{inner}" for name, folder in FOLDERS.items() for inner in find_packages(str(ROOT / folder))]
 
@@ -50,7 +62,14 @@ setup(
         "huggingface_hub",
         "tqdm",
     ],
-    extras_require={"bench": BENCH, "eval": EVAL, "test": TEST, "lint": LINT, "dev": [*TEST, *LINT, "build"]},
+    extras_require={
+        "bench": BENCH,
+        "eval": EVAL,
+        "serve": SERVE,
+        "test": TEST,
+        "lint": LINT,
+        "dev": [*TEST, *LINT, "build"],
+    },
     packages=[*FOLDERS, *INNER],
     package_dir=FOLDERS,
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.

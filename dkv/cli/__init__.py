@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dkv.cli import audit, bench, demo, eval, generate, infill, info, suggest, trace, verify
+from dkv.cli import audit, bench, demo, eval, generate, infill, info, serve, suggest, trace, verify
 from dkv.common import process
 from dkv.version import __version__
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="dkv", description=about, epilog=EXAMPLES, **form)
     parser.add_argument("--version", action="version", version=f"dkv {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for command in (generate, infill, trace, demo, bench, eval, suggest, verify, info, audit):
+    for command in (generate, infill, serve, trace, demo, bench, eval, suggest, verify, info, audit):
         name = command.__name__.rpartition(".")[2]
         about = command.SUMMARY
         options = commands.add_parser(name, help=about, description=about, epilog=command.EXAMPLES, **form)

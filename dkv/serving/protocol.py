@@ -1,0 +1,272 @@
+"""What a client may ask: the bodies of OpenAI's interface, and the settings of a generation beside its fields."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from dkv.core.naming import instead
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.generate import config_of
+from dkv.engine.settings import DEFAULTS
+from dkv.policies import POLICY_OPTIONS, joined_policy
+from dkv.serving.llm import RECORDS
+from dkv.serving.replies import Refusal
+from dkv.tools.text import end_ids, ids_of
+
+MOST_STOPS, LONGEST_STOP = 4, 256
+ROLES = ("system", "user", "assistant")
+COMMON = ("model", "n", "stream", "stream_options", "stop", "max_tokens", "user", "metadata")
+# What a talk and a prompt have of their own.
+OWN = {True: ("messages", "max_completion_tokens"), False: ("prompt",)}
+# Settings that are the server's, or have a field of OpenAI's name.
+KEPT = ("max_new_tokens", "max_length", "eos_token_id", "eot_token_id", "pad_token_id", "mask_token_id", "vocab_limit")
+SETTINGS = tuple(name for name in (*DEFAULTS, *POLICY_OPTIONS) if name not in (*KEPT, *RECORDS))
+# Fields of OpenAI's that nothing here answers to, with the values that change nothing.
+INERT: Mapping[str, tuple] = MappingProxyType(
+    {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (False, 0),
+        "top_logprobs": (0,),
+        "suffix": ("",),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model as clients see it.
+
+    Attributes:
+        name: by which they ask for it.
+        tokenizer, spec: of the model.
+        config: settings of requests that do not say otherwise.
+        max_length: slots of a prompt and its answer.
+        max_choices: answers to one request.
+        max_body: bytes of one request.
+    """
+
+    name: str
+    tokenizer: Any
+    spec: Any
+    config: DiffusionConfig
+    max_length: int
+    max_choices: int = 16
+    max_body: int = 1 << 20
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end a text."""
+        return end_ids(self.tokenizer, self.spec) or []
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, checked.
+
+    Attributes:
+        prompts: ids of each.
+        configs: settings of every choice: those of the first prompt, then those of the next.
+        stops: strings that end an answer.
+        stream, usage: whether it is told in pieces, the last one with what was read and written.
+    """
+
+    prompts: list[list[int]]
+    configs: list[DiffusionConfig]
+    stops: list[str]
+    stream: bool
+    usage: bool
+
+    @property
+    def choices(self) -> list[tuple[list[int], DiffusionConfig]]:
+        """Prompt and settings of every choice."""
+        n = len(self.configs) // len(self.prompts)
+        return [(self.prompts[number // n], config) for number, config in enumerate(self.configs)]
+
+
+def fields_of(body: bytes) -> dict[str, Any]:
+    """The fields of a body, without those that are null.
+
+    Raises:
+        Refusal: it is no JSON object.
+    """
+    try:
+        fields = json.loads(body, parse_constant=lambda name: _raise(ValueError(f"{name} is no number of JSON")))
+        # Halves of surrogate pairs can be written in JSON, and are no text.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        said = "strings must be text" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise Refusal(400, f"the body must be JSON: {said}") from None
+    if not isinstance(fields, dict):
+        raise Refusal(400, f"the body must be a JSON object, got {type(fields).__name__}")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def asked(fields: dict[str, Any], chat: bool, served: Served) -> Asked:
+    """Check what is asked.
+
+    Args:
+        fields: of `fields_of`.
+        chat: of a talk, or of prompts.
+
+    Raises:
+        Refusal: of the first fault that is found.
+    """
+    _check_names(fields, chat)
+    if fields.get("model") != served.name:
+        given = "model is missing" if "model" not in fields else f"there is no model {fields['model']!r}"
+        raise Refusal(404, f"{given}: this server has {served.name!r}", "model", "model_not_found")
+    n, stream = _whole(fields, "n", 1, served.max_choices), _flag(fields, "stream")
+    stops = _stops(fields.get("stop"))
+    prompts = [_talk(fields, served)] if chat else _prompts(fields, served)
+    if len(prompts) * n > served.max_choices:
+        raise Refusal(400, f"{len(prompts)} prompts with n {n} are more than {served.max_choices} answers", "prompt")
+    limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+    new = _whole(fields, limit, served.config.of_row("max_new_tokens", 0), served.max_length)
+    for ids in prompts:
+        if len(ids) + new > served.max_length:
+            raise Refusal(
+                400,
+                f"a prompt of {len(ids)} tokens and {new} new ones are {len(ids) + new}, and this server takes at most "
+                f"{served.max_length} together",
+                limit,
+                "context_length_exceeded",
+            )
+    configs = _configs(fields, served, len(prompts) * n, new)
+    options = fields.get("stream_options", {})
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
+        raise Refusal(400, "stream_options must be an object with include_usage", "stream_options")
+    return Asked(prompts, configs, stops, stream, _flag(options, "include_usage"))
+
+
+def _check_names(fields: dict[str, Any], chat: bool) -> None:
+    known = (*COMMON, *OWN[chat], *SETTINGS)
+    for name, value in fields.items():
+        if name in INERT:
+            # 0 and False are equal, and so are 0 and 0.0.
+            if value not in INERT[name]:
+                raise Refusal(400, f"{name} is not supported: leave it out", name, "unsupported_parameter")
+        elif name not in known:
+            raise Refusal(400, f"unknown field {name!r}: {instead(name, known)}", name, "unknown_parameter")
+
+
+def _configs(fields: dict[str, Any], served: Served, count: int, new: int) -> list[DiffusionConfig]:
+    """The settings of every choice; of a given seed the following ones for the others."""
+    given = {name: value for name, value in fields.items() if name in SETTINGS}
+    if "cache" not in given:
+        given["cache"] = served.config.to_dict()["cache"]
+    if type(given.get("top_p")) in (int, float) and given["top_p"] == 1:
+        given["top_p"] = None
+    for name in ("seed", "steps"):
+        if isinstance(given.get(name), list):
+            raise Refusal(400, f"{name} must be one number", name)
+    seed = given.pop("seed", None)
+    try:
+        configs = []
+        for number in range(count):
+            own = {} if seed is None else {"seed": seed + number if type(seed) is int else seed}
+            configs.append(config_of(served.config, {**joined_policy(given), **own, "max_new_tokens": new}))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise Refusal(400, " ".join(str(error).split())) from None
+    return configs
+
+
+def _talk(fields: dict[str, Any], served: Served) -> list[int]:
+    """The ids of a talk in the tokenizer's chat template."""
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Refusal(400, "messages must be a list of at least one message", "messages")
+    if not getattr(served.tokenizer, "chat_template", None):
+        raise Refusal(400, "the model's tokenizer has no chat template: ask /v1/completions with a prompt", "messages")
+    talk = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    try:
+        text = served.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # A template raises what its author liked, mostly about the order of roles.
+        raise Refusal(400, f"the chat template does not take these messages: {error}", "messages") from None
+    # A template writes the special tokens itself.
+    return _ids(served, text, "messages", add_special_tokens=False)
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    """Role and text of a message."""
+    if not isinstance(message, dict):
+        raise Refusal(400, f"{where} must be an object with role and content", "messages")
+    message = {name: value for name, value in message.items() if value is not None}
+    if unknown := set(message) - {"role", "content", "name"}:
+        raise Refusal(400, f"{where} has a field {min(unknown)!r} that is not supported", "messages")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise Refusal(400, f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}", "messages")
+    if isinstance(content, list) and all(isinstance(p, dict) and set(p) == {"type", "text"} for p in content):
+        content = "".join(p["text"] for p in content if p["type"] == "text" and isinstance(p["text"], str))
+    if not isinstance(content, str):
+        raise Refusal(400, f"{where}: content must be text, or a list of parts of type text", "messages")
+    return {"role": role, "content": content}
+
+
+def _prompts(fields: dict[str, Any], served: Served) -> list[list[int]]:
+    """The ids of the prompts: a text, a list of ids, or a list of these."""
+    prompt = fields.get("prompt")
+    many = isinstance(prompt, list) and not (prompt and all(type(x) is int for x in prompt))
+    found = []
+    for one in prompt if many else [prompt]:
+        if isinstance(one, str):
+            found.append(_ids(served, one, "prompt", add_special_tokens=True))
+        elif isinstance(one, list) and one and all(type(x) is int for x in one):
+            if wrong := [x for x in one if not 0 <= x < served.spec.vocab_size]:
+                raise Refusal(400, f"ids must be below {served.spec.vocab_size}, got {wrong[0]}", "prompt")
+            found.append(one)
+        else:
+            raise Refusal(400, "prompt must be a text, a list of token ids, or a list of these", "prompt")
+        if len(found) > served.max_choices:
+            raise Refusal(400, f"there may be at most {served.max_choices} prompts, got {len(prompt)}", "prompt")
+    if not found:
+        raise Refusal(400, "prompt is an empty list", "prompt")
+    return found
+
+
+def _ids(served: Served, text: str, param: str, add_special_tokens: bool) -> list[int]:
+    try:
+        return ids_of(served.tokenizer, text, add_special_tokens)
+    except ValueError as error:
+        raise Refusal(400, str(error), param) from None
+
+
+def _stops(stop: Any) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, list) or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stops):
+        raise Refusal(400, f"stop must be a text of 1 to {LONGEST_STOP} characters, or a list of these", "stop")
+    if len(stops) > MOST_STOPS:
+        raise Refusal(400, f"stop may have at most {MOST_STOPS} texts, got {len(stops)}", "stop")
+    return stops
+
+
+def _whole(fields: Mapping[str, Any], name: str, default: int, most: int) -> int:
+    value = fields.get(name, default)
+    if type(value) is not int or not 1 <= value <= most:
+        raise Refusal(400, f"{name} must be a whole number from 1 to {most}, got {value!r}", name)
+    return value
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if type(value) is not bool:
+        raise Refusal(400, f"{name} must be true or false, got {value!r}", name)
+    return value
+
+
+def _raise(error: Exception) -> None:
+    raise error

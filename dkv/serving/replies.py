@@ -1,0 +1,89 @@
+"""Answers and errors in the form of OpenAI's interface."""
+
+import json
+import time
+import uuid
+from typing import Any
+
+# Of a message to a client; what was asked may be in it.
+MOST_SAID = 500
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Refusal(Exception):
+    """Why a request is not answered, as the client is told.
+
+    Args:
+        status: of HTTP.
+        message: one sentence.
+        param: the field that is wrong.
+        code: a name that programs may go by.
+        headers: of the response.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        message = str(self)
+        message = message if len(message) <= MOST_SAID else f"{message[:MOST_SAID]} ..."
+        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class Reply:
+    """The objects of one answer, whole or in pieces.
+
+    Args:
+        model: its name.
+        chat: of a talk, or of a prompt.
+        usage: in pieces, the last one tells it.
+    """
+
+    def __init__(self, model: str, chat: bool, usage: bool = False):
+        self._chat, self._usage = chat, usage
+        name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._about = {"id": name, "created": int(time.time()), "model": model}
+
+    def whole(self, texts: list[tuple[str, str | None]], usage: dict[str, int]) -> dict[str, Any]:
+        """The whole answer: of each choice its text, and why it ended."""
+        choices = []
+        for number, (text, finish) in enumerate(texts):
+            said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            choices.append({"index": number, **said, "logprobs": None, "finish_reason": finish})
+        kind = "chat.completion" if self._chat else "text_completion"
+        return {**self._about, "object": kind, "choices": choices, "usage": usage}
+
+    def begin(self, number: int) -> str | None:
+        """The first piece of a choice, if it has one of its own."""
+        return self._piece(number, {"role": "assistant", "content": ""}, None) if self._chat else None
+
+    def piece(self, number: int, text: str, finish: str | None) -> str:
+        """A piece of the text of a choice; with the last one, why it ended."""
+        return self._piece(number, {"content": text} if text else {}, finish, text)
+
+    def _piece(self, number: int, delta: dict[str, str], finish: str | None, text: str = "") -> str:
+        said = {"delta": delta} if self._chat else {"text": text}
+        return self._event([{"index": number, **said, "logprobs": None, "finish_reason": finish}], None)
+
+    def end(self, usage: dict[str, int]) -> str:
+        """What comes after all pieces."""
+        return (self._event([], usage) if self._usage else "") + "data: [DONE]\n\n"
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> str:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        told = {"usage": usage} if self._usage else {}
+        return event({**self._about, "object": kind, "choices": choices, **told})
+
+
+def event(value: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    """What was read and written, in tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

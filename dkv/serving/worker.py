@@ -1,0 +1,193 @@
+"""A thread that owns an `LLM`, and steps it while there is work."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dkv.engine.config import DiffusionConfig
+from dkv.serving.llm import LLM, Full
+from dkv.serving.request import CANCELLED, FAILED, Request
+
+# Beside the states of a request: it never became one.
+REFUSED = "refused"
+
+
+class Stopped(RuntimeError):
+    """The thread takes no more work: it ends, or has failed."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of a job.
+
+    Attributes:
+        state: of its request, or `REFUSED`.
+        tokens: the new ones before its first mask, which stay as they are; of a finished one all.
+        error: why it was refused, or failed.
+    """
+
+    state: str
+    tokens: Sequence[int] = ()
+    error: BaseException | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way to the thread, which alone changes it.
+
+    Attributes:
+        input_ids: the prompt.
+        config: its settings.
+        tell: called on the thread when the request was taken or refused, when it ended, and with `drafts` whenever more
+            tokens stand before the first mask. It must return at once, and raise nothing.
+        drafts: whether it wants to hear before the end. Every one costs a copy from the device in every step.
+    """
+
+    input_ids: Sequence[int]
+    config: DiffusionConfig
+    tell: Callable[[Told], None]
+    drafts: bool = False
+    request: Request | None = None
+    settled: int = 0
+
+
+class Worker:
+    """Steps an `LLM` on a thread of its own; all methods may be called from any other.
+
+    Args:
+        llm: that nobody else uses from now on.
+        max_waiting: jobs that there may be beyond the rows of `llm`.
+
+    Attributes:
+        error: why the thread ended, if it was not told to.
+    """
+
+    def __init__(self, llm: LLM, max_waiting: int):
+        self.llm, self.room = llm, llm.rows + max_waiting
+        self.error: BaseException | None = None
+        self._change = threading.Condition()
+        self._arrived: list[Job] = []
+        self._leaving: list[Job] = []
+        self._jobs: dict[Request, Job] = {}
+        self._open: set[Job] = set()
+        self._draining = False
+        # A daemon: a process that is to stop at once does not wait for it.
+        self._thread = threading.Thread(target=self._run, name="dkv-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def open(self) -> int:
+        """Jobs that have not ended."""
+        return len(self._open)
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._draining
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand jobs over, all of them or none.
+
+        Raises:
+            Full: there are too many already.
+            Stopped: the thread has ended, or is about to.
+        """
+        with self._change:
+            if self.error is not None:
+                raise Stopped("the model has failed: the server must be started anew")
+            if self._draining:
+                raise Stopped("the server is stopping")
+            if self.open + len(jobs) > self.room:
+                raise Full(f"{self.open} requests are open, and there is room for {self.room}: ask again later")
+            self._open.update(jobs)
+            self._arrived += jobs
+            self._change.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Let jobs go; nothing happens to those that have ended."""
+        with self._change:
+            self._leaving += [job for job in jobs if job in self._open]
+            self._change.notify()
+
+    def drain(self) -> None:
+        """Take no more jobs, and return when all have ended and the thread with them."""
+        with self._change:
+            self._draining = True
+            self._change.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            with self._change:
+                self.error, left = error, list(self._open)
+            for job in left:
+                self._end(job, Told(FAILED, error=error))
+
+    def _turn(self) -> bool:
+        """Wait for work, and take a step; False: there is none left, and there will be none."""
+        with self._change:
+            self._change.wait_for(lambda: self._arrived or self._leaving or self._jobs or self._draining)
+            arrived, self._arrived = self._arrived, []
+            leaving, self._leaving = self._leaving, []
+            if not (arrived or leaving or self._jobs):
+                return False
+        for job in arrived:
+            self._add(job)
+        for job in leaving:
+            self._leave(job)
+        if self._jobs:
+            self._step()
+        return True
+
+    def _add(self, job: Job) -> None:
+        try:
+            job.request = self.llm.add(job.input_ids, generation_config=job.config)
+        except Exception as error:
+            # Nothing of it is in the model yet: the others go on.
+            self._end(job, Told(REFUSED, error=error))
+            return
+        self._jobs[job.request] = job
+        job.tell(Told(job.request.state))
+
+    def _leave(self, job: Job) -> None:
+        if job.request in self._jobs:
+            self.llm.cancel(job.request)
+            self._end(job, Told(CANCELLED))
+
+    def _step(self) -> None:
+        for request in self.llm.step():
+            tokens = [] if request.tokens is None else request.tokens.tolist()
+            # What fails before its first pass has settings that cannot be.
+            state = REFUSED if request.state == FAILED and not request.stats.passes else request.state
+            self._end(self._jobs[request], Told(state, tokens, request.error))
+        for request, job in self._jobs.items():
+            # What may be edited does not stand before its end.
+            if job.drafts and request.row is not None and request.config.edit_threshold is None:
+                self._tell_draft(job)
+
+    def _tell_draft(self, job: Job) -> None:
+        """Tell what stands before the first mask, if that is more than was told."""
+        mask_id = job.request.config.mask_token_id
+        mask_id = self.llm.model.spec.mask_token_id if mask_id is None else mask_id
+        tokens = self.llm.draft(job.request).tolist()
+        settled = tokens[: tokens.index(mask_id)] if mask_id in tokens else tokens
+        if len(settled) > job.settled:
+            job.settled = len(settled)
+            job.tell(Told(job.request.state, settled))
+
+    def _end(self, job: Job, told: Told) -> None:
+        """Let a job go, and tell of it."""
+        self._jobs.pop(job.request, None)
+        with self._change:
+            self._open.discard(job)
+        job.tell(told)
+
+
+def describe(worker: Worker) -> dict[str, Any]:
+    """How a worker is, as plain values."""
+    state = "failed" if worker.error is not None else "stopping" if worker.draining else "ok"
+    return {"status": state, "open": worker.open, "rows": worker.llm.rows, "room": worker.room}
