@@ -223,16 +223,18 @@ class LLM:
         """Give a request a free row."""
         row, key = self._free.popleft(), request.key
         request.state, request.row, request.stats.started = RUNNING, row, time.perf_counter()
-        if key not in self._batches:
-            # With guidance a row has keys and values in two branches.
-            cache = None if request.config.cfg_scale else self._cache
-            size = self.model, self.rows, self.max_length, request.config, request.processor
-            self._batches[key], self._running[key] = ContinuousBatch(*size, cache=cache), {}
-        self._running[key][row] = request
         try:
+            if key not in self._batches:
+                # With guidance a row has keys and values in two branches.
+                cache = None if request.config.cfg_scale else self._cache
+                size = self.model, self.rows, self.max_length, request.config, request.processor
+                self._batches[key], self._running[key] = ContinuousBatch(*size, cache=cache), {}
             self._batches[key].join(row, request.input_ids, request.config)
-        except (ValueError, IndexError) as error:
-            self._end(request, FAILED, error=error)
+            self._running[key][row] = request
+        except Exception as error:
+            # Of the request, or of a device without memory: others go on.
+            self._free.append(row)
+            request.end(FAILED, error=error)
             ended.append(request)
 
     def _step(self, key: str, batch: ContinuousBatch) -> list[Request]:

@@ -116,3 +116,20 @@ def test_rows_are_as_many_as_memory_holds(llada, monkeypatch):
     assert memory.slots_that_fit(llada, 32) == 96 and memory.slots_that_fit(llada, 500) == 500
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 50)
     assert dkv.LLM(llada, max_length=32).rows == memory.MOST_ROWS
+
+
+def test_a_request_that_cannot_start_harms_no_other(llada, monkeypatch):
+    """As where a device has no memory for the state of another kind of settings."""
+
+    def short(*given, **how):
+        raise RuntimeError("out of memory")
+
+    llm = dkv.LLM(llada, max_length=32, max_slots=2 * 32)
+    good = llm.add([5, 9], max_new_tokens=6)
+    llm.step()
+    monkeypatch.setattr("dkv.serving.llm.ContinuousBatch", short)
+    bad = llm.add([7], max_new_tokens=6, temperature=0.5)
+    assert llm.step() == [bad] and bad.state == "failed" and str(bad.error) == "out of memory"
+    while not good.done:
+        llm.step()
+    assert torch.equal(good.tokens, alone(llada, [5, 9], {"max_new_tokens": 6})) and llm.running == 0
