@@ -252,7 +252,9 @@ class LLM:
             if error is not None or row in batch.invalid_rows:
                 self._end(request, FAILED, error=error or ValueError(batch.sampler.suspects()))
             elif row not in going:
-                request.stats.new_tokens = request.new - min(batch.status.cut[row], request.new)
+                # What ends a last block is filled with it, and not shown.
+                filled = batch.rows.to_fill[row] - batch.status.cut[row]
+                request.stats.new_tokens = min(filled, request.new)
                 self._end(request, FINISHED, tokens=self.draft(request))
             if request.done:
                 ended.append(request)

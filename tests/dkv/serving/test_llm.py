@@ -7,6 +7,7 @@ import torch
 
 import dkv
 from dkv.serving import memory
+from tests.dkv.conftest import small_model
 
 CALLS = [
     {},
@@ -133,3 +134,14 @@ def test_a_request_that_cannot_start_harms_no_other(llada, monkeypatch):
     while not good.done:
         llm.step()
     assert torch.equal(good.tokens, alone(llada, [5, 9], {"max_new_tokens": 6})) and llm.running == 0
+
+
+def test_new_tokens_are_counted_up_to_an_end_also_in_blocks():
+    model = small_model(attention="block", block_length=8)
+    llm = dkv.LLM(model, max_length=48, max_slots=2 * 48)
+    for prompt in ([5, 9], [7, 3, 20]):
+        for end in range(0, 61, 6):
+            settings = {"max_new_tokens": 9, "eos_token_id": end}
+            (request,) = llm.generate([prompt], progress=False, **settings)
+            output = dkv.generate(model, torch.tensor([prompt]), **settings)
+            assert request.stats.new_tokens == output.stats.new_tokens
