@@ -172,7 +172,10 @@ def undoing(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def keeping(note: Callable[[], str]) -> Iterator[None]:
-    """Inside, an interrupt says `note()`: what is kept of the work, and how to go on; nothing where it is empty."""
+    """Inside, an interrupt says `note()`: what is kept of the work, and how to go on; nothing where it is empty.
+
+    So does a signal that ends the process inside `undoing`.
+    """
     _state.notes.append(note)
     try:
         yield
@@ -197,22 +200,34 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     # A second one must not stop what the first began to undo, but it ends a wait for whoever reads the output.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _undo()
-    notes = []
-    for note in reversed(_state.notes):
-        with suppress(Exception):
-            notes.append(note())
+    notes = _notes()
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    with suppress(Exception):
-        # Below what a progress bar or the terminal's ^C left in the line. Unbuffered, as a stream may be in use.
-        fresh = "\n" if os.isatty(2) else ""
-        os.write(2, f"{fresh}{_interruption(tuple(notes))}\n".encode(errors="backslashreplace"))
+    _say_at_once(_interruption(notes))
     with suppress(Exception):
         sys.stdout.flush()
     os._exit(INTERRUPTED)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Undo, and die of the signal as by default."""
+    """Undo, say what is kept, and die of the signal as by default."""
     _undo()
+    if notes := list(filter(None, _notes())):
+        _say_at_once("; ".join([f"{_state.name}: ended by {signal.Signals(number).name}", *notes]))
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _notes() -> tuple[str, ...]:
+    """What is kept of the work."""
+    notes = []
+    for note in reversed(_state.notes):
+        with suppress(Exception):
+            notes.append(note())
+    return tuple(notes)
+
+
+def _say_at_once(line: str) -> None:
+    """A line below what a progress bar or the terminal's ^C left; unbuffered, as a stream may be in use."""
+    with suppress(Exception):
+        fresh = "\n" if os.isatty(2) else ""
+        os.write(2, f"{fresh}{line}\n".encode(errors="backslashreplace"))
