@@ -4,7 +4,6 @@ The contenders take turns on every batch of problems, so that a machine that slo
 them. What a batch gave is a line of a file, and a repeated run takes up where the last one stopped.
 """
 
-import hashlib
 import statistics
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ from dkv.bench.problems import Exam, Family, fingerprint
 from dkv.bench.timing import in_turn
 from dkv.common.bar import Bar
 from dkv.common.journal import Journal
+from dkv.models.digest import digest
 
 Row = dict[str, Any]
 LOG = "runs.jsonl"
@@ -51,14 +51,6 @@ class Setting:
         stats["computed_slots"] = output.stats.computed_work
         known = {"label": contender.label, "task": family.name, "start": start}
         return {**known, **marks, **stats, "tokens": output.stats.new_tokens}
-
-
-def digest(model: Any) -> str:
-    """Of the weights that are not packed, the table of embeddings and the norms among them."""
-    found = hashlib.blake2b(digest_size=8)
-    for parameter in model.parameters():
-        found.update(parameter.detach().flatten()[:4096].float().cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 def fixed(setting: Setting, facts: dict[str, Any]) -> dict[str, Any]:

@@ -65,18 +65,22 @@ class Journal:
         """Let others have the file."""
         self._file.close()
 
-    def begin(self, setting: Mapping[str, Any]) -> None:
-        """Say what all records depend on; plain values.
+    def check(self, setting: Mapping[str, Any]) -> dict[str, Any]:
+        """What is known by now of a setting, plain values as they will be read again.
 
         Raises:
-            ValueError: there are records of another setting.
+            ValueError: there are records of another one.
         """
-        # As it will be read again.
         wanted = json.loads(json.dumps(setting))
         for name in wanted if self.setting else ():
             if self.setting.get(name) != wanted[name]:
                 found = f"{name} {self.setting.get(name)!r}, not {wanted[name]!r}"
                 raise ValueError(f"{self.path} was made with {found}: give another {self.option}, or remove the file")
+        return wanted
+
+    def begin(self, setting: Mapping[str, Any]) -> None:
+        """Say what all records depend on, before the first one is added; `check` tells what it raises."""
+        wanted = self.check(setting)
         if not self.setting:
             files.write_json(self._beside, wanted, indent=1)
             self.setting = wanted
