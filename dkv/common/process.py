@@ -156,34 +156,44 @@ def _unnamed(error: Exception) -> bool:
 @contextmanager
 def undoing(undo: Callable[[], object]) -> Iterator[None]:
     """Inside, a signal that ends the process calls `undo` first; any other end is left to the caller."""
-    before = {}
-    if _state.ours and not _state.undo:
-        # A handler runs when Python does, hence later than the default: there is one only where it is needed.
-        with suppress(ValueError):  # not the main thread
-            before = {s: signal.signal(s, _end) for s in ENDS if signal.getsignal(s) is signal.SIG_DFL}
-    _state.undo.append(undo)
-    try:
-        yield
-    finally:
-        _state.undo.remove(undo)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _ends_handled():
+        _state.undo.append(undo)
+        try:
+            yield
+        finally:
+            _state.undo.remove(undo)
 
 
 @contextmanager
 def keeping(note: Callable[[], str]) -> Iterator[None]:
-    """Inside, an interrupt says `note()`: what is kept of the work, and how to go on; nothing where it is empty.
+    """Inside, a signal that ends the process says `note()`: what is kept of the work, and how to go on.
 
-    So does a signal that ends the process inside `undoing`.
+    Nothing is said where it is empty.
     """
-    _state.notes.append(note)
+    with _ends_handled():
+        _state.notes.append(note)
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            stop.args = (*stop.args, note())
+            raise
+        finally:
+            _state.notes.remove(note)
+
+
+@contextmanager
+def _ends_handled() -> Iterator[None]:
+    """Inside, signals that end the process by default are ours."""
+    before = {}
+    if _state.ours and not (_state.undo or _state.notes):
+        # A handler runs when Python does, hence later than the default: there is one only where it is needed.
+        with suppress(ValueError):  # not the main thread
+            before = {s: signal.signal(s, _end) for s in ENDS if signal.getsignal(s) is signal.SIG_DFL}
     try:
         yield
-    except KeyboardInterrupt as stop:
-        stop.args = (*stop.args, note())
-        raise
     finally:
-        _state.notes.remove(note)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interruption(notes: tuple[str, ...]) -> str:
