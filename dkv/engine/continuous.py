@@ -103,11 +103,11 @@ class ContinuousBatch(Engine):
         """
         alone = self._planned(prompts, configs)
         try:
-            self._take(rows, alone, [len(prompt) for prompt in prompts])
+            self._write(rows, alone, [len(prompt) for prompt in prompts])
+            self.note_rows()
         except BaseException:
             # As where there is no memory to grow into.
-            for row in rows:
-                self.leave(row)
+            self._clear(rows)
             raise
 
     def _planned(self, prompts: Sequence[Tensor], configs: Sequence[DiffusionConfig]) -> Engine:
@@ -131,9 +131,14 @@ class ContinuousBatch(Engine):
 
     def leave(self, row: int) -> None:
         """Let a row be nobody's, whether its sequence is finished or not. One that is finished need not be left."""
-        self._take([row], self._nobody, [0])
+        self._clear([row])
 
-    def _take(self, rows: Sequence[int], alone: Engine, first: Sequence[int]) -> None:
+    def _clear(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._write([row], self._nobody, [0])
+        self.note_rows()
+
+    def _write(self, rows: Sequence[int], alone: Engine, first: Sequence[int]) -> None:
         """Write what an engine keeps between two steps over what `rows`, one for each of its own, have."""
         # By how many the branches are: those of a row lie so many rows of the batch apart.
         batch, index = len(self.rows.tokens), {}
@@ -158,7 +163,6 @@ class ContinuousBatch(Engine):
                 for own, other in zip(mine, theirs, strict=True) if field.name == "left" else [(mine, theirs)]:
                     if own is not None:
                         own[row] = other[number]
-        self.note_rows()
 
     def read_status(self) -> None:
         """Read what the host has to know of the next step, once."""
