@@ -9,8 +9,8 @@ from typing import Any
 
 from dkv.common.journal import Record
 from dkv.common.process import in_one_line
+from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
-from dkv.engine.in_blocks import block_rule
 from dkv.engine.inputs import check_settings
 from dkv.engine.run import ends_of
 from dkv.models.gemma_spec import GemmaSpec
@@ -109,8 +109,7 @@ class Questions:
     def needed(self, asked: Asked) -> int:
         """Slots of a prompt and its answer."""
         prompt, new = len(asked.ids), asked.settings.get("max_new_tokens", self.config.of_row("max_new_tokens", 0))
-        rule = block_rule(self.spec, self.config)
-        return prompt + new + (rule.extra(prompt, new) if rule else 0)
+        return prompt + new + in_blocks.extra(self.spec, self.config, prompt, new)
 
     def record(self, line: Line, found: Answer) -> Record:
         """What is written of a line."""

@@ -8,6 +8,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from dkv.core.kv_cache import KVCache
 from dkv.core.validation import whole
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import config_of
-from dkv.engine.run import mask_id_of
+from dkv.engine.output import Stats
+from dkv.engine.run import circumstances, mask_id_of
 from dkv.models.gemma import Gemma
 from dkv.serving import memory
 from dkv.serving.checked import checked
@@ -95,6 +97,15 @@ class LLM:
     def running(self) -> int:
         """Requests with a row."""
         return self.rows - len(self._free)
+
+    def work(self, config: DiffusionConfig) -> list[Stats]:
+        """What the passes of each set of settings that is kept have cost; tokens and seconds are those of requests.
+
+        Args:
+            config: with the settings to be told.
+        """
+        batches = [sharing.batch for sharing in self._batches.values()]
+        return [replace(batch.stats, settings=circumstances(batch, config)) for batch in batches]
 
     @torch.no_grad()
     def add(
