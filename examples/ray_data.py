@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder, for a file of JSON lines from each block")
     parser.add_argument("--actors", type=int, default=1, help="that hold a model")
     parser.add_argument("--gpus", type=float, default=0, help="of an actor")
-    parser.add_argument(
-        "--cpus", type=float, default=1, help="of an actor; Ray needs one beside them to read and write"
-    )
+    parser.add_argument("--cpus", type=float, default=1, help="of an actor; Ray needs one beside them, to read")
     parser.add_argument("--batch", type=int, default=256, help="rows that an actor takes at a time")
     parser.add_argument("--blocks", type=int, help="files of results (default: as Ray decides)")
     parser.add_argument("--max-new-tokens", type=int, default=128)

@@ -95,7 +95,7 @@ class Journal:
             try:
                 keep(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise self._foreign(f"line {number} is no {self.unit}") from error
+                raise self._foreign(f"its line {number} is none of its records") from error
             self.count = number
 
     def add(self, record: Record) -> None:

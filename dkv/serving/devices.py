@@ -133,7 +133,7 @@ class Here:
 
 
 @dataclass
-class Worker:
+class DeviceProcess:
     """A process with a device, the pipe to it, and the numbers of the lines that it has."""
 
     device: str
@@ -157,14 +157,14 @@ class Processes:
         shared = [name for name in devices if name == "cpu"]
         task = replace(task, threads=max(torch.get_num_threads() // max(len(shared), 1), 1))
         self.facts: dict[str, Any] = {}
-        self._workers: list[Worker] = []
+        self._workers: list[DeviceProcess] = []
         with _interrupts_later():
             for device in devices:
                 mine, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(task, device, theirs), daemon=True)
                 process.start()
                 theirs.close()
-                self._workers.append(Worker(device, process, mine))
+                self._workers.append(DeviceProcess(device, process, mine))
 
     def __enter__(self) -> "Processes":
         return self
@@ -217,7 +217,7 @@ class Processes:
             with suppress(Exception):
                 worker.process.kill()
 
-    def _heard(self, worker: Worker) -> Any:
+    def _heard(self, worker: DeviceProcess) -> Any:
         """What a worker says next."""
         try:
             good, said = worker.pipe.recv()
@@ -227,7 +227,7 @@ class Processes:
             raise ChildProcessError(f"the process of {worker.device} has failed: {said}")
         return said
 
-    def _gone(self, worker: Worker) -> ChildProcessError:
+    def _gone(self, worker: DeviceProcess) -> ChildProcessError:
         worker.process.join(5)
         code = worker.process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"has ended with code {code}"

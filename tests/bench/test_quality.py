@@ -101,7 +101,7 @@ def test_a_log_of_something_else_is_refused(tmp_path):
     with quality.Log(tmp_path, {"seed": 0}):
         pass
     (tmp_path / quality.LOG).write_text('{"label": 1}\n')
-    with pytest.raises(ValueError, match="line 1 is no finished batch: give another --out"):
+    with pytest.raises(ValueError, match="its line 1 is none of its records: give another --out"):
         quality.Log(tmp_path, {"seed": 0})
 
 

@@ -20,6 +20,7 @@ from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.output import Stats
 from dkv.integrations.lm_eval.settings import count, stated, task_config
+from dkv.models.gemma import Gemma
 from dkv.policies import policy_of
 from dkv.serving.filling import Asked, answered
 from dkv.serving.llm import LLM
@@ -187,7 +188,8 @@ class DkvLM(TemplateLM):
         self._note_truncated(sum(len(ids) > room for ids in prompts))
         prompts = [ids[-room:] for ids in prompts]
         start = time.perf_counter()
-        way = self._in_batches if job.config.schedule == "speculative" else self._in_rows
+        apart = job.config.schedule == "speculative" or isinstance(self.model, Gemma)
+        way = self._in_batches if apart else self._in_rows
         stats = replace((yield from way(prompts, job)), seconds=time.perf_counter() - start)
         what = json.dumps({**stats.settings, "seed": None}, sort_keys=True, default=str)
         count, total = self.generated.get(what, (0, Stats(seed=self.stated["seed"], settings=stats.settings)))
@@ -209,7 +211,7 @@ class DkvLM(TemplateLM):
         return replace(work, new_tokens=filled)
 
     def _in_batches(self, prompts: list[list[int]], job: _Job) -> Generator[tuple[int, list[int]], None, Stats]:
-        """The same of drafts that are verified, whose rows cannot be joined: one batch after the other."""
+        """The same where no row can be joined, with drafts that are verified and canvases: one batch after the other."""
         config, total = copy.copy(job.config), None
         for start in range(0, len(prompts), self.batch_size):
             place = slice(start, start + self.batch_size)

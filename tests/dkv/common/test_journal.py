@@ -57,9 +57,9 @@ def test_records_of_another_setting_are_not_added_to(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"id": 1}\nnot json\n{"id": 2}\n', "line 2 is no answer"),
-        ('{"id": 1}\n[]\n', "line 2 is no answer"),
-        ('{"id": 1}\n{}\n', "line 2 is no answer"),
+        ('{"id": 1}\nnot json\n{"id": 2}\n', "its line 2 is none of its records"),
+        ('{"id": 1}\n[]\n', "its line 2 is none of its records"),
+        ('{"id": 1}\n{}\n', "its line 2 is none of its records"),
     ],
 )
 def test_what_is_damaged_is_refused_and_left_as_it_is(tmp_path, text, message):
