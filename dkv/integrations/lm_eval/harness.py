@@ -199,8 +199,8 @@ class DkvLM(TemplateLM):
         """Numbers and new tokens, from rows of which one that ends makes room for the next; returns what they cost."""
         spec, new, filled = self.model.spec, job.config.max_new_tokens, 0
         slots = max(len(ids) + new + in_blocks.extra(spec, job.config, len(ids), new) for ids in prompts)
-        rows = min(self.batch_size, len(prompts))
-        llm = LLM(self.model, max_slots=rows * slots, max_length=slots, generation_config=job.config)
+        room = slots * min(self.batch_size, len(prompts))
+        llm = LLM(self.model, max_slots=room, max_length=slots, generation_config=job.config)
         members = zip(job.members, prompts, job.seeds, strict=True)
         for i, found in answered(llm, (Asked(i, ids, {"seed": seed}) for i, ids, seed in members)):
             if isinstance(found, Exception):
@@ -211,7 +211,7 @@ class DkvLM(TemplateLM):
         return replace(work, new_tokens=filled)
 
     def _in_batches(self, prompts: list[list[int]], job: _Job) -> Generator[tuple[int, list[int]], None, Stats]:
-        """The same where no row can be joined, with drafts that are verified and canvases: one batch after the other."""
+        """The same where no row can be joined, of drafts and of canvases: one batch after the other."""
         config, total = copy.copy(job.config), None
         for start in range(0, len(prompts), self.batch_size):
             place = slice(start, start + self.batch_size)
@@ -272,12 +272,14 @@ class DkvLM(TemplateLM):
         """What goes into the `config` of lm-eval's results: work, speed, settings and versions under `dkv`."""
         work = {"passes": self.scores.passes, "seconds": self.scores.seconds}
         likelihood = {"requests": self.scored, "mc_num": self.mc_num, **work}
+        # Rows that are taken anew forget how many of their stores were merged.
+        generation = [{"requests": n, **s.to_dict(), "merged_stores": None} for n, s in self.generated.values()]
         return {
             "model_num_parameters": self.model.num_parameters,
             "model_dtype": str(self.model.dtype),
             "dkv": {
                 "seed": self.stated["seed"],
-                "generation": [{"requests": n, **stats.to_dict()} for n, stats in self.generated.values()],
+                "generation": generation,
                 "likelihood": likelihood if self.scored else None,
                 "truncated_prompts": self.truncated,
                 "versions": versions(),

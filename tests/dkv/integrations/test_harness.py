@@ -17,6 +17,7 @@ from dkv.models.export import save_model, save_tokenizer
 from dkv.serving.request import Request
 from dkv.tools.likelihood import are_greedy, log_likelihoods
 from dkv.tools.text import answer, encode
+from tests.dkv.conftest import small_model
 
 ALPHABET, EOS, MASK, BOS, EOT, VOCABULARY = "0123456789+-= ", 14, 15, 16, 17, 20
 TEMPLATE = "<|bos|>{% for m in messages %}-{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -150,6 +151,19 @@ def test_a_row_that_ends_makes_room_for_the_next(lm):
         passes.append(output.stats.passes)
     assert len(set(passes)) > 2 and sum(passes) / 2 <= part["passes"] < sum(map(max, passes[::2], passes[1::2]))
     assert part["requests"] == 8 and 0 < part["computed_share"] <= 1
+
+
+def test_drafts_are_verified_in_batches(lm):
+    """Their rows cannot be joined yet."""
+    model = lm(max_new_tokens=9, batch_size=2, schedule="speculative", eos_token_id=[])
+    model.model = small_model(attention="prefix_causal", block_length=4, blocks_from_prompt=True, seeded=True)
+    found = texts(model, *PROMPTS[:3])
+    for prompt, text in zip(PROMPTS, found, strict=False):
+        ids, _ = encode(model.tokenizer, [prompt])
+        output = dkv.generate(model.model, ids, max_new_tokens=9, schedule="speculative", eos_token_id=[])
+        assert text == answer(model.tokenizer, model.model.spec, output.sequences[0, ids.shape[1] :].tolist())
+    (part,) = model.get_model_info()["dkv"]["generation"]
+    assert (part["requests"], part["new_tokens"]) == (3, 27)
 
 
 def test_sampling_without_a_temperature_has_that_of_transformers(lm):
