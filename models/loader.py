@@ -16,14 +16,16 @@ from tqdm import tqdm
 
 from dkv.models.families import Family, family_of
 from dkv.models.files import Entry, damaged
-from dkv.models.folders import folder_of, read_config, read_headers
+from dkv.models.folders import TOKENIZER_FILES, folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
 from dkv.models.gemma import Gemma
+from dkv.models.gemma_spec import GemmaSpec
 from dkv.models.joining import join_
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.mixture import EXPERT_BIAS
 from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.skeleton import fill, skeleton
+from dkv.models.spec import ModelSpec
 from dkv.models.special_ids import with_token_ids
 from dkv.models.tokenizer import with_vocab_limit
 from dkv.models.transformer import Transformer
@@ -146,6 +148,18 @@ def described(
     config = read_config(folder)
     kind = family_of(config, family)
     return kind, with_token_ids(kind.told(config, mask_token_id, attention_block), folder)
+
+
+def spec_of(
+    path_or_id: str | os.PathLike,
+    family: str | None = None,
+    mask_token_id: int | None = None,
+    attention_block: int | None = None,
+) -> ModelSpec | GemmaSpec:
+    """What a model is, from its small files alone: no weight is read, or fetched from the hub; as for `load`."""
+    folder = folder_of(path_or_id, TOKENIZER_FILES)
+    kind, config = described(folder, family, mask_token_id, attention_block)
+    return with_vocab_limit(kind.spec(config), folder)
 
 
 def wrap(

@@ -105,8 +105,7 @@ def compare(args: argparse.Namespace) -> int:
         chosen = contenders((*runs, *lineup.SHIFTED))
     check_contenders(model, chosen)
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
-    log = quality.Log(args.out, quality.fixed(setting, facts))
-    with files.beside(args.json):
+    with quality.Log(args.out, quality.fixed(setting, facts)) as log, files.beside(args.json):
         print(report.machine_line(facts), flush=True)
         with process.keeping(log.kept):
             rows = quality.measure(setting, chosen, log)

@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = contenders(lineup.in_blocks(lineup.SUGGESTED_IN_BLOCKS, model.spec.block_length))
     check_contenders(model, chosen)
     setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
-    log = quality.Log(args.out, quality.fixed(setting, facts))
-    with files.beside(args.json):
+    with quality.Log(args.out, quality.fixed(setting, facts)) as log, files.beside(args.json):
         print(report.machine_line(facts), flush=True)
         with process.keeping(log.kept):
             rows = quality.measure(setting, chosen, log, partial(suggest.lost, points=args.lose))
