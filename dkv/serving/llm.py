@@ -24,7 +24,7 @@ from dkv.engine.run import drawn_seeds, listed_processors
 from dkv.engine.settings import BY_ROW
 from dkv.models.gemma import Gemma
 from dkv.serving import memory
-from dkv.serving.request import CANCELLED, FAILED, FINISHED, RUNNING, Request
+from dkv.serving.request import CANCELLED, FAILED, FINISHED, RUNNING, Request, one_row
 
 # Batches of other settings that are kept without a request, for the next ones like theirs.
 MOST_IDLE = 4
@@ -136,7 +136,7 @@ class LLM:
                 raise ValueError(f"{name} does not go with requests, which tell their tokens alone: use dkv.generate")
         if config.schedule == "speculative":
             raise ValueError('schedule="speculative" does not go with requests yet: use dkv.generate')
-        ids, _ = checked_inputs(self.model, _one_row(input_ids, self.model), None, config)
+        ids, _ = checked_inputs(self.model, one_row(input_ids).to(self.model.device), None, config)
         needed = slots_needed(self.model, ids, config)
         if needed > self.max_length:
             raise ValueError(
@@ -239,7 +239,10 @@ class LLM:
 
     def _step(self, key: str, batch: ContinuousBatch) -> list[Request]:
         """A step of the requests with these settings; returns those that ended."""
-        running, error = self._running[key], None
+        running, error, computed = self._running[key], None, None
+        if any(request.watched for request in running.values()):
+            # Where steps are replayed, the next plan is written over this one.
+            computed = batch.next_plan.active.clone()
         try:
             if batch.numbers:
                 batch.step()
@@ -249,6 +252,8 @@ class LLM:
         ended, going = [], set(batch.numbers)
         for row, request in list(running.items()):
             request.stats.passes += 1
+            if request.watched and computed is not None:
+                request.computed = computed[row, : request.input_ids.shape[1] + request.new]
             if error is not None or row in batch.invalid_rows:
                 self._end(request, FAILED, error=error or ValueError(batch.sampler.suspects()))
             elif row not in going:
@@ -286,14 +291,3 @@ class LLM:
         idle = [key for key, running in self._running.items() if not running]
         for key in idle[: max(len(idle) - MOST_IDLE, 0)]:
             del self._batches[key], self._running[key]
-
-
-def _one_row(input_ids: Any, model: Any) -> Tensor:
-    """A prompt as a tensor [1, P] where the model is."""
-    if isinstance(input_ids, Mapping):
-        input_ids = input_ids.get("input_ids")
-    ids = input_ids if isinstance(input_ids, Tensor) else torch.tensor(list(input_ids), dtype=torch.int64)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or len(ids) != 1:
-        raise ValueError(f"input_ids must be one prompt, [P] or [1, P], got {list(ids.shape)}: add them one by one")
-    return ids.to(model.device)

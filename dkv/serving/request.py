@@ -1,9 +1,11 @@
 """One request, from its arrival to its end."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dkv.engine.config import DiffusionConfig
@@ -75,6 +77,8 @@ class Request:
         stats: `RequestStats`.
         row: which it has, while it runs.
         key: what it has in common with those that share its passes.
+        watched: whether `computed` is kept; whoever wants it sets this.
+        computed: bool [P + new], the slots that its last step computed; None: it had none, or is not watched.
     """
 
     number: int
@@ -87,6 +91,8 @@ class Request:
     stats: RequestStats = field(default_factory=RequestStats)
     row: int | None = None
     key: str = ""
+    watched: bool = False
+    computed: Tensor | None = None
 
     @property
     def new(self) -> int:
@@ -102,3 +108,14 @@ class Request:
         """Note that nothing more comes."""
         self.state, self.tokens, self.error, self.row = state, tokens, error, None
         self.stats.ended = time.perf_counter()
+
+
+def one_row(input_ids: Any) -> Tensor:
+    """A prompt as a tensor [1, P]."""
+    if isinstance(input_ids, Mapping):
+        input_ids = input_ids.get("input_ids")
+    ids = input_ids if isinstance(input_ids, Tensor) else torch.tensor(list(input_ids), dtype=torch.int64)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or len(ids) != 1:
+        raise ValueError(f"input_ids must be one prompt, [P] or [1, P], got {list(ids.shape)}: add them one by one")
+    return ids

@@ -150,8 +150,8 @@ async def _events(answer: Answer, reply: Reply) -> AsyncIterator[str]:
         for number in range(len(answer.written)):
             if (begin := reply.begin(number)) is not None:
                 yield begin
-        async for number, text, finish in answer.pieces():
-            yield reply.piece(number, text, finish)
+        async for number, text, finish, draft in answer.pieces():
+            yield reply.piece(number, text, finish, draft)
         yield reply.end(answer.usage)
     except Exception as error:
         answer.leave()
