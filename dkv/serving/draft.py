@@ -75,6 +75,7 @@ class Drafted:
             "settled": settled,
             "masked": sum(token == mask_id for token in tokens),
             "prompt": self._prompt,
+            "slots": len(tokens),
             "filled": [
                 [slot, draft.steps[slot], filling_text(self._tokenizer, [token], raw=True)]
                 for slot, (token, before) in enumerate(zip(tokens, told, strict=True))

@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dkv.serving.answer import Answer, refusal_of
 from dkv.serving.llm import LLM
+from dkv.serving.page import page
 from dkv.serving.protocol import Served, asked, fields_of
 from dkv.serving.replies import Refusal, Reply, event
 from dkv.serving.worker import Worker, describe
@@ -35,6 +36,7 @@ def make_app(llm: LLM, served: Served, *, max_waiting: int = 64, api_key: str | 
     server = _Server(llm, served, max_waiting, api_key)
     app = FastAPI(lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
+    app.add_api_route("/", server.page, methods=["GET", "HEAD"])
     app.add_api_route("/health", server.health, methods=["GET"])
     for path, answer, method in (
         ("/v1/models", server.models, "GET"),
@@ -58,6 +60,7 @@ class _Server:
         self.served, self._llm, self._max_waiting = served, llm, max_waiting
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._created = int(time.time())
+        self._page = page(served, has_key=api_key is not None)
         # One thread: a tokenizer is not made for several at a time.
         self._checking = ThreadPoolExecutor(1, "dkv-checks")
         self._watching: set[asyncio.Task] = set()
@@ -87,6 +90,10 @@ class _Server:
         if self._key is not None and not hmac.compare_digest(given, self._key):
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise Refusal(401, message, code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
+
+    async def page(self) -> Response:
+        text, headers = self._page
+        return HTMLResponse(text, headers=headers)
 
     async def health(self) -> Response:
         told = describe(self.worker)
