@@ -19,7 +19,7 @@ DESCRIPTION = re.sub(r"\[([^]]+)\]\((?!https?://)[^)]+\)", r"\1", (ROOT / "READM
 LINT = ["ruff"]
 BENCH = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"]
 # The packaging tests build without isolation, so they need the build backend too.
 TEST = [
     "pytest>=8",

@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 from dkv.serving.draft import Drafted, Watch
-from dkv.serving.llm import Full
 from dkv.serving.protocol import Asked, Served
 from dkv.serving.replies import Refusal, usage
 from dkv.serving.request import CANCELLED, FAILED, FINISHED
-from dkv.serving.worker import REFUSED, Job, Stopped, Told, Worker
+from dkv.serving.worker import REFUSED, Crowded, Job, Stopped, Told, Worker
 from dkv.serving.written import Written
 
 LOG = logging.getLogger("dkv.serving")
@@ -25,7 +24,7 @@ class Answer:
     Of each choice the last thing told is kept, and no more: a reader that is slow costs no memory.
 
     Raises:
-        Full, Stopped: the worker does not take it.
+        Crowded, Stopped: the worker does not take it.
     """
 
     def __init__(self, worker: Worker, asked: Asked, served: Served):
@@ -115,8 +114,8 @@ def refusal_of(error: Exception) -> Refusal:
     """What a client is told of an error. Faults are logged, without their messages: a prompt may be in them."""
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, Full):
-        return Refusal(429, str(error), code="queue_full", **{"Retry-After": "1"})
+    if isinstance(error, Crowded):
+        return Refusal(429, str(error), code="queue_full", **{"Retry-After": str(error.seconds)})
     if isinstance(error, Stopped):
         return Refusal(503, str(error), code="stopped")
     where = "".join(traceback.format_tb(error.__traceback__))

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from dkv.serving.answer import Answer, refusal_of
 from dkv.serving.llm import LLM
+from dkv.serving.metrics import Metrics
 from dkv.serving.page import page
 from dkv.serving.protocol import Served, asked, fields_of
 from dkv.serving.replies import Refusal, Reply, event
@@ -22,6 +23,8 @@ from dkv.serving.worker import Worker, describe
 
 # What is beyond the largest body is read and dropped up to so many times its size, so that the client hears why.
 DROPPED = 8
+# A body that has not come by then is not waited for: it would hold its connection for ever.
+BODY_SECONDS = 60
 
 
 def make_app(llm: LLM, served: Served, *, max_waiting: int = 64, api_key: str | None = None) -> FastAPI:
@@ -38,6 +41,7 @@ def make_app(llm: LLM, served: Served, *, max_waiting: int = 64, api_key: str | 
     app.state.server = server
     app.add_api_route("/", server.page, methods=["GET", "HEAD"])
     app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/metrics", server.counts, methods=["GET"])
     for path, answer, method in (
         ("/v1/models", server.models, "GET"),
         ("/v1/models/{name:path}", server.model, "GET"),
@@ -65,12 +69,16 @@ class _Server:
         self._checking = ThreadPoolExecutor(1, "dkv-checks")
         self._watching: set[asyncio.Task] = set()
         self.worker: Worker
+        self.metrics: Metrics
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.worker = Worker(self._llm, self._max_waiting)
+        self.metrics = Metrics(self.worker)
+        self.worker.on_end = self.metrics.note_end
         yield
-        await asyncio.to_thread(self.worker.drain)
+        # All connections are closed by now: nobody reads what is still open.
+        await asyncio.to_thread(self.worker.stop)
         self._checking.shutdown()
 
     def guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -79,9 +87,11 @@ class _Server:
         async def route(request: Request) -> Response:
             try:
                 self._check_key(request)
-                return await answer(request)
+                response = await answer(request)
             except Exception as error:
-                return _refused(refusal_of(error))
+                response = _refused(refusal_of(error))
+            self.metrics.note_response(request.scope["route"].path, response.status_code)
+            return response
 
         return route
 
@@ -98,6 +108,9 @@ class _Server:
     async def health(self) -> Response:
         told = describe(self.worker)
         return _json({**told, "model": self.served.name}, 200 if told["status"] == "ok" else 503)
+
+    async def counts(self) -> Response:
+        return Response(self.metrics.text(), media_type=self.metrics.kind)
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._about()]})
@@ -118,7 +131,10 @@ class _Server:
         return await self._answered(request, chat=False)
 
     async def _answered(self, request: Request, chat: bool) -> Response:
-        body = await _body(request, self.served.max_body)
+        try:
+            body = await asyncio.wait_for(_body(request, self.served.max_body), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body has not come within {BODY_SECONDS} seconds") from None
         loop = asyncio.get_running_loop()
         wanted = await loop.run_in_executor(self._checking, lambda: asked(fields_of(body), chat, self.served))
         answer = Answer(self.worker, wanted, self.served)

@@ -1,5 +1,6 @@
 """A thread that owns an `LLM`, and steps it while there is work."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,15 +8,30 @@ from typing import Any
 
 from dkv.engine.config import DiffusionConfig
 from dkv.serving.draft import Draft, Watch
-from dkv.serving.llm import LLM, Full
-from dkv.serving.request import CANCELLED, FAILED, Request
+from dkv.serving.llm import LLM
+from dkv.serving.request import CANCELLED, FAILED, FINISHED, Request
 
 # Beside the states of a request: it never became one.
 REFUSED = "refused"
+# Of the time that answers take, what the last one is worth in the mean; and the most that a client is told to wait.
+NEWEST, LONGEST_WAIT = 0.2, 60
 
 
 class Stopped(RuntimeError):
     """The thread takes no more work: it ends, or has failed."""
+
+
+class Crowded(RuntimeError):
+    """There is no room for more work.
+
+    Args:
+        message: one sentence.
+        seconds: after which it may be worth asking again.
+    """
+
+    def __init__(self, message: str, seconds: int):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -66,11 +82,14 @@ class Worker:
 
     Attributes:
         error: why the thread ended, if it was not told to.
+        on_end: called on the thread with every job that has ended and what is told of it.
     """
 
     def __init__(self, llm: LLM, max_waiting: int):
         self.llm, self.room = llm, llm.rows + max_waiting
         self.error: BaseException | None = None
+        self.on_end: Callable[[Job, Told], None] | None = None
+        self._row_seconds = 0.0
         self._change = threading.Condition()
         self._arrived: list[Job] = []
         self._leaving: list[Job] = []
@@ -86,6 +105,11 @@ class Worker:
         """Jobs that have not ended."""
         return len(self._open)
 
+    def seconds_until_room(self, jobs: int) -> int:
+        """About how long it takes until there is room for so many jobs, by the time that jobs have had a row lately."""
+        missing = max(self.open + jobs - self.room, 1)
+        return min(max(math.ceil(missing * self._row_seconds / self.llm.rows), 1), LONGEST_WAIT)
+
     @property
     def draining(self) -> bool:
         """Whether no more jobs are taken."""
@@ -95,7 +119,7 @@ class Worker:
         """Hand jobs over, all of them or none.
 
         Raises:
-            Full: there are too many already.
+            Crowded: there are too many already.
             Stopped: the thread has ended, or is about to.
         """
         with self._change:
@@ -104,7 +128,8 @@ class Worker:
             if self._draining:
                 raise Stopped("the server is stopping")
             if self.open + len(jobs) > self.room:
-                raise Full(f"{self.open} requests are open, and there is room for {self.room}: ask again later")
+                said = f"{self.open} requests are open, and there is room for {self.room}: ask again later"
+                raise Crowded(said, self.seconds_until_room(len(jobs)))
             self._open.update(jobs)
             self._arrived += jobs
             self._change.notify()
@@ -115,10 +140,11 @@ class Worker:
             self._leaving += [job for job in jobs if job in self._open]
             self._change.notify()
 
-    def drain(self) -> None:
-        """Take no more jobs, and return when all have ended and the thread with them."""
+    def stop(self) -> None:
+        """Take no more jobs, let go of those that are open, and return when the thread has ended."""
         with self._change:
             self._draining = True
+            self._leaving += self._open
             self._change.notify()
         self._thread.join()
 
@@ -201,6 +227,11 @@ class Worker:
         self._jobs.pop(job.request, None)
         with self._change:
             self._open.discard(job)
+        if told.state == FINISHED:
+            held = job.request.stats.seconds - job.request.stats.queued_seconds
+            self._row_seconds += (held - self._row_seconds) * (NEWEST if self._row_seconds else 1)
+        if self.on_end is not None:
+            self.on_end(job, told)
         job.tell(told)
 
 

@@ -20,7 +20,7 @@ def served(model, tokenizer, **settings) -> Served:
 
 
 @contextmanager
-def serving(model, tokenizer, rows=4, **options):
+def serving(model, tokenizer, rows=4, drain_seconds=None, **options):
     """(address, worker) of a server with so many rows of 64 slots."""
     import uvicorn
 
@@ -29,7 +29,8 @@ def serving(model, tokenizer, rows=4, **options):
     llm = LLM(model, max_slots=64 * rows, max_length=64)
     app = make_app(llm, served(model, tokenizer), **options)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        told = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": drain_seconds}
+        server = uvicorn.Server(uvicorn.Config(app, **told))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         until(lambda: server.started)
