@@ -11,7 +11,7 @@ from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import config_of
 from dkv.engine.settings import DEFAULTS
 from dkv.policies import POLICY_OPTIONS, joined_policy
-from dkv.serving.llm import RECORDS
+from dkv.serving.checked import RECORDS
 from dkv.serving.replies import Refusal
 from dkv.tools.text import end_ids, ids_of
 

@@ -1,11 +1,9 @@
 """One request, from its arrival to its end."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dkv.engine.config import DiffusionConfig
@@ -18,8 +16,8 @@ class RequestStats:
     """When a request came, and how it went on; in seconds of a monotonic clock.
 
     Attributes:
-        arrived, started, first_token, ended: when it was added, was given a row, had a token in its first slot to fill,
-            and was finished, cancelled or failed; None: not yet.
+        arrived, started, first_token, ended: when it was added, was given a row, had a token in its first slot to fill
+            (finished, where there is none), and was finished, cancelled or failed; None: not yet.
         passes: in which it had slots to fill.
         new_tokens: slots filled; without those beyond an end token.
     """
@@ -76,6 +74,8 @@ class Request:
         error: why it failed.
         stats: `RequestStats`.
         row: which it has, while it runs.
+        settled: how many of its new tokens stand before the first slot without one. They stay as they are, but where
+            `edit_threshold` lets them change.
         key: what it has in common with those that share its passes.
         watched: whether `computed` is kept; whoever wants it sets this.
         computed: bool [P + new], the slots that its last step computed; None: it had none, or is not watched.
@@ -90,9 +90,20 @@ class Request:
     error: Exception | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     row: int | None = None
+    settled: int = 0
     key: str = ""
     watched: bool = False
     computed: Tensor | None = None
+
+    @property
+    def start(self) -> int:
+        """The first slot to fill."""
+        return self.input_ids.shape[1]
+
+    @property
+    def stop(self) -> int:
+        """The slot after the last one that it asks for."""
+        return self.start + self.new
 
     @property
     def new(self) -> int:
@@ -104,18 +115,13 @@ class Request:
         """Whether it is finished, cancelled or failed."""
         return self.state not in (WAITING, RUNNING)
 
+    def settle(self, first: int, now: float) -> None:
+        """Note which slot is the first without a token, or `stop`, at a time."""
+        self.settled = min(first, self.stop) - self.start
+        if self.settled > 0 and self.stats.first_token is None:
+            self.stats.first_token = now
+
     def end(self, state: str, tokens: Tensor | None = None, error: Exception | None = None) -> None:
         """Note that nothing more comes."""
         self.state, self.tokens, self.error, self.row = state, tokens, error, None
         self.stats.ended = time.perf_counter()
-
-
-def one_row(input_ids: Any) -> Tensor:
-    """A prompt as a tensor [1, P]."""
-    if isinstance(input_ids, Mapping):
-        input_ids = input_ids.get("input_ids")
-    ids = input_ids if isinstance(input_ids, Tensor) else torch.tensor(list(input_ids), dtype=torch.int64)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or len(ids) != 1:
-        raise ValueError(f"input_ids must be one prompt, [P] or [1, P], got {list(ids.shape)}: add them one by one")
-    return ids
