@@ -60,8 +60,9 @@ class Job:
         config: its settings.
         tell: called on the thread when the request was taken or refused, when it ended, and with `drafts` whenever more
             tokens stand before the first mask. It must return at once, and raise nothing.
-        drafts: whether it wants to hear before the end. Every one costs a copy from the device in every step.
-        watch: of the whole draft, if it wants to hear of it in every step; another copy.
+        drafts: whether it wants to hear before the end.
+        watch: of the whole draft, if it wants to hear of it in every step.
+        told: tokens before the first mask that were told of.
     """
 
     input_ids: Sequence[int]
@@ -70,7 +71,17 @@ class Job:
     drafts: bool = False
     watch: Watch | None = None
     request: Request | None = None
-    settled: int = 0
+    told: int = 0
+
+    @property
+    def settled(self) -> int:
+        """How many tokens stay as they are. What may be edited does not stand before its end."""
+        return 0 if self.request.config.edit_threshold is not None else self.request.settled
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it wants to hear of the step that was taken."""
+        return self.request.row is not None and (self.watch is not None or (self.drafts and self.settled > self.told))
 
 
 class Worker:
@@ -197,23 +208,15 @@ class Worker:
             state = REFUSED if request.state == FAILED and not request.stats.passes else request.state
             job = self._jobs[request]
             self._end(job, Told(state, tokens, request.error, self._draft(job, tokens)))
-        for request, job in self._jobs.items():
-            if job.drafts and request.row is not None:
-                self._tell_draft(job)
+        news = [job for job in self._jobs.values() if job.has_news]
+        drafts = self.llm.drafts([job.request for job in news])
+        for job, tokens in zip(news, drafts, strict=True):
+            self._tell_draft(job, tokens.tolist())
 
-    def _tell_draft(self, job: Job) -> None:
-        """Tell what stands before the first mask, if that is more than was told, or the whole draft."""
-        mask_id = job.request.config.mask_token_id
-        mask_id = self.llm.model.spec.mask_token_id if mask_id is None else mask_id
-        tokens = self.llm.draft(job.request).tolist()
-        settled = tokens[: tokens.index(mask_id)] if mask_id in tokens else tokens
-        if job.request.config.edit_threshold is not None:
-            # What may be edited does not stand before its end.
-            settled = []
-        draft = self._draft(job, tokens)
-        if draft is not None or len(settled) > job.settled:
-            job.settled = len(settled)
-            job.tell(Told(job.request.state, settled, draft=draft))
+    def _tell_draft(self, job: Job, tokens: list[int]) -> None:
+        """Tell what stands before the first mask, and the whole draft if it is wanted."""
+        job.told = job.settled
+        job.tell(Told(job.request.state, tokens[: job.settled], draft=self._draft(job, tokens)))
 
     def _draft(self, job: Job, tokens: list[int]) -> Draft | None:
         """The whole draft after a step, for those that asked for it."""

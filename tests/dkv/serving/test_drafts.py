@@ -1,10 +1,12 @@
 """Whole drafts in the pieces of a stream: what stands on the canvas, and what is told of it."""
 
+from types import SimpleNamespace
+
 import pytest
-import torch
 
 import dkv
 from dkv.serving.draft import Drafted, Watch, runs
+from dkv.serving.worker import Job
 from dkv.tools import trace
 from tests.dkv.serving.loopback import alone
 from tests.dkv.serving.test_server import CHAT, COMPLETE, events, joined, post, url  # noqa: F401
@@ -85,24 +87,13 @@ def test_the_openai_client_finds_drafts_in_the_extra_of_a_choice(url, tiny):  # 
         assert piece.choices[0].model_extra["dkv"]["step"]
 
 
-def test_a_draft_of_what_may_be_edited_is_not_settled(tiny):
-    """No bundled model edits: the worker's own part, with a stand-in for the model."""
-    from types import SimpleNamespace
-
-    from dkv.serving.worker import Job, Worker
-
-    told, ids = [], [1, 2, 18]
-    request = SimpleNamespace(
-        config=dkv.DiffusionConfig(edit_threshold=0.9, mask_token_id=18),
-        computed=torch.ones(5, dtype=torch.bool),
-        stats=SimpleNamespace(passes=2),
-        state="running",
-    )
-    job = Job([0], request.config, told.append, True, Watch(18), request)
-    worker = SimpleNamespace(llm=SimpleNamespace(draft=lambda _: torch.tensor(ids)))
-    worker._draft = Worker._draft.__get__(worker)
-    Worker._tell_draft(worker, job)
-    assert (told[0].tokens, told[0].draft.tokens, told[0].draft.steps) == ([], ids, [2, 2, 0])
+def test_what_may_be_edited_is_news_as_a_draft_alone():
+    # No bundled model edits what is filled.
+    for threshold, settled in ((None, 5), (0.9, 0)):
+        request = SimpleNamespace(config=dkv.DiffusionConfig(edit_threshold=threshold), settled=5, row=0)
+        jobs = [Job([], request.config, print, True, watch, request) for watch in (None, Watch(18))]
+        assert [job.settled for job in jobs] == [settled] * 2
+        assert [job.has_news for job in jobs] == [settled > 0, True]
 
 
 def test_a_draft_without_a_stream_is_refused(url):  # noqa: F811
