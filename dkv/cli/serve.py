@@ -55,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
+        from dkv.serving.listen import server_of
         from dkv.serving.server import make_app
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
@@ -86,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
         if key is None and host not in ("127.0.0.1", "::1"):
             process.say("dkv serve: anybody who reaches this address may ask: --api-key asks for a key")
         # It handles the signals, and raises them again when it is done.
-        told = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": args.drain_seconds}
-        uvicorn.Server(uvicorn.Config(app, **told)).run([listening])
+        server_of(app, args.drain_seconds).run([listening])
     return 0
 
 
