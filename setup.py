@@ -77,7 +77,7 @@ setup(
     package_dir=FOLDERS,
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
     package_data={
-        "dkv.tools.trace": ["*.html", "*.css", "*.js"],
+        **{package: ["*.html", "*.css", "*.js"] for package in ("dkv.tools.trace", "dkv.serving.page")},
         "dkv.models": [f"tiny*/*.{suffix}" for suffix in ("json", "jsonl", "safetensors", "txt")],
     },
     entry_points={

@@ -77,6 +77,8 @@ class Request:
         settled: how many of its new tokens stand before the first slot without one. They stay as they are, but where
             `edit_threshold` lets them change.
         key: what it has in common with those that share its passes.
+        watched: whether `computed` is kept; whoever wants it sets this.
+        computed: bool [P + new], the slots that its last step computed; None: it had none, or is not watched.
     """
 
     number: int
@@ -90,6 +92,8 @@ class Request:
     row: int | None = None
     settled: int = 0
     key: str = ""
+    watched: bool = False
+    computed: Tensor | None = None
 
     @property
     def start(self) -> int:

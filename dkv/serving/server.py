@@ -10,12 +10,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dkv.serving.answer import Answer, refusal_of
 from dkv.serving.llm import LLM
 from dkv.serving.metrics import Metrics
+from dkv.serving.page import page
 from dkv.serving.protocol import Served, asked, fields_of
 from dkv.serving.replies import Refusal, Reply, event
 from dkv.serving.worker import Worker, describe
@@ -38,6 +39,7 @@ def make_app(llm: LLM, served: Served, *, max_waiting: int = 64, api_key: str | 
     server = _Server(llm, served, max_waiting, api_key)
     app = FastAPI(lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
+    app.add_api_route("/", server.page, methods=["GET", "HEAD"])
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/metrics", server.counts, methods=["GET"])
     for path, answer, method in (
@@ -62,6 +64,7 @@ class _Server:
         self.served, self._llm, self._max_waiting = served, llm, max_waiting
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._created = int(time.time())
+        self._page = page(served, has_key=api_key is not None)
         # One thread: a tokenizer is not made for several at a time.
         self._checking = ThreadPoolExecutor(1, "dkv-checks")
         self._watching: set[asyncio.Task] = set()
@@ -97,6 +100,10 @@ class _Server:
         if self._key is not None and not hmac.compare_digest(given, self._key):
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise Refusal(401, message, code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
+
+    async def page(self) -> Response:
+        text, headers = self._page
+        return HTMLResponse(text, headers=headers)
 
     async def health(self) -> Response:
         told = describe(self.worker)
@@ -166,8 +173,8 @@ async def _events(answer: Answer, reply: Reply) -> AsyncIterator[str]:
         for number in range(len(answer.written)):
             if (begin := reply.begin(number)) is not None:
                 yield begin
-        async for number, text, finish in answer.pieces():
-            yield reply.piece(number, text, finish)
+        async for number, text, finish, draft in answer.pieces():
+            yield reply.piece(number, text, finish, draft)
         yield reply.end(answer.usage)
     except Exception as error:
         answer.leave()

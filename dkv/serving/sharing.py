@@ -51,7 +51,10 @@ class Sharing:
 
     def step(self) -> list[Request]:
         """Take a step with all of them; returns those that ended."""
-        batch, error = self.batch, None
+        batch, error, computed = self.batch, None, None
+        if any(request.watched for request in self.running.values()):
+            # Where steps are replayed, the next plan is written over this one.
+            computed = batch.next_plan.active.clone()
         try:
             if batch.numbers:
                 batch.step()
@@ -62,6 +65,8 @@ class Sharing:
         failed, finished = [], []
         for row, request in self.running.items():
             request.stats.passes += 1
+            if request.watched:
+                request.computed = computed[row, : request.stop]
             if error is not None or row in invalid:
                 failed.append(request)
             elif row in going:

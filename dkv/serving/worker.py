@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dkv.engine.config import DiffusionConfig
+from dkv.serving.draft import Draft, Watch
 from dkv.serving.llm import LLM
 from dkv.serving.request import CANCELLED, FAILED, FINISHED, Request
 
@@ -41,11 +42,13 @@ class Told:
         state: of its request, or `REFUSED`.
         tokens: the new ones before its first mask, which stay as they are; of a finished one all.
         error: why it was refused, or failed.
+        draft: the whole answer as it stands, for a job that asked for it.
     """
 
     state: str
     tokens: Sequence[int] = ()
     error: BaseException | None = None
+    draft: Draft | None = None
 
 
 @dataclass(eq=False)
@@ -57,15 +60,28 @@ class Job:
         config: its settings.
         tell: called on the thread when the request was taken or refused, when it ended, and with `drafts` whenever more
             tokens stand before the first mask. It must return at once, and raise nothing.
-        drafts: whether it wants to hear before the end. Every one costs a copy from the device in every step.
+        drafts: whether it wants to hear before the end.
+        watch: of the whole draft, if it wants to hear of it in every step.
+        told: tokens before the first mask that were told of.
     """
 
     input_ids: Sequence[int]
     config: DiffusionConfig
     tell: Callable[[Told], None]
     drafts: bool = False
+    watch: Watch | None = None
     request: Request | None = None
-    settled: int = 0
+    told: int = 0
+
+    @property
+    def settled(self) -> int:
+        """How many tokens stay as they are. What may be edited does not stand before its end."""
+        return 0 if self.request.config.edit_threshold is not None else self.request.settled
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it wants to hear of the step that was taken."""
+        return self.request.row is not None and (self.watch is not None or (self.drafts and self.settled > self.told))
 
 
 class Worker:
@@ -176,6 +192,7 @@ class Worker:
             # Nothing of it is in the model yet: the others go on.
             self._end(job, Told(REFUSED, error=error))
             return
+        job.request.watched = job.watch is not None
         self._jobs[job.request] = job
         job.tell(Told(job.request.state))
 
@@ -189,21 +206,24 @@ class Worker:
             tokens = [] if request.tokens is None else request.tokens.tolist()
             # What fails before its first pass has settings that cannot be.
             state = REFUSED if request.state == FAILED and not request.stats.passes else request.state
-            self._end(self._jobs[request], Told(state, tokens, request.error))
-        for request, job in self._jobs.items():
-            # What may be edited does not stand before its end.
-            if job.drafts and request.row is not None and request.config.edit_threshold is None:
-                self._tell_draft(job)
+            job = self._jobs[request]
+            self._end(job, Told(state, tokens, request.error, self._draft(job, tokens)))
+        news = [job for job in self._jobs.values() if job.has_news]
+        drafts = self.llm.drafts([job.request for job in news])
+        for job, tokens in zip(news, drafts, strict=True):
+            self._tell_draft(job, tokens.tolist())
 
-    def _tell_draft(self, job: Job) -> None:
-        """Tell what stands before the first mask, if that is more than was told."""
-        mask_id = job.request.config.mask_token_id
-        mask_id = self.llm.model.spec.mask_token_id if mask_id is None else mask_id
-        tokens = self.llm.draft(job.request).tolist()
-        settled = tokens[: tokens.index(mask_id)] if mask_id in tokens else tokens
-        if len(settled) > job.settled:
-            job.settled = len(settled)
-            job.tell(Told(job.request.state, settled))
+    def _tell_draft(self, job: Job, tokens: list[int]) -> None:
+        """Tell what stands before the first mask, and the whole draft if it is wanted."""
+        job.told = job.settled
+        job.tell(Told(job.request.state, tokens[: job.settled], draft=self._draft(job, tokens)))
+
+    def _draft(self, job: Job, tokens: list[int]) -> Draft | None:
+        """The whole draft after a step, for those that asked for it."""
+        request = job.request
+        if job.watch is None or not tokens or request.computed is None:
+            return None
+        return job.watch.after(request.stats.passes, tokens, request.computed.tolist())
 
     def _end(self, job: Job, told: Told) -> None:
         """Let a job go, and tell of it."""
