@@ -7,8 +7,8 @@ them. What a batch gave is a line of a file, and a repeated run takes up where t
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,11 @@ LOG = "runs.jsonl"
 
 @dataclass(frozen=True)
 class Setting:
-    """What the figures of a file depend on, beside the contenders."""
+    """What the figures of a file depend on, beside the contenders.
+
+    Attributes:
+        others: the same model with other weights, by their names in `dkv.bench.contenders.WEIGHTS`.
+    """
 
     model: Any
     tokenizer: Any
@@ -36,6 +40,7 @@ class Setting:
     batch: int
     seed: int
     chat: bool = False
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def rounds(self) -> list[tuple[Family, int]]:
         """The batches: a family, and the place of the first problem; the first of all families, then the second."""
@@ -44,7 +49,8 @@ class Setting:
 
     def run(self, contender: Contender, family: Family, start: int) -> Row:
         """One batch by one contender."""
-        exam = Exam(self.model, self.tokenizer, family, self.chat)
+        model = self.model if contender.weights is None else self.others[contender.weights]
+        exam = Exam(model, self.tokenizer, family, self.chat)
         settings = {"seed": self.seed, **contender.settings_for(family.new)}
         output, marks = family.marked(exam, start, start + self.batch, **settings)
         stats = {name: getattr(output.stats, name) for name in ("seconds", "passes")}
@@ -171,7 +177,7 @@ def summary(contender: Contender, setting: Setting, log: Log) -> Row:
     return {
         "label": contender.label,
         "policy": contender.policy,
-        "settings": {**contender.settings, **told, "steps": contender.steps},
+        "settings": {**contender.settings, **told, "steps": contender.steps, "weights": contender.weights},
         **_answers(own, plain),
         **_texts(own, plain),
         "tokens_per_second": total["tokens"] / _typical(seconds),
