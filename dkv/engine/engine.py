@@ -87,7 +87,8 @@ class Engine:
         cuts = config.cache.cuts(model.spec.num_layers)
         self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
         slots, grows = max(rows.size, 1), rule is not None
-        self.noise, self.cache = noise, cache or KVCache(batch * self.branches, slots, grows)
+        self.noise = noise
+        self.cache = cache or KVCache(batch * self.branches, slots, grows, config.kv_cache_dtype)
         self.workspace = kernels.Workspace()
         self.rules = sureness(config)
         self.sampler = Sampler(
