@@ -104,7 +104,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that are there."""
-        return sum(x.nbytes for x in chain(*chain(*self.layers.values())) if x is not None)
+        return sum(x.nbytes for x in chain(*self.layers.values()))
 
     @property
     def kind(self) -> tuple[int, int, int, torch.dtype] | None:

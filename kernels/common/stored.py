@@ -30,6 +30,11 @@ class Stored(NamedTuple):
     def shape(self) -> torch.Size:
         return self.numbers.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return sum(x.nbytes for x in self if x is not None)
+
     def at(self, index: Any) -> "Stored":
         """Those at an index of the dimensions before H."""
         return Stored(*(x if x is None else x[index] for x in self))
