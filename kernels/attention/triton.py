@@ -15,9 +15,9 @@ from dkv.kernels.attention.reference import Rules
 from dkv.kernels.common.arguments import computable, constants, precision, restored, strided, strided_alone, unit_stride
 from dkv.kernels.common.launch import Call, Launch, batch_invariant, chip, splits
 from dkv.kernels.common.prepared import Scratch
-from dkv.kernels.common.stored import SCALES, Stored
+from dkv.kernels.common.stored import Stored
 from dkv.kernels.common.workspace import Workspace
-from dkv.kernels.dev.cases import Case, calls_of, described, meta
+from dkv.kernels.dev.cases import Case, buffer, calls_of, described, meta
 
 LARGEST_HEAD = 256
 # The kernel multiplies the largest product of a query by the scale, so the scale must be positive, in float32.
@@ -188,7 +188,7 @@ def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
     # Packed, where nothing asks for [B, N].
     paired = masked and not ends
     q = meta(*((2, tokens) if bare or paired else (2 * tokens,)), 4 if bare else 28, size, dtype=dtype)
-    k, v = (_stored(masking, meta(2, slots, 4, size, dtype=dtype, apart=apart)) for _ in range(2))
+    k, v = (buffer(2, slots, 4, size, dtype=dtype, bits=masking.endswith("int8"), apart=apart) for _ in range(2))
     rules: dict[str, Tensor] = {}
     if masked:
         rules["key_mask"] = meta(2, slots, dtype=torch.bool)
@@ -205,13 +205,6 @@ def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
             shapes["query_ends"] = (2 * tokens,)
         rules |= {name: meta(*shape, dtype=torch.int64) for name, shape in shapes.items()}
     return q, k, v, Rules(**rules), tokens, 0.125, not bare
-
-
-def _stored(masking: str, x: Tensor) -> Stored:
-    """A buffer like x, in 8 bits if the regime has these."""
-    if not masking.endswith("int8"):
-        return Stored(x)
-    return Stored(torch.empty_like(x, dtype=torch.int8), meta(*x.shape[:-1], dtype=SCALES))
 
 
 def _name(regime: tuple[str, str, int, int], call: Call, kind: str) -> str:

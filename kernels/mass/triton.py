@@ -11,8 +11,7 @@ from torch import Tensor
 from dkv.kernels.common.arguments import computable, constants, precision, strided, unit_stride
 from dkv.kernels.common.launch import Call, Launch, LaunchTable, batch_invariant, splits
 from dkv.kernels.common.prepared import Scratch
-from dkv.kernels.common.stored import SCALES, Stored
-from dkv.kernels.dev.cases import Case, calls_of, meta
+from dkv.kernels.dev.cases import Case, buffer, calls_of, meta
 from dkv.kernels.mass import torch as fallback
 from dkv.kernels.mass.kernel import LOG2E, mass_kernel, total_kernel
 
@@ -133,7 +132,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
     total = False
     for regime, launch in TABLE.on(arch):
         used = launch == TABLE.launch(arch, regime)
-        for kind in ("full", "bare", "wide") if used else ("full",):
+        for kind in ("full", "bare", "wide") if used and "int8" not in regime[0] else ("full",):
             calls = calls_of(arch, regime, launch, attention_mass, *_sample(regime, kind), parts=4)
             many, width, size = regime
             name = f"{many} {'bf16' if width == 2 else 'fp32'} D{size} {kind} {'x'.join(map(str, launch.tile))}"
@@ -151,10 +150,8 @@ def _sample(regime: tuple[str, int, int], kind: str) -> tuple[Any, ...]:
     bare, dtype = kind == "bare", "bf16" if width == 2 else "fp32"
     many, _, bits = many.partition(" ")
     queries, heads, size = _QUERIES[many][not bare], 4 if bare else 28, size if bare else size - 16
-    q, k = meta(2 * queries, heads, size, dtype=dtype), meta(2, 1001, 4, size, dtype=dtype, apart=None)
-    if kind == "wide":
-        k = meta(2, 1001, 4, size, dtype=dtype, apart=2**29)
-    k = Stored(torch.empty_like(k, dtype=torch.int8), meta(2, 1001, 4, dtype=SCALES)) if bits else Stored(k)
+    q, apart = meta(2 * queries, heads, size, dtype=dtype), 2**29 if kind == "wide" else None
+    k = buffer(2, 1001, 4, size, dtype=dtype, bits=bool(bits), apart=apart)
     lse, weight = meta(2 * queries, heads, dtype="fp32"), meta(2 * queries, dtype="fp32")
     starts, lengths, ranges = (meta(*shape, dtype=torch.int64) for shape in ((2,), (2,), (2, 2)))
     return q, k, lse, weight, starts, lengths, None if bare else ranges, queries, 0.125

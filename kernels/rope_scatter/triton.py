@@ -7,8 +7,8 @@ import triton
 
 from dkv.kernels.common.arguments import computable, constants, restored, strided, strided_alone, unit_stride
 from dkv.kernels.common.launch import Call, Launch, LaunchTable
-from dkv.kernels.common.stored import SCALES, Stored
-from dkv.kernels.dev.cases import Case, calls_of, meta
+from dkv.kernels.common.stored import Stored
+from dkv.kernels.dev.cases import Case, buffer, calls_of, meta
 from dkv.kernels.rope_scatter.kernel import rope_scatter_kernel
 from dkv.kernels.rope_scatter.reference import Norm
 
@@ -35,9 +35,9 @@ def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, rows, query_positi
         index = unit_stride(positions), unit_stride(places), None if rows is None else rows.contiguous()
         gains = [None if norm.gain is None else norm.gain.contiguous() for norm in (q_norm, k_norm)]
         TABLE.start(_plan, (*read, *index, *kept, out, *gains), float(q_norm.eps), float(k_norm.eps))
-    for buffer, written in zip((*k_buf, *v_buf), kept, strict=True):
-        if written is not buffer:
-            buffer.copy_(written)
+    for held, written in zip((*k_buf, *v_buf), kept, strict=True):
+        if written is not held:
+            held.copy_(written)
     return restored(out, q.dtype)
 
 
@@ -82,13 +82,11 @@ def audit_cases(arch: str) -> Iterator[Case]:
         for dtype, kind, size in kinds:
             full, part = kind != "plain", 2 if kind.endswith("part") else 1
             entries = (33,) if full else (2, 33)
-            q, kv, buffer = (meta(*n, size, dtype=dtype) for n in ((*entries, 28), (*entries, 4), (2, 1001, 4)))
+            q, kv = (meta(*entries, heads, size, dtype=dtype) for heads in (28, 4))
+            kept = buffer(2, 1001, 4, size, dtype=dtype, bits=kind.endswith("int8"))
             table, places = meta(1001, size // 2 // part, dtype=torch.float32), meta(*entries, dtype=torch.int64)
             rows = places if full else None
             norm = Norm(meta(size, dtype=dtype), 1e-6) if full else Norm()
-            kept = Stored(buffer)
-            if kind.endswith("int8"):
-                kept = Stored(torch.empty_like(buffer, dtype=torch.int8), meta(2, 1001, 4, dtype=SCALES))
             given = (q, kv, kv, table, table, places, kept, kept, rows, rows, norm, norm)
             (call,) = calls_of(arch, regime, launch, rope_scatter_, *given)
             yield Case(f"rope_scatter_ {dtype} D{size} {kind} {launch.tile[0]} entries", call)
