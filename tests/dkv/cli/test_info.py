@@ -120,7 +120,7 @@ def test_what_fits_where(run, tmp_path):
     """A model shaped like LLaDA-8B, of which there is no weight."""
     config = {"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32}
     config |= {"mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336}
-    config |= {"max_sequence_length": 4096, "rope_theta": 5e5, "block_type": "llama", "rope": True}
+    config |= {"max_sequence_length": 4096, "rope_theta": 5e5, "weight_tying": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, out, err = run("info", str(tmp_path))
     assert (code, err) == (0, "")
