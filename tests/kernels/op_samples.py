@@ -33,8 +33,7 @@ def _plain(k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
 SAMPLES = {
     "cached_attention": lambda: [
         (q, *pair, *rules, N, 0.25, lse)
-        for pair in [_plain(*buffers()), buffers_in_8_bits()]
-        for lse in (False, True)
+        for pair, lse in ((_plain(*buffers()), False), (_plain(*buffers()), True), (buffers_in_8_bits(), True))
         for q, *rules in (
             [numbers(B, N, HQ, D), *[None] * 9],
             [numbers(5, HQ, D), torch.tensor([2, 3]), *[None] * 5, torch.tensor([0, 2]), None, torch.arange(1, 6)],
