@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from dkv.cli import generate
+from dkv.cli.families import add_blocks
 from dkv.cli.model import add_told, told
 from dkv.common import files, process
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # `max_length` is a setting of a generation, too.
     add("--max-length", type=int, dest="row_length", metavar="N", help=length)
     generate.add_decoding(parser, new_tokens=128)
+    add_blocks(parser)
 
 
 def run(args: argparse.Namespace) -> int:
