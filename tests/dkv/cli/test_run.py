@@ -84,22 +84,31 @@ def check_all(folder: Path, model: Path, rows: list[dict]) -> None:
         assert record["text"] == answer(tokenizer, loaded.spec, record["tokens"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, fork, folder, number):
-    rows, kept = write_data(tmp_path, 16), 0
-    for count in (2, 7) if number == signal.SIGKILL else (3,):
-        running = fork(tmp_path, *command(folder))
-        wait_for(tmp_path, count, running)
-        code, _, err = running.ended(number)
-        before, kept = kept, len(written(tmp_path))
-        assert count <= kept < 16 and code == (130 if number == signal.SIGINT else -number)
-        assert (f"{before} of 16 lines are done already" in err) == (before > 0)
-        said = {signal.SIGTERM: "dkv run: ended by SIGTERM", signal.SIGINT: "dkv run: interrupted"}.get(number)
-        if said:
-            assert f"{said}; {kept} lines kept in {RESULTS}: repeat the command to go on\n" in err
-    code, out, _ = fork(tmp_path, *command(folder)).ended()
-    assert code == 0 and out.startswith(f"{RESULTS}: 16 answers, 0 failed; ")
+def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, fork, folder):
+    rows = write_data(tmp_path, 14)
+    running = fork(tmp_path, *command(folder))
+    wait_for(tmp_path, 3, running)
+    assert running.ended(signal.SIGKILL)[0] == -signal.SIGKILL
+    kept = written(tmp_path)
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write('{"id": "r1", "line": 2, "to')
+    code, out, err = fork(tmp_path, *command(folder)).ended()
+    assert code == 0 and out.startswith(f"{RESULTS}: 14 answers, 0 failed; ")
+    assert f"{len(kept)} of 14 lines are done already" in err and 3 <= len(kept) < 14
+    assert written(tmp_path)[: len(kept)] == kept
     check_all(tmp_path, folder, rows)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_says_what_is_kept(tmp_path, fork, folder, number, code):
+    write_data(tmp_path, 30)
+    running = fork(tmp_path, *command(folder))
+    wait_for(tmp_path, 1, running)
+    found, _, err = running.ended(number)
+    kept = len(written(tmp_path))
+    how = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
+    said = f"dkv run: {how}; {kept} line{'s' * (kept > 1)} kept in {RESULTS}: repeat the command to go on\n"
+    assert found == code and err.endswith(said) and 1 <= kept < 30
 
 
 @pytest.mark.slow
