@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from dkv.serving.job import Job
     from dkv.serving.lines import from_file
 
-    files.check_writable("--out", args.out / RESULTS, regular=True)
+    results = args.out / RESULTS
+    files.check_outputs([("--out", results)], [("--data", args.data)])
+    files.check_writable("--out", results, regular=True)
     config = dkv.DiffusionConfig(**generate.settings(args))
     job = Job(
         model=args.model,

@@ -223,6 +223,7 @@ def test_lines_that_fail_are_told_and_change_the_exit_code(tmp_path, run, folder
         (("--data", "nowhere.jsonl"), "--data: there is no file nowhere.jsonl"),
         (("--data", "other.jsonl"), "was made with data '3 lines, "),
         (("--out", "/dev/null/x"), "--out: cannot write"),
+        (("--data", RESULTS), f"--out: {RESULTS} is that of --data, too: give another place"),
         (("--devices", "0"), "devices must be at least 1"),
         (("--devices", "cpu,"), "devices must be names such as cuda:0,cuda:1, or a number"),
         (("--temperature", -1), "temperature must be"),
