@@ -112,9 +112,9 @@ def test_a_run_that_is_ended_says_what_is_kept(tmp_path, fork, folder, number, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_again_and_again_at_any_moment(tmp_path, fork, folder, seed):
-    rows, rng, kills, seen = write_data(tmp_path, 300), random.Random(seed), 0, []
+    rows, rng, kills, seen = write_data(tmp_path, 150), random.Random(seed), 0, []
     while True:
         running = fork(tmp_path, *command(folder))
         wait_for(tmp_path, len(seen) + rng.randrange(20), running)
@@ -127,7 +127,7 @@ def test_killed_again_and_again_at_any_moment(tmp_path, fork, folder, seed):
         if code != -signal.SIGKILL:
             break
         kills += 1
-    assert code == 0 and kills > 10
+    assert code == 0 and kills > 5
     check_all(tmp_path, folder, rows)
 
 
@@ -149,17 +149,22 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("whom", ["first", "second", "whole"])
+@pytest.mark.parametrize(
+    ("whom", "number"),
+    [
+        *(("first", signal.SIGKILL), ("second", signal.SIGTERM)),
+        *(("whole", signal.SIGKILL), ("whole", signal.SIGTERM), ("whole", signal.SIGINT)),
+    ],
+)
 def test_a_process_that_dies_ends_the_run_and_a_repeat_goes_on(tmp_path, fork, folder, whom, number):
-    rows = write_data(tmp_path, 200)
+    rows = write_data(tmp_path, 80)
     running = fork(tmp_path, *command(folder, "--devices", "cpu,cpu"))
-    wait_for(tmp_path, 20, running)
+    wait_for(tmp_path, 10, running)
     workers = children(running.pid)
     assert len(workers) == 2
     if whom == "whole":
         code, _, err = running.ended(number)
-        assert code == -number
+        assert code == (130 if number == signal.SIGINT else -number)
     else:
         os.kill(workers[whom == "second"], number)
         code, _, err = running.ended()
