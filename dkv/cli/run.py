@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from dkv.cli import generate
+from dkv.cli.families import add_blocks
 from dkv.cli.model import add_told, told
 from dkv.common import files, process
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # `max_length` is a setting of a generation, too.
     add("--max-length", type=int, dest="row_length", metavar="N", help=length)
     generate.add_decoding(parser, new_tokens=128)
+    add_blocks(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from dkv.serving.job import Job
     from dkv.serving.lines import from_file
 
-    files.check_writable("--out", args.out / RESULTS, regular=True)
+    results = args.out / RESULTS
+    files.check_outputs([("--out", results)], [("--data", args.data)])
+    files.check_writable("--out", results, regular=True)
     config = dkv.DiffusionConfig(**generate.settings(args))
     job = Job(
         model=args.model,
