@@ -94,6 +94,10 @@ class Ranks:
         """The mean of what all processes have, by the same sums in all of them."""
         return self.gathered(x).mean(0)
 
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What `call` gives in process 0, in all of them: what is read once, or drawn by chance."""
+        return self.told(call() if self.rank == 0 else None)
+
     def told(self, value: Any = None) -> Any:
         """A Python object of process 0; what the others give is not looked at."""
         box = [value]
@@ -141,11 +145,6 @@ class Ranks:
 _ranks: Ranks | None = None
 
 
-def several() -> bool:
-    """Whether this process was started as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
-
-
 def start(device: torch.device | str | None = None) -> Ranks:
     """Meet the other processes; called again, those that were met.
 
@@ -184,14 +183,6 @@ def end() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-def from_first(call: Callable[[], T]) -> T:
-    """What `call` gives in process 0, in all of them: what is read once, or drawn by chance."""
-    if not several():
-        return call()
-    ranks = start()
-    return ranks.told(call() if ranks.rank == 0 else None)
 
 
 def ranks_of(model: Any) -> Ranks | None:

@@ -59,6 +59,11 @@ def judged_by(judge: Callable[[BaseException, str], str | None]) -> None:
     _state.judge = judge
 
 
+def several() -> bool:
+    """Whether this process was started as one of several, which share a model (`dkv.parallel`)."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+
+
 def begin(name: str) -> None:
     """Make this process ours, before anything slow is imported; to be called once, with its name in messages.
 
@@ -81,7 +86,7 @@ def begin(name: str) -> None:
         _state.code = 2
         sys.exit(2)
     # Of several processes, which torchrun numbers, the first one speaks.
-    _state.mute = os.environ.get("RANK", "0") != "0"
+    _state.mute = several() and os.environ["RANK"] != "0"
     if _state.mute:
         # Stay open as long as the process. What ends it is said in spite of that, on the stream that it began with.
         sys.stdout, sys.stderr = (open(os.devnull, "w", encoding="utf-8") for _ in range(2))  # noqa: SIM115
