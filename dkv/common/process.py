@@ -86,6 +86,9 @@ def begin(name: str) -> None:
         _state.code = 2
         sys.exit(2)
     # Of several processes, which torchrun numbers, the first one speaks.
+    if several():
+        # Where the process that keeps the others' words is gone, torch would print a trace of its own.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _state.mute = several() and os.environ["RANK"] != "0"
     if _state.mute:
         # Stay open as long as the process. What ends it is said in spite of that, on the stream that it began with.
