@@ -7,6 +7,7 @@ put together in the order of the processes, so that all have the same bits, and 
 import hashlib
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -24,7 +25,9 @@ T = TypeVar("T")
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 HOW = "torchrun --nproc-per-node 2 -m dkv generate ..."
 # Where the first process that fails leaves its last word.
-FAILED = "dkv/failed"
+FAILED = "failed"
+# How many others have read it, and for how many seconds the first process, if it keeps it, waits for that.
+HEARD, LINGER = "heard", 3
 # A server may have nothing to do for long. That a process has gone is told by its connection, not by the clock.
 PATIENCE = timedelta(days=365)
 # In torch's own seconds: longer than a message takes, shorter than anyone waits.
@@ -117,8 +120,20 @@ class Ranks:
         """Leave a last word, unless another process has failed before; None then, else the line."""
         with suppress(Exception):
             mine = f"{self.rank} {line}"
-            return line if self._store.compare_set(FAILED, "", mine).decode() == mine else None
+            if self._store.compare_set(FAILED, "", mine).decode() != mine:
+                return None
+            self._linger()
         return line
+
+    def _linger(self) -> None:
+        """Where this process keeps the last words itself, wait until all others have heard its own, though not long."""
+        if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        # The others notice that connections are gone.
+        dist.destroy_process_group()
+        end = time.monotonic() + LINGER
+        while self._store.add(HEARD, 0) < self.size - 1 and time.monotonic() < end:
+            time.sleep(0.01)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -131,6 +146,7 @@ class Ranks:
         with suppress(Exception):
             if self._store.check([FAILED]):
                 who, _, word = self._store.get(FAILED).decode().partition(" ")
+                self._store.add(HEARD, 1)
                 return Lost(f"process {who} of {self.size} has failed: {word}", word)
         others = f"another of the {self.size} processes has" if self.size > 2 else f"process {1 - self.rank} of 2 has"
         return Lost(f"{others} ended without a word: it was killed, or its machine is gone", None)

@@ -5,7 +5,7 @@ the tables some ids. The residual is whole everywhere: what attention and MLP gi
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -187,6 +187,8 @@ def _cut(found: list[Piece], left: list[Piece], whole: Mapping[str, tuple[int, .
 
 
 def read(view: Any, cut: Cut) -> Tensor:
-    """A tensor of a checkpoint as it is cut; `view` is its `get_slice`, and no more is read."""
-    parts: Iterable[Tensor] = [view[part] for part in cut.parts]
-    return torch.cat(parts, cut.dim) if len(parts) > 1 else parts[0]
+    """A tensor of a checkpoint as it is cut; `view` is its `get_slice`, and no more is read.
+
+    Always a copy: what the library gives may be a view, which would hold the memory of the whole.
+    """
+    return torch.cat([view[part] for part in cut.parts], cut.dim)
