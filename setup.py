@@ -19,7 +19,9 @@ DESCRIPTION = re.sub(r"\[([^]]+)\]\((?!https?://)[^)]+\)", r"\1", (ROOT / "READM
 LINT = ["ruff"]
 BENCH = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"]
+# Large, and used by an example alone: not among what the tests need.
+RAY = ["ray[data]>=2.50"]
 # The packaging tests build without isolation, so they need the build backend too.
 TEST = [
     "pytest>=8",
@@ -66,6 +68,7 @@ setup(
         "bench": BENCH,
         "eval": EVAL,
         "serve": SERVE,
+        "ray": RAY,
         "test": TEST,
         "lint": LINT,
         "dev": [*TEST, *LINT, "build"],
@@ -74,7 +77,7 @@ setup(
     package_dir=FOLDERS,
     # Named by suffix, so that a training checkpoint left in the folder is not shipped.
     package_data={
-        "dkv.tools.trace": ["*.html", "*.css", "*.js"],
+        **{package: ["*.html", "*.css", "*.js"] for package in ("dkv.tools.trace", "dkv.serving.page")},
         "dkv.models": [f"tiny*/*.{suffix}" for suffix in ("json", "jsonl", "safetensors", "txt")],
     },
     entry_points={

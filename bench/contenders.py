@@ -37,7 +37,9 @@ SETTINGS = (
     "entropy_form",
     "cfg_scale",
 )
-NAMES = ("cache", "steps", *SETTINGS)
+NAMES = ("cache", "steps", "weights", *SETTINGS)
+# Weights that a run may name, by the arguments of `dkv.load` that ask for them; others than those of the measurement.
+WEIGHTS = {"int8": {"weights": "int8"}, "bfloat16": {"dtype": "bfloat16"}}
 # How a setting is written in a label; others as name=value.
 LABELS = dict.fromkeys(("refresh", "window_center", "shift_rule", "confidence"), "{}")
 LABELS |= {"window": "w{}", "temperature": "t{}", "block_length": "b{}"}
@@ -52,16 +54,18 @@ class Contender:
         settings: of `dkv.DiffusionConfig`, but for `steps`.
         policy: name of the cache policy.
         steps: passes; a float is a share of the slots to fill; None: one per slot.
+        weights: of `WEIGHTS`; None: those of the measurement.
     """
 
     label: str
     settings: dict[str, Any]
     policy: str
     steps: int | float | None = None
+    weights: str | None = None
 
     def same_as(self, other: "Contender") -> bool:
         """Whether both do the same, whatever they are called."""
-        return (self.settings, self.steps) == (other.settings, other.steps)
+        return (self.settings, self.steps, self.weights) == (other.settings, other.steps, other.weights)
 
     def settings_for(self, new: int) -> dict[str, Any]:
         """Settings of `dkv.generate` for so many new slots."""
@@ -123,6 +127,9 @@ def _contender(asked: dict[str, Any]) -> Contender:
     steps = SHARES.get(steps, steps)
     if isinstance(steps, str) or (isinstance(steps, float) and not 0 < steps <= 1):
         raise ValueError(f"steps must be a whole number, a share up to 1, or {', '.join(SHARES)}, got {steps!r}")
+    weights = given.pop("weights", None)
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     name = given.pop("cache", "none")
     arguments = {key: given.pop(key) for key in list(given) if key in POLICY_OPTIONS}
     policy = policy_of({"name": name, **arguments})
@@ -135,7 +142,8 @@ def _contender(asked: dict[str, Any]) -> Contender:
     config = dkv.DiffusionConfig(**given, steps=None if isinstance(steps, float) else steps)
     settings = {key: value for key, value in config.to_diff_dict().items() if key in SETTINGS}
     words = [LABELS.get(key, f"{key}={{}}").format(value) for key, value in {**arguments, **settings}.items()]
+    words += [] if weights is None else [weights]
     if steps not in (None, 1.0):
         words.append(next((word for word, share in SHARES.items() if share == steps), f"steps {steps}"))
     label = " ".join([PLAIN if name == "none" else name, *words])
-    return Contender(label, {**settings, "cache": policy}, name, None if steps == 1.0 else steps)
+    return Contender(label, {**settings, "cache": policy}, name, None if steps == 1.0 else steps, weights)

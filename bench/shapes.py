@@ -93,5 +93,5 @@ def random_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype, std:
 
 def as_loaded(model: Transformer) -> Transformer:
     """A copy of the model as `dkv.load` would give it: packed where it packs, else with joined products."""
-    packs = model.device.type == "cpu" and model.dtype == torch.float32 and can_pack()
+    packs = model.device.type == "cpu" and can_pack(model.dtype)
     return (pack_ if packs else join_)(copy.deepcopy(model))

@@ -36,6 +36,7 @@ _MODULES = {
     "dkv.kernels": "use_backend",
     "dkv.integrations.hf_attention": "register",
     "dkv.serving.llm": "LLM Full",
+    "dkv.serving.mapping": "map",
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -16,15 +16,18 @@ from tqdm import tqdm
 
 from dkv.models.families import Family, family_of
 from dkv.models.files import Entry, damaged
-from dkv.models.folders import folder_of, read_config, read_headers
+from dkv.models.folders import TOKENIZER_FILES, folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
 from dkv.models.gemma import Gemma
+from dkv.models.gemma_spec import GemmaSpec
+from dkv.models.int8 import Int8Linear, check_int8
 from dkv.models.joining import join_
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.mixture import EXPERT_BIAS
 from dkv.models.packing import can_pack, check_packable, pack_
-from dkv.models.shards import Cut, read, share_
+from dkv.models.shards import Cut, device_of, read, share_
 from dkv.models.skeleton import fill, skeleton
+from dkv.models.spec import ModelSpec
 from dkv.models.special_ids import with_token_ids
 from dkv.models.tokenizer import with_vocab_limit
 from dkv.models.transformer import Transformer
@@ -34,7 +37,7 @@ from dkv.parallel import Ranks
 CODES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS.values(), strict=True))
 # Arguments of `load`, for the message that refuses another.
 NAMES = (
-    *("dtype", "device", "device_map", "torch_dtype", "pack", "subfolder"),
+    *("dtype", "device", "device_map", "torch_dtype", "pack", "weights", "subfolder"),
     *("family", "mask_token_id", "attention_block", "ranks"),
 )
 # Checkpoints of at least so many bytes show how far they are.
@@ -48,6 +51,7 @@ def load(
     torch_dtype: torch.dtype | str | None = None,
     pack: bool | None = None,
     *,
+    weights: str | None = None,
     family: str | None = None,
     mask_token_id: int | None = None,
     attention_block: int | None = None,
@@ -72,8 +76,12 @@ def load(
         torch_dtype: the older name of `dtype`.
         pack: hold the linear weights in the order in which a CPU multiplies them (`models/packing.py`): faster above
             all where few slots are active, but the weights cannot be moved, trained, quantised or saved by
-            `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can;
-            elsewhere weights that multiply the same states are joined (`models/joining.py`). False: plain layers.
+            `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can, or
+            bfloat16 on one with instructions for it; elsewhere weights that multiply the same states are joined
+            (`models/joining.py`). False: plain layers.
+        weights: "int8": those of all products as bytes, with a scale for each output, on a CPU with VNNI; activations
+            are rounded to bytes by token when they are multiplied, and are float32 elsewhere. A quarter of the memory,
+            faster, and not quite the same model: docs/devices.md says what is lost. None: of `dtype`.
         family: of the model, where its configuration does not tell: "stable_diffcoder" for a plain Llama one.
         mask_token_id: where neither the configuration nor the tokenizer beside it say it; counts before both.
         attention_block: slots of the blocks in which the model was trained, if not as its configuration says: for
@@ -102,11 +110,10 @@ def load(
     hub = hub_options(keywords, NAMES)
     if not (pack is None or isinstance(pack, bool)):
         raise ValueError(f"pack must be True, False or None, got {pack!r}")
-    wanted = one_dtype(dtype, torch_dtype)
-    device = one_device(device, device_map)
-    if ranks is not None and device not in (None, ranks.device):
-        raise ValueError(f"device={str(device)!r} does not go with ranks: dkv.parallel.start takes it")
-    device = usable(device) if ranks is None else ranks.device
+    if weights not in (None, "int8"):
+        raise ValueError(f'weights must be "int8" or None, got {weights!r}')
+    wanted, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
+    device = usable(device) if ranks is None else device_of(ranks, device, pack, weights)
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)
     kind, config = described(folder, family, mask_token_id, attention_block)
     entries = read_headers(folder)
@@ -114,8 +121,6 @@ def load(
     model.spec = with_vocab_limit(model.spec, folder)
     cuts: dict[str, Cut] = {}
     if ranks is not None:
-        if pack:
-            raise ValueError("pack=True is of whole models: leave it out where processes share one")
         pieces, cuts = share_(model, ranks, kind, pieces)
     # Files may hold more than the model has.
     entries = {name: entries[name] for name in pieces}
@@ -131,9 +136,13 @@ def load(
         if wanted is None and device.type == "cpu":
             target = torch.promote_types(target, torch.float32)
     own = isinstance(model, Gemma)
-    if own and pack:
-        raise ValueError("pack=True is of models that fill masks; DiffusionGemma computes with its weights as they are")
-    packs = device.type == "cpu" and target == torch.float32 and ranks is None and can_pack()
+    if own and (pack or weights):
+        named = "pack=True" if pack else f"weights={weights!r}"
+        raise ValueError(f"{named} is of models that fill masks; DiffusionGemma computes with its weights as they are")
+    if weights == "int8":
+        check_int8(wanted, device, pack)
+        target = torch.float32
+    packs = device.type == "cpu" and ranks is None and can_pack(target)
     if pack:
         check_packable("the model", target, device)
     fill(model, pieces, _read(entries, target, device, cuts))
@@ -142,6 +151,8 @@ def load(
         if pack is None:
             model.join_()
         return model
+    if weights == "int8":
+        return pack_(model, Int8Linear)
     if pack or (pack is None and packs):
         return pack_(model)
     if pack is None:
@@ -161,6 +172,18 @@ def described(
     config = read_config(folder)
     kind = family_of(config, family)
     return kind, with_token_ids(kind.told(config, mask_token_id, attention_block), folder)
+
+
+def spec_of(
+    path_or_id: str | os.PathLike,
+    family: str | None = None,
+    mask_token_id: int | None = None,
+    attention_block: int | None = None,
+) -> ModelSpec | GemmaSpec:
+    """What a model is, from its small files alone: no weight is read, or fetched from the hub; as for `load`."""
+    folder = folder_of(path_or_id, TOKENIZER_FILES)
+    kind, config = described(folder, family, mask_token_id, attention_block)
+    return with_vocab_limit(kind.spec(config), folder)
 
 
 def wrap(

@@ -126,6 +126,16 @@ def share_(model: Network, ranks: Ranks, family: Family, pieces: Pieces) -> tupl
     return left, cuts
 
 
+def device_of(ranks: Ranks, given: torch.device | None, pack: bool | None, weights: str | None) -> torch.device:
+    """Where a process has its part; ValueError: it was given otherwise, or what is of whole models is asked for."""
+    if given not in (None, ranks.device):
+        raise ValueError(f"device={str(given)!r} does not go with ranks: dkv.parallel.start takes it")
+    if pack or weights:
+        named = "pack=True" if pack else f"weights={weights!r}"
+        raise ValueError(f"{named} is of whole models: leave it out where processes share one")
+    return ranks.device
+
+
 def check_heads(spec: Any, processes: int) -> None:
     """Raise ValueError if the heads of some layer cannot be split over so many processes."""
     for kind in getattr(spec, "layers", [spec]):

@@ -122,8 +122,9 @@ def test_wheel_installs_dkv_alone_and_complete(python: Path, source: Path, tmp_p
     (wheel,) = tmp_path.glob("dkv-*.whl")
     shipped = set(zipfile.ZipFile(wheel).namelist())
     for folder, target in FOLDERS.items():
-        code = {f"{target}/{file.relative_to(source / folder)}" for file in (source / folder).rglob("*.py")}
-        assert code <= shipped
+        for kind in ("py", "html", "css", "js"):
+            code = {f"{target}/{file.relative_to(source / folder)}" for file in (source / folder).rglob(f"*.{kind}")}
+            assert code <= shipped
     weights = {
         f"dkv/models/{folder.name}/{file.name}"
         for folder in bundled
@@ -131,7 +132,7 @@ def test_wheel_installs_dkv_alone_and_complete(python: Path, source: Path, tmp_p
         if file.name != "checkpoint.pt"
     }
     # Five of each model, and the passages of `tiny-text`.
-    assert len(weights) == 21 and {name for name in shipped if "/tiny" in name} == weights
+    assert len(weights) == 26 and {name for name in shipped if "/tiny" in name} == weights
 
     install(python, wheel)
     site = site_packages(python)

@@ -4,13 +4,11 @@ The contenders take turns on every batch of problems, so that a machine that slo
 them. What a batch gave is a line of a file, and a repeated run takes up where the last one stopped.
 """
 
-import hashlib
-import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from dkv.bench.contenders import Contender
 from dkv.bench.lineup import PLAIN
 from dkv.bench.problems import Exam, Family, fingerprint
 from dkv.bench.timing import in_turn
-from dkv.common import files
-from dkv.common.bar import Bar, counted
+from dkv.common.bar import Bar
+from dkv.common.journal import Journal
+from dkv.models.digest import digest
 
 Row = dict[str, Any]
 LOG = "runs.jsonl"
@@ -29,7 +28,11 @@ LOG = "runs.jsonl"
 
 @dataclass(frozen=True)
 class Setting:
-    """What the figures of a file depend on, beside the contenders."""
+    """What the figures of a file depend on, beside the contenders.
+
+    Attributes:
+        others: the same model with other weights, by their names in `dkv.bench.contenders.WEIGHTS`.
+    """
 
     model: Any
     tokenizer: Any
@@ -37,6 +40,7 @@ class Setting:
     batch: int
     seed: int
     chat: bool = False
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def rounds(self) -> list[tuple[Family, int]]:
         """The batches: a family, and the place of the first problem; the first of all families, then the second."""
@@ -45,21 +49,14 @@ class Setting:
 
     def run(self, contender: Contender, family: Family, start: int) -> Row:
         """One batch by one contender."""
-        exam = Exam(self.model, self.tokenizer, family, self.chat)
+        model = self.model if contender.weights is None else self.others[contender.weights]
+        exam = Exam(model, self.tokenizer, family, self.chat)
         settings = {"seed": self.seed, **contender.settings_for(family.new)}
         output, marks = family.marked(exam, start, start + self.batch, **settings)
         stats = {name: getattr(output.stats, name) for name in ("seconds", "passes")}
         stats["computed_slots"] = output.stats.computed_work
         known = {"label": contender.label, "task": family.name, "start": start}
         return {**known, **marks, **stats, "tokens": output.stats.new_tokens}
-
-
-def digest(model: Any) -> str:
-    """Of the weights that are not packed, the table of embeddings and the norms among them."""
-    found = hashlib.blake2b(digest_size=8)
-    for parameter in model.parameters():
-        found.update(parameter.detach().flatten()[:4096].float().cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 def fixed(setting: Setting, facts: dict[str, Any]) -> dict[str, Any]:
@@ -76,37 +73,37 @@ class Log:
         plain_seconds: of plain decoding by (task, start, session), as times of two sessions are not compared.
 
     Raises:
+        BlockingIOError: another process has the file.
         ValueError: the file holds runs of another setting, or is damaged.
     """
 
     def __init__(self, folder: Path | None, setting: dict[str, Any]):
-        self.path = folder and folder / LOG
         self.runs: dict[tuple[str, str, int], Row] = {}
         self.plain_seconds: dict[tuple[str, int, float], float] = {}
-        if self.path is not None and self.path.exists():
-            self._read(setting)
-        elif self.path is not None:
-            files.write_json(self.path, {"setting": setting})
+        self._journal = folder and Journal(folder / LOG, "finished batch", "--out")
+        if self._journal:
+            try:
+                self._journal.begin(setting)
+                self._journal.read(self._keep)
+            except BaseException:
+                self.close()
+                raise
 
-    def _read(self, setting: dict[str, Any]) -> None:
-        # The last line has no end if the run was stopped while it was written.
-        lines = self.path.read_text("utf-8").split("\n")[:-1]
-        try:
-            head, *runs = map(json.loads, lines)
-            for run in runs:
-                self._keep(run)
-            found = head["setting"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is not a log of dkv eval: give another --out, or remove it") from error
-        if odd := [key for key in setting if found.get(key) != setting[key]]:
-            wrong = f"{odd[0]} {found.get(odd[0])!r}, not {setting[odd[0]]!r}"
-            raise ValueError(f"{self.path} has runs with {wrong}: give another --out, or remove it")
-        files.write_text(self.path, "\n".join([*lines, ""]))
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others have the file."""
+        if self._journal:
+            self._journal.close()
 
     def add(self, run: Row) -> None:
         self._keep(run)
-        if self.path is not None:
-            files.append_line(self.path, json.dumps(run))
+        if self._journal:
+            self._journal.add(run)
 
     def has(self, label: str) -> bool:
         """Whether the contender has had a batch."""
@@ -114,9 +111,7 @@ class Log:
 
     def kept(self) -> str:
         """What a stopped measurement leaves, and how to go on."""
-        if self.path is None:
-            return ""
-        return f"{counted(len(self.runs), 'finished batch')} kept in {self.path}: repeat the command to go on"
+        return self._journal.kept() if self._journal else ""
 
     def _keep(self, run: Row) -> None:
         self.runs[run["label"], run["task"], run["start"]] = run
@@ -182,7 +177,7 @@ def summary(contender: Contender, setting: Setting, log: Log) -> Row:
     return {
         "label": contender.label,
         "policy": contender.policy,
-        "settings": {**contender.settings, **told, "steps": contender.steps},
+        "settings": {**contender.settings, **told, "steps": contender.steps, "weights": contender.weights},
         **_answers(own, plain),
         **_texts(own, plain),
         "tokens_per_second": total["tokens"] / _typical(seconds),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dkv.bench.accuracy.frontier import ALIKE, Row, too_hard
-from dkv.bench.contenders import Contender
+from dkv.bench.contenders import WEIGHTS, Contender
 
 
 def lost(row: Row, points: float) -> bool:
@@ -73,4 +73,8 @@ def in_python(contender: Contender) -> str:
     if contender.steps is not None:
         share = isinstance(contender.steps, float)
         words.append(f"steps=round({contender.steps:g} * N)" if share else f"steps={contender.steps}")
-    return f"dkv.generate(model, **encoding, max_new_tokens=N, {', '.join(words)})"
+    loading = ""
+    if contender.weights is not None:
+        told = ", ".join(f"{name}={value!r}" for name, value in WEIGHTS[contender.weights].items())
+        loading = f"model = dkv.load(name, {told})\n"
+    return f"{loading}dkv.generate(model, **encoding, max_new_tokens=N, {', '.join(words)})"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dkv.cli import audit, bench, demo, eval, generate, infill, info, serve, suggest, trace, verify
+from dkv.cli import audit, bench, demo, eval, generate, infill, info, run, serve, suggest, trace, verify
 from dkv.cli.several import check_command
 from dkv.common import process
 from dkv.version import __version__
@@ -20,7 +20,7 @@ examples:
 
 exit codes:
   0    done
-  1    dkv verify or dkv audit found a fault
+  1    dkv verify or dkv audit found a fault; dkv run has lines without an answer
   2    bad input, or output that cannot be written; a line on standard error says which
   130  interrupted (Ctrl-C); a line on standard error says so, and what is kept
   141  nobody reads the output any more, as in dkv info | head -1
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="dkv", description=about, epilog=EXAMPLES, **form)
     parser.add_argument("--version", action="version", version=f"dkv {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for command in (generate, infill, serve, trace, demo, bench, eval, suggest, verify, info, audit):
+    for command in (generate, infill, run, serve, trace, demo, bench, eval, suggest, verify, info, audit):
         name = command.__name__.rpartition(".")[2]
         about = command.SUMMARY
         options = commands.add_parser(name, help=about, description=about, epilog=command.EXAMPLES, **form)
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default: those of the process.
 
     Returns:
-        The exit code: 0; 1 where `dkv verify` or `dkv audit` found a fault; 2 for bad input, or output that cannot
-        be written, with one line on standard error; 130 when interrupted, with one line; 141 when nobody reads the
-        output any more.
+        The exit code: 0; 1 where `dkv verify` or `dkv audit` found a fault, or lines of `dkv run` have failed; 2 for
+        bad input, or output that cannot be written, with one line on standard error; 130 when interrupted, with one
+        line; 141 when nobody reads the output any more.
     """
     words = [*map(str, sys.argv[1:] if argv is None else argv)]
     process.called("dkv")

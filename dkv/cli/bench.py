@@ -36,6 +36,7 @@ SHAPES = ("d128x4", "d512x8", "llada-8b", "dream-7b")
 OTHERS = {
     "floor": "a full and a cached step against their matrix products alone, by part",
     "mass": "what it costs to observe a pass: the attention that slots get, of all layers",
+    "weights": "bfloat16 and int8 weights on a CPU against packed float32, with plain decoding and Decode(8)",
     "growth": "time per generated slot for 64 to 2048 new slots, with the fitted exponents",
     "memory": "peak memory of a step against weights and buffer",
     "blocks": "block policies and a threshold (Fast-dLLM), one prompt at a time",
@@ -45,6 +46,7 @@ USES = {
     "comparison": ("prompt", "new", "steps", "rounds", "policies", "no_eager"),
     "floor": ("prompt", "new", "no_eager"),
     "mass": ("prompt", "new"),
+    "weights": ("prompt", "new", "steps", "rounds", "policies"),
     "growth": ("prompt",),
     "memory": ("prompt", "new", "steps", "policies", "no_eager"),
     "blocks": ("prompt", "new", "rounds", "policies", "no_eager"),

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dkv.cli.examining import add_problems, check_contenders, check_problems, loaded
+from dkv.cli.examining import add_problems, check_contenders, check_problems, loaded, with_other_weights
 from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
 from dkv.common import files, process
 
@@ -15,12 +15,14 @@ examples:
   dkv eval                                                  the bundled model on its tasks, in some minutes
   dkv eval --full --problems 500 --out results              the whole grid; repeat the command to go on
   dkv eval --run 'cache=decode refresh=2,4,8,16' --run 'steps=half,quarter'
+  dkv eval --run 'weights=int8,bfloat16' --run 'weights=int8 cache=decode refresh=8'   what fewer bits lose on a CPU
   dkv eval --run 'cache=greedy refresh=4 window=0,2,4,8 window_center=last' --tasks cells
   dkv eval --model GSAI-ML/LLaDA-8B-Instruct --data problems.jsonl --new-tokens 256 --chat --out results
   dkv eval --drift --out results                            how much keys and values change between steps
 
-A run names settings of dkv.DiffusionConfig and arguments of the policy; lists are multiplied out. Plain
-decoding is always among them, and losses are counted against it on the same problems. A line of FILE is
+A run names settings of dkv.DiffusionConfig and arguments of the policy, and weights where they are to differ from those
+of the model; lists are multiplied out. Plain decoding is always among them, and losses are counted against it on the
+same problems. A line of FILE is
 {"prompt": ..., "answer": ...}, with a "task" where there are several; answers are compared as whole texts. Without an
 "answer" what a run writes is judged by how likely the model itself finds it.
 Measure on an idle machine: all runs take turns on every batch.
@@ -104,9 +106,9 @@ def compare(args: argparse.Namespace) -> int:
     elif model.spec.shifted and args.runs is None:
         chosen = contenders((*runs, *lineup.SHIFTED))
     check_contenders(model, chosen)
-    setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
-    log = quality.Log(args.out, quality.fixed(setting, facts))
-    with files.beside(args.json):
+    others = with_other_weights(args, chosen)
+    setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat, others)
+    with quality.Log(args.out, quality.fixed(setting, facts)) as log, files.beside(args.json):
         print(report.machine_line(facts), flush=True)
         with process.keeping(log.kept):
             rows = quality.measure(setting, chosen, log)

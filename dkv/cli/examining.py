@@ -63,6 +63,15 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, list[Any], dict[str, Any
     return model, tokenizer, problems, facts
 
 
+def with_other_weights(args: argparse.Namespace, chosen: Sequence[Any]) -> dict[str, Any]:
+    """The model with the weights that runs name, by their names."""
+    import dkv
+    from dkv.bench.contenders import WEIGHTS
+
+    names = dict.fromkeys(contender.weights for contender in chosen if contender.weights is not None)
+    return {name: dkv.load(args.model, device=args.device, **WEIGHTS[name]) for name in names}
+
+
 def check_contenders(model: Any, chosen: Sequence[Any]) -> None:
     """Raise ValueError where a run does not go with the model: before hours of work, not in the middle of them."""
     from dkv.engine.config import DiffusionConfig

@@ -48,16 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-waiting", type=int, default=64, metavar="N", help=waiting)
     add("--max-choices", type=int, default=16, metavar="N", help="answers to one request (default: %(default)s)")
     add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of one request (default: %(default)s)")
+    drain = "how long clients may go on reading after SIGTERM or Ctrl-C (default: %(default)s)"
+    add("--drain-seconds", type=int, default=300, metavar="N", help=drain)
     generate.add_decoding(parser, new_tokens=128)
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
+        from dkv.serving.listen import server_of
         from dkv.serving.server import make_app
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "starlette", "uvicorn"):
+        if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
         raise ValueError(f"{error.name} is not installed: pip install 'dkv[serve]'") from None
     from dkv.core.validation import whole
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     key = os.environ.get("DKV_API_KEY") if args.api_key is None else args.api_key
     if key is not None and not (key and key.isascii() and key.isprintable()):
         raise ValueError("the API key must be printable ASCII, and not empty")
-    for name, least in (("max_waiting", 0), ("max_choices", 1), ("max_body", 1)):
+    for name, least in (("max_waiting", 0), ("max_choices", 1), ("max_body", 1), ("drain_seconds", 0)):
         whole(name, getattr(args, name), least)
     # Before a model is loaded: the address may be taken.
     with bound(args.host, args.port) as listening:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         if key is None and host not in ("127.0.0.1", "::1"):
             process.say("dkv serve: anybody who reaches this address may ask: --api-key asks for a key")
         # It handles the signals, and raises them again when it is done.
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listening])
+        server_of(app, args.drain_seconds).run([listening])
     return 0
 
 

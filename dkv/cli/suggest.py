@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from dkv.cli.examining import add_problems, check_contenders, check_problems, loaded
+from dkv.cli.examining import add_problems, check_contenders, check_problems, loaded, with_other_weights
 from dkv.cli.measuring import add_json, add_machine, check_counts, ready
 from dkv.common import files, process
 
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     if args.runs is None and model.spec.block_length is not None:
         chosen = contenders(lineup.in_blocks(lineup.SUGGESTED_IN_BLOCKS, model.spec.block_length))
     check_contenders(model, chosen)
-    setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat)
-    log = quality.Log(args.out, quality.fixed(setting, facts))
-    with files.beside(args.json):
+    others = with_other_weights(args, chosen)
+    setting = quality.Setting(model, tokenizer, problems, args.batch, args.seed, args.chat, others)
+    with quality.Log(args.out, quality.fixed(setting, facts)) as log, files.beside(args.json):
         print(report.machine_line(facts), flush=True)
         with process.keeping(log.kept):
             rows = quality.measure(setting, chosen, log, partial(suggest.lost, points=args.lose))

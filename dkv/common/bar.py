@@ -55,7 +55,9 @@ class Bar(tqdm):
             self.said = now
             what = getattr(self, "desc", "").removesuffix(": ")
             done = f"{self.n} of {counted(self.total, self.unit)}{f' ({what})' if what else ''}"
-            process.say(f"{process.name()}: {done}, {now - self.began:.0f} s")
+            spent = now - self.began
+            left = f", about {spent / self.n * (self.total - self.n):.0f} s left" if 0 < self.n < self.total else ""
+            process.say(f"{process.name()}: {done}, {spent:.0f} s{left}")
 
     def print(self, line: str) -> None:
         """Print a line at once, above the bar."""

@@ -47,10 +47,17 @@ def write_json(path: str | os.PathLike, content: Any, **form: Any) -> None:
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:
-    """Add a line to a file, in one go: it is there as a whole, or not at all unless the disk is full."""
+    """Add a line to a file, in one go: it is there as a whole, or not at all unless the disk is full.
+
+    Raises:
+        OSError: it cannot be written, or not as a whole.
+    """
+    left = f"{line}\n".encode("utf-8", "backslashreplace")
     with open(path, "ab", buffering=0) as file:
         try:
-            file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+            # A disk that fills up takes a part, and says so when the rest comes.
+            while left:
+                left = left[file.write(left) :]
         except OSError as error:
             raise type(error)(error.errno, error.strerror, str(path)) from error
 

@@ -193,31 +193,44 @@ def _unnamed(error: Exception) -> bool:
 @contextmanager
 def undoing(undo: Callable[[], object]) -> Iterator[None]:
     """Inside, a signal that ends the process calls `undo` first; any other end is left to the caller."""
-    before = {}
-    if _state.ours and not _state.undo:
-        # A handler runs when Python does, hence later than the default: there is one only where it is needed.
-        with suppress(ValueError):  # not the main thread
-            before = {s: signal.signal(s, _end) for s in ENDS if signal.getsignal(s) is signal.SIG_DFL}
-    _state.undo.append(undo)
-    try:
-        yield
-    finally:
-        _state.undo.remove(undo)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _ends_handled():
+        _state.undo.append(undo)
+        try:
+            yield
+        finally:
+            _state.undo.remove(undo)
 
 
 @contextmanager
 def keeping(note: Callable[[], str]) -> Iterator[None]:
-    """Inside, an interrupt says `note()`: what is kept of the work, and how to go on; nothing where it is empty."""
-    _state.notes.append(note)
+    """Inside, a signal that ends the process says `note()`: what is kept of the work, and how to go on.
+
+    Nothing is said where it is empty.
+    """
+    with _ends_handled():
+        _state.notes.append(note)
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            stop.args = (*stop.args, note())
+            raise
+        finally:
+            _state.notes.remove(note)
+
+
+@contextmanager
+def _ends_handled() -> Iterator[None]:
+    """Inside, signals that end the process by default are ours."""
+    before = {}
+    if _state.ours and not (_state.undo or _state.notes):
+        # A handler runs when Python does, hence later than the default: there is one only where it is needed.
+        with suppress(ValueError):  # not the main thread
+            before = {s: signal.signal(s, _end) for s in ENDS if signal.getsignal(s) is signal.SIG_DFL}
     try:
         yield
-    except KeyboardInterrupt as stop:
-        stop.args = (*stop.args, note())
-        raise
     finally:
-        _state.notes.remove(note)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interruption(notes: tuple[str, ...]) -> str:
@@ -234,25 +247,37 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     # A second one must not stop what the first began to undo, but it ends a wait for whoever reads the output.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _undo()
-    notes = []
-    for note in reversed(_state.notes):
-        with suppress(Exception):
-            notes.append(note())
+    notes = _notes()
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     with suppress(Exception):
         _state.judge(KeyboardInterrupt(), "interrupted")
-        if _state.mute:
-            os._exit(INTERRUPTED)
-        # Below what a progress bar or the terminal's ^C left in the line. Unbuffered, as a stream may be in use.
-        fresh = "\n" if os.isatty(2) else ""
-        os.write(2, f"{fresh}{_interruption(tuple(notes))}\n".encode(errors="backslashreplace"))
+    if not _state.mute:
+        _say_at_once(_interruption(notes))
     with suppress(Exception):
         sys.stdout.flush()
     os._exit(INTERRUPTED)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Undo, and die of the signal as by default."""
+    """Undo, say what is kept, and die of the signal as by default."""
     _undo()
+    if notes := list(filter(None, _notes())):
+        _say_at_once("; ".join([f"{_state.name}: ended by {signal.Signals(number).name}", *notes]))
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _notes() -> tuple[str, ...]:
+    """What is kept of the work."""
+    notes = []
+    for note in reversed(_state.notes):
+        with suppress(Exception):
+            notes.append(note())
+    return tuple(notes)
+
+
+def _say_at_once(line: str) -> None:
+    """A line below what a progress bar or the terminal's ^C left; unbuffered, as a stream may be in use."""
+    with suppress(Exception):
+        fresh = "\n" if os.isatty(2) else ""
+        os.write(2, f"{fresh}{line}\n".encode(errors="backslashreplace"))

@@ -1,31 +1,32 @@
 """Rows that sequences join and leave between two steps."""
 
 import copy
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dkv.core.kv_cache import KVCache
-from dkv.core.sequences import Sequences
+from dkv.core.sequences import Sequences, column
 from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending
 from dkv.engine.engine import Engine
 from dkv.engine.graphs import state_of
-from dkv.engine.inputs import checked_inputs
 from dkv.engine.noise import Noise
 from dkv.engine.run import ends_of, mask_id_of, pad_id
+from dkv.engine.settings import BY_ROW
 from dkv.engine.stages import Status, StepPlan
 
 
 class ContinuousBatch(Engine):
     """A generation whose rows are taken by one sequence after the other; each gets the tokens that it gets alone.
 
-    A sequence that joins is planned as a batch of one; what the engine of that batch keeps between two steps is then
-    written over what the row had. A row that nobody has is a finished one: nothing of it is computed.
+    Those that join are planned as a batch of their own; what the engine of that batch keeps between two steps is then
+    written over what their rows had. A row that nobody has is a finished one: nothing of it is computed.
 
     Args:
         model: from `dkv.load` or `dkv.wrap`.
@@ -34,6 +35,9 @@ class ContinuousBatch(Engine):
         processor: as for `Engine`.
         cache: where keys and values are kept, of at least so many rows and slots; those of rows that nobody has here
             may be another batch's.
+
+    What the host knows of a step, `status`, is read once, and says beside the rest which slot of a row is the first
+    without a token; `status.first`.
 
     Attributes:
         invalid_rows: in which any logits were no numbers in the last step; they are to be left.
@@ -59,80 +63,124 @@ class ContinuousBatch(Engine):
         self._nobody = Engine(**self._parts(model, config, nobody), graphs=False)
         nobody.masked.zero_()
         self._nobody.prepare()
-        for row in range(rows):
-            self.leave(row)
+        self._of_rows = [_rows_of(mine, one) for mine, one in _pairs(self, self._nobody)]
+        self.leave(0)
 
     def _unfilled(self, model: Any, config: DiffusionConfig, rows: int) -> Sequences:
-        """Rows that have all slots, all of them to fill: none needs a longer plan."""
-        slots = self._room[0]
-        every = torch.ones(rows, slots, dtype=torch.bool, device=model.device)
-        mask_id = mask_id_of(model, config)
-        return Sequences(torch.full_like(every, mask_id, dtype=torch.int64), every, every, mask_id, self._room)
+        """Rows that have all slots. The first one has them all to fill: none needs a longer plan."""
+        real = torch.ones(rows, self._room[0], dtype=torch.bool, device=model.device)
+        fill, mask_id = torch.zeros_like(real), mask_id_of(model, config)
+        fill[0] = True
+        return Sequences(torch.full_like(real, mask_id, dtype=torch.int64), real, fill, mask_id, self._room)
 
-    def _parts(self, model: Any, config: DiffusionConfig, rows: Sequences, seed: int = 0) -> dict[str, Any]:
+    def _parts(
+        self, model: Any, config: DiffusionConfig, rows: Sequences, seeds: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         """The arguments of an engine for such rows."""
         eos, batch = ends_of(model, config), len(rows.tokens)
         return {
             "model": model,
             "rows": rows,
             "config": config,
-            "noise": Noise([seed] * batch, rows),
+            "noise": Noise(seeds or [0] * batch, rows),
             "mask_id": mask_id_of(model, config),
             "pad_id": pad_id(model, config),
             "processor": self._processor,
             "ending": Ending(eos, None, batch, rows.tokens.device) if eos else None,
         }
 
-    def join(self, row: int, input_ids: Tensor, config: DiffusionConfig) -> None:
-        """Let a sequence have a row that nobody has.
+    def join(self, rows: Sequence[int], prompts: Sequence[Tensor], configs: Sequence[DiffusionConfig]) -> None:
+        """Let sequences have rows that nobody has; all of them, or where an error is raised none.
 
         Args:
-            row: which.
-            input_ids: [1, P], its prompt.
-            config: its settings, those of the batch but for `BY_ROW`; with a seed.
+            rows: which, one for each.
+            prompts: int64 [P] each, where the model is.
+            configs: the settings of each, which go with its prompt (`checked_inputs`): those of the batch but for
+                `BY_ROW`; with a seed.
 
         Raises:
-            ValueError, IndexError: the input or a setting is impossible, or asks for more than a row has.
+            ValueError: one asks for more than a row has.
         """
-        ids, mask = checked_inputs(self.model, input_ids, None, config)
-        budget, room = config.of_row("max_new_tokens", 0), self._room
-        extra = in_blocks.extras(self.model.spec, config, mask, [budget])
-        if (needed := slots_needed(self.model, ids, config)) > room[0]:
-            raise ValueError(
-                f"a prompt of {ids.shape[1]} tokens and its answer need {needed} slots, a row has {room[0]}"
-            )
-        rows = Sequences.after_prompts(ids, mask, [budget], self.mask_id, self.pad_id, extra, room)
-        alone = Engine(**self._parts(self.model, config, rows, config.of_row("seed", 0)), graphs=False)
-        if rows.timetable.most > room[1]:
-            raise ValueError(f"steps must be at most {room[1]} in rows of {room[0]} slots, got {config.steps}")
-        if not alone.numbers:  # It has nothing to fill.
+        alone = self._planned(prompts, configs)
+        try:
+            self._write(rows, alone, [len(prompt) for prompt in prompts])
+            self.note_rows()
+        except BaseException:
+            # As where there is no memory to grow into.
+            self._clear(rows)
+            raise
+
+    def _planned(self, prompts: Sequence[Tensor], configs: Sequence[DiffusionConfig]) -> Engine:
+        """Those that join as a batch of their own, before its first step."""
+        model, (slots, steps) = self.model, self._room
+        lengths, budgets = [len(prompt) for prompt in prompts], [c.of_row("max_new_tokens", 0) for c in configs]
+        ids = pad_sequence([*prompts], batch_first=True, padding_value=self.pad_id)
+        mask = torch.arange(ids.shape[1], device=ids.device) < column(lengths, ids.device)
+        extra = in_blocks.extras(model.spec, configs[0], mask, budgets)
+        for length, needed in zip(lengths, map(sum, zip(lengths, budgets, extra, strict=True)), strict=True):
+            if needed > slots:
+                raise ValueError(f"a prompt of {length} tokens and its answer need {needed} slots, a row has {slots}")
+        given = Sequences.after_prompts(ids, mask, budgets, self.mask_id, self.pad_id, extra, self._room)
+        config, seeds = _in_one(configs), [config.of_row("seed", 0) for config in configs]
+        alone = Engine(**self._parts(model, config, given, seeds), graphs=False)
+        if (most := given.timetable.most) > steps:
+            raise ValueError(f"steps must be at most {steps} in rows of {slots} slots, got {most}")
+        if not alone.numbers:  # They have nothing to fill.
             alone.prepare()
-        self._take(row, alone)
+        return alone
 
     def leave(self, row: int) -> None:
-        """Let nobody have a row any more, whether its sequence is finished or not."""
-        self._take(row, self._nobody)
+        """Let a row be nobody's, whether its sequence is finished or not. One that is finished need not be left."""
+        self._clear([row])
 
-    def _take(self, row: int, alone: Engine) -> None:
-        """Write what an engine of one row keeps between two steps over what a row has."""
-        for mine, theirs in _pairs(self, alone):
-            _of_row(mine, theirs, row).copy_(theirs)
+    def _clear(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._write([row], self._nobody, [0])
+        self.note_rows()
+
+    def _write(self, rows: Sequence[int], alone: Engine, first: Sequence[int]) -> None:
+        """Write what an engine keeps between two steps over what `rows`, one for each of its own, have."""
+        # By how many the branches are: those of a row lie so many rows of the batch apart.
+        batch, index = len(self.rows.tokens), {}
+        for (mine, theirs), place in zip(_pairs(self, alone), self._of_rows, strict=True):
+            if place is None:
+                mine.copy_(theirs)
+                continue
+            dim, branches = place
+            if branches not in index:
+                every = [row + branch * batch for branch in range(branches) for row in rows]
+                index[branches] = torch.tensor(every, device=mine.device)
+            mine.index_copy_(dim, index[branches], theirs)
         if self.planner.most is not None and alone.planner.most > self.planner.most:
             # A part of what was captured.
             self.planner.most, self.runner = alone.planner.most, self.runner and type(self.runner)(self)
-        self.rows.row_lengths[row], self.rows.to_fill[row] = alone.rows.row_lengths[0], alone.rows.to_fill[0]
-        for field in fields(Status):
-            mine, theirs = getattr(self.status, field.name), getattr(alone.status, field.name)
-            for own, other in zip(mine, theirs, strict=True) if field.name == "left" else [(mine, theirs)]:
-                if own is not None:
-                    own[row] = other[0]
-        self.note_rows()
+        status = replace(alone.status, first=first)
+        for number, row in enumerate(rows):
+            for name in ("row_lengths", "to_fill"):
+                getattr(self.rows, name)[row] = getattr(alone.rows, name)[number]
+            for field in fields(Status):
+                mine, theirs = getattr(self.status, field.name), getattr(status, field.name)
+                for own, other in zip(mine, theirs, strict=True) if field.name == "left" else [(mine, theirs)]:
+                    if own is not None:
+                        own[row] = other[number]
 
     def read_status(self) -> None:
         """Read what the host has to know of the next step, once."""
-        self.status = status = Status.after(self.next_plan)
+        # Of a row that has masks; a byte of each is its largest.
+        first = self.rows.masked.view(torch.uint8).argmax(1)
+        self.status = status = Status.after(self.next_plan, first)
         self.note_rows()
         self.invalid_rows = [row for row, invalid in enumerate(status.invalid) if invalid]
+
+
+def _in_one(configs: Sequence[DiffusionConfig]) -> DiffusionConfig:
+    """Settings of rows, which differ by row alone, as those of a batch."""
+    if len(configs) == 1:
+        return configs[0]
+    config = copy.copy(configs[0])
+    # As they are: each has been checked, and a list of a caller holds no None.
+    vars(config).update({name: [one.of_row(name, 0) for one in configs] for name in BY_ROW})
+    return config
 
 
 def slots_needed(model: Any, input_ids: Tensor, config: DiffusionConfig) -> int:
@@ -154,9 +202,10 @@ def _pairs(batch: Engine, alone: Engine) -> Iterator[tuple[Tensor, Tensor]]:
             yield mine, theirs
 
 
-def _of_row(batch: Tensor, alone: Tensor, row: int) -> Tensor:
-    """The part of a row, or of its branches: the dimension of the rows is the one in which the shapes differ."""
-    for dim, (all_rows, one) in enumerate(zip(batch.shape, alone.shape, strict=True)):
-        if all_rows != one:
-            return batch[(slice(None),) * dim + (slice(row, None, all_rows // one),)]
-    return batch
+def _rows_of(batch: Tensor, one: Tensor) -> tuple[int, int] | None:
+    """In which dimension the rows of a tensor are, and in how many branches; None: it is the same for any row.
+
+    The shape of the same tensor for `one` row tells. A batch of one row takes whatever there is.
+    """
+    differ = [(dim, alone) for dim, alone in enumerate(one.shape) if batch.shape[dim] != alone]
+    return differ[0] if differ else None

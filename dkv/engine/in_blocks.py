@@ -95,17 +95,19 @@ def extras(spec: ModelSpec, config: DiffusionConfig, prompts: Tensor, budgets: l
         prompts: bool [B, P], real tokens.
         budgets: new tokens, by row.
     """
+    return [extra(spec, config, prompt, new) for prompt, new in zip(prompts.sum(1).tolist(), budgets, strict=True)]
+
+
+def extra(spec: ModelSpec, config: DiffusionConfig, prompt: int, new: int) -> int:
+    """The same of one row, by the tokens of its prompt and its new ones."""
     rule = block_rule(spec, config)
     if rule is None:
-        return [0] * len(budgets)
+        return 0
     if config.schedule == "speculative":
-        return [spec.block_length] * len(budgets)
+        return spec.block_length
     # An edited row has a mask of its own for not being finished.
-    more = config.edit_threshold is not None
-    return [
-        rule.extra(prompt, new) + (more and new > 0)
-        for prompt, new in zip(prompts.sum(1).tolist(), budgets, strict=True)
-    ]
+    edited = config.edit_threshold is not None and new > 0
+    return rule.extra(prompt, new) + edited
 
 
 def plans_of(config: DiffusionConfig, rows: Sequences, rule: BlockRule | None, shifted: bool) -> list[list[Step]]:

@@ -151,13 +151,14 @@ class Run(Steps):
         )
 
     def _stats(self) -> Stats:
-        facts = {
-            **versions(),
-            "dtype": str(self.model.dtype),
-            "device": str(self.model.device),
-            "vocab_limit": self.engine.sampler.how["vocab_limit"],
-        }
-        return self.engine.snapshot(seed=self.seed, settings={**self.config.settings(), **facts})
+        return self.engine.snapshot(seed=self.seed, settings=circumstances(self.engine, self.config))
+
+
+def circumstances(engine: Any, config: DiffusionConfig) -> dict[str, Any]:
+    """Settings, versions, dtype and device: what the result of an engine depends on, beside its rows."""
+    model = engine.model
+    facts = {"dtype": str(model.dtype), "device": str(model.device), "vocab_limit": engine.sampler.how["vocab_limit"]}
+    return {**config.settings(), **versions(), **facts}
 
 
 def mask_id_of(model: Any, config: DiffusionConfig) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dkv.core.varlen import Segments
@@ -58,6 +59,7 @@ class Status:
         invalid: 1 in every row in which any logits were no numbers, else 0.
         visible: slots that the next pass may compute and see, by row; None: all that a row has.
         left: slots that go on after each cut of the policy, by cut and row.
+        first: the first slot without a token, by row, of a row that has one; None: nobody asks.
     """
 
     active: list[int]
@@ -67,13 +69,16 @@ class Status:
     invalid: list[int]
     visible: list[int] | None = None
     left: Sequence[list[int]] = ()
+    first: list[int] | None = None
 
     @classmethod
-    def after(cls, plan: StepPlan) -> "Status":
-        """Read the report of a plan."""
-        lines = plan.report.tolist()
+    def after(cls, plan: StepPlan, first: Tensor | None = None) -> "Status":
+        """Read the report of a plan, and with it the `first` [B] slots without a token, if they are asked for."""
+        report = plan.report if first is None else torch.cat((plan.report, first[None]))
+        lines = report.tolist()
+        firsts = None if first is None else lines.pop()
         more = 5 if plan.hidden is None else 6
-        return cls(*lines[:5], lines[5] if more > 5 else None, lines[more:])
+        return cls(*lines[:5], lines[5] if more > 5 else None, lines[more:], firsts)
 
 
 @dataclass(frozen=True)

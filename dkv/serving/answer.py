@@ -6,12 +6,13 @@ import traceback
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
-from dkv.serving.llm import Full
+from dkv.serving.draft import Drafted, Watch
 from dkv.serving.protocol import Asked, Served
 from dkv.serving.replies import Refusal, usage
 from dkv.serving.request import CANCELLED, FAILED, FINISHED
-from dkv.serving.worker import REFUSED, Job, Stopped, Told, Worker
+from dkv.serving.worker import REFUSED, Crowded, Job, Stopped, Told, Worker
 from dkv.serving.written import Written
 
 LOG = logging.getLogger("dkv.serving")
@@ -23,7 +24,7 @@ class Answer:
     Of each choice the last thing told is kept, and no more: a reader that is slow costs no memory.
 
     Raises:
-        Full, Stopped: the worker does not take it.
+        Crowded, Stopped: the worker does not take it.
     """
 
     def __init__(self, worker: Worker, asked: Asked, served: Served):
@@ -32,10 +33,12 @@ class Answer:
         self._news = asyncio.Event()
         self._read = sum(map(len, asked.prompts))
         self.written = [Written(served.tokenizer, served.ends, asked.stops) for _ in asked.configs]
-        watched = asked.stream or bool(asked.stops)
+        heard, mask_id = asked.stream or bool(asked.stops), served.spec.mask_token_id
         self._jobs = [
-            Job(ids, config, partial(self._hear, number), watched) for number, (ids, config) in enumerate(asked.choices)
+            Job(ids, config, partial(self._hear, number), heard, Watch(mask_id) if asked.draft else None)
+            for number, (ids, config) in enumerate(asked.choices)
         ]
+        self._drafted = [Drafted(served.tokenizer, served.spec, len(ids)) for ids, _ in asked.choices]
         worker.submit(self._jobs)
 
     def _hear(self, number: int, told: Told) -> None:
@@ -63,8 +66,8 @@ class Answer:
             if told.state == REFUSED:
                 raise _refusal(told)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
-        """What is new: the number of a choice, text, and with the last text why it ended.
+    async def pieces(self) -> AsyncIterator[tuple[int, str, str | None, dict[str, Any] | None]]:
+        """What is new: the number of a choice, text, with the last one why it ended, and the draft if it was asked for.
 
         Raises:
             Refusal: it failed, or was cancelled.
@@ -82,8 +85,11 @@ class Answer:
                 text = written.take(one.tokens, last=one.state == FINISHED)
                 if written.finish is not None and one.state != FINISHED:
                     self._worker.cancel([self._jobs[number]])
-                if text or written.finish is not None:
-                    yield number, text, written.finish
+                draft = one.draft and self._drafted[number].take(one.draft, len(one.tokens))
+                if draft is not None and one.state == FINISHED:
+                    draft["stats"] = self._jobs[number].request.stats.to_dict()
+                if text or draft is not None or written.finish is not None:
+                    yield number, text, written.finish, draft
 
     def leave(self) -> None:
         """Let go of what is not finished."""
@@ -108,8 +114,8 @@ def refusal_of(error: Exception) -> Refusal:
     """What a client is told of an error. Faults are logged, without their messages: a prompt may be in them."""
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, Full):
-        return Refusal(429, str(error), code="queue_full", **{"Retry-After": "1"})
+    if isinstance(error, Crowded):
+        return Refusal(429, str(error), code="queue_full", **{"Retry-After": str(error.seconds)})
     if isinstance(error, Stopped):
         return Refusal(503, str(error), code="stopped")
     where = "".join(traceback.format_tb(error.__traceback__))

@@ -8,6 +8,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +18,17 @@ from dkv.common.bar import Bar
 from dkv.core.kv_cache import KVCache
 from dkv.core.validation import whole
 from dkv.engine.config import DiffusionConfig
-from dkv.engine.continuous import ContinuousBatch, slots_needed
 from dkv.engine.generate import config_of
-from dkv.engine.inputs import checked_inputs
-from dkv.engine.run import drawn_seeds, listed_processors
-from dkv.engine.settings import BY_ROW
+from dkv.engine.output import Stats
+from dkv.engine.run import circumstances, mask_id_of
 from dkv.models.gemma import Gemma
 from dkv.serving import memory
-from dkv.serving.request import CANCELLED, FAILED, FINISHED, RUNNING, Request
+from dkv.serving.checked import checked
+from dkv.serving.request import CANCELLED, FAILED, RUNNING, Request
+from dkv.serving.sharing import Sharing
 
 # Batches of other settings that are kept without a request, for the next ones like theirs.
 MOST_IDLE = 4
-# What a generation can give beside its tokens, and a request cannot.
-RECORDS = ("output_history", "output_active", "output_confidences", "output_logits")
 
 
 class Full(RuntimeError):
@@ -86,8 +85,7 @@ class LLM:
         self._cache = KVCache(self.rows, self.max_length, grows=model.spec.attention != "full")
         self._free = deque(range(self.rows))
         self._waiting: deque[Request] = deque()
-        self._batches: dict[str, ContinuousBatch] = {}
-        self._running: dict[str, dict[int, Request]] = {}
+        self._batches: dict[str, Sharing] = {}
         self._count = 0
 
     @property
@@ -99,6 +97,15 @@ class LLM:
     def running(self) -> int:
         """Requests with a row."""
         return self.rows - len(self._free)
+
+    def work(self, config: DiffusionConfig) -> list[Stats]:
+        """What the passes of each set of settings that is kept have cost; tokens and seconds are those of requests.
+
+        Args:
+            config: with the settings to be told.
+        """
+        batches = [sharing.batch for sharing in self._batches.values()]
+        return [replace(batch.stats, settings=circumstances(batch, config)) for batch in batches]
 
     @torch.no_grad()
     def add(
@@ -131,36 +138,41 @@ class LLM:
     def _request(self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict) -> Request:
         """A request that can be, which does not wait yet."""
         config = config_of(given or self.config, settings)
-        for name in RECORDS:
-            if getattr(config, name):
-                raise ValueError(f"{name} does not go with requests, which tell their tokens alone: use dkv.generate")
-        if config.schedule == "speculative":
-            raise ValueError('schedule="speculative" does not go with requests yet: use dkv.generate')
-        ids, _ = checked_inputs(self.model, _one_row(input_ids, self.model), None, config)
-        needed = slots_needed(self.model, ids, config)
-        if needed > self.max_length:
-            raise ValueError(
-                f"a prompt of {ids.shape[1]} tokens and its answer need {needed} slots, and a row has "
-                f"{self.max_length}: give fewer tokens, or make the LLM with a larger max_length"
-            )
-        config.update(seed=drawn_seeds(config.seed, 1, None))
+        request = checked(self._count, self.model, input_ids, config, processor, self.max_length)
         self._count += 1
-        request = Request(self._count - 1, ids, config, listed_processors(processor))
-        shared = {name: value for name, value in config.settings().items() if name not in (*BY_ROW, "max_length")}
-        request.key = repr((shared, None if request.processor is None else request.number))
         return request
 
     @torch.no_grad()
     def step(self) -> list[Request]:
         """Give free rows to those that wait, and take a step with all that have one; returns those that ended."""
-        ended: list[Request] = []
-        while self._free and self._waiting:
-            self._start(self._waiting.popleft(), ended)
-        for key, batch in self._batches.items():
-            if self._running[key]:
-                ended += self._step(key, batch)
+        ended = self._start()
+        for sharing in self._batches.values():
+            if sharing.running:
+                ended += sharing.step()
         self._forget()
         return ended
+
+    def _start(self) -> list[Request]:
+        """Give free rows to those that wait, first come first served; returns those that failed."""
+        starting: dict[str, list[Request]] = {}
+        for _ in range(min(len(self._free), self.waiting)):
+            request = self._waiting.popleft()
+            starting.setdefault(request.key, []).append(request)
+        return [failed for key, requests in starting.items() for failed in self._joined(key, requests)]
+
+    def _joined(self, key: str, requests: list[Request]) -> list[Request]:
+        """Let requests of the same settings share passes; returns those that failed."""
+        if key not in self._batches:
+            # With guidance a row has keys and values in two branches.
+            cache = None if requests[0].config.cfg_scale else self._cache
+            try:
+                self._batches[key] = Sharing(self.model, self.rows, self.max_length, requests[0], cache, self._free)
+            except Exception as error:
+                # As of a device without memory for the state of other settings: those that run go on.
+                for request in requests:
+                    request.end(FAILED, error=error)
+                return requests
+        return self._batches[key].start(requests)
 
     def cancel(self, request: Request) -> None:
         """Let a request go; nothing happens to one that is done."""
@@ -168,18 +180,30 @@ class LLM:
             self._waiting.remove(request)
             request.end(CANCELLED)
         elif request.state == RUNNING:
-            self._end(request, CANCELLED, tokens=self.draft(request))
+            self._batches[request.key].end(request, CANCELLED, tokens=self.draft(request))
 
     def draft(self, request: Request) -> Tensor:
-        """int64 [new] on the CPU: what stands on the canvas of a request, the mask id where there is no token yet."""
-        if request.tokens is not None:
-            return request.tokens
-        start, new = request.input_ids.shape[1], request.new
-        if request.row is None:
-            mask_id = request.config.mask_token_id
-            return torch.full((new,), self.model.spec.mask_token_id if mask_id is None else mask_id)
-        batch = self._batches[request.key]
-        return batch.rows.tokens[request.row, start : start + new].to("cpu", copy=True)
+        """`drafts` of one request."""
+        return self.drafts([request])[0]
+
+    def drafts(self, requests: Sequence[Request]) -> list[Tensor]:
+        """int64 [new] each on the CPU: what stands on the canvases now, the mask id where there is no token yet.
+
+        Of those that run the tokens are read from the device, once for all that share passes; `request.settled` tells
+        without a read whether there are more of those that stay. Of others nothing is read.
+        """
+        running: dict[str, list[Request]] = {}
+        for request in requests:
+            if request.state == RUNNING:
+                running.setdefault(request.key, []).append(request)
+        found = {request: request.tokens for request in requests}
+        for key, some in running.items():
+            found.update(zip(some, self._batches[key].drafts(some), strict=True))
+        return [self._empty(request) if found[request] is None else found[request] for request in requests]
+
+    def _empty(self, request: Request) -> Tensor:
+        """A canvas without a token."""
+        return torch.full((request.new,), mask_id_of(self.model, request.config))
 
     def generate(
         self,
@@ -219,81 +243,8 @@ class LLM:
                 bar.update(len(done))
         return asked
 
-    def _start(self, request: Request, ended: list[Request]) -> None:
-        """Give a request a free row."""
-        row, key = self._free.popleft(), request.key
-        request.state, request.row, request.stats.started = RUNNING, row, time.perf_counter()
-        try:
-            if key not in self._batches:
-                # With guidance a row has keys and values in two branches.
-                cache = None if request.config.cfg_scale else self._cache
-                size = self.model, self.rows, self.max_length, request.config, request.processor
-                self._batches[key], self._running[key] = ContinuousBatch(*size, cache=cache), {}
-            self._batches[key].join(row, request.input_ids, request.config)
-            self._running[key][row] = request
-        except Exception as error:
-            # Of the request, or of a device without memory: others go on.
-            self._free.append(row)
-            request.end(FAILED, error=error)
-            ended.append(request)
-
-    def _step(self, key: str, batch: ContinuousBatch) -> list[Request]:
-        """A step of the requests with these settings; returns those that ended."""
-        running, error = self._running[key], None
-        try:
-            if batch.numbers:
-                batch.step()
-        except Exception as raised:
-            # A processor's own, which has passes of its own; or a device's, which all meet.
-            error = raised
-        ended, going = [], set(batch.numbers)
-        for row, request in list(running.items()):
-            request.stats.passes += 1
-            if error is not None or row in batch.invalid_rows:
-                self._end(request, FAILED, error=error or ValueError(batch.sampler.suspects()))
-            elif row not in going:
-                # What ends a last block is filled with it, and not shown.
-                filled = batch.rows.to_fill[row] - batch.status.cut[row]
-                request.stats.new_tokens = min(filled, request.new)
-                self._end(request, FINISHED, tokens=self.draft(request))
-            if request.done:
-                ended.append(request)
-        self._note_first_tokens(batch, running)
-        return ended
-
-    def _note_first_tokens(self, batch: ContinuousBatch, running: Mapping[int, Request]) -> None:
-        """See which requests have a token in their first slot to fill by now."""
-        without = [(row, request) for row, request in running.items() if request.stats.first_token is None]
-        if not without:
-            return
-        rows, slots = ([*x] for x in zip(*((row, r.input_ids.shape[1]) for row, r in without), strict=True))
-        masked, now = batch.rows.masked[rows, slots].tolist(), time.perf_counter()
-        for (_, request), waits in zip(without, masked, strict=True):
-            request.stats.first_token = None if waits else now
-
-    def _end(self, request: Request, state: str, **how: Any) -> None:
-        """Take the row of a request, which may be the next one's."""
-        row = request.row
-        self._batches[request.key].leave(row)
-        del self._running[request.key][row]
-        self._free.append(row)
-        request.end(state, **how)
-        if state == FINISHED and request.stats.first_token is None:
-            request.stats.first_token = request.stats.ended
-
     def _forget(self) -> None:
         """Let go of batches that nobody asks, but for the last ones."""
-        idle = [key for key, running in self._running.items() if not running]
+        idle = [key for key, sharing in self._batches.items() if not sharing.running]
         for key in idle[: max(len(idle) - MOST_IDLE, 0)]:
-            del self._batches[key], self._running[key]
-
-
-def _one_row(input_ids: Any, model: Any) -> Tensor:
-    """A prompt as a tensor [1, P] where the model is."""
-    if isinstance(input_ids, Mapping):
-        input_ids = input_ids.get("input_ids")
-    ids = input_ids if isinstance(input_ids, Tensor) else torch.tensor(list(input_ids), dtype=torch.int64)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or len(ids) != 1:
-        raise ValueError(f"input_ids must be one prompt, [P] or [1, P], got {list(ids.shape)}: add them one by one")
-    return ids.to(model.device)
+            del self._batches[key]

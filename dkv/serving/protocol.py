@@ -11,13 +11,13 @@ from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import config_of
 from dkv.engine.settings import DEFAULTS
 from dkv.policies import POLICY_OPTIONS, joined_policy
-from dkv.serving.llm import RECORDS
+from dkv.serving.checked import RECORDS
 from dkv.serving.replies import Refusal
 from dkv.tools.text import end_ids, ids_of
 
 MOST_STOPS, LONGEST_STOP = 4, 256
 ROLES = ("system", "user", "assistant")
-COMMON = ("model", "n", "stream", "stream_options", "stop", "max_tokens", "user", "metadata")
+COMMON = ("model", "n", "stream", "stream_options", "draft", "stop", "max_tokens", "user", "metadata")
 # What a talk and a prompt have of their own.
 OWN = {True: ("messages", "max_completion_tokens"), False: ("prompt",)}
 # Settings that are the server's, or have a field of OpenAI's name.
@@ -81,6 +81,7 @@ class Asked:
         configs: settings of every choice: those of the first prompt, then those of the next.
         stops: strings that end an answer.
         stream, usage: whether it is told in pieces, the last one with what was read and written.
+        draft: whether every piece has the whole draft.
     """
 
     prompts: list[list[int]]
@@ -88,6 +89,7 @@ class Asked:
     stops: list[str]
     stream: bool
     usage: bool
+    draft: bool
 
     @property
     def choices(self) -> list[tuple[list[int], DiffusionConfig]]:
@@ -129,7 +131,9 @@ def asked(fields: dict[str, Any], chat: bool, served: Served) -> Asked:
         given = "model is missing" if "model" not in fields else f"there is no model {fields['model']!r}"
         raise Refusal(404, f"{given}: this server has {served.name!r}", "model", "model_not_found")
     n, stream = _whole(fields, "n", 1, served.max_choices), _flag(fields, "stream")
-    stops = _stops(fields.get("stop"))
+    draft, stops = _flag(fields, "draft"), _stops(fields.get("stop"))
+    if draft and not stream:
+        raise Refusal(400, "a draft is told in the pieces of a stream: ask for stream as well", "draft")
     prompts = [_talk(fields, served)] if chat else _prompts(fields, served)
     if len(prompts) * n > served.max_choices:
         raise Refusal(400, f"{len(prompts)} prompts with n {n} are more than {served.max_choices} answers", "prompt")
@@ -148,7 +152,7 @@ def asked(fields: dict[str, Any], chat: bool, served: Served) -> Asked:
     options = fields.get("stream_options", {})
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise Refusal(400, "stream_options must be an object with include_usage", "stream_options")
-    return Asked(prompts, configs, stops, stream, _flag(options, "include_usage"))
+    return Asked(prompts, configs, stops, stream, _flag(options, "include_usage"), draft)
 
 
 def _check_names(fields: dict[str, Any], chat: bool) -> None:

@@ -61,13 +61,16 @@ class Reply:
         """The first piece of a choice, if it has one of its own."""
         return self._piece(number, {"role": "assistant", "content": ""}, None) if self._chat else None
 
-    def piece(self, number: int, text: str, finish: str | None) -> str:
-        """A piece of the text of a choice; with the last one, why it ended."""
-        return self._piece(number, {"content": text} if text else {}, finish, text)
+    def piece(self, number: int, text: str, finish: str | None, draft: dict[str, Any] | None = None) -> str:
+        """A piece of the text of a choice; with the last one, why it ended. A draft stands in a field of our own."""
+        return self._piece(number, {"content": text} if text else {}, finish, text, draft)
 
-    def _piece(self, number: int, delta: dict[str, str], finish: str | None, text: str = "") -> str:
+    def _piece(
+        self, number: int, delta: dict[str, str], finish: str | None, text: str = "", draft: dict | None = None
+    ) -> str:
         said = {"delta": delta} if self._chat else {"text": text}
-        return self._event([{"index": number, **said, "logprobs": None, "finish_reason": finish}], None)
+        own = {} if draft is None else {"dkv": draft}
+        return self._event([{"index": number, **said, "logprobs": None, "finish_reason": finish, **own}], None)
 
     def end(self, usage: dict[str, int]) -> str:
         """What comes after all pieces."""

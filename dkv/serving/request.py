@@ -16,8 +16,8 @@ class RequestStats:
     """When a request came, and how it went on; in seconds of a monotonic clock.
 
     Attributes:
-        arrived, started, first_token, ended: when it was added, was given a row, had a token in its first slot to fill,
-            and was finished, cancelled or failed; None: not yet.
+        arrived, started, first_token, ended: when it was added, was given a row, had a token in its first slot to fill
+            (finished, where there is none), and was finished, cancelled or failed; None: not yet.
         passes: in which it had slots to fill.
         new_tokens: slots filled; without those beyond an end token.
     """
@@ -74,7 +74,11 @@ class Request:
         error: why it failed.
         stats: `RequestStats`.
         row: which it has, while it runs.
+        settled: how many of its new tokens stand before the first slot without one. They stay as they are, but where
+            `edit_threshold` lets them change.
         key: what it has in common with those that share its passes.
+        watched: whether `computed` is kept; whoever wants it sets this.
+        computed: bool [P + new], the slots that its last step computed; None: it had none, or is not watched.
     """
 
     number: int
@@ -86,7 +90,20 @@ class Request:
     error: Exception | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     row: int | None = None
+    settled: int = 0
     key: str = ""
+    watched: bool = False
+    computed: Tensor | None = None
+
+    @property
+    def start(self) -> int:
+        """The first slot to fill."""
+        return self.input_ids.shape[1]
+
+    @property
+    def stop(self) -> int:
+        """The slot after the last one that it asks for."""
+        return self.start + self.new
 
     @property
     def new(self) -> int:
@@ -97,6 +114,12 @@ class Request:
     def done(self) -> bool:
         """Whether it is finished, cancelled or failed."""
         return self.state not in (WAITING, RUNNING)
+
+    def settle(self, first: int, now: float) -> None:
+        """Note which slot is the first without a token, or `stop`, at a time."""
+        self.settled = min(first, self.stop) - self.start
+        if self.settled > 0 and self.stats.first_token is None:
+            self.stats.first_token = now
 
     def end(self, state: str, tokens: Tensor | None = None, error: Exception | None = None) -> None:
         """Note that nothing more comes."""

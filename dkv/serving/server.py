@@ -10,17 +10,21 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dkv.serving.answer import Answer, refusal_of
 from dkv.serving.llm import LLM
+from dkv.serving.metrics import Metrics
+from dkv.serving.page import page
 from dkv.serving.protocol import Served, asked, fields_of
 from dkv.serving.replies import Refusal, Reply, event
 from dkv.serving.worker import Worker, describe
 
 # What is beyond the largest body is read and dropped up to so many times its size, so that the client hears why.
 DROPPED = 8
+# A body that has not come by then is not waited for: it would hold its connection for ever.
+BODY_SECONDS = 60
 
 
 def make_app(llm: LLM, served: Served, *, max_waiting: int = 64, api_key: str | None = None) -> FastAPI:
@@ -35,7 +39,9 @@ def make_app(llm: LLM, served: Served, *, max_waiting: int = 64, api_key: str | 
     server = _Server(llm, served, max_waiting, api_key)
     app = FastAPI(lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
+    app.add_api_route("/", server.page, methods=["GET", "HEAD"])
     app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/metrics", server.counts, methods=["GET"])
     for path, answer, method in (
         ("/v1/models", server.models, "GET"),
         ("/v1/models/{name:path}", server.model, "GET"),
@@ -58,16 +64,21 @@ class _Server:
         self.served, self._llm, self._max_waiting = served, llm, max_waiting
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._created = int(time.time())
+        self._page = page(served, has_key=api_key is not None)
         # One thread: a tokenizer is not made for several at a time.
         self._checking = ThreadPoolExecutor(1, "dkv-checks")
         self._watching: set[asyncio.Task] = set()
         self.worker: Worker
+        self.metrics: Metrics
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.worker = Worker(self._llm, self._max_waiting)
+        self.metrics = Metrics(self.worker)
+        self.worker.on_end = self.metrics.note_end
         yield
-        await asyncio.to_thread(self.worker.drain)
+        # All connections are closed by now: nobody reads what is still open.
+        await asyncio.to_thread(self.worker.stop)
         self._checking.shutdown()
 
     def guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -76,9 +87,11 @@ class _Server:
         async def route(request: Request) -> Response:
             try:
                 self._check_key(request)
-                return await answer(request)
+                response = await answer(request)
             except Exception as error:
-                return _refused(refusal_of(error))
+                response = _refused(refusal_of(error))
+            self.metrics.note_response(request.scope["route"].path, response.status_code)
+            return response
 
         return route
 
@@ -88,9 +101,16 @@ class _Server:
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise Refusal(401, message, code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
 
+    async def page(self) -> Response:
+        text, headers = self._page
+        return HTMLResponse(text, headers=headers)
+
     async def health(self) -> Response:
         told = describe(self.worker)
         return _json({**told, "model": self.served.name}, 200 if told["status"] == "ok" else 503)
+
+    async def counts(self) -> Response:
+        return Response(self.metrics.text(), media_type=self.metrics.kind)
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._about()]})
@@ -111,7 +131,10 @@ class _Server:
         return await self._answered(request, chat=False)
 
     async def _answered(self, request: Request, chat: bool) -> Response:
-        body = await _body(request, self.served.max_body)
+        try:
+            body = await asyncio.wait_for(_body(request, self.served.max_body), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body has not come within {BODY_SECONDS} seconds") from None
         loop = asyncio.get_running_loop()
         wanted = await loop.run_in_executor(self._checking, lambda: asked(fields_of(body), chat, self.served))
         answer = Answer(self.worker, wanted, self.served)
@@ -150,8 +173,8 @@ async def _events(answer: Answer, reply: Reply) -> AsyncIterator[str]:
         for number in range(len(answer.written)):
             if (begin := reply.begin(number)) is not None:
                 yield begin
-        async for number, text, finish in answer.pieces():
-            yield reply.piece(number, text, finish)
+        async for number, text, finish, draft in answer.pieces():
+            yield reply.piece(number, text, finish, draft)
         yield reply.end(answer.usage)
     except Exception as error:
         answer.leave()

@@ -1,20 +1,37 @@
 """A thread that owns an `LLM`, and steps it while there is work."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dkv.engine.config import DiffusionConfig
-from dkv.serving.llm import LLM, Full
-from dkv.serving.request import CANCELLED, FAILED, Request
+from dkv.serving.draft import Draft, Watch
+from dkv.serving.llm import LLM
+from dkv.serving.request import CANCELLED, FAILED, FINISHED, Request
 
 # Beside the states of a request: it never became one.
 REFUSED = "refused"
+# Of the time that answers take, what the last one is worth in the mean; and the most that a client is told to wait.
+NEWEST, LONGEST_WAIT = 0.2, 60
 
 
 class Stopped(RuntimeError):
     """The thread takes no more work: it ends, or has failed."""
+
+
+class Crowded(RuntimeError):
+    """There is no room for more work.
+
+    Args:
+        message: one sentence.
+        seconds: after which it may be worth asking again.
+    """
+
+    def __init__(self, message: str, seconds: int):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -25,11 +42,13 @@ class Told:
         state: of its request, or `REFUSED`.
         tokens: the new ones before its first mask, which stay as they are; of a finished one all.
         error: why it was refused, or failed.
+        draft: the whole answer as it stands, for a job that asked for it.
     """
 
     state: str
     tokens: Sequence[int] = ()
     error: BaseException | None = None
+    draft: Draft | None = None
 
 
 @dataclass(eq=False)
@@ -41,15 +60,28 @@ class Job:
         config: its settings.
         tell: called on the thread when the request was taken or refused, when it ended, and with `drafts` whenever more
             tokens stand before the first mask. It must return at once, and raise nothing.
-        drafts: whether it wants to hear before the end. Every one costs a copy from the device in every step.
+        drafts: whether it wants to hear before the end.
+        watch: of the whole draft, if it wants to hear of it in every step.
+        told: tokens before the first mask that were told of.
     """
 
     input_ids: Sequence[int]
     config: DiffusionConfig
     tell: Callable[[Told], None]
     drafts: bool = False
+    watch: Watch | None = None
     request: Request | None = None
-    settled: int = 0
+    told: int = 0
+
+    @property
+    def settled(self) -> int:
+        """How many tokens stay as they are. What may be edited does not stand before its end."""
+        return 0 if self.request.config.edit_threshold is not None else self.request.settled
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it wants to hear of the step that was taken."""
+        return self.request.row is not None and (self.watch is not None or (self.drafts and self.settled > self.told))
 
 
 class Worker:
@@ -61,11 +93,14 @@ class Worker:
 
     Attributes:
         error: why the thread ended, if it was not told to.
+        on_end: called on the thread with every job that has ended and what is told of it.
     """
 
     def __init__(self, llm: LLM, max_waiting: int):
         self.llm, self.room = llm, llm.rows + max_waiting
         self.error: BaseException | None = None
+        self.on_end: Callable[[Job, Told], None] | None = None
+        self._row_seconds = 0.0
         self._change = threading.Condition()
         self._arrived: list[Job] = []
         self._leaving: list[Job] = []
@@ -81,6 +116,11 @@ class Worker:
         """Jobs that have not ended."""
         return len(self._open)
 
+    def seconds_until_room(self, jobs: int) -> int:
+        """About how long it takes until there is room for so many jobs, by the time that jobs have had a row lately."""
+        missing = max(self.open + jobs - self.room, 1)
+        return min(max(math.ceil(missing * self._row_seconds / self.llm.rows), 1), LONGEST_WAIT)
+
     @property
     def draining(self) -> bool:
         """Whether no more jobs are taken."""
@@ -90,7 +130,7 @@ class Worker:
         """Hand jobs over, all of them or none.
 
         Raises:
-            Full: there are too many already.
+            Crowded: there are too many already.
             Stopped: the thread has ended, or is about to.
         """
         with self._change:
@@ -99,7 +139,8 @@ class Worker:
             if self._draining:
                 raise Stopped("the server is stopping")
             if self.open + len(jobs) > self.room:
-                raise Full(f"{self.open} requests are open, and there is room for {self.room}: ask again later")
+                said = f"{self.open} requests are open, and there is room for {self.room}: ask again later"
+                raise Crowded(said, self.seconds_until_room(len(jobs)))
             self._open.update(jobs)
             self._arrived += jobs
             self._change.notify()
@@ -110,10 +151,11 @@ class Worker:
             self._leaving += [job for job in jobs if job in self._open]
             self._change.notify()
 
-    def drain(self) -> None:
-        """Take no more jobs, and return when all have ended and the thread with them."""
+    def stop(self) -> None:
+        """Take no more jobs, let go of those that are open, and return when the thread has ended."""
         with self._change:
             self._draining = True
+            self._leaving += self._open
             self._change.notify()
         self._thread.join()
 
@@ -150,6 +192,7 @@ class Worker:
             # Nothing of it is in the model yet: the others go on.
             self._end(job, Told(REFUSED, error=error))
             return
+        job.request.watched = job.watch is not None
         self._jobs[job.request] = job
         job.tell(Told(job.request.state))
 
@@ -163,27 +206,35 @@ class Worker:
             tokens = [] if request.tokens is None else request.tokens.tolist()
             # What fails before its first pass has settings that cannot be.
             state = REFUSED if request.state == FAILED and not request.stats.passes else request.state
-            self._end(self._jobs[request], Told(state, tokens, request.error))
-        for request, job in self._jobs.items():
-            # What may be edited does not stand before its end.
-            if job.drafts and request.row is not None and request.config.edit_threshold is None:
-                self._tell_draft(job)
+            job = self._jobs[request]
+            self._end(job, Told(state, tokens, request.error, self._draft(job, tokens)))
+        news = [job for job in self._jobs.values() if job.has_news]
+        drafts = self.llm.drafts([job.request for job in news])
+        for job, tokens in zip(news, drafts, strict=True):
+            self._tell_draft(job, tokens.tolist())
 
-    def _tell_draft(self, job: Job) -> None:
-        """Tell what stands before the first mask, if that is more than was told."""
-        mask_id = job.request.config.mask_token_id
-        mask_id = self.llm.model.spec.mask_token_id if mask_id is None else mask_id
-        tokens = self.llm.draft(job.request).tolist()
-        settled = tokens[: tokens.index(mask_id)] if mask_id in tokens else tokens
-        if len(settled) > job.settled:
-            job.settled = len(settled)
-            job.tell(Told(job.request.state, settled))
+    def _tell_draft(self, job: Job, tokens: list[int]) -> None:
+        """Tell what stands before the first mask, and the whole draft if it is wanted."""
+        job.told = job.settled
+        job.tell(Told(job.request.state, tokens[: job.settled], draft=self._draft(job, tokens)))
+
+    def _draft(self, job: Job, tokens: list[int]) -> Draft | None:
+        """The whole draft after a step, for those that asked for it."""
+        request = job.request
+        if job.watch is None or not tokens or request.computed is None:
+            return None
+        return job.watch.after(request.stats.passes, tokens, request.computed.tolist())
 
     def _end(self, job: Job, told: Told) -> None:
         """Let a job go, and tell of it."""
         self._jobs.pop(job.request, None)
         with self._change:
             self._open.discard(job)
+        if told.state == FINISHED:
+            held = job.request.stats.seconds - job.request.stats.queued_seconds
+            self._row_seconds += (held - self._row_seconds) * (NEWEST if self._row_seconds else 1)
+        if self.on_end is not None:
+            self.on_end(job, told)
         job.tell(told)
 
 

@@ -1,6 +1,6 @@
 """Text into token ids and back: batches of prompts, answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,25 @@ def encode(tokenizer: Any, prompts: Sequence[str], chat: bool = False) -> tuple[
         ValueError: there is no chat template, or no token for a character.
     """
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the model's tokenizer has no chat template: give the prompt as it is")
-        talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in talks]
+        prompts = [talk_text(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     # A template writes the special tokens itself.
     rows = [ids_of(tokenizer, prompt, add_special_tokens=not chat) for prompt in prompts]
     return padded(rows, left=True)
+
+
+def talk_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages with role and content in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: there is no template, or it does not take them.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the model's tokenizer has no chat template: give the prompt as it is")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # It raises what its author liked, mostly about the order of roles.
+        raise ValueError(f"the chat template does not take these messages: {error}") from None
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ def test_settings_of_the_policy_and_of_the_generation(text, label, settings):
         ("cache=decode refesh=3", r"unknown setting 'refesh'; did you mean 'refresh'\?$"),
         ("cahce=decode", "did you mean 'cache'"),
         ("stepz=half", "did you mean 'steps'"),
-        ("zzz=1", "unknown setting 'zzz'; known are cache, steps, block_length"),
+        ("zzz=1", "unknown setting 'zzz'; known are cache, steps, weights, block_length"),
         ("cache=decod", "unknown policy 'decod'; did you mean 'decode'"),
         ("cache=decode refresh=2 refresh=4", "refresh is named twice: give its values as refresh=value,value"),
         ("temprature=1", "did you mean 'temperature'"),

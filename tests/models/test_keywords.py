@@ -108,8 +108,8 @@ def test_packing_is_refused_before_a_tensor_is_read(small, monkeypatch):
     from dkv.models import loader
 
     monkeypatch.setattr(loader, "safe_open", lambda *a, **k: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match=r"only frozen float32 .* can be packed; the model is torch.bfloat16"):
-        load(small().folder, device="cpu", dtype="bfloat16", pack=True)
+    with pytest.raises(ValueError, match=r"only frozen float32 .* can be packed; the model is torch.float16"):
+        load(small().folder, device="cpu", dtype="float16", pack=True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="this build of PyTorch cannot pack weights on this CPU: leave out pack=True"):
         load(small().folder, device="cpu", pack=True)

@@ -96,9 +96,16 @@ def test_load_packs_on_the_cpu_and_gives_the_same_tokens(family):
 
 
 def test_other_dtypes_are_not_packed():
-    model = dkv.load(GOLDEN / "llada_gqa", device="cpu", dtype="bfloat16")
+    model = dkv.load(GOLDEN / "llada_gqa", device="cpu", dtype="float16")
     assert isinstance(model.head, nn.Linear)
-    with pytest.raises(ValueError, match=r"only frozen float32 weights on the CPU can be packed; .* is torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"only frozen float32 or bfloat16 .* can be packed; .* is torch.float16"):
+        dkv.load(GOLDEN / "llada_gqa", device="cpu", dtype="float16", pack=True)
+
+
+def test_without_instructions_for_it_bfloat16_is_not_packed(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert isinstance(dkv.load(GOLDEN / "llada_gqa", device="cpu", dtype="bfloat16").head, nn.Linear)
+    with pytest.raises(ValueError, match="this CPU has no instructions for bfloat16: leave out pack=True"):
         dkv.load(GOLDEN / "llada_gqa", device="cpu", dtype="bfloat16", pack=True)
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,12 +16,16 @@ from lm_eval.api.model import TemplateLM
 import dkv
 from dkv.common.bar import Bar
 from dkv.core.validation import flag
+from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.output import Stats
 from dkv.integrations.lm_eval.settings import count, stated, task_config
+from dkv.models.gemma import Gemma
 from dkv.policies import policy_of
+from dkv.serving.filling import Asked, answered
+from dkv.serving.llm import LLM
 from dkv.tools.likelihood import are_greedy, log_likelihoods
-from dkv.tools.text import answer, encode, ids_of, starts, turn_end_ids
+from dkv.tools.text import answer, ids_of, padded, starts, turn_end_ids
 from dkv.version import versions
 
 # Of lm-eval: not a wish of the user.
@@ -32,9 +36,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Job:
-    """Requests that are generated alike: `members` are their numbers."""
+    """Requests that are generated alike: `members` are their numbers, `seeds` what each has of its own."""
 
     members: list[int]
+    seeds: list[int]
     config: DiffusionConfig
     until: list[str]
 
@@ -45,7 +50,7 @@ class DkvLM(TemplateLM):
     Args:
         pretrained, dtype, device: as for `dkv.load`. lm-eval's default device, cuda:0, is replaced by
             the CPU where there is none.
-        batch_size: prompts in a generation, masked copies in a pass of a likelihood.
+        batch_size: prompts that are worked on at a time, masked copies in a pass of a likelihood.
         add_bos_token: begin prompts with the tokenizer's start token if it does not do so itself.
         mc_num: masked copies of an answer, over which its likelihood is a mean.
         is_check_greedy: False: do not find out whether the model itself gives an answer whose likelihood
@@ -153,17 +158,14 @@ class DkvLM(TemplateLM):
         jobs = list(self._jobs(requests))
         with _bar(len(requests), "generate_until", disable_tqdm) as bar:
             for job in jobs:
-                for start in range(0, len(job.members), self.batch_size):
-                    batch = job.members[start : start + self.batch_size]
-                    found = self._generate([requests[i].args[0] for i in batch], job)
-                    for i, text in zip(batch, found, strict=True):
-                        texts[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(batch))
+                for i, tokens in self._generate(requests, job):
+                    texts[i] = self._text(tokens, job.until)
+                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                    bar.update()
         return texts
 
     def _jobs(self, requests: list[Instance]) -> Iterator[_Job]:
-        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
         seen: Counter[tuple[str, str]] = Counter()
         configs: dict[str, tuple[DiffusionConfig, list[str]]] = {}
         for i, request in enumerate(requests):
@@ -172,26 +174,53 @@ class DkvLM(TemplateLM):
             if key not in configs:
                 configs[key] = task_config(asked, self.stated, self.model.spec)
             # A request that is repeated asks for another sample, hence for another seed.
-            groups[key, seen[prompt, key]].append(i)
+            groups[key].append((i, configs[key][0].seed + seen[prompt, key]))
             seen[prompt, key] += 1
-        for (key, repeat), members in groups.items():
-            config, until = copy.copy(configs[key][0]), configs[key][1]
-            config.update(seed=config.seed + repeat)
+        for key, members in groups.items():
             # The order has no influence on a text; long prompts, which take the most memory, come first.
-            yield _Job(sorted(members, key=lambda i: -len(requests[i].args[0])), config, until)
+            members.sort(key=lambda member: -len(requests[member[0]].args[0]))
+            yield _Job(*map(list, zip(*members, strict=True)), *configs[key])
 
-    def _generate(self, prompts: list[str], job: _Job) -> list[str]:
-        ids, mask = encode(self.tokenizer, [self._begun(prompt) for prompt in prompts])
+    def _generate(self, requests: list[Instance], job: _Job) -> Iterator[tuple[int, list[int]]]:
+        """The number and the new tokens of each request, as they come; what they cost is noted."""
+        prompts = [self.tok_encode(requests[i].args[0]) for i in job.members]
         room = self.max_length - job.config.max_new_tokens
-        self._note_truncated(int((mask.sum(1) > room).sum()))
-        # Padding is on the left, so a long prompt loses its beginning.
-        ids, mask = (t[:, -room:].to(self.model.device) for t in (ids, mask))
-        output = dkv.generate(self.model, ids, mask, generation_config=job.config)
-        stats = output.stats
+        self._note_truncated(sum(len(ids) > room for ids in prompts))
+        prompts = [ids[-room:] for ids in prompts]
+        start = time.perf_counter()
+        apart = job.config.schedule == "speculative" or isinstance(self.model, Gemma)
+        way = self._in_batches if apart else self._in_rows
+        stats = replace((yield from way(prompts, job)), seconds=time.perf_counter() - start)
         what = json.dumps({**stats.settings, "seed": None}, sort_keys=True, default=str)
         count, total = self.generated.get(what, (0, Stats(seed=self.stated["seed"], settings=stats.settings)))
         self.generated[what] = (count + len(prompts), _sum(total, stats))
-        return [self._text(row, job.until) for row in output.sequences[:, ids.shape[1] :].tolist()]
+
+    def _in_rows(self, prompts: list[list[int]], job: _Job) -> Generator[tuple[int, list[int]], None, Stats]:
+        """Numbers and new tokens, from rows of which one that ends makes room for the next; returns what they cost."""
+        spec, new, filled = self.model.spec, job.config.max_new_tokens, 0
+        slots = max(len(ids) + new + in_blocks.extra(spec, job.config, len(ids), new) for ids in prompts)
+        room = slots * min(self.batch_size, len(prompts))
+        llm = LLM(self.model, max_slots=room, max_length=slots, generation_config=job.config)
+        members = zip(job.members, prompts, job.seeds, strict=True)
+        for i, found in answered(llm, (Asked(i, ids, {"seed": seed}) for i, ids, seed in members)):
+            if isinstance(found, Exception):
+                raise found
+            filled += found.stats.new_tokens
+            yield i, found.tokens.tolist()
+        (work,) = llm.work(job.config)
+        return replace(work, new_tokens=filled)
+
+    def _in_batches(self, prompts: list[list[int]], job: _Job) -> Generator[tuple[int, list[int]], None, Stats]:
+        """The same where no row can be joined, of drafts and of canvases: one batch after the other."""
+        config, total = copy.copy(job.config), None
+        for start in range(0, len(prompts), self.batch_size):
+            place = slice(start, start + self.batch_size)
+            ids, mask = (t.to(self.model.device) for t in padded(prompts[place], left=True))
+            config.update(seed=job.seeds[place])
+            output = dkv.generate(self.model, ids, mask, generation_config=config)
+            total = output.stats if total is None else _sum(total, output.stats)
+            yield from zip(job.members[place], output.sequences[:, ids.shape[1] :].tolist(), strict=True)
+        return total
 
     def _text(self, ids: list[int], until: list[str]) -> str:
         """New tokens as text, up to the end or the first stop string; that may be a special token."""
@@ -243,12 +272,14 @@ class DkvLM(TemplateLM):
         """What goes into the `config` of lm-eval's results: work, speed, settings and versions under `dkv`."""
         work = {"passes": self.scores.passes, "seconds": self.scores.seconds}
         likelihood = {"requests": self.scored, "mc_num": self.mc_num, **work}
+        # Rows that are taken anew forget how many of their stores were merged.
+        generation = [{"requests": n, **s.to_dict(), "merged_stores": None} for n, s in self.generated.values()]
         return {
             "model_num_parameters": self.model.num_parameters,
             "model_dtype": str(self.model.dtype),
             "dkv": {
                 "seed": self.stated["seed"],
-                "generation": [{"requests": n, **stats.to_dict()} for n, stats in self.generated.values()],
+                "generation": generation,
                 "likelihood": likelihood if self.scored else None,
                 "truncated_prompts": self.truncated,
                 "versions": versions(),

@@ -51,14 +51,13 @@ def write_json(trace: Trace, path: str | Path) -> Path:
 
 def page(trace: Trace) -> str:
     """The page as text."""
-    parts = {
-        "title": html.escape(f"{trace.policy} on {trace.model}"),
-        "style": (PARTS / "page.css").read_text("utf-8"),
-        "script": "".join((PARTS / name).read_text("utf-8") for name in ("map.js", "page.js")),
-        "data": _embedded(page_data(trace)),
-    }
-    # In one go: what is put in may look like a marker itself.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], (PARTS / "page.html").read_text("utf-8"))
+    return filled(
+        PARTS / "page.html",
+        title=html.escape(f"{trace.policy} on {trace.model}"),
+        style=joined(PARTS / "page.css"),
+        script=joined(*(PARTS / name for name in ("base.js", "map.js", "page.js"))),
+        data=embedded(page_data(trace)),
+    )
 
 
 def page_data(trace: Trace) -> dict[str, Any]:
@@ -86,7 +85,18 @@ def _packed(values: np.ndarray) -> str:
     return base64.b64encode(gzip.compress(values.tobytes(), mtime=0)).decode("ascii")
 
 
-def _embedded(data: dict[str, Any]) -> str:
+def joined(*paths: Path) -> str:
+    """What stands in these files."""
+    return "".join(path.read_text("utf-8") for path in paths)
+
+
+def filled(template: Path, **parts: str) -> str:
+    """The template with a part in the place of every {{name}}."""
+    # In one go: what is put in may look like a marker itself.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template.read_text("utf-8"))
+
+
+def embedded(data: dict[str, Any]) -> str:
     """JSON in ASCII that no token can break out of, inside <script>."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -39,6 +39,7 @@ function drawBase(width, height) {
   pen.fillStyle = colour("decoded");
   const w = Math.max(wide, 2 * scale), h = Math.max(high, 2 * scale);
   for (let slot = prompt; slot < slots; slot++) {
+    if (decoded[slot] < 0) continue;
     const left = Math.round(x + (slot + 0.5) * wide - w / 2), top = Math.round(y + (decoded[slot] + 0.5) * high - h / 2);
     pen.fillRect(left, top, Math.round(left + w) - left, Math.round(top + h) - top);
   }
@@ -121,5 +122,6 @@ function under(event) {
 
 function redrawMap() {
   base = null;
-  drawMap();
+  // There may be no room at the moment.
+  if ($("map").clientWidth > MARGIN.left + MARGIN.right) drawMap();
 }

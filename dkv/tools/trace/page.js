@@ -1,11 +1,5 @@
-const $ = (id) => document.getElementById(id);
-const data = JSON.parse($("data").textContent);
 const { steps, slots, prompt, decoded } = data;
 const SPEEDS = [1, 2, 4, 8, 15, 30, 60];
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
-
-// What a slot is in a step, as numbered in record.py.
-const [HIDDEN, REUSED, STOPPED, COMPUTED, FULL] = [0, 1, 2, 3, 4];
 
 let kinds, confidences, counts, hiddenCounts, stoppedCounts, decodedAt, spans, texts, timer = null, written = null;
 let step = 0, chosen = null;
@@ -36,18 +30,12 @@ async function start() {
   hiddenCounts = Array.from({ length: steps }, (_, at) => countIn(at, [HIDDEN]));
   stoppedCounts = Array.from({ length: steps }, (_, at) => countIn(at, [STOPPED]));
   decodedAt = Array.from({ length: steps }, () => []);
-  for (let slot = prompt; slot < slots; slot++) decodedAt[decoded[slot]].push(slot);
+  for (let slot = prompt; slot < slots; slot++) if (decoded[slot] >= 0) decodedAt[decoded[slot]].push(slot);
   document.querySelector("main").hidden = false;
   buildSettings();
   buildText();
   buildControls();
   fromAddress();
-}
-
-function shown(text) {
-  const named = { "\n": "↵", "\t": "⇥", "\r": "␍" };
-  const hex = (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`;
-  return text === "" ? "·" : text.replace(/[\n\t\r]/g, (c) => named[c]).replace(/[\u0000-\u001f\u007f-\u009f\u2028\u2029]/g, hex);
 }
 
 function buildText() {
@@ -101,6 +89,7 @@ function describe(slot) {
   else {
     parts.push(`“${texts[slot]}” (id ${data.ids[slot]})`);
     if (slot < prompt) parts.push("prompt");
+    else if (decoded[slot] < 0) parts.push("beyond the end");
     else parts.push(`decoded at step ${decoded[slot] + 1} with ${confidenceText(decoded[slot], slot) || "no rank"}`);
   }
   let last = step;

@@ -79,7 +79,7 @@ def test_a_file_of_problems(run, folder, data, tmp_path):
     assert again[0] == 0 and again[1].splitlines()[3:6] == lines[3:6]
     assert (tmp_path / "out" / "runs.jsonl").read_text() == log
     code, out, err = run(*words, "--out", tmp_path / "out", "--seed", 2)
-    assert code == 2 and "has runs with seed 1, not 2: give another --out, or remove it" in err
+    assert code == 2 and "was made with seed 1, not 2: give another --out, or remove the file" in err
 
 
 def test_drift_of_a_file_of_problems(run, folder, data, tmp_path):

@@ -24,7 +24,7 @@ def test_a_line_for_each(capsys):
         bar.update()
     assert capsys.readouterr() == (
         "",
-        "dkv test: 1 of 2 runs (plain, round 1), 0 s\ndkv test: 2 of 2 runs (decode 8, round 1), 0 s\n",
+        "dkv test: 1 of 2 runs (plain, round 1), 0 s, about 0 s left\ndkv test: 2 of 2 runs (decode 8, round 1), 0 s\n",
     )
 
 
@@ -34,7 +34,8 @@ def test_what_is_small_is_told_now_and_then(capsys, monkeypatch):
     with Bar(12, "batch") as bar:
         for _ in range(6):
             bar.update(2)
-    assert capsys.readouterr().err == "dkv test: 6 of 12 batches, 6 s\ndkv test: 10 of 12 batches, 12 s\n"
+    said = "dkv test: 6 of 12 batches, 6 s, about 6 s left\ndkv test: 10 of 12 batches, 12 s, about 2 s left\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_short_or_silent_work_is_not_told(capsys):

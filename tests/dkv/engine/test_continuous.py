@@ -16,17 +16,23 @@ from tests.dkv.engine.test_rows import decoding
 ROWS, SLOTS = 3, 24
 
 
+def join(batch, asked, call):
+    """Let prompts with budgets and seeds join, by row."""
+    prompts = [torch.tensor(prompt, dtype=torch.int64) for prompt, _, _ in asked.values()]
+    batch.join([*asked], prompts, [DiffusionConfig(**call, max_new_tokens=n, seed=s) for _, n, s in asked.values()])
+
+
 def served(model, call, asked, rng, leave=0.0):
     """The tokens of prompts with budgets and seeds, by number, as rows become free; some leave before they are done."""
     batch = ContinuousBatch(model, ROWS, SLOTS, DiffusionConfig(**call))
     found, holders, left = {}, [None] * ROWS, list(enumerate(asked))
     while left or any(holder is not None for holder in holders):
-        for row in range(ROWS):
-            if holders[row] is None and left and rng.random() < 0.5:
-                number, (prompt, new, seed) = left.pop(0)
-                config = DiffusionConfig(**call, max_new_tokens=new, seed=seed)
-                batch.join(row, torch.tensor([prompt], dtype=torch.int64), config)
-                holders[row] = number
+        free = [row for row in range(ROWS) if holders[row] is None and rng.random() < 0.5][: len(left)]
+        rng.shuffle(free)
+        for row in free:
+            holders[row], _ = left.pop(0)
+        if free:
+            join(batch, {row: asked[holders[row]] for row in free}, call)
         if batch.numbers:
             batch.step()
         for row, number in enumerate(holders):
@@ -75,7 +81,7 @@ def test_blocks_join_too(how):
 def test_nothing_of_a_row_that_nobody_has_is_computed(llada):
     batch = ContinuousBatch(llada, ROWS, SLOTS, DiffusionConfig())
     assert batch.numbers == [] and batch.status.active == [0] * ROWS
-    batch.join(1, torch.tensor([[5, 9]]), DiffusionConfig(max_new_tokens=4, seed=0))
+    join(batch, {1: ([5, 9], 4, 0)}, {})
     assert batch.numbers == [1] and batch.status.active == [0, 6, 0]
     batch.leave(1)
     assert batch.numbers == [] and batch.status.masked == [0] * ROWS
@@ -84,8 +90,34 @@ def test_nothing_of_a_row_that_nobody_has_is_computed(llada):
 def test_what_has_no_room_is_refused_and_changes_nothing(llada):
     batch = ContinuousBatch(llada, ROWS, SLOTS, DiffusionConfig())
     with pytest.raises(ValueError, match="a prompt of 20 tokens and its answer need 25 slots, a row has 24"):
-        batch.join(0, torch.ones(1, 20, dtype=torch.int64), DiffusionConfig(max_new_tokens=5, seed=0))
+        join(batch, {1: ([5, 9], 4, 0), 0: ([1] * 20, 5, 0)}, {})
     assert batch.numbers == []
+
+
+def test_rows_whose_join_fails_half_way_are_left_clean(monkeypatch):
+    """As where a device has no memory for the keys and values to grow into."""
+    model, call = small_model(attention="block", block_length=4), {}
+    batch = ContinuousBatch(model, ROWS, 250, DiffusionConfig())
+    join(batch, {1: ([5, 9], 6, 0)}, call)
+    batch.step()
+
+    def short(reach):
+        if reach > 150:
+            raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(batch.cache, "reserve", short)
+        join(batch, {0: ([7], 5, 0), 2: ([7] * 200, 5, 0)}, call)
+    assert batch.numbers == [1] and batch.status.active[0] == batch.status.active[2] == 0
+    while batch.numbers:
+        batch.step()
+    alone = dkv.generate(model, torch.tensor([[5, 9]]), max_new_tokens=6)
+    assert torch.equal(batch.rows.tokens[1, :8], alone.sequences[0])
+    join(batch, {2: ([7] * 200, 5, 0)}, call)
+    while batch.numbers:
+        batch.step()
+    alone = dkv.generate(model, torch.tensor([[7] * 200]), max_new_tokens=5)
+    assert torch.equal(batch.rows.tokens[2, :205], alone.sequences[0])
 
 
 def test_numbers_that_are_none_are_told_by_row(llada):
@@ -96,8 +128,7 @@ def test_numbers_that_are_none_are_told_by_row(llada):
 
     asked = {0: [5, 9], 2: [7, 3]}
     batch = ContinuousBatch(llada, ROWS, SLOTS, DiffusionConfig(), processor=broken)
-    for row, prompt in asked.items():
-        batch.join(row, torch.tensor([prompt]), DiffusionConfig(max_new_tokens=4, seed=0))
+    join(batch, {row: (prompt, 4, 0) for row, prompt in asked.items()}, {})
     batch.step()
     assert batch.invalid_rows == [2]
     batch.leave(2)

@@ -14,8 +14,10 @@ import dkv
 from dkv.integrations.lm_eval.harness import DkvLM
 from dkv.models import ModelSpec, Transformer
 from dkv.models.export import save_model, save_tokenizer
+from dkv.serving.request import Request
 from dkv.tools.likelihood import are_greedy, log_likelihoods
 from dkv.tools.text import answer, encode
+from tests.dkv.conftest import small_model
 
 ALPHABET, EOS, MASK, BOS, EOT, VOCABULARY = "0123456789+-= ", 14, 15, 16, 17, 20
 TEMPLATE = "<|bos|>{% for m in messages %}-{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -107,15 +109,12 @@ def test_texts_are_cut_at_the_first_of_the_stop_strings(lm):
 )
 def test_ends_and_special_stop_strings_are_not_in_the_text(lm, monkeypatch, until, text):
     model = lm(max_new_tokens=8)
-    ids = torch.tensor([[1, 2, EOT, 3, 4, 5, EOS, 6]])
-    generate = dkv.generate
+    end = Request.end
 
-    def replaced(*args, **settings):
-        output = generate(*args, **settings)
-        output.sequences[:, -8:] = ids
-        return output
+    def replaced(self, state, tokens=None, **how):
+        end(self, state, torch.tensor([1, 2, EOT, 3, 4, 5, EOS, 6]), **how)
 
-    monkeypatch.setattr(dkv, "generate", replaced)
+    monkeypatch.setattr(Request, "end", replaced)
     assert texts(model, "1+", until=until) == [text]
 
 
@@ -135,6 +134,36 @@ def test_repeated_requests_get_samples_of_their_own(lm):
     assert texts(lm(seed=6), "1+", **sampled) != first[:1]
     greedy = texts(lm(), "1+", "1+")
     assert greedy[0] == greedy[1]
+
+
+def test_a_row_that_ends_makes_room_for_the_next(lm):
+    """Of batches in turn the passes would be those of the longest rows of each."""
+    model = lm(max_new_tokens=None, batch_size=2, eos_token_id=[3, 7])
+    requests = [(f"{a}{b}+", {"max_gen_toks": 32}) for a in "01" for b in "4567"]
+    found = model.generate_until(asked(*requests), disable_tqdm=True)
+    (part,) = model.get_model_info()["dkv"]["generation"]
+    passes = []
+    for (prompt, _), text in zip(requests, found, strict=True):
+        ids, _ = encode(model.tokenizer, [prompt])
+        how = {"max_new_tokens": 32, "eos_token_id": [3, 7], "vocab_limit": 18}
+        output = dkv.generate(model.model, ids, **how)
+        assert text == answer(model.tokenizer, model.model.spec, output.sequences[0, ids.shape[1] :].tolist())
+        passes.append(output.stats.passes)
+    assert len(set(passes)) > 2 and sum(passes) / 2 <= part["passes"] < sum(map(max, passes[::2], passes[1::2]))
+    assert part["requests"] == 8 and 0 < part["computed_share"] <= 1
+
+
+def test_drafts_are_verified_in_batches(lm):
+    """Their rows cannot be joined yet."""
+    model = lm(max_new_tokens=9, batch_size=2, schedule="speculative", eos_token_id=[])
+    model.model = small_model(attention="prefix_causal", block_length=4, blocks_from_prompt=True, seeded=True)
+    found = texts(model, *PROMPTS[:3])
+    for prompt, text in zip(PROMPTS, found, strict=False):
+        ids, _ = encode(model.tokenizer, [prompt])
+        output = dkv.generate(model.model, ids, max_new_tokens=9, schedule="speculative", eos_token_id=[])
+        assert text == answer(model.tokenizer, model.model.spec, output.sequences[0, ids.shape[1] :].tolist())
+    (part,) = model.get_model_info()["dkv"]["generation"]
+    assert (part["requests"], part["new_tokens"]) == (3, 27)
 
 
 def test_sampling_without_a_temperature_has_that_of_transformers(lm):

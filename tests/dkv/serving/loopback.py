@@ -20,16 +20,15 @@ def served(model, tokenizer, **settings) -> Served:
 
 
 @contextmanager
-def serving(model, tokenizer, rows=4, **options):
+def serving(model, tokenizer, rows=4, drain_seconds=60, **options):
     """(address, worker) of a server with so many rows of 64 slots."""
-    import uvicorn
-
+    from dkv.serving.listen import server_of
     from dkv.serving.server import make_app
 
     llm = LLM(model, max_slots=64 * rows, max_length=64)
     app = make_app(llm, served(model, tokenizer), **options)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = server_of(app, drain_seconds)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         until(lambda: server.started)

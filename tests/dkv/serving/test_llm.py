@@ -83,11 +83,32 @@ def test_drafts_are_told_as_they_fill(llada):
     mask, counts = llada.spec.mask_token_id, []
     while not first.done:
         llm.step()
-        counts.append(int((llm.draft(first) == mask).sum()))
-        assert second.state == "waiting" and (llm.draft(second) == mask).all() and len(llm.draft(second)) == 3
-    assert counts == [3, 2, 1, 0]
+        draft, other = llm.drafts([first, second])
+        counts.append(int((draft == mask).sum()))
+        assert torch.equal(draft, llm.draft(first))
+        assert second.state == "waiting" and (other == mask).all() and len(other) == 3
+        # The tokens before the first mask are settled, and are known without a read.
+        assert first.settled == [*draft.tolist(), mask].index(mask)
+        assert (first.stats.first_token is not None) == (first.settled > 0)
+    assert counts == [3, 2, 1, 0] and first.settled == 4
     llm.cancel(second)
     assert second.done and second.stats.started is None and llm.step() == []
+
+
+def test_drafts_of_any_requests_come_in_their_order(llada):
+    """Running in several batches, waiting, done: each gets its own, and keeps it."""
+    llm = dkv.LLM(llada, max_length=32, max_slots=5 * 32)
+    requests = [llm.add(prompt, **settings) for prompt, settings in asked(random.Random(3), 9)]
+    for _ in range(30):
+        llm.step()
+        drafts = llm.drafts(requests[::-1])
+        before = [draft.clone() for draft in drafts]
+        for request, draft in zip(requests[::-1], drafts, strict=True):
+            assert draft.dtype == torch.int64 and torch.equal(draft, llm.draft(request))
+            assert len(draft) == request.new
+        llm.step()
+        assert all(map(torch.equal, drafts, before))
+    assert all(request.done for request in requests)
 
 
 def test_what_cannot_be_is_refused_at_once(llada):
@@ -128,7 +149,7 @@ def test_a_request_that_cannot_start_harms_no_other(llada, monkeypatch):
     llm = dkv.LLM(llada, max_length=32, max_slots=2 * 32)
     good = llm.add([5, 9], max_new_tokens=6)
     llm.step()
-    monkeypatch.setattr("dkv.serving.llm.ContinuousBatch", short)
+    monkeypatch.setattr("dkv.serving.sharing.ContinuousBatch", short)
     bad = llm.add([7], max_new_tokens=6, temperature=0.5)
     assert llm.step() == [bad] and bad.state == "failed" and str(bad.error) == "out of memory"
     while not good.done:

@@ -1,0 +1,131 @@
+"""Linear layers with weights of 8 bits, for a CPU that multiplies bytes (VNNI)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dkv.models.packed import UNPACK, PackedProduct
+
+# The largest number of a weight or an activation; zero is this number of the bytes that a CPU multiplies.
+MOST, ZERO = 127, 128
+# Smaller than any activation that is not zero, and far from overflow when it divides.
+LEAST = 1e-30
+
+
+class Rounded(NamedTuple):
+    """Activations as bytes: x is about (number - `ZERO`) times `scale`.
+
+    Attributes:
+        numbers: uint8 [..., n].
+        scale: float32 [..., 1], by token: one that others stand beside is rounded as it is alone.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+
+
+def rounded(x: Tensor) -> Rounded:
+    """Activations float32 [..., n], rounded to the nearest of 255 numbers, by token."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST).div_(MOST)
+    # A cast to int8 is several times as fast as one to uint8.
+    numbers = (x / scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO)
+    return Rounded(numbers, scale)
+
+
+class Int8Linear(PackedProduct):
+    """A product of weights of 8 bits, with a scale for each output, and activations that are rounded when it is called.
+
+    Bytes are multiplied and added up exactly, so what a token gets does not depend on how many there are.
+    """
+
+    def __init__(self, *linears: nn.Linear, silu: bool = False):
+        super().__init__(*linears, silu=silu)
+        weights = [quantised(linear.weight.detach()) for linear in linears]
+        self.scales = torch.cat([scales for _, scales in weights])
+        self._pack(torch.cat([weight for weight, _ in weights]))
+
+    def _pack(self, weight: Tensor) -> None:
+        self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._zeros = torch.zeros(self.out_features, dtype=torch.int64)
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.num_packed + self.scales.nbytes
+
+    def taken(self, x: Tensor) -> Rounded:
+        """An input as products take it: several that have the same one round it once."""
+        if x.requires_grad:
+            raise RuntimeError(f"no gradient flows through packed weights: {UNPACK}")
+        return rounded(x)
+
+    def forward(self, x: Tensor | Rounded, *, add: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        """x [..., in_features] float32 -> [..., out_features], plus `add` or times `times` of that shape."""
+        numbers, scale = x if isinstance(x, Rounded) else self.taken(x)
+        out = self._product(numbers, self.scales).mul_(scale)
+        if self.bias is not None:
+            out += self.bias
+        if self.silu:
+            out = nn.functional.silu(out, inplace=True)
+        if add is not None:
+            return out.add_(add)
+        return out if times is None else out.mul_(times)
+
+    def _product(self, numbers: Tensor, scales: Tensor) -> Tensor:
+        if numbers.numel() == 0:
+            return torch.zeros(*numbers.shape[:-1], self.out_features)
+        of = (self.packed, scales, self._zeros, None)
+        return torch.ops.onednn.qlinear_pointwise(numbers, 1.0, ZERO, *of, 1.0, 0, torch.float32, "none", [], "")
+
+    @staticmethod
+    def each(parts: Sequence["Int8Linear"], x: Tensor, counts: Sequence[int]) -> Tensor:
+        """x [N, inputs], so many entries for each part in turn -> [N, outputs]."""
+        numbers, scale = parts[0].taken(x)
+        every = zip(parts, numbers.split(counts), counts, strict=True)
+        return torch.cat([part._product(few, part.scales) for part, few, count in every if count]).mul_(scale)
+
+    def _numbers(self) -> Tensor:
+        """The weight as int8; its layout is opaque, but a product with ones gives it exactly."""
+        ones = torch.eye(self.in_features, dtype=torch.uint8) + ZERO
+        return self._product(ones, torch.ones(self.out_features)).to(torch.int8).T.contiguous()
+
+    def plain_weight(self) -> Tensor:
+        return self._numbers().float().mul_(self.scales[:, None])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": self._numbers()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if reason := why_not_int8():
+            raise RuntimeError(f"int8 weights cannot be used here, as {reason}: save the model after dkv.unpack(model)")
+        self._pack(self.packed)
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [outputs, inputs] as int8 numbers and float32 scales [outputs]: the nearest of 255 by output."""
+    wide = weight.float()
+    scales = wide.abs().amax(1).clamp_min_(LEAST).div_(MOST)
+    return (wide / scales[:, None]).round_().to(torch.int8), scales
+
+
+def why_not_int8() -> str | None:
+    """Why this machine does not multiply bytes exactly; None: it does."""
+    if not (hasattr(torch.ops.onednn, "qlinear_prepack") and hasattr(torch.ops.onednn, "qlinear_pointwise")):
+        return "this build of PyTorch has no oneDNN"
+    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return "this CPU has no VNNI instructions"
+    return None
+
+
+def check_int8(dtype: torch.dtype | str | None, device: torch.device, pack: bool | None) -> None:
+    """Raise ValueError if a model cannot have weights of 8 bits there, or is asked to be something else, too."""
+    if device.type != "cpu":
+        raise ValueError(f'weights="int8" is for CPUs, and the device is {device}: give device="cpu", or leave it out')
+    if dtype not in (None, torch.float32):
+        raise ValueError(f'weights="int8" computes in float32 beside its products: leave out dtype, got {dtype}')
+    if pack is False:
+        raise ValueError('weights="int8" are packed: leave out pack=False')
+    if reason := why_not_int8():
+        raise ValueError(f'weights="int8" cannot be used here, as {reason}: leave it out')
