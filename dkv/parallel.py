@@ -30,8 +30,8 @@ FAILED = "failed"
 HEARD, LINGER = "heard", 3
 # A server may have nothing to do for long. That a process has gone is told by its connection, not by the clock.
 PATIENCE = timedelta(days=365)
-# In torch's own seconds: longer than a message takes, shorter than anyone waits.
-STORE_PATIENCE = timedelta(seconds=5)
+# For the others to come; and for a message from where last words are kept.
+MEETING, STORE_PATIENCE = timedelta(minutes=5), timedelta(seconds=5)
 
 
 class Lost(ConnectionError):
@@ -183,13 +183,24 @@ def start(device: torch.device | str | None = None) -> Ranks:
     where = _device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    _meet(store, size)
     # Objects go by gloo, whatever the tensors go by.
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     _ranks = Ranks(rank, size, where, _own(store))
     process.judged_by(_ranks.last_word)
     return _ranks
+
+
+def _meet(store: Any, size: int) -> None:
+    """Wait for the others, with less patience than later; Lost: they do not come."""
+    try:
+        if store.add("dkv/here", 1) == size:
+            store.set("dkv/all", "here")
+        store.wait(["dkv/all"], MEETING)
+    except RuntimeError as error:
+        raise Lost(f"not all {size} processes have come: the messages of the others say why", None) from error
 
 
 def end() -> None:
@@ -199,6 +210,17 @@ def end() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def met() -> Ranks | None:
+    """The processes that `start` has met; None: it was not called."""
+    return _ranks
+
+
+def check_common(model: Any, error: Exception) -> None:
+    """Raise an error of a model that several processes share, unless all of them meet it: of what they were given."""
+    if ranks_of(model) is not None and not isinstance(error, ValueError | TypeError | IndexError):
+        raise error
 
 
 def ranks_of(model: Any) -> Ranks | None:

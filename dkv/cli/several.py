@@ -9,7 +9,7 @@ from dkv.common import process
 T = TypeVar("T")
 
 # The commands that such processes can run.
-SHARED = ("generate", "infill")
+SHARED = ("generate", "infill", "run", "serve")
 
 
 def check_command(command: str) -> None:
@@ -31,6 +31,26 @@ def of_first(call: Callable[[], T], device: str | None = None) -> T:
     """What `call` gives, in the first of several processes: standard input, for one, is read once."""
     ranks = ranks_of(device)
     return call() if ranks is None else ranks.from_first(call)
+
+
+def follow(ranks: Any, load: Callable[[], Any]) -> bool:
+    """In all processes but the first: load their part of the model, and do what the first one does with an `LLM`.
+
+    Returns:
+        Whether this was one of them; it has nothing else to do.
+    """
+    if ranks is None or ranks.rank == 0:
+        return False
+    from dkv.serving import shared
+
+    shared.follow(load())
+    return True
+
+
+def let_go(ranks: Any) -> None:
+    """End what the others do in `follow`; in the first process."""
+    if ranks is not None:
+        ranks.told()
 
 
 def draw_seeds(config: Any, rows: int) -> None:
