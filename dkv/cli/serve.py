@@ -6,7 +6,7 @@ import socket
 
 from dkv.cli import generate
 from dkv.cli.model import add_told
-from dkv.cli.several import follow, let_go, ranks_of
+from dkv.cli.several import follow, ranks_of
 from dkv.common import process
 
 SUMMARY = "Serve a diffusion language model over HTTP, in the form of OpenAI's interface."
@@ -95,7 +95,6 @@ def run(args: argparse.Namespace) -> int:
         server.run([listening])
         if ranks is not None and app.state.server.worker.error is not None:
             raise app.state.server.worker.error
-    let_go(ranks)
     return 0
 
 

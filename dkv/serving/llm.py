@@ -184,6 +184,9 @@ class LLM:
         elif request.state == RUNNING:
             self._batches[request.key].end(request, CANCELLED, tokens=self.draft(request))
 
+    def close(self) -> None:
+        """Say that nothing more will be asked; only other processes, where there are some, have to know."""
+
     def draft(self, request: Request) -> Tensor:
         """`drafts` of one request."""
         return self.drafts([request])[0]

@@ -69,6 +69,10 @@ class Leading(LLM):
             self._gone.append(number)
         super().cancel(request)
 
+    def close(self) -> None:
+        """Let the others go."""
+        self._ranks.told()
+
 
 def llm_of(model: Any, **how: Any) -> LLM:
     """An `LLM`, of the first process where several share the model."""
