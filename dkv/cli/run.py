@@ -6,6 +6,7 @@ from pathlib import Path
 from dkv.cli import generate
 from dkv.cli.families import add_blocks
 from dkv.cli.model import add_told, told
+from dkv.cli.several import follow, let_go, ranks_of
 from dkv.common import files, process
 
 SUMMARY = "Answer a whole data set, line by line into a file, on one device or several."
@@ -56,6 +57,12 @@ def run(args: argparse.Namespace) -> int:
     from dkv.serving.job import Job
     from dkv.serving.lines import from_file
 
+    devices = devices_of(args.devices)
+    if process.several() and devices and len(devices) > 1:
+        raise ValueError("--devices has a model on each, and torchrun shares one: leave one of them out")
+    ranks = ranks_of(devices and devices[0])
+    if follow(ranks, lambda: dkv.load(args.model, args.dtype, ranks=ranks, **told(args))):
+        return 0
     results = args.out / RESULTS
     files.check_outputs([("--out", results)], [("--data", args.data)])
     files.check_writable("--out", results, regular=True)
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         config=config,
         loading={"dtype": args.dtype, **told(args)},
         chat=args.chat,
-        devices=devices_of(args.devices),
+        devices=devices,
         max_slots=args.max_slots,
         max_length=args.row_length,
     )
@@ -74,5 +81,6 @@ def run(args: argparse.Namespace) -> int:
         if work.done:
             process.say(f"dkv run: {work.done} of {len(work.lines)} lines are done already")
         counts = work.go()
+    let_go(ranks)
     print(f"{work.journal.path}: {counts.summary()}")
     return 1 if counts.failed else 0

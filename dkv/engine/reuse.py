@@ -23,7 +23,7 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     Raises:
         ValueError: the cache is not that of a finished generation, or of another model, batch or kind.
     """
-    spec, rows, own = engine.model.spec, engine.rows, engine.cache
+    model, rows, own = engine.model, engine.rows, engine.cache
     if not isinstance(past, KVCache) or past.tokens is None:
         raise ValueError("kv_cache must be the kv_cache of an output of dkv.generate")
     if isinstance(engine.config.cache, NoCache) and engine.blocks is None:
@@ -33,7 +33,8 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     if past.batch != own.batch:
         raise ValueError(f"kv_cache has {past.batch} rows, the call has {own.batch}")
     kind = past.kind
-    if kind is not None and kind != (spec.num_layers, spec.num_kv_heads, spec.head_dim, engine.model.dtype):
+    # One of several processes has some of the heads.
+    if kind is not None and kind != (model.spec.num_layers, model.num_kv_heads, model.spec.head_dim, model.dtype):
         raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {kind}")
     size = min(past.room, rows.size)
     same = past.tokens[:, :size].to(rows.tokens.device) == rows.tokens[:, :size]

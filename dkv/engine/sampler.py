@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dkv import kernels
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import among, unwanted_ends
+from dkv.kernels.choose.part import part_of
 
 LOGITS_AT_A_TIME = 1 << 24
 # As in transformers: (ids [n, length], scores [n, V]) -> scores
@@ -177,13 +178,17 @@ class _Strips:
 
     def __init__(self, head: Any, gone: Sequence[int]):
         self.head, self.gone, self.in_features, self.out_features = head, gone, head.in_features, head.out_features
+        # Where several processes share the vocabulary, the head has a part of it.
+        part = part_of(head)
+        self.first, self.gathered = (part.first, part.gathered) if part else (0, None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return torch.cat(list(self.strips(hidden)), -1)
+        """[R, V]."""
+        return self.head(hidden).index_fill_(1, torch.tensor(self.gone, device=hidden.device), -torch.inf)
 
     def strips(self, hidden: Tensor) -> Iterator[Tensor]:
         """[R, C] each."""
-        start = 0
+        start = self.first
         for strip in self.head.strips(hidden):
             stop = start + strip.shape[-1]
             for token in self.gone:

@@ -26,10 +26,12 @@ from dkv.common.process import USER_ERRORS, in_one_line
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.inputs import check_settings
 from dkv.models.digest import digest
+from dkv.parallel import met
 from dkv.serving import memory
 from dkv.serving.filling import Asked, answered
 from dkv.serving.llm import LLM
 from dkv.serving.request import Request
+from dkv.serving.shared import llm_of
 
 # Of a request's statistics, what an answer keeps.
 STATS = ("queued_seconds", "seconds", "passes", "new_tokens", "tokens_per_second")
@@ -70,12 +72,13 @@ class Task:
             torch.set_num_threads(self.threads)
         model = self.model
         if isinstance(model, str | os.PathLike):
-            model = dkv.load(model, device=device, **self.loading)
+            ranks = met()
+            model = dkv.load(model, device=None if ranks else device, ranks=ranks, **self.loading)
         check_settings(model, self.config)
         slots = memory.slots_that_fit(model, self.length) if self.max_slots is None else self.max_slots
         # Rows that no line would take.
         slots = min(slots, self.count * self.length)
-        llm = LLM(model, max_slots=slots, max_length=self.length, generation_config=self.config)
+        llm = llm_of(model, max_slots=slots, max_length=self.length, generation_config=self.config)
         return llm, {"weights": digest(model), "dtype": str(model.dtype).removeprefix("torch.")}
 
 

@@ -22,6 +22,7 @@ from dkv.engine.generate import config_of
 from dkv.engine.output import Stats
 from dkv.engine.run import circumstances, mask_id_of
 from dkv.models.gemma import Gemma
+from dkv.parallel import check_common
 from dkv.serving import memory
 from dkv.serving.checked import checked
 from dkv.serving.request import CANCELLED, FAILED, RUNNING, Request
@@ -168,6 +169,7 @@ class LLM:
             try:
                 self._batches[key] = Sharing(self.model, self.rows, self.max_length, requests[0], cache, self._free)
             except Exception as error:
+                check_common(self.model, error)
                 # As of a device without memory for the state of other settings: those that run go on.
                 for request in requests:
                     request.end(FAILED, error=error)
@@ -181,6 +183,9 @@ class LLM:
             request.end(CANCELLED)
         elif request.state == RUNNING:
             self._batches[request.key].end(request, CANCELLED, tokens=self.draft(request))
+
+    def close(self) -> None:
+        """Say that nothing more will be asked; only other processes, where there are some, have to know."""
 
     def draft(self, request: Request) -> Tensor:
         """`drafts` of one request."""

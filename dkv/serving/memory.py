@@ -14,7 +14,7 @@ SHARE = {"cuda": 0.75, "cpu": 0.25}
 def slot_bytes(model: Any) -> int:
     """Bytes of the keys and values of a slot, in all layers."""
     spec = model.spec
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize
+    return 2 * spec.num_layers * model.num_kv_heads * spec.head_dim * model.dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

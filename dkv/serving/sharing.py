@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dkv.core.kv_cache import KVCache
 from dkv.engine.continuous import ContinuousBatch
+from dkv.parallel import check_common
 from dkv.serving.request import FAILED, FINISHED, RUNNING, Request
 
 
@@ -38,6 +39,7 @@ class Sharing:
         try:
             self.batch.join(rows, [r.input_ids[0] for r in requests], [r.config for r in requests])
         except Exception as error:
+            check_common(self.batch.model, error)
             # Of one of them, or of a device without memory for all: others go on.
             self._free.extendleft(reversed(rows))
             if len(requests) > 1:
@@ -59,6 +61,7 @@ class Sharing:
             if batch.numbers:
                 batch.step()
         except Exception as raised:
+            check_common(batch.model, raised)
             # A processor's own, which has passes of its own; or a device's, which all meet.
             error = raised
         now, going, invalid = time.perf_counter(), set(batch.numbers), set(batch.invalid_rows)

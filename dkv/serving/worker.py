@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dkv.engine.config import DiffusionConfig
+from dkv.parallel import Lost
 from dkv.serving.draft import Draft, Watch
 from dkv.serving.llm import LLM
 from dkv.serving.request import CANCELLED, FAILED, FINISHED, Request
@@ -163,11 +164,13 @@ class Worker:
         try:
             while self._turn():
                 pass
+            self.llm.close()
         except BaseException as error:
             with self._change:
                 self.error, left = error, list(self._open)
+            said = Stopped("the model has failed: another process that had a part of it has gone")
             for job in left:
-                self._end(job, Told(FAILED, error=error))
+                self._end(job, Told(FAILED, error=said if isinstance(error, Lost) else error))
 
     def _turn(self) -> bool:
         """Wait for work, and take a step; False: there is none left, and there will be none."""

@@ -1,0 +1,113 @@
+"""An `LLM` whose model several processes share: the first one is asked, and the others do what it does.
+
+Before every step the first one tells which requests have come and which have gone. What follows from that is the same
+in all: rows are given in the order of the requests, and nothing is decided by a clock.
+"""
+
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from dkv.engine.config import DiffusionConfig
+from dkv.parallel import Lost, Ranks, ranks_of
+from dkv.serving import memory
+from dkv.serving.llm import LLM
+from dkv.serving.request import Request
+
+# Of a request that has come: its number, its prompt, its settings with a seed.
+Come = tuple[int, list[int], DiffusionConfig]
+
+
+class Leading(LLM):
+    """The `LLM` of the first process; arguments and methods are its own, but for logits processors.
+
+    The others are in `follow` meanwhile.
+    """
+
+    on_lost: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, model: Any, *, max_slots: int | None = None, max_length: int | None = None, **how: Any):
+        self._ranks: Ranks = model.ranks
+        length = min(2048, model.spec.max_positions) if max_length is None else max_length
+        self._ranks.told(length)
+        max_slots = _slots(model, length, max_slots)
+        super().__init__(model, max_slots=max_slots, max_length=length, **how)
+        self._ranks.told((self.max_length, max_slots, self.config))
+        self._told: dict[Request, int] = {}
+        self._gone: list[int] = []
+
+    def _request(self, input_ids: Any, given: Any, processor: Any, settings: dict) -> Request:
+        if processor is not None:
+            raise ValueError("logits_processor does not go with a model that several processes share: use dkv.generate")
+        return super()._request(input_ids, given, processor, settings)
+
+    def step(self) -> list[Request]:
+        """As `LLM.step`, in all processes; Lost: one of them has gone, and `on_lost` has been called."""
+        try:
+            return self._step()
+        except Lost:
+            self.on_lost()
+            raise
+
+    def _step(self) -> list[Request]:
+        come = [request for request in self._waiting if request not in self._told]
+        self._told.update((request, request.number) for request in come)
+        news = [(request.number, request.input_ids[0].tolist(), request.config) for request in come]
+        self._ranks.told((self._gone, news))
+        self._gone = []
+        ended = super().step()
+        for request in ended:
+            self._told.pop(request, None)
+        return ended
+
+    def cancel(self, request: Request) -> None:
+        """As `LLM.cancel`."""
+        if (number := self._told.pop(request, None)) is not None and not request.done:
+            self._gone.append(number)
+        super().cancel(request)
+
+    def close(self) -> None:
+        """Let the others go."""
+        self._ranks.told()
+
+
+def llm_of(model: Any, **how: Any) -> LLM:
+    """An `LLM`, of the first process where several share the model."""
+    return LLM(model, **how) if ranks_of(model) is None else Leading(model, **how)
+
+
+@torch.no_grad()
+def follow(model: Any) -> None:
+    """Do what the first process does with its `Leading`, until it tells None.
+
+    Raises:
+        Lost: another process has gone.
+    """
+    ranks: Ranks = model.ranks
+    # Whoever stops the first one lets it answer what was asked, and that takes all.
+    with suppress(ValueError):  # not the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    if (length := ranks.told()) is None:
+        return
+    _slots(model, length, None)
+    length, slots, config = ranks.told()
+    llm, requests = LLM(model, max_slots=slots, max_length=length, generation_config=config), {}
+    while (told := ranks.told()) is not None:
+        gone, come = told
+        for number in gone:
+            llm.cancel(requests.pop(number))
+        for number, ids, given in come:
+            requests[number] = llm.add(ids, generation_config=given)
+        ended = set(llm.step())
+        requests = {number: request for number, request in requests.items() if request not in ended}
+
+
+def _slots(model: Any, length: int, given: int | None) -> int:
+    """Slots that fit the memory of every process; those that are given, in the first one."""
+    fit = torch.tensor([memory.slots_that_fit(model, length)], device=model.device)
+    fit = int(model.ranks.gathered(fit).min())
+    return fit if given is None else given

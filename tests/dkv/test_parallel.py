@@ -1,0 +1,114 @@
+"""Processes that share a model: the tokens of one process, and an end for all when one of them ends."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import dkv.parallel
+from tests.dkv.sharing import cases, found, small_gemma, started
+from tests.together import together
+
+
+def check(kind: str, gemma) -> None:
+    """Two processes with gloo give in every case what one gives."""
+    processes = started(2, "-m", "tests.dkv.sharing", kind, gemma)
+    # Worked out meanwhile.
+    expected = {case[0]: found(case) for case in cases(kind, gemma)}
+    (out, errors), (_, others) = [process.communicate(timeout=1500) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors + others
+    told = dict(json.loads(line) for line in out.splitlines())
+    assert told.keys() == expected.keys()
+    seeds = told.pop("seeds"), expected.pop("seeds")
+    assert len(seeds[0]) == len(seeds[1])
+    assert [name for name in told if told[name] != expected[name]] == []
+    assert sum(tokens is not None for tokens in expected.values()) > 0.8 * len(expected)
+
+
+def test_two_processes_give_the_tokens_of_one(tmp_path):
+    check("quick", small_gemma(tmp_path / "gemma"))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_tokens_of_one_broadly(tmp_path):
+    check("sweep", small_gemma(tmp_path / "gemma"))
+
+
+# What a process does whose number is the first argument, once all have met: `{here}` in the middle of what it shares.
+WORK = """
+import os, signal, sys, time
+from dkv.common import process
+process.begin("dkv")
+import torch
+from dkv import parallel
+def work():
+    ranks = parallel.start("cpu")
+    for number in range(10**6):
+        if number == 20 and ranks.rank == {who}:
+            {here}
+        ranks.sum_(torch.ones(3))
+process.run(work)
+"""
+KILL, INTERRUPT = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGINT)"
+WITHOUT = "dkv: error: process {} of 2 has ended without a word: it was killed, or its machine is gone\n"
+FULL = "dkv: error: the disk is full\n"
+# Who does what, and then the codes and what is said.
+ENDS = [
+    (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: process 1 of 2 has failed: {FULL}", FULL)),
+    (0, 'raise ValueError("the disk is full")', (2, 2), (FULL, "")),
+    (1, KILL, (2, -9), (WITHOUT.format(1), "")),
+]
+OTHERS = [
+    (0, KILL, (-9, 2), ("", WITHOUT.format(0))),
+    (0, INTERRUPT, (130, 2), ("dkv: interrupted\n", "")),
+    (1, INTERRUPT, (2, 130), ("dkv: error: process 1 of 2 has failed: interrupted\n", "")),
+    (0, "raise BrokenPipeError", (141, 2), ("", "")),
+]
+
+
+def check_ends(ends) -> None:
+    """Each way by which a process ends, all at the same time."""
+    runs = [started(2, "-c", WORK.format(who=who, here=here)) for who, here, *_ in ends]
+    for (_, here, *expected), run in zip(ends, runs, strict=True):
+        said = [process.communicate(timeout=60) for process in run]
+        codes, errors = tuple(process.returncode for process in run), tuple(errors for _, errors in said)
+        assert [codes, errors] == expected and not any(out for out, _ in said), (here, codes, said)
+
+
+def test_where_one_process_ends_all_end_and_the_reason_is_said_once():
+    check_ends(ENDS)
+
+
+@pytest.mark.slow
+def test_other_ends():
+    check_ends(OTHERS)
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_process_shows_its_trace():
+    (_, first), (_, second) = (
+        run.communicate(timeout=60) for run in started(2, "-c", WORK.format(who=1, here="{}[9]"))
+    )
+    assert first == "dkv: error: process 1 of 2 has failed: dkv: KeyError: 9\n"
+    assert "Traceback" in second and second.endswith("KeyError: 9\n")
+
+
+def test_what_processes_were_given_is_compared():
+    def call(ranks):
+        ranks.check_same(torch.tensor([1, 2]), {"a": 3}, "text")
+        with pytest.raises(ValueError, match="different prompts or settings"):
+            ranks.check_same(torch.tensor([1, 2 + (ranks.rank == 2)]))
+        return ranks.from_first(lambda: ranks.rank + 7), ranks.first(torch.tensor([ranks.rank])).item()
+
+    assert together(3, call) == [(7, 0)] * 3
+
+
+def test_a_process_that_is_alone_is_told_how_to_start_several(monkeypatch):
+    for name in dkv.parallel.NEEDED:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"RANK is not set.*torchrun --nproc-per-node 2"):
+        dkv.parallel.start()
+    monkeypatch.setattr(os, "environ", {**os.environ, **dict.fromkeys(dkv.parallel.NEEDED, "1")})
+    with pytest.raises(ValueError, match="'cuda:1' is one for all processes: give 'cuda'"):
+        dkv.parallel.start("cuda:1")

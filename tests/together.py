@@ -1,0 +1,60 @@
+"""Processes that share a model, played by threads: what they tell each other goes through memory."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dkv.parallel import Ranks
+
+CPU = torch.device("cpu")
+
+
+class Together(Ranks):
+    """One of several threads, in the place of a process."""
+
+    def __init__(self, rank: int, table: list[Any], barrier: threading.Barrier):
+        super().__init__(rank, len(table), CPU, store=None)
+        self.table, self.barrier = table, barrier
+
+    def all(self, value: Any) -> list[Any]:
+        """What every thread gives, in their order."""
+        self.table[self.rank] = value
+        self.barrier.wait(60)
+        found = list(self.table)
+        self.barrier.wait(60)
+        return found
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x.copy_(torch.stack(self.all(x.clone())).sum(0))
+
+    def gathered(self, x: Tensor) -> Tensor:
+        return torch.stack(self.all(x.clone()))
+
+    def first(self, x: Tensor) -> Tensor:
+        return x.copy_(self.all(x.clone())[0])
+
+    def told(self, value: Any = None) -> Any:
+        return self.all(value)[0]
+
+
+def together(count: int, call: Callable[[Ranks], Any]) -> list[Any]:
+    """What `call` gives to each of so many threads; where one fails, its error is raised and all others end."""
+    table, barrier = [None] * count, threading.Barrier(count)
+
+    def one(rank: int) -> Any:
+        try:
+            return call(Together(rank, table, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(one, rank) for rank in range(count)]
+        errors = [error for future in futures if (error := future.exception())]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return [future.result() for future in futures]
