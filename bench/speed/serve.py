@@ -55,7 +55,7 @@ def measure(options: Options) -> dict[str, Any]:
             found["overhead"] += _overhead(options, policy, served, bar)
             rows, asks = _loads(options, policy, served, bar)
             if http:
-                rows += _over_http(options, policy, served, at_rate(asks, HTTP * rows[0]["requests_per_second"]), bar)
+                rows += _over_http(options, policy, served, asks, HTTP * rows[0]["requests_per_second"], bar)
             found["rows"] += rows
             found["requests"][policy] = len(asks)
     return found
@@ -107,15 +107,16 @@ def _loads(options: Options, policy: str, served: Served, bar: Bar) -> tuple[lis
     return rows, asks
 
 
-def _over_http(options: Options, policy: str, served: Served, asks: Sequence[Ask], bar: Bar) -> list[dict[str, Any]]:
+def _over_http(
+    options: Options, policy: str, served: Served, asks: Sequence[Ask], rate: float, bar: Bar
+) -> list[dict[str, Any]]:
     """The same requests, which end at an end token, by `dkv.LLM` in this process and by a server."""
     tokenizer = dkv.load_tokenizer(options.name)
     ended = replace(served, settings={**served.settings, "eos_token_id": end_ids(tokenizer, options.model.spec)})
     ways = {f"{OURS}, to an end": ended.continuous, "dkv serve": partial(over_http, options.name, tokenizer, ended)}
-    calls = {way: partial(call, asks) for way, call in ways.items()}
+    calls = {way: partial(call, at_rate(asks, rate)) for way, call in ways.items()}
     runs = in_turn(calls, 1, bar, lambda _, way: f"{policy}, {way}")
     _check_same(*(_tokens(own) for (own,) in runs.values()))
-    rate = 1 / (asks[-1].at / len(asks))
     return [_row(policy, way, served, HTTP, rate, own) for way, (own,) in runs.items()]
 
 
