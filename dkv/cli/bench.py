@@ -23,7 +23,7 @@ examples:
   dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
   dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
   dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
-  dkv bench --serve --shape d512x8 --prompt 64 --new 64     requests that come and go, against static batches
+  dkv bench --serve --shape d512x8 --prompt 64              requests that come and go, against static batches
   dkv bench --host --shape dream-7b                         what the host starts in a step on a GPU
   dkv bench --all --out results                             everything, with plots: 12 minutes on 2 cores
 
