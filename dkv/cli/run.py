@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dkv.cli import generate
-from dkv.cli.model import add_told, told
+from dkv.cli.model import add_told, add_weights, told, weights
 from dkv.common import files, process
 
 SUMMARY = "Answer a whole data set, line by line into a file, on one device or several."
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for results.jsonl and what it was made with")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template; messages always are")
     add = parser.add_argument_group("model").add_argument
-    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add_weights(add)
     several = "such as cuda:0,cuda:1 or cpu,cpu, a process each; or the number of GPUs (default: one device)"
     add("--devices", metavar="LIST", help=several)
     add_told(add)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         tokenizer=dkv.load_tokenizer(args.model),
         config=config,
-        loading={"dtype": args.dtype, **told(args)},
+        loading={**weights(args), **told(args)},
         chat=args.chat,
         devices=devices_of(args.devices),
         max_slots=args.max_slots,
