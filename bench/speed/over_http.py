@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from dkv.bench.speed.arrivals import Answered, Ask, Served
 
 # Seconds that a server may take to load its model, or a client waits for an answer.
