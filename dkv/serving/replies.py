@@ -3,10 +3,17 @@
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 # Of a message to a client; what was asked may be in it.
 MOST_SAID = 500
+# By what is asked: how an id begins, and the kind of an answer and of a piece of it.
+KINDS_OF_REPLY = {
+    "talk": ("chatcmpl", "chat.completion", "chat.completion.chunk"),
+    "prompt": ("cmpl", "text_completion", "text_completion"),
+    "infill": ("infill", "infill", "infill"),
+}
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -39,23 +46,22 @@ class Reply:
 
     Args:
         model: its name.
-        chat: of a talk, or of a prompt.
+        kind: of what was asked, one of `KINDS_OF_REPLY`.
         usage: in pieces, the last one tells it.
     """
 
-    def __init__(self, model: str, chat: bool, usage: bool = False):
-        self._chat, self._usage = chat, usage
-        name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._about = {"id": name, "created": int(time.time()), "model": model}
+    def __init__(self, model: str, kind: str, usage: bool = False):
+        begin, self._kind, self._kind_of_piece = KINDS_OF_REPLY[kind]
+        self._chat, self._usage = kind == "talk", usage
+        self._about = {"id": f"{begin}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, texts: list[tuple[str, str | None]], usage: dict[str, int]) -> dict[str, Any]:
-        """The whole answer: of each choice its text, and why it ended."""
+    def whole(self, written: Sequence[Any], usage: dict[str, int]) -> dict[str, Any]:
+        """The whole answer, of what was `written` for each choice: its text, and why it ended."""
         choices = []
-        for number, (text, finish) in enumerate(texts):
-            said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-            choices.append({"index": number, **said, "logprobs": None, "finish_reason": finish})
-        kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._about, "object": kind, "choices": choices, "usage": usage}
+        for number, one in enumerate(written):
+            said = {"message": {"role": "assistant", "content": one.text}} if self._chat else {"text": one.text}
+            choices.append({"index": number, **said, **one.more, "logprobs": None, "finish_reason": one.finish})
+        return {**self._about, "object": self._kind, "choices": choices, "usage": usage}
 
     def begin(self, number: int) -> str | None:
         """The first piece of a choice, if it has one of its own."""
@@ -77,9 +83,8 @@ class Reply:
         return (self._event([], usage) if self._usage else "") + "data: [DONE]\n\n"
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> str:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
         told = {"usage": usage} if self._usage else {}
-        return event({**self._about, "object": kind, "choices": choices, **told})
+        return event({**self._about, "object": self._kind_of_piece, "choices": choices, **told})
 
 
 def event(value: dict[str, Any]) -> str:

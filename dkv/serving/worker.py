@@ -62,6 +62,7 @@ class Job:
             tokens stand before the first mask. It must return at once, and raise nothing.
         drafts: whether it wants to hear before the end.
         watch: of the whole draft, if it wants to hear of it in every step.
+        infill: the prompt is a text whose masks are to be filled.
         told: tokens before the first mask that were told of.
     """
 
@@ -70,6 +71,7 @@ class Job:
     tell: Callable[[Told], None]
     drafts: bool = False
     watch: Watch | None = None
+    infill: bool = False
     request: Request | None = None
     told: int = 0
 
@@ -187,7 +189,7 @@ class Worker:
 
     def _add(self, job: Job) -> None:
         try:
-            job.request = self.llm.add(job.input_ids, generation_config=job.config)
+            job.request = self.llm.add(job.input_ids, generation_config=job.config, infill=job.infill)
         except Exception as error:
             # Nothing of it is in the model yet: the others go on.
             self._end(job, Told(REFUSED, error=error))

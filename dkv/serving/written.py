@@ -23,11 +23,13 @@ class Written:
         text: so far.
         tokens: of which the text was made, with those of a stop string.
         finish: "stop" at an end or a stop string, "length" without; None: there is more to come.
+        more: fields of the answer beside its text.
     """
 
     def __init__(self, tokenizer: Any, ends: Collection[int], stops: Sequence[str] = ()):
         self._tokenizer, self._ends, self._stops = tokenizer, frozenset(ends), tuple(stops)
         self.text, self.tokens = "", 0
+        self.more: dict[str, Any] = {}
         self.finish: str | None = None
 
     def take(self, ids: Sequence[int], last: bool) -> str:
