@@ -123,7 +123,7 @@ function tell() {
   $("rate").textContent = (stats?.tokens_per_second ?? filled / passed).toFixed(1);
   if ((stats?.first_token_seconds ?? first) !== null) $("first").textContent = seconds(stats?.first_token_seconds ?? first);
   if (stats) $("waited").textContent = seconds(stats.queued_seconds);
-  $("share").textContent = percent(computedShare());
+  $("share").textContent = percent(computed / told);
 }
 
 function say(state) {
