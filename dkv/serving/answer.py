@@ -31,9 +31,10 @@ class Answer:
         self._told: dict[int, Told] = {}
         self._news = asyncio.Event()
         self._read, self.written = asked.read, asked.written(served)
-        heard, mask_id = asked.stream or bool(asked.stops), served.spec.mask_token_id
+        # How likely tokens were is told at the end alone; stop strings cut the text then, too.
+        heard, mask_id = asked.stream or bool(asked.stops and not asked.logprobs), served.spec.mask_token_id
         self._jobs = [
-            Job(ids, config, partial(self._hear, number), heard, Watch(mask_id) if asked.draft else None, asked.infill)
+            Job(ids, config, partial(self._hear, number), heard, Watch(mask_id) if asked.draft else None, asked.how)
             for number, (ids, config) in enumerate(asked.choices)
         ]
         self._drafted = [Drafted(served.tokenizer, served.spec, len(ids)) for ids, _ in asked.choices]
@@ -81,6 +82,8 @@ class Answer:
                 if one.state in (REFUSED, FAILED, CANCELLED):
                     raise _refusal(one)
                 text = written.take(one.tokens, last=one.state == FINISHED)
+                if one.logprobs:
+                    written.note_logprobs(one.tokens, one.logprobs)
                 if written.finish is not None and one.state != FINISHED:
                     self._worker.cancel([self._jobs[number]])
                 draft = one.draft and self._drafted[number].take(one.draft, len(one.tokens))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from dkv.engine.generate import infill_config
 from dkv.serving.protocol import COMMON, Asked, Served, check_count, check_names, configs_of, flag_of, whole_of
@@ -27,7 +27,10 @@ class AskedGaps(Asked):
 
     texts: list[Marked] = field(default_factory=list)
     places: list[list[tuple[int, int]]] = field(default_factory=list)
-    infill: ClassVar[bool] = True
+
+    @property
+    def how(self) -> dict[str, bool]:
+        return {"infill": True}
 
     @property
     def read(self) -> int:
@@ -53,6 +56,7 @@ class Filled:
         self._tokenizer, self._around, self._places = tokenizer, text, places
         self.text, self.tokens = "", 0
         self.more: dict[str, Any] = {}
+        self.logprobs: list[tuple[str, float]] | None = None
         self.finish: str | None = None
 
     def take(self, ids: Sequence[int], last: bool) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 from dkv.core.naming import instead
 from dkv.engine.config import DiffusionConfig
@@ -20,7 +20,7 @@ from dkv.tools.text import end_ids
 
 MOST_STOPS, LONGEST_STOP = 4, 256
 COMMON = ("model", "n", "user", "metadata")
-CONTINUED = (*COMMON, "stream", "stream_options", "draft", "stop", "max_tokens")
+CONTINUED = (*COMMON, "stream", "stream_options", "draft", "logprobs", "stop", "max_tokens")
 # What a talk and a prompt have of their own.
 OWN = {True: ("messages", "max_completion_tokens"), False: ("prompt",)}
 # Settings that are the server's, or have a field of OpenAI's name.
@@ -34,7 +34,6 @@ INERT: Mapping[str, tuple] = MappingProxyType(
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
-        "logprobs": (False, 0),
         "top_logprobs": (0,),
         "suffix": ("",),
         "tools": ([],),
@@ -85,6 +84,7 @@ class Asked:
         stops: strings that end an answer.
         stream, usage: whether it is told in pieces, the last one with what was read and written.
         draft: whether every piece has the whole draft.
+        logprobs: whether it is told how likely each token was.
     """
 
     prompts: list[list[int]]
@@ -93,14 +93,18 @@ class Asked:
     stream: bool = False
     usage: bool = False
     draft: bool = False
-    # Whether masks of the prompts are filled, in place of slots behind them.
-    infill: ClassVar[bool] = False
+    logprobs: bool = False
 
     @property
     def choices(self) -> list[tuple[list[int], DiffusionConfig]]:
         """Prompt and settings of every choice."""
         n = len(self.configs) // len(self.prompts)
         return [(self.prompts[number // n], config) for number, config in enumerate(self.configs)]
+
+    @property
+    def how(self) -> dict[str, bool]:
+        """Further arguments of `LLM.add`."""
+        return {"logprobs": self.logprobs}
 
     @property
     def read(self) -> int:
@@ -162,7 +166,7 @@ def asked(fields: dict[str, Any], chat: bool, served: Served) -> Asked:
     options = fields.get("stream_options", {})
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise Refusal(400, "stream_options must be an object with include_usage", "stream_options")
-    return Asked(prompts, configs, stops, stream, flag_of(options, "include_usage"), draft)
+    return Asked(prompts, configs, stops, stream, flag_of(options, "include_usage"), draft, _logprobs(fields, chat))
 
 
 def check_names(fields: dict[str, Any], known: Sequence[str], served: Served) -> None:
@@ -178,6 +182,18 @@ def check_names(fields: dict[str, Any], known: Sequence[str], served: Served) ->
     if fields.get("model") != served.name:
         given = "model is missing" if "model" not in fields else f"there is no model {fields['model']!r}"
         raise Refusal(404, f"{given}: this server has {served.name!r}", "model", "model_not_found")
+
+
+def _logprobs(fields: dict[str, Any], chat: bool) -> bool:
+    """Whether it is to be told how likely each token was: true in a talk, and 0 others beside it in a completion."""
+    given = fields.get("logprobs", False)
+    if type(given) is not bool and not (type(given) is int and given == 0 and not chat):
+        wanted = "true or false" if chat else "0: how likely other tokens were is not kept"
+        raise Refusal(400, f"logprobs must be {wanted}, got {given!r}", "logprobs")
+    wants = given is True if chat else given is not False
+    if wants and fields.get("stream"):
+        raise Refusal(400, "logprobs are told with the whole answer: leave stream out", "logprobs")
+    return wants
 
 
 def check_count(prompts: int, n: int, served: Served) -> None:

@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 # Of a message to a client; what was asked may be in it.
@@ -60,8 +61,23 @@ class Reply:
         choices = []
         for number, one in enumerate(written):
             said = {"message": {"role": "assistant", "content": one.text}} if self._chat else {"text": one.text}
-            choices.append({"index": number, **said, **one.more, "logprobs": None, "finish_reason": one.finish})
+            choices.append({"index": number, **said, **one.more})
+            choices[-1] |= {"logprobs": self._logprobs(one.logprobs), "finish_reason": one.finish}
         return {**self._about, "object": self._kind, "choices": choices, "usage": usage}
+
+    def _logprobs(self, tokens: list[tuple[str, float]] | None) -> dict[str, Any] | None:
+        """How likely the tokens were, as it is told in a talk or of a prompt."""
+        if tokens is None:
+            return None
+        if self._chat:
+            content = [
+                {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, logprob in tokens
+            ]
+            return {"content": content}
+        texts, logprobs = [text for text, _ in tokens], [logprob for _, logprob in tokens]
+        offsets = list(accumulate(map(len, texts), initial=0))[:-1]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
     def begin(self, number: int) -> str | None:
         """The first piece of a choice, if it has one of its own."""
