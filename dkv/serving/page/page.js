@@ -67,7 +67,8 @@ async function follow(asked, signal) {
   say("waiting for a row");
   for await (const event of events(response.body)) {
     if (event.error) throw new Error(event.error.message);
-    for (const choice of event.choices) take(choice, asked);
+    // Of several answers the first is shown.
+    for (const choice of event.choices) if (choice.index === 0) take(choice, asked);
   }
 }
 
