@@ -14,7 +14,7 @@ from dkv.core.sequences import Sequences, column
 from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending
-from dkv.engine.engine import Engine
+from dkv.engine.engine import Engine, OnStep
 from dkv.engine.graphs import state_of
 from dkv.engine.noise import Noise
 from dkv.engine.run import ends_of, mask_id_of, pad_id
@@ -36,6 +36,7 @@ class ContinuousBatch(Engine):
         cache: where keys and values are kept, of at least so many rows and slots; those of rows that nobody has here
             may be another batch's.
         infill: the sequences are texts whose masks are filled, in place of prompts that are continued.
+        hooks: as for `Engine`.
 
     What the host knows of a step, `status`, is read once, and says beside the rest which slot of a row is the first
     without a token; `status.first`.
@@ -53,6 +54,7 @@ class ContinuousBatch(Engine):
         processor: Any = None,
         cache: KVCache | None = None,
         infill: bool = False,
+        hooks: Sequence[OnStep] = (),
     ):
         self.invalid_rows: list[int] = []
         self._infill = infill
@@ -60,7 +62,7 @@ class ContinuousBatch(Engine):
         # Those of each sequence are its own.
         config = copy.copy(config)
         config.update(steps=None)
-        super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache)
+        super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache, hooks=hooks)
         self._room = slots, self.rows.timetable.most
         nobody = self._unfilled(model, config, 1)
         self._nobody = Engine(**self._parts(model, config, nobody), graphs=False)

@@ -116,6 +116,7 @@ class LLM:
         generation_config: DiffusionConfig | None = None,
         logits_processor: Any = None,
         infill: bool = False,
+        logprobs: bool = False,
         **settings: Any,
     ) -> Request:
         """Ask for an answer; it is worked on by `step`.
@@ -125,6 +126,8 @@ class LLM:
             generation_config: settings; default: those of the `LLM`.
             logits_processor: as for `dkv.generate`. The request then has passes of its own.
             infill: fill every mask of a text, as `dkv.infill` does, in place of continuing a prompt.
+            logprobs: keep how likely every token was in the pass that filled its slot, as `Request.logprobs`. Such
+                requests have passes of their own, which are not replayed.
             settings: that replace those of the configuration. Seeds that are not given are drawn.
 
         Raises:
@@ -134,16 +137,17 @@ class LLM:
         """
         if self.max_waiting is not None and self.waiting - len(self._free) >= self.max_waiting:
             raise Full(f"{self.waiting} requests wait already, and max_waiting is {self.max_waiting}: ask again later")
-        request = self._request(input_ids, generation_config, logits_processor, settings, infill)
+        how = {"infill": infill, "logprobs": logprobs}
+        request = self._request(input_ids, generation_config, logits_processor, settings, **how)
         self._waiting.append(request)
         return request
 
     def _request(
-        self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict, infill: bool = False
+        self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict, **how: bool
     ) -> Request:
         """A request that can be, which does not wait yet."""
-        config = (infill_config if infill else config_of)(given or self.config, settings)
-        request = checked(self._count, self.model, input_ids, config, processor, self.max_length, infill)
+        config = (infill_config if how.get("infill") else config_of)(given or self.config, settings)
+        request = checked(self._count, self.model, input_ids, config, processor, self.max_length, **how)
         self._count += 1
         return request
 
