@@ -58,6 +58,8 @@ RULES = [
     {"confidence_dtype": "model", "temperature": 0.5},
     {"certainty": 3.0, "steps": 4},
 ]
+# What is said of a process that was killed.
+WITHOUT = "process {} of 2 has ended without a word: it was killed, or its machine is gone\n"
 # From a name to a folder, what is done there, and with which settings.
 Case = tuple[str, Path, str, dict[str, Any]]
 

@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 import dkv.parallel
-from tests.dkv.sharing import cases, found, small_gemma, started
+from dkv import cli
+from tests.dkv.sharing import ROOT, WITHOUT, cases, found, small_gemma, started
 from tests.together import together
 
 
@@ -51,16 +56,15 @@ def work():
 process.run(work)
 """
 KILL, INTERRUPT = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGINT)"
-WITHOUT = "dkv: error: process {} of 2 has ended without a word: it was killed, or its machine is gone\n"
 FULL = "dkv: error: the disk is full\n"
 # Who does what, and then the codes and what is said.
 ENDS = [
     (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: process 1 of 2 has failed: {FULL}", FULL)),
     (0, 'raise ValueError("the disk is full")', (2, 2), (FULL, "")),
-    (1, KILL, (2, -9), (WITHOUT.format(1), "")),
+    (1, KILL, (2, -9), ("dkv: error: " + WITHOUT.format(1), "")),
 ]
 OTHERS = [
-    (0, KILL, (-9, 2), ("", WITHOUT.format(0))),
+    (0, KILL, (-9, 2), ("", "dkv: error: " + WITHOUT.format(0))),
     (0, INTERRUPT, (130, 2), ("dkv: interrupted\n", "")),
     (1, INTERRUPT, (2, 130), ("dkv: error: process 1 of 2 has failed: interrupted\n", "")),
     (0, "raise BrokenPipeError", (141, 2), ("", "")),
@@ -92,6 +96,57 @@ def test_a_fault_of_one_process_shows_its_trace():
     )
     assert first == "dkv: error: process 1 of 2 has failed: dkv: KeyError: 9\n"
     assert "Traceback" in second and second.endswith("KeyError: 9\n")
+
+
+def torchrun(*command: object) -> subprocess.Popen:
+    """Two processes that torchrun starts, in a group of their own."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", "localhost:0", "-m", *map(str, command)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, **pipes)
+
+
+PROMPT = "#..##.#...#.##..#.#....##.#="
+GENERATE = ("generate", "--device", "cpu", "--dtype", "float64", "--max-new-tokens", 112, "--cache", "decode", PROMPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["dkv", "dkv.cli"])
+def test_torchrun_gives_the_answer_of_one_process(module, capsys):
+    out, errors = torchrun(module, *GENERATE).communicate(timeout=120)
+    assert cli.main([*map(str, GENERATE)]) == 0
+    assert out == capsys.readouterr().out and errors.count("error") == 0
+
+
+@pytest.mark.slow
+def test_torchrun_says_an_error_once():
+    errors = torchrun("dkv", "generate", "--device", "cpu", "--model", "tiny-text", "text").communicate(timeout=120)[1]
+    assert (
+        errors.count("dkv generate: error: 5 key heads cannot be split over 2 processes: start 5 of them, or one") == 1
+    )
+    errors = torchrun("dkv", "bench").communicate(timeout=120)[1]
+    assert errors.count("dkv bench: error: dkv bench is one process, not several: start it without torchrun") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_torchrun_ends_within_seconds(number, tmp_path):
+    """Ctrl-C in a terminal, which all get; and a process that is killed in the middle of a generation."""
+    prompts = tmp_path / "prompts"
+    prompts.write_text(f"{PROMPT}\n" * 64)
+    run = torchrun("dkv", *GENERATE[:-1], "--no-stream", "--lines", "--file", prompts)
+    time.sleep(12)
+    began = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)
+    else:
+        children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), number)
+    out, errors = run.communicate(timeout=60)
+    assert time.monotonic() - began < 30 and run.returncode and not out
+    said = "dkv generate: interrupted\n" if number == signal.SIGINT else "SIGKILL"
+    assert said in errors
 
 
 def test_what_processes_were_given_is_compared():
