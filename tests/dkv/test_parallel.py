@@ -120,13 +120,18 @@ def test_torchrun_gives_the_answer_of_one_process(module, capsys):
 
 
 @pytest.mark.slow
-def test_torchrun_says_an_error_once():
-    errors = torchrun("dkv", "generate", "--device", "cpu", "--model", "tiny-text", "text").communicate(timeout=120)[1]
-    assert (
-        errors.count("dkv generate: error: 5 key heads cannot be split over 2 processes: start 5 of them, or one") == 1
-    )
-    errors = torchrun("dkv", "bench").communicate(timeout=120)[1]
-    assert errors.count("dkv bench: error: dkv bench is one process, not several: start it without torchrun") == 1
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("generate", "--model", "tiny-text", "a"), "5 key heads cannot be split over 2 processes: start 5 of them"),
+        (("generate", "--file", "nowhere"), "nowhere: No such file or directory"),
+        (("generate", "--steps", "x"), "argument --steps: invalid int value: 'x'"),
+        (("bench",), "dkv bench is one process, not several: start it without torchrun"),
+    ],
+)
+def test_torchrun_says_an_error_once(command, said):
+    errors = torchrun("dkv", *command).communicate(timeout=120)[1]
+    assert errors.count(f"dkv {command[0]}: error: {said}") == 1
 
 
 @pytest.mark.slow
