@@ -164,6 +164,23 @@ def test_what_processes_were_given_is_compared():
     assert together(3, call) == [(7, 0)] * 3
 
 
+OWN = """
+import sys
+import torch, torch.distributed as dist
+import dkv
+dist.init_process_group("gloo")
+with dkv.parallel.start("cpu") as ranks:
+    assert dkv.parallel.start() is ranks and dkv.parallel.met() is ranks
+    print(ranks.sum_(torch.tensor([ranks.rank + 1])).item())
+assert dist.is_initialized() and dkv.parallel.met() is None
+"""
+
+
+@pytest.mark.slow
+def test_a_group_that_is_there_is_used_and_left():
+    assert [process.communicate(timeout=60) for process in started(2, "-c", OWN)] == [("3\n", "")] * 2
+
+
 def test_a_process_that_is_alone_is_told_how_to_start_several(monkeypatch):
     for name in dkv.parallel.NEEDED:
         monkeypatch.delenv(name, raising=False)
