@@ -9,11 +9,14 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dkv.parallel
 from dkv import cli
-from tests.dkv.sharing import ROOT, WITHOUT, cases, found, small_gemma, started
-from tests.together import together
+from tests.dkv.engine.test_rows import decoding, prompts
+from tests.dkv.sharing import PLAIN, ROOT, WITHOUT, cases, found, small_gemma, started
+from tests.together import Team, together
 
 
 def check(kind: str, gemma) -> None:
@@ -38,6 +41,51 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_tokens_of_one_broadly(tmp_path):
     check("sweep", small_gemma(tmp_path / "gemma"))
+
+
+class Shared:
+    """A model as it is, and as three threads share it."""
+
+    def __init__(self, family: str, count: int):
+        self.team = Team(count)
+        self.whole = dkv.load(ROOT / PLAIN[family], dtype="float64", device="cpu")
+        self.parts = [dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks) for ranks in self.team.ranks]
+
+    def same(self, *given, **call) -> bool:
+        """Whether all threads give what the whole model gives, from as many slots."""
+        expected = dkv.generate(self.whole, *given, **call)
+        found = self.team(lambda ranks: dkv.generate(self.parts[ranks.rank], *given, **call))
+        counts = {output.stats.computed_slots for output in (*found, expected)}
+        return len(counts) == 1 and all(torch.equal(output.sequences, expected.sequences) for output in found)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return {"llada": Shared("llada", 4), "dream": Shared("dream", 2)}
+
+
+def check_any(shared, padded, name, how, batch, eos):
+    rows, budgets, seeds = batch
+    ids, mask = (x.long() for x in padded(rows))
+    call = {**how, "eos_token_id": eos or None, "max_new_tokens": budgets, "seed": seeds}
+    assert shared[name].same(ids, mask, **call)
+
+
+# Without a prompt all slots are alike, and rounding decides which is filled first.
+ANY = (st.sampled_from(["llada", "dream"]), decoding(), prompts(at_least=1), st.lists(st.integers(0, 61), max_size=8))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(*ANY)
+def test_any_settings(shared, padded, name, how, batch, eos):
+    check_any(shared, padded, name, how, batch, eos)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(*ANY)
+def test_any_settings_broadly(shared, padded, name, how, batch, eos):
+    check_any(shared, padded, name, how, batch, eos)
 
 
 # What a process does whose number is the first argument, once all have met: `{here}` in the middle of what it shares.
