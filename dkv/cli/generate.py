@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dkv.cli.families import add_families, own_settings
-from dkv.cli.model import add_told, told
+from dkv.cli.model import add_told, add_weights, told, weights
 from dkv.cli.several import draw_seeds, of_first, ranks_of
 
 SUMMARY = "Continue a prompt with a diffusion language model."
@@ -57,7 +57,7 @@ def add_source(parser: argparse.ArgumentParser, name: str, text: str, lines: str
 def add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny", help="a bundled model, a checkpoint folder or a hub id (default: %(default)s)")
-    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add_weights(add)
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
     add_told(add)
 
@@ -217,7 +217,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     config = dkv.DiffusionConfig(**settings(args))
     ranks = ranks_of(args.device)
-    model = dkv.load(args.model, args.dtype, None if ranks else args.device, ranks=ranks, **told(args))
+    where = {"ranks": ranks} if ranks else {"device": args.device}
+    model = dkv.load(args.model, **where, **weights(args), **told(args))
     tokenizer = dkv.load_tokenizer(args.model)
     config.update(eot_token_id=turn_end_ids(tokenizer))
     return config, model, tokenizer

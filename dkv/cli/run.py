@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from dkv.cli import generate
-from dkv.cli.model import add_told, told
+from dkv.cli.families import add_blocks
+from dkv.cli.model import add_told, add_weights, told, weights
 from dkv.cli.several import follow, let_go, ranks_of
 from dkv.common import files, process
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for results.jsonl and what it was made with")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template; messages always are")
     add = parser.add_argument_group("model").add_argument
-    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add_weights(add)
     several = "such as cuda:0,cuda:1 or cpu,cpu, a process each; or the number of GPUs (default: one device)"
     add("--devices", metavar="LIST", help=several)
     add_told(add)
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # `max_length` is a setting of a generation, too.
     add("--max-length", type=int, dest="row_length", metavar="N", help=length)
     generate.add_decoding(parser, new_tokens=128)
+    add_blocks(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,15 +61,17 @@ def run(args: argparse.Namespace) -> int:
     if process.several() and devices and len(devices) > 1:
         raise ValueError("--devices has a model on each, and torchrun shares one: leave one of them out")
     ranks = ranks_of(devices and devices[0])
-    if follow(ranks, lambda: dkv.load(args.model, args.dtype, ranks=ranks, **told(args))):
+    if follow(ranks, lambda: dkv.load(args.model, ranks=ranks, **weights(args), **told(args))):
         return 0
-    files.check_writable("--out", args.out / RESULTS, regular=True)
+    results = args.out / RESULTS
+    files.check_outputs([("--out", results)], [("--data", args.data)])
+    files.check_writable("--out", results, regular=True)
     config = dkv.DiffusionConfig(**generate.settings(args))
     job = Job(
         model=args.model,
         tokenizer=dkv.load_tokenizer(args.model),
         config=config,
-        loading={"dtype": args.dtype, **told(args)},
+        loading={**weights(args), **told(args)},
         chat=args.chat,
         devices=devices,
         max_slots=args.max_slots,

@@ -5,7 +5,7 @@ import os
 import socket
 
 from dkv.cli import generate
-from dkv.cli.model import add_told
+from dkv.cli.model import add_told, add_weights
 from dkv.cli.several import follow, ranks_of
 from dkv.common import process
 
@@ -31,7 +31,7 @@ Ctrl-C stops at once.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id; clients ask for this name")
-    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add_weights(add)
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
     add_told(add)
     add = parser.add_argument_group("server").add_argument

@@ -35,6 +35,7 @@ class ContinuousBatch(Engine):
         processor: as for `Engine`.
         cache: where keys and values are kept, of at least so many rows and slots; those of rows that nobody has here
             may be another batch's.
+        infill: the sequences are texts whose masks are filled, in place of prompts that are continued.
 
     What the host knows of a step, `status`, is read once, and says beside the rest which slot of a row is the first
     without a token; `status.first`.
@@ -51,8 +52,10 @@ class ContinuousBatch(Engine):
         config: DiffusionConfig,
         processor: Any = None,
         cache: KVCache | None = None,
+        infill: bool = False,
     ):
         self.invalid_rows: list[int] = []
+        self._infill = infill
         self._processor, self._room = processor, (slots, 0)
         # Those of each sequence are its own.
         config = copy.copy(config)
@@ -77,7 +80,7 @@ class ContinuousBatch(Engine):
         self, model: Any, config: DiffusionConfig, rows: Sequences, seeds: Sequence[int] | None = None
     ) -> dict[str, Any]:
         """The arguments of an engine for such rows."""
-        eos, batch = ends_of(model, config), len(rows.tokens)
+        eos, batch = [] if self._infill else ends_of(model, config), len(rows.tokens)
         return {
             "model": model,
             "rows": rows,
@@ -94,7 +97,7 @@ class ContinuousBatch(Engine):
 
         Args:
             rows: which, one for each.
-            prompts: int64 [P] each, where the model is.
+            prompts: int64 [P] each, where the model is; or texts with masks.
             configs: the settings of each, which go with its prompt (`checked_inputs`): those of the batch but for
                 `BY_ROW`; with a seed.
 
@@ -103,7 +106,8 @@ class ContinuousBatch(Engine):
         """
         alone = self._planned(prompts, configs)
         try:
-            self._write(rows, alone, [len(prompt) for prompt in prompts])
+            first = [len(prompt) for prompt in prompts] if not self._infill else _first_masks(alone.rows).tolist()
+            self._write(rows, alone, first)
             self.note_rows()
         except BaseException:
             # As where there is no memory to grow into.
@@ -112,15 +116,7 @@ class ContinuousBatch(Engine):
 
     def _planned(self, prompts: Sequence[Tensor], configs: Sequence[DiffusionConfig]) -> Engine:
         """Those that join as a batch of their own, before its first step."""
-        model, (slots, steps) = self.model, self._room
-        lengths, budgets = [len(prompt) for prompt in prompts], [c.of_row("max_new_tokens", 0) for c in configs]
-        ids = pad_sequence([*prompts], batch_first=True, padding_value=self.pad_id)
-        mask = torch.arange(ids.shape[1], device=ids.device) < column(lengths, ids.device)
-        extra = in_blocks.extras(model.spec, configs[0], mask, budgets)
-        for length, needed in zip(lengths, map(sum, zip(lengths, budgets, extra, strict=True)), strict=True):
-            if needed > slots:
-                raise ValueError(f"a prompt of {length} tokens and its answer need {needed} slots, a row has {slots}")
-        given = Sequences.after_prompts(ids, mask, budgets, self.mask_id, self.pad_id, extra, self._room)
+        model, (slots, steps), given = self.model, self._room, self._given(prompts, configs)
         config, seeds = _in_one(configs), [config.of_row("seed", 0) for config in configs]
         alone = Engine(**self._parts(model, config, given, seeds), graphs=False)
         if (most := given.timetable.most) > steps:
@@ -128,6 +124,20 @@ class ContinuousBatch(Engine):
         if not alone.numbers:  # They have nothing to fill.
             alone.prepare()
         return alone
+
+    def _given(self, prompts: Sequence[Tensor], configs: Sequence[DiffusionConfig]) -> Sequences:
+        """The rows of those that join."""
+        slots, lengths = self._room[0], [len(prompt) for prompt in prompts]
+        ids = pad_sequence([*prompts], batch_first=True, padding_value=self.pad_id)
+        mask = torch.arange(ids.shape[1], device=ids.device) < column(lengths, ids.device)
+        budgets = [0 if self._infill else config.of_row("max_new_tokens", 0) for config in configs]
+        extra = [0] * len(budgets) if self._infill else in_blocks.extras(self.model.spec, configs[0], mask, budgets)
+        for length, needed in zip(lengths, map(sum, zip(lengths, budgets, extra, strict=True)), strict=True):
+            if needed > slots:
+                raise ValueError(f"a prompt of {length} tokens and its answer need {needed} slots, a row has {slots}")
+        if self._infill:
+            return Sequences(ids, mask, mask & (ids == self.mask_id), self.mask_id, self._room)
+        return Sequences.after_prompts(ids, mask, budgets, self.mask_id, self.pad_id, extra, self._room)
 
     def leave(self, row: int) -> None:
         """Let a row be nobody's, whether its sequence is finished or not. One that is finished need not be left."""
@@ -166,11 +176,15 @@ class ContinuousBatch(Engine):
 
     def read_status(self) -> None:
         """Read what the host has to know of the next step, once."""
-        # Of a row that has masks; a byte of each is its largest.
-        first = self.rows.masked.view(torch.uint8).argmax(1)
-        self.status = status = Status.after(self.next_plan, first)
+        self.status = status = Status.after(self.next_plan, _first_masks(self.rows))
         self.note_rows()
         self.invalid_rows = [row for row, invalid in enumerate(status.invalid) if invalid]
+
+
+def _first_masks(rows: Sequences) -> Tensor:
+    """int64 [B]: the first slot without a token, of a row that has one."""
+    # A byte of each is its largest.
+    return rows.masked.view(torch.uint8).argmax(1)
 
 
 def _in_one(configs: Sequence[DiffusionConfig]) -> DiffusionConfig:

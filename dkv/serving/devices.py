@@ -123,12 +123,10 @@ class Here:
 
     Attributes:
         facts: what answers depend on: weights and dtype.
-        rows: that are worked on at a time.
     """
 
     def __init__(self, task: Task, device: str | None):
         self._llm, self.facts = task.begin(device)
-        self.rows = self._llm.rows
 
     def answers(self, asked: Sequence[Asked]) -> Iterator[Answer]:
         for number, found in answered(self._llm, asked):
@@ -137,7 +135,7 @@ class Here:
 
 @dataclass
 class DeviceProcess:
-    """A process with a device, the pipe to it, and the numbers of the lines that it has."""
+    """A process with a device, the pipe to it, its rows, and how many lines it has."""
 
     device: str
     process: Any
@@ -184,10 +182,6 @@ class Processes:
                 raise ValueError(f"{first} has {self.facts} and {worker.device} {facts}: give dtype")
             self.facts = facts
 
-    @property
-    def rows(self) -> int:
-        return sum(worker.rows for worker in self._workers)
-
     def answers(self, asked: Sequence[Asked]) -> Iterator[Answer]:
         left, workers = deque(asked), {worker.pipe: worker for worker in self._workers}
         self._deal(left)
@@ -200,19 +194,19 @@ class Processes:
 
     def _deal(self, left: deque[Asked]) -> None:
         """Hand on lines in turn: to each as many as it has rows, and a few that are there when a row is free."""
-        dealt: dict[str, list[Asked]] = {}
-        before = None
-        while left and before != len(left):
-            before = len(left)
-            for number, worker in enumerate(self._workers):
-                if left and worker.has < worker.rows + worker.rows // SPARE + 1:
-                    dealt.setdefault(number, []).append(left.popleft())
-                    worker.has += 1
-        for number, lines in dealt.items():
+        dealt: list[list[Asked]] = [[] for _ in self._workers]
+        room = [worker.rows + worker.rows // SPARE + 1 - worker.has for worker in self._workers]
+        for turn in range(max(room)):
+            for number, least in enumerate(room):
+                if left and turn < least:
+                    dealt[number].append(left.popleft())
+        for worker, lines in zip(self._workers, dealt, strict=True):
+            worker.has += len(lines)
             try:
-                self._workers[number].pipe.send(lines)
+                if lines:
+                    worker.pipe.send(lines)
             except OSError:
-                raise self._gone(self._workers[number]) from None
+                raise self._gone(worker) from None
 
     def stop(self) -> None:
         """End all of them at once: what they have is not written."""

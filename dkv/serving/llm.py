@@ -18,7 +18,7 @@ from dkv.common.bar import Bar
 from dkv.core.kv_cache import KVCache
 from dkv.core.validation import whole
 from dkv.engine.config import DiffusionConfig
-from dkv.engine.generate import config_of
+from dkv.engine.generate import config_of, infill_config
 from dkv.engine.output import Stats
 from dkv.engine.run import circumstances, mask_id_of
 from dkv.models.gemma import Gemma
@@ -115,6 +115,7 @@ class LLM:
         *,
         generation_config: DiffusionConfig | None = None,
         logits_processor: Any = None,
+        infill: bool = False,
         **settings: Any,
     ) -> Request:
         """Ask for an answer; it is worked on by `step`.
@@ -123,6 +124,7 @@ class LLM:
             input_ids: the prompt, [P] or [1, P], a list of ids, or the encoding of a tokenizer.
             generation_config: settings; default: those of the `LLM`.
             logits_processor: as for `dkv.generate`. The request then has passes of its own.
+            infill: fill every mask of a text, as `dkv.infill` does, in place of continuing a prompt.
             settings: that replace those of the configuration. Seeds that are not given are drawn.
 
         Raises:
@@ -132,14 +134,16 @@ class LLM:
         """
         if self.max_waiting is not None and self.waiting - len(self._free) >= self.max_waiting:
             raise Full(f"{self.waiting} requests wait already, and max_waiting is {self.max_waiting}: ask again later")
-        request = self._request(input_ids, generation_config, logits_processor, settings)
+        request = self._request(input_ids, generation_config, logits_processor, settings, infill)
         self._waiting.append(request)
         return request
 
-    def _request(self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict) -> Request:
+    def _request(
+        self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict, infill: bool = False
+    ) -> Request:
         """A request that can be, which does not wait yet."""
-        config = config_of(given or self.config, settings)
-        request = checked(self._count, self.model, input_ids, config, processor, self.max_length)
+        config = (infill_config if infill else config_of)(given or self.config, settings)
+        request = checked(self._count, self.model, input_ids, config, processor, self.max_length, infill)
         self._count += 1
         return request
 
@@ -207,7 +211,9 @@ class LLM:
         return [self._empty(request) if found[request] is None else found[request] for request in requests]
 
     def _empty(self, request: Request) -> Tensor:
-        """A canvas without a token."""
+        """A canvas without a new token."""
+        if request.gap is not None:
+            return request.input_ids[0].cpu()
         return torch.full((request.new,), mask_id_of(self.model, request.config))
 
     def generate(

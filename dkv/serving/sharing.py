@@ -29,7 +29,8 @@ class Sharing:
     """
 
     def __init__(self, model: Any, rows: int, slots: int, like: Request, cache: KVCache | None, free: deque[int]):
-        self.batch = ContinuousBatch(model, rows, slots, like.config, like.processor, cache)
+        infill = like.gap is not None
+        self.batch = ContinuousBatch(model, rows, slots, like.config, like.processor, cache, infill)
         self.running: dict[int, Request] = {}
         self._free = free
 

@@ -9,8 +9,9 @@ from torch import nn
 
 import dkv
 from dkv.bench.shapes import FAMILIES, of_family, random_model, shape, tiny
+from dkv.bench.speed.weights import weight_bytes
 from dkv.models.int8 import Int8Linear, check_int8, quantised, rounded, why_not_int8
-from dkv.models.packing import PackedHead, PackedLayer, pack_
+from dkv.models.packing import PackedHead, PackedLayer, int8_bytes, pack_
 
 pytestmark = pytest.mark.skipif(why_not_int8() is not None, reason="this CPU does not multiply bytes")
 
@@ -97,6 +98,7 @@ def test_models_compute_what_their_rounded_weights_give(name):
     blocks = {} if spec.attention != "block" or spec.block_length else {"block_ids": torch.arange(12).expand(2, 12)}
     whole = model(ids, **blocks)
     packed = pack_(copy.deepcopy(model), Int8Linear)
+    assert weight_bytes(packed) == int8_bytes(model)
     found = packed(ids, **blocks)
     # Experts are chosen anew where two are nearly as good.
     near = (found - whole).norm() / whole.norm()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
-    "name", ["generate", "infill", "trace", "verify", "info", "demo", "bench", "eval", "suggest", "audit"]
+    "name", ["generate", "infill", "run", "trace", "verify", "info", "demo", "bench", "eval", "suggest", "audit"]
 )
 def test_every_command_explains_itself_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
