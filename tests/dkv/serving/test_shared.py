@@ -95,6 +95,19 @@ def test_a_request_that_cannot_be_harms_no_other(alone):
     assert odd.state in (FAILED, FINISHED) and good.tokens.tolist() == alone(prompts(1)[0], max_new_tokens=5, seed=1)
 
 
+def test_texts_whose_masks_are_filled():
+    whole = dkv.load(FOLDER, dtype="float64", device="cpu")
+    texts = [torch.tensor([[5, 9, whole.spec.mask_token_id, 7, *[whole.spec.mask_token_id] * n]]) for n in (2, 5)]
+
+    def work(llm):
+        asked = [llm.add(ids, infill=True, seed=2) for ids in texts]
+        while llm.running or llm.waiting:
+            llm.step()
+        return [request.tokens.tolist() for request in asked]
+
+    assert led(work) == [dkv.infill(whole, ids, seed=2, **SETTINGS).sequences[0].tolist() for ids in texts]
+
+
 def test_seeds_that_are_not_given_are_told(alone):
     (request,) = led(lambda llm: llm.generate(prompts(1), max_new_tokens=6, progress=False))
     assert request.tokens.tolist() == alone(prompts(1)[0], max_new_tokens=6, seed=request.config.seed)
