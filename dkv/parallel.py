@@ -50,9 +50,13 @@ class Ranks:
         device: where its part of the model goes.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, store: Any, group: Any = None):
-        self.rank, self.size, self.device = rank, size, device
-        self._store, self._group = store, group
+    def __init__(self, rank: int, size: int, device: torch.device, store: Any):
+        self.rank, self.size, self.device, self._store = rank, size, device, store
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether `start` made the group."""
+        return self._store is not None
 
     def __enter__(self) -> "Ranks":
         return self
@@ -74,8 +78,10 @@ class Ranks:
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum of what all processes have, in place of x; every number is added up once, and told to all."""
+        if not x.numel():
+            return x
         with self._together():
-            dist.all_reduce(x, group=self._group)
+            dist.all_reduce(x)
         return x
 
     def gathered(self, x: Tensor) -> Tensor:
@@ -83,14 +89,14 @@ class Ranks:
         x = x.contiguous()
         found = x.new_empty(self.size, *x.shape)
         with self._together():
-            dist.all_gather(list(found.unbind(0)), x, group=self._group)
+            dist.all_gather(list(found.unbind(0)), x)
         return found
 
     def first(self, x: Tensor) -> Tensor:
         """What process 0 has, in place of x."""
         x = x.contiguous()
         with self._together():
-            dist.broadcast(x, 0, group=self._group)
+            dist.broadcast(x, 0)
         return x
 
     def mean(self, x: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ class Ranks:
         """A Python object of process 0; what the others give is not looked at."""
         box = [value]
         with self._together():
-            dist.broadcast_object_list(box, 0, group=self._group, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def check_same(self, *values: Any) -> None:
@@ -162,7 +168,8 @@ _ranks: Ranks | None = None
 
 
 def start(device: torch.device | str | None = None) -> Ranks:
-    """Meet the other processes; called again, those that were met.
+    """Meet the other processes; called again, those that were met. A default group of torch that is there already is
+    used, and left to who made it; processes then end without a word of the others.
 
     Args:
         device: "cpu", or "cuda": the card whose number is that of the process on its machine. None: "cuda" where there
@@ -177,6 +184,9 @@ def start(device: torch.device | str | None = None) -> Ranks:
     """
     global _ranks
     if _ranks is not None:
+        return _ranks
+    if dist.is_initialized():
+        _ranks = Ranks(dist.get_rank(), dist.get_world_size(), _device(device), store=None)
         return _ranks
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise ValueError(f"this is not one of several processes ({missing[0]} is not set): start them by {HOW}")
@@ -206,8 +216,8 @@ def _meet(store: Any, size: int) -> None:
 def end() -> None:
     """Part from the other processes."""
     global _ranks
-    _ranks = None
-    if dist.is_initialized():
+    before, _ranks = _ranks, None
+    if before is not None and before.is_ours:
         with suppress(RuntimeError):
             dist.destroy_process_group()
 

@@ -67,7 +67,7 @@ class Head(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.ranks = head.in_features, head.out_features, ranks
         self.own = ranks.share(head.out_features, "ids")
-        self.first = self.own.start
+        self.first, self.number, self.parts = self.own.start, ranks.rank, ranks.size
         self.weight, self.bias = (None if x is None else nn.Parameter(x[self.own]) for x in (head.weight, head.bias))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,20 +41,33 @@ class Together(Ranks):
         return self.all(value)[0]
 
 
+class Team:
+    """So many threads, which may work together again and again."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count)
+        table: list[Any] = [None] * count
+        self.ranks = [Together(rank, table, self.barrier) for rank in range(count)]
+
+    def __call__(self, call: Callable[[Ranks], Any]) -> list[Any]:
+        """What `call` gives to each; where one fails, its error is raised and all others end."""
+
+        def one(ranks: Ranks) -> Any:
+            try:
+                return call(ranks)
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            futures = [pool.submit(one, ranks) for ranks in self.ranks]
+            errors = [error for future in futures if (error := future.exception())]
+        if errors:
+            self.barrier.reset()
+            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        return [future.result() for future in futures]
+
+
 def together(count: int, call: Callable[[Ranks], Any]) -> list[Any]:
-    """What `call` gives to each of so many threads; where one fails, its error is raised and all others end."""
-    table, barrier = [None] * count, threading.Barrier(count)
-
-    def one(rank: int) -> Any:
-        try:
-            return call(Together(rank, table, barrier))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(one, rank) for rank in range(count)]
-        errors = [error for future in futures if (error := future.exception())]
-    if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
-    return [future.result() for future in futures]
+    """What `call` gives to each of so many threads."""
+    return Team(count)(call)

@@ -13,6 +13,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, SimpleNamespace
@@ -24,17 +25,12 @@ USER_ERRORS = (ValueError, IndexError, TypeError, OSError, MemoryError)
 ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+# Seconds that others of several processes, which have not met, give the first one to say what ends them all.
+LINGER = 3
+
 # Of this process: its name in messages, whether `begin` made it ours, its exit code, open work, whether it is one of
-# several and not the first, and from the error that ends it and its line to what is said of it.
-_state = SimpleNamespace(
-    name="dkv",
-    ours=False,
-    code=1,
-    undo=[],
-    notes=[],
-    mute=False,
-    judge=lambda error, line: None if _state.mute else line,
-)
+# several and not the first, and who says what is said of an error that ends it.
+_state = SimpleNamespace(name="dkv", ours=False, code=1, undo=[], notes=[], mute=False, judge=None)
 
 
 def name() -> str:
@@ -137,22 +133,26 @@ def ended(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = 
             code = call()
         except SystemExit as stop:
             code = stop.code
+            if code and _state.judge is None:
+                _let_the_first_speak()
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         say(_interruption(stop.args))
         return INTERRUPTED
     except BrokenPipeError as error:
         _abandon_output()
-        _state.judge(error, "nobody reads the output")
+        _judge(error, "nobody reads the output")
         return UNREAD
     except Exception as error:
         # torch's OutOfMemoryError, told by name as torch is not imported here.
         if not isinstance(error, errors) and type(error).__name__ != "OutOfMemoryError":
             sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
-            _state.judge(error, f"{_state.name}: {type(error).__name__}: {in_one_line(error)}")
+            _judge(error, f"{_state.name}: {type(error).__name__}: {in_one_line(error)}")
             raise
         where = "standard output: " if _abandon_output() or _unnamed(error) else ""
-        _judged(error, f"{_state.name}: error: {where}{in_one_line(error)}")
+        if said := _judge(error, f"{_state.name}: error: {where}{in_one_line(error)}"):
+            sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
+            say(said)
         return 2
     if isinstance(code, str):
         say(code)
@@ -160,11 +160,18 @@ def ended(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = 
     return code or 0
 
 
-def _judged(error: Exception, line: str) -> None:
-    """Say what is to be said of an error."""
-    if said := _state.judge(error, line):
-        sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
-        say(said)
+def _judge(error: BaseException, line: str) -> str | None:
+    """What is said of an error that ends this process; None: nothing."""
+    if _state.judge is not None:
+        return _state.judge(error, line)
+    _let_the_first_speak()
+    return line
+
+
+def _let_the_first_speak() -> None:
+    """Of several processes that fail alike, the launcher ends all others as soon as one is gone."""
+    if _state.mute:
+        time.sleep(LINGER)
 
 
 def in_one_line(error: BaseException) -> str:
@@ -250,7 +257,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     notes = _notes()
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     with suppress(Exception):
-        _state.judge(KeyboardInterrupt(), "interrupted")
+        if _state.judge is not None:
+            _state.judge(KeyboardInterrupt(), "interrupted")
     if not _state.mute:
         _say_at_once(_interruption(notes))
     with suppress(Exception):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dkv import kernels
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import among, unwanted_ends
-from dkv.kernels.choose.part import part_of
 
 LOGITS_AT_A_TIME = 1 << 24
 # As in transformers: (ids [n, length], scores [n, V]) -> scores
@@ -177,10 +176,11 @@ class _Strips:
     """A head that gives its logits strip by strip, those of some ids at -inf."""
 
     def __init__(self, head: Any, gone: Sequence[int]):
-        self.head, self.gone, self.in_features, self.out_features = head, gone, head.in_features, head.out_features
-        # Where several processes share the vocabulary, the head has a part of it.
-        part = part_of(head)
-        self.first, self.gathered = (part.first, part.gathered) if part else (0, None)
+        self.head, self.gone = head, gone
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes, and where several processes share the vocabulary what makes the head a part of it."""
+        return getattr(self.head, name)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[R, V]."""
@@ -188,7 +188,7 @@ class _Strips:
 
     def strips(self, hidden: Tensor) -> Iterator[Tensor]:
         """[R, C] each."""
-        start = self.first
+        start = getattr(self.head, "first", 0)
         for strip in self.head.strips(hidden):
             stop = start + strip.shape[-1]
             for token in self.gone:

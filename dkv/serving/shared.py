@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 
-from dkv.engine.config import DiffusionConfig
 from dkv.parallel import Lost, Ranks, ranks_of
 from dkv.serving import memory
 from dkv.serving.llm import LLM
 from dkv.serving.request import Request
-
-# Of a request that has come: its number, its prompt, its settings with a seed.
-Come = tuple[int, list[int], DiffusionConfig]
 
 
 class Leading(LLM):
@@ -39,10 +35,11 @@ class Leading(LLM):
         self._told: dict[Request, int] = {}
         self._gone: list[int] = []
 
-    def _request(self, input_ids: Any, given: Any, processor: Any, settings: dict) -> Request:
-        if processor is not None:
+    def add(self, input_ids: Any, *, logits_processor: Any = None, **how: Any) -> Request:
+        """As `LLM.add`; ValueError: with a logits processor, which the others do not have."""
+        if logits_processor is not None:
             raise ValueError("logits_processor does not go with a model that several processes share: use dkv.generate")
-        return super()._request(input_ids, given, processor, settings)
+        return super().add(input_ids, **how)
 
     def step(self) -> list[Request]:
         """As `LLM.step`, in all processes; Lost: one of them has gone, and `on_lost` has been called."""
@@ -55,8 +52,7 @@ class Leading(LLM):
     def _step(self) -> list[Request]:
         come = [request for request in self._waiting if request not in self._told]
         self._told.update((request, request.number) for request in come)
-        news = [(request.number, request.input_ids[0].tolist(), request.config) for request in come]
-        self._ranks.told((self._gone, news))
+        self._ranks.told((self._gone, [_told_of(request) for request in come]))
         self._gone = []
         ended = super().step()
         for request in ended:
@@ -100,10 +96,16 @@ def follow(model: Any) -> None:
         gone, come = told
         for number in gone:
             llm.cancel(requests.pop(number))
-        for number, ids, given in come:
-            requests[number] = llm.add(ids, generation_config=given)
+        for number, ids, how in come:
+            requests[number] = llm.add(ids, **how)
         ended = set(llm.step())
         requests = {number: request for number, request in requests.items() if request not in ended}
+
+
+def _told_of(request: Request) -> tuple[int, list[int], dict[str, Any]]:
+    """Of a request its number, its prompt, and the arguments of `LLM.add`; its settings have a seed."""
+    how = {"generation_config": request.config, "infill": request.gap is not None}
+    return request.number, request.input_ids[0].tolist(), how
 
 
 def _slots(model: Any, length: int, given: int | None) -> int:

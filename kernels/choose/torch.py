@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dkv.kernels.choose import reference
 from dkv.kernels.choose.choice import Choice
-from dkv.kernels.choose.part import Part, part_of
+from dkv.kernels.choose.part import Part, dropped, part_of
 from dkv.kernels.choose.strips import Found, Strip, Strips, padded
 from dkv.kernels.choose.temperature import shares, tempered
 from dkv.kernels.common.dtypes import wide
@@ -56,8 +56,8 @@ def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys,
 
         return _by_rows(strips, len(hidden), size, hidden.dtype, choice, row_keys)
     part, size = part_of(head_weight), head_weight.out_features
-    # What needs all logits of a row gets them from all processes.
-    whole = part and (choice.confidence_dtype == "model" or choice.filters(size))
+    # A softmax that is rounded needs all logits of a row.
+    whole = part and choice.confidence_dtype == "model"
 
     def strips(rows: slice) -> Iterator[Strip]:
         found = [head_weight(hidden[rows])] if whole else head_weight.strips(hidden[rows])
@@ -118,7 +118,7 @@ def _choose_in_strips(
     """
     limit = choice.limit(vocabulary)
     if choice.filters(vocabulary):
-        strips = _filtered(strips, choice, limit)
+        strips = _filtered(strips, choice, limit, part)
 
     def draw(x: Tensor, start: int) -> Tensor:
         own, noisy = shares(choice.temperature, x.dtype)
@@ -150,12 +150,16 @@ def _choose_in_strips(
     return found.choice(part)
 
 
-def _filtered(strips: Iterable[Strip], choice: Choice, limit: int) -> Iterator[Strip]:
+def _filtered(strips: Iterable[Strip], choice: Choice, limit: int, part: Part | None) -> Iterator[Strip]:
     """The strips, with the ids outside top-p and top-k at -inf."""
     x = torch.cat([x.clone() for x, _ in strips], 1)
-    allowed = x.clone()
+    allowed, first = x.clone(), part.first if part else 0
     for token in choice.banned:
-        allowed[:, token] = -torch.inf
-    allowed[:, limit:] = -torch.inf
-    gone = reference.dropped(tempered(x, choice.confidence_temperature), allowed.argmax(-1), choice)
+        if first <= token < first + x.shape[1]:
+            allowed[:, token - first] = -torch.inf
+    allowed[:, max(limit - first, 0) :] = -torch.inf
+    if part:
+        gone = dropped(x, allowed, choice, part)
+    else:
+        gone = reference.dropped(tempered(x, choice.confidence_temperature), allowed.argmax(-1), choice)
     return ((part, part) for part in x.masked_fill_(gone, -torch.inf).split(STRIP, 1))

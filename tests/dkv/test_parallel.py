@@ -2,13 +2,21 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dkv.parallel
-from tests.dkv.sharing import cases, found, small_gemma, started
-from tests.together import together
+from dkv import cli
+from tests.dkv.engine.test_rows import decoding, prompts
+from tests.dkv.sharing import PLAIN, ROOT, WITHOUT, cases, found, small_gemma, started
+from tests.together import Team, together
 
 
 def check(kind: str, gemma) -> None:
@@ -35,6 +43,51 @@ def test_two_processes_give_the_tokens_of_one_broadly(tmp_path):
     check("sweep", small_gemma(tmp_path / "gemma"))
 
 
+class Shared:
+    """A model as it is, and as three threads share it."""
+
+    def __init__(self, family: str, count: int):
+        self.team = Team(count)
+        self.whole = dkv.load(ROOT / PLAIN[family], dtype="float64", device="cpu")
+        self.parts = [dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks) for ranks in self.team.ranks]
+
+    def same(self, *given, **call) -> bool:
+        """Whether all threads give what the whole model gives, from as many slots."""
+        expected = dkv.generate(self.whole, *given, **call)
+        found = self.team(lambda ranks: dkv.generate(self.parts[ranks.rank], *given, **call))
+        counts = {output.stats.computed_slots for output in (*found, expected)}
+        return len(counts) == 1 and all(torch.equal(output.sequences, expected.sequences) for output in found)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return {"llada": Shared("llada", 4), "dream": Shared("dream", 2)}
+
+
+def check_any(shared, padded, name, how, batch, eos):
+    rows, budgets, seeds = batch
+    ids, mask = (x.long() for x in padded(rows))
+    call = {**how, "eos_token_id": eos or None, "max_new_tokens": budgets, "seed": seeds}
+    assert shared[name].same(ids, mask, **call)
+
+
+# Without a prompt all slots are alike, and rounding decides which is filled first.
+ANY = (st.sampled_from(["llada", "dream"]), decoding(), prompts(at_least=1), st.lists(st.integers(0, 61), max_size=8))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(*ANY)
+def test_any_settings(shared, padded, name, how, batch, eos):
+    check_any(shared, padded, name, how, batch, eos)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(*ANY)
+def test_any_settings_broadly(shared, padded, name, how, batch, eos):
+    check_any(shared, padded, name, how, batch, eos)
+
+
 # What a process does whose number is the first argument, once all have met: `{here}` in the middle of what it shares.
 WORK = """
 import os, signal, sys, time
@@ -51,16 +104,15 @@ def work():
 process.run(work)
 """
 KILL, INTERRUPT = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGINT)"
-WITHOUT = "dkv: error: process {} of 2 has ended without a word: it was killed, or its machine is gone\n"
 FULL = "dkv: error: the disk is full\n"
 # Who does what, and then the codes and what is said.
 ENDS = [
     (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: process 1 of 2 has failed: {FULL}", FULL)),
     (0, 'raise ValueError("the disk is full")', (2, 2), (FULL, "")),
-    (1, KILL, (2, -9), (WITHOUT.format(1), "")),
+    (1, KILL, (2, -9), ("dkv: error: " + WITHOUT.format(1), "")),
 ]
 OTHERS = [
-    (0, KILL, (-9, 2), ("", WITHOUT.format(0))),
+    (0, KILL, (-9, 2), ("", "dkv: error: " + WITHOUT.format(0))),
     (0, INTERRUPT, (130, 2), ("dkv: interrupted\n", "")),
     (1, INTERRUPT, (2, 130), ("dkv: error: process 1 of 2 has failed: interrupted\n", "")),
     (0, "raise BrokenPipeError", (141, 2), ("", "")),
@@ -94,6 +146,62 @@ def test_a_fault_of_one_process_shows_its_trace():
     assert "Traceback" in second and second.endswith("KeyError: 9\n")
 
 
+def torchrun(*command: object) -> subprocess.Popen:
+    """Two processes that torchrun starts, in a group of their own."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", "localhost:0", "-m", *map(str, command)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, **pipes)
+
+
+PROMPT = "#..##.#...#.##..#.#....##.#="
+GENERATE = ("generate", "--device", "cpu", "--dtype", "float64", "--max-new-tokens", 112, "--cache", "decode", PROMPT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["dkv", "dkv.cli"])
+def test_torchrun_gives_the_answer_of_one_process(module, capsys):
+    out, errors = torchrun(module, *GENERATE).communicate(timeout=120)
+    assert cli.main([*map(str, GENERATE)]) == 0
+    assert out == capsys.readouterr().out and errors.count("error") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("generate", "--model", "tiny-text", "a"), "5 key heads cannot be split over 2 processes: start 5 of them"),
+        (("generate", "--file", "nowhere"), "nowhere: No such file or directory"),
+        (("generate", "--steps", "x"), "argument --steps: invalid int value: 'x'"),
+        (("bench",), "dkv bench is one process, not several: start it without torchrun"),
+    ],
+)
+def test_torchrun_says_an_error_once(command, said):
+    errors = torchrun("dkv", *command).communicate(timeout=120)[1]
+    assert errors.count(f"dkv {command[0]}: error: {said}") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_torchrun_ends_within_seconds(number, tmp_path):
+    """Ctrl-C in a terminal, which all get; and a process that is killed in the middle of a generation."""
+    prompts = tmp_path / "prompts"
+    prompts.write_text(f"{PROMPT}\n" * 64)
+    run = torchrun("dkv", *GENERATE[:-1], "--no-stream", "--lines", "--file", prompts)
+    time.sleep(12)
+    began = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)
+    else:
+        children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), number)
+    out, errors = run.communicate(timeout=60)
+    assert time.monotonic() - began < 30 and run.returncode and not out
+    said = "dkv generate: interrupted\n" if number == signal.SIGINT else "SIGKILL"
+    assert said in errors
+
+
 def test_what_processes_were_given_is_compared():
     def call(ranks):
         ranks.check_same(torch.tensor([1, 2]), {"a": 3}, "text")
@@ -102,6 +210,23 @@ def test_what_processes_were_given_is_compared():
         return ranks.from_first(lambda: ranks.rank + 7), ranks.first(torch.tensor([ranks.rank])).item()
 
     assert together(3, call) == [(7, 0)] * 3
+
+
+OWN = """
+import sys
+import torch, torch.distributed as dist
+import dkv
+dist.init_process_group("gloo")
+with dkv.parallel.start("cpu") as ranks:
+    assert dkv.parallel.start() is ranks and dkv.parallel.met() is ranks
+    print(ranks.sum_(torch.tensor([ranks.rank + 1])).item())
+assert dist.is_initialized() and dkv.parallel.met() is None
+"""
+
+
+@pytest.mark.slow
+def test_a_group_that_is_there_is_used_and_left():
+    assert [process.communicate(timeout=60) for process in started(2, "-c", OWN)] == [("3\n", "")] * 2
 
 
 def test_a_process_that_is_alone_is_told_how_to_start_several(monkeypatch):

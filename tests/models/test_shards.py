@@ -106,7 +106,8 @@ def test_a_table_that_does_not_divide_and_three_processes(small):
     def call(ranks):
         model = dkv.load(checkpoint.folder, dtype="float64", ranks=ranks)
         with torch.no_grad():
-            return model.num_kv_heads, model(ids), dkv.generate(model, ids, max_new_tokens=6, cache="dual").sequences
+            output = dkv.generate(model, ids, max_new_tokens=6, cache="dual")
+            return output.kv_cache.kind[1], model(ids), output.sequences
 
     expected = dkv.generate(whole, ids, max_new_tokens=6, cache="dual").sequences
     for heads, logits, sequences in together(3, call):
