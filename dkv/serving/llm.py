@@ -75,7 +75,7 @@ class LLM:
             whole("max_waiting", max_waiting, 0)
         self.max_waiting = max_waiting
         if max_slots is None:
-            max_slots = memory.slots_that_fit(model, self.max_length)
+            max_slots = memory.slots_that_fit(model, self.max_length, self.config.kv_cache_dtype)
         whole("max_slots", max_slots, 1)
         self.rows = max_slots // self.max_length
         if not self.rows:
@@ -83,7 +83,8 @@ class LLM:
                 f"max_slots ({max_slots}) must be at least max_length ({self.max_length}), the slots of one row: give "
                 "a smaller max_length, or a larger max_slots"
             )
-        self._cache = KVCache(self.rows, self.max_length, grows=model.spec.attention != "full")
+        grows = model.spec.attention != "full"
+        self._cache = KVCache(self.rows, self.max_length, grows, self.config.kv_cache_dtype)
         self._free = deque(range(self.rows))
         self._waiting: deque[Request] = deque()
         self._batches: dict[str, Sharing] = {}
@@ -147,6 +148,11 @@ class LLM:
     ) -> Request:
         """A request that can be, which does not wait yet."""
         config = (infill_config if how.get("infill") else config_of)(given or self.config, settings)
+        if config.kv_cache_dtype != self._cache.dtype:
+            raise ValueError(
+                f"kv_cache_dtype must be {self._cache.dtype!r}, that of the buffer which requests share, got "
+                f"{config.kv_cache_dtype!r}: make the LLM with it"
+            )
         request = checked(self._count, self.model, input_ids, config, processor, self.max_length, **how)
         self._count += 1
         return request
