@@ -106,7 +106,7 @@ function take(choice, asked) {
       say("running");
     }
     takeDraft(choice.dkv);
-    clock.filled = choice.dkv.slots - choice.dkv.masked;
+    clock.filled = choice.dkv.stats?.new_tokens ?? choice.dkv.slots - choice.dkv.masked;
     if (choice.dkv.settled) clock.first ??= now() - clock.begin;
     clock.stats = choice.dkv.stats;
     tell();
@@ -134,6 +134,7 @@ function say(state) {
 function fault(message) {
   $("fault").hidden = message === null;
   $("fault").textContent = message ?? "";
+  if (message !== null) $("fault").scrollIntoView({ block: "nearest" });
 }
 
 function build() {

@@ -75,7 +75,9 @@ def test_whatever_is_sent_gets_an_answer_or_a_reason(talking, count):
 
     async def attack(url):
         limits = httpx.Limits(max_connections=16)
-        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        # They wait for each other, as long as it takes.
+        timeout = httpx.Timeout(120, pool=None)
+        async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
 
             async def honest():
                 said = {"model": "tiny", "prompt": SECRET}
