@@ -36,13 +36,14 @@ SETTINGS = (
     "entropy_bound",
     "entropy_form",
     "cfg_scale",
+    "kv_cache_dtype",
 )
 NAMES = ("cache", "steps", "weights", *SETTINGS)
 # Weights that a run may name, by the arguments of `dkv.load` that ask for them; others than those of the measurement.
 WEIGHTS = {"int8": {"weights": "int8"}, "bfloat16": {"dtype": "bfloat16"}}
 # How a setting is written in a label; others as name=value.
 LABELS = dict.fromkeys(("refresh", "window_center", "shift_rule", "confidence"), "{}")
-LABELS |= {"window": "w{}", "temperature": "t{}", "block_length": "b{}"}
+LABELS |= {"kv_cache_dtype": "K/V {}", "window": "w{}", "temperature": "t{}", "block_length": "b{}"}
 
 
 @dataclass(frozen=True)

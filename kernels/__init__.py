@@ -14,6 +14,7 @@ from dkv.kernels.choose.choice import RULES, Choice
 from dkv.kernels.choose.op import choose_token, choose_token_fused
 from dkv.kernels.commit.op import advance_, commit_
 from dkv.kernels.common.backend import BACKENDS, use_backend
+from dkv.kernels.common.stored import Stored, rounded
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.gate.op import swiglu
 from dkv.kernels.mass.op import attention_mass
@@ -26,6 +27,7 @@ __all__ = [
     "BACKENDS",
     "RULES",
     "Choice",
+    "Stored",
     "Workspace",
     "advance_",
     "attention_mass",
@@ -40,6 +42,7 @@ __all__ = [
     "rms_norm",
     "rope_scatter_",
     "rotate",
+    "rounded",
     "row_change",
     "swiglu",
     "use_backend",

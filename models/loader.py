@@ -141,7 +141,8 @@ def load(
         raise ValueError(f"{named} is of models that fill masks; DiffusionGemma computes with its weights as they are")
     if weights == "int8":
         check_int8(wanted, device, pack)
-        target = torch.float32
+        # As it lies in the file: one product after the other is rounded, and no float32 model stands in memory.
+        target = CODES[entries[kind.weight_name("embed")].dtype]
     packs = device.type == "cpu" and ranks is None and can_pack(target)
     if pack:
         check_packable("the model", target, device)

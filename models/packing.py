@@ -135,21 +135,23 @@ def check_packable(name: str, dtype: torch.dtype, device: torch.device, trainabl
 
 def pack_(model: nn.Module, kind: Kind = PackedLinear) -> nn.Module:
     """Replace every layer and `nn.Linear` of a frozen float32 or bfloat16 model on the CPU; each weight is freed in
-    turn.
+    turn. With `Int8Linear` the model may be of any dtype, and is of float32 afterwards.
 
     A weight that is also used elsewhere (a head tied to the embedding) stays as it is.
 
     Args:
-        kind: of what stands in their place. Rounded weights are of float32 models.
+        kind: of what stands in their place.
 
     Raises:
         ValueError: a weight is on another device, of another dtype, or trainable; nothing is packed.
     """
     products = _products(model)
     for name, module in products.items():
-        check_packable(name, module.weight.dtype, module.weight.device, module.weight.requires_grad)
+        # Weights that are rounded may be of any dtype before.
+        dtype = torch.float32 if kind is Int8Linear else module.weight.dtype
+        check_packable(name, dtype, module.weight.device, module.weight.requires_grad)
     _replace(model, set(products.values()), kind)
-    return model
+    return model.float() if kind is Int8Linear else model
 
 
 def int8_bytes(model: nn.Module) -> int:

@@ -2,6 +2,8 @@
 
 It is what dKV-Cache rests on (Ma et al. 2025, section on token dynamics): a slot's key and value move
 most in the step that turns its mask into a token, and then settle. Hence they are cached one step late.
+
+Beside these distances stands the one by which keys and values in 8 bits are off, where nothing is stale.
 """
 
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from dkv.bench.problems import Problems
 from dkv.bench.report import columns
 from dkv.bench.steps import begin
 from dkv.common.bar import Bar
+from dkv.core.kv_cache import KVCache
+from dkv.core.varlen import Segments
 from dkv.engine.engine import Engine
 from dkv.tools.text import encode
 
@@ -35,6 +39,8 @@ def measure(model: Any, tokenizer: Any, problems: Sequence[Problems], batch: int
         change: {"keys": [layer][offset], "values": ...}, means over slots.
         stale: {"keys": {"at once": [layer], ...}, ...}, the distance to the last pass of what is cached then.
         prompt: {"keys": [layer], ...}, the distance from the first to the last pass of prompt slots.
+        int8: {"keys": [layer], ...}, how far those of the final text are off, where all of them are kept in 8 bits and
+            each layer attends to these.
         slots: how many were decoded. Families count by these in all means.
 
     Raises:
@@ -48,28 +54,30 @@ def measure(model: Any, tokenizer: Any, problems: Sequence[Problems], batch: int
         total = sum(f[name].nan_to_num(0) * f["slots"] for f in found)
         return total / sum(f["slots"] * ~f[name].isnan() for f in found)
 
-    change, stale, prompt = (mean(name) for name in ("change", "stale", "prompt"))
+    change, stale, prompt, int8 = (mean(name) for name in ("change", "stale", "prompt", "int8"))
     return {
         "offsets": list(range(-REACH, REACH + 1)),
         "change": {kind: change[:, i].T.tolist() for i, kind in enumerate(NAMES)},
         "stale": {kind: dict(zip(DELAYS, stale[:, i].tolist(), strict=True)) for i, kind in enumerate(NAMES)},
         "prompt": {kind: prompt[i].tolist() for i, kind in enumerate(NAMES)},
+        "int8": {kind: int8[i].tolist() for i, kind in enumerate(NAMES)},
         "slots": sum(f["slots"] for f in found),
     }
 
 
 @torch.no_grad()
 def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool, bar: Bar) -> dict[str, Any]:
-    """Means over the slots of one family: change [offset, 2, L], stale [delay, 2, L], prompt [2, L]."""
+    """Means over the slots of one family: change [offset, 2, L], stale [delay, 2, L], prompt and int8 [2, L]."""
     ids, mask = (t.to(model.device) for t in encode(tokenizer, family.prompts[:batch], chat))
     engine = begin(model, ids, mask, family.new, {})
     rows = engine.rows
+    text = rows.everywhere.cpu()
     prompt = ~rows.masked & rows.everywhere
     decoded = torch.full(rows.masked.shape, -1, device=ids.device)
     passes, cached, before, first = [], {}, None, None
     for time in range(family.new):
         engine.step()
-        now = _keys_and_values(engine)
+        now = _keys_and_values(engine, engine.cache)
         passes.append(torch.full(now.shape[:-1], torch.nan) if before is None else _distance(now, before))
         first = now if first is None else first
         decoded[rows.fresh] = time
@@ -84,15 +92,28 @@ def _family(model: Any, tokenizer: Any, family: Problems, batch: int, chat: bool
         "change": _by_offset(torch.stack(passes), decoded.cpu()),
         "stale": torch.stack(stale),
         "prompt": _distance(before, first, before)[..., prompt.cpu()].mean(-1),
+        "int8": _distance(_of_final_text(engine, "int8"), _of_final_text(engine, "auto"))[..., text].mean(-1),
         "slots": int((decoded >= 0).sum()),
     }
 
 
-def _keys_and_values(engine: Engine) -> Tensor:
-    """A copy [2, L, B, S, heads x D] of what the last pass computed."""
-    layers = [engine.cache.layer(layer.index, None) for layer in engine.model.layers]
-    length = engine.rows.size
-    return torch.stack([torch.stack([pair[i][:, :length].flatten(2) for pair in layers]) for i in range(2)])
+def _keys_and_values(engine: Engine, cache: KVCache) -> Tensor:
+    """A copy [2, L, B, S, heads x D] of what the last pass over a cache computed."""
+    layers, here = [cache.layers[layer.index] for layer in engine.model.layers], (slice(None), slice(engine.rows.size))
+    parts = [[pair[i].at(here).plain(torch.float32).flatten(2) for pair in layers] for i in range(2)]
+    return torch.stack([torch.stack(part) for part in parts])
+
+
+def _of_final_text(engine: Engine, dtype: str) -> Tensor:
+    """As `_keys_and_values`, of one pass over the text as it is at the end, with a cache of this dtype."""
+    rows, cache = engine.rows, KVCache(len(engine.rows.tokens), engine.rows.size, dtype=dtype)
+    owners, positions = rows.everywhere.nonzero(as_tuple=True)
+    lengths = rows.everywhere.sum(1)
+    segments = Segments(lengths.cumsum(0) - lengths, lengths, rows.size)
+    ends = None if engine.blocks is None else engine.blocks.ends(positions, owners, rows.timetable.now())
+    seen = {"rows": owners, "segments": segments, "key_ranges": rows.key_ranges, "ends": ends}
+    engine.model.step(rows.tokens[owners, positions], positions, cache, **seen)
+    return _keys_and_values(engine, cache)
 
 
 def _distance(x: Tensor, y: Tensor, unit: Tensor | None = None) -> Tensor:
@@ -135,7 +156,7 @@ def table(found: dict[str, Any]) -> str:
     blocks = []
     for kind, parts in summary(found).items():
         cells = parts | {f"cached {name}": kept for name, kept in found["stale"][kind].items()}
-        cells["prompt"] = found["prompt"][kind]
+        cells |= {"prompt": found["prompt"][kind], "in 8 bits": found["int8"][kind]}
         by_layer = enumerate(zip(*cells.values(), strict=True))
         lines = [(f"layer {i}", *(f"{change:.1%}" for change in changes)) for i, changes in by_layer]
         blocks.append(columns((kind, *cells), lines))
@@ -147,14 +168,15 @@ def meaning(found: dict[str, Any]) -> str:
     said = [
         "Change of a slot's keys and values between two passes, in lengths of the earlier ones: while it is masked,",
         "when its mask turns into its token, one step after, later. Then how far from those of the last pass they are,",
-        "if they are cached in the pass that decodes the slot, one step later, or two; and those of the prompt's first",
-        "pass.",
+        "if they are cached in the pass that decodes the slot, one step later, or two; those of the prompt's first",
+        "pass; and those of the final text, if they are kept in 8 bits.",
     ]
     for kind, parts in summary(found).items():
         at, after = _mean(parts["decoded"]), _mean(parts["one step after"])
         once, late = (_mean(found["stale"][kind][name]) for name in list(DELAYS)[:2])
         said.append(
             f"\n{kind.capitalize()}: {at:.0%} when a slot is decoded, {after:.1%} one step after. Cached at once they "
-            f"would be {once:.0%} off at the end, cached one step later {late:.1%}."
+            f"would be {once:.0%} off at the end, cached one step later {late:.1%}; in 8 bits they are "
+            f"{_mean(found['int8'][kind]):.1%} off."
         )
     return "\n".join(said)

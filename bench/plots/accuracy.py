@@ -112,6 +112,7 @@ def drift(found: dict[str, Any]) -> Any:
         for i, (name, kept) in enumerate(found["stale"][kind].items()):
             places = [layer + 0.27 * (i - 1) for layer in range(len(kept))]
             below.bar(places, kept, 0.25, label=f"cached {name}", color=("#D55E00", "#0072B2", "#56B4E9")[i])
+        below.plot(found["int8"][kind], "D", color="#333333", ms=4, label="kept in 8 bits")
         below.set(title=f"{kind}: distance to the last pass", xlabel="layer")
         below.xaxis.get_major_locator().set_params(integer=True)
         below.legend(fontsize=8, frameon=False)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from dkv.bench.speed.arrivals import Answered, Ask, Served
 
 # Seconds that a server may take to load its model, or a client waits for an answer.
@@ -27,11 +29,10 @@ def running(name: str, served: Served, waiting: int) -> Iterator[str]:
     limits = {"port": 0, "max-length": served.slots, "max-slots": served.rows * served.slots, "max-waiting": waiting}
     flags = [word for option, value in limits.items() for word in (f"--{option}", str(value))]
     command = [sys.executable, "-m", "dkv", "serve", name, "--device", str(served.model.device), *flags]
-    # It finds the packages where this process has found them.
-    paths = os.pathsep.join(filter(None, sys.path))
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
-    ) as server:
+    # It finds the packages where this process has found them, and has as many threads.
+    paths, threads = os.pathsep.join(filter(None, sys.path)), str(torch.get_num_threads())
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as server:
         said = ""
         try:
             for line in server.stderr:

@@ -109,6 +109,7 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None)
     ).add_argument
     names = "none, decode, greedy, prefill, pd, prefix, dual, suffix, sliding, rollout, elastic or skip"
     add("--cache", default="none", metavar="POLICY", help=f"{names} (default: %(default)s)")
+    add("--kv-cache-dtype", default="auto", help="auto, or int8: keys and values in 8 bits (default: %(default)s)")
     own = "default: the policy's own"
     often = "full pass every N steps, 0: never [decode, greedy, pd, rollout]"
     add("--refresh", type=int, metavar="N", help=f"{often} ({own})")

@@ -6,6 +6,8 @@ from typing import Any
 
 # Slots of a row at which the memory of keys and values is told, besides the most that a model takes.
 LENGTHS = (1024, 4096, 16384)
+# Memory of devices, in GiB, of which it is told how many slots fit.
+DEVICES = (8, 16, 24, 48, 80)
 PATTERNS = {
     "full": "every slot sees all",
     "block": "a slot sees its block and all before it",
@@ -41,6 +43,7 @@ def model_facts(path_or_id: str, told: dict[str, Any]) -> dict[str, Any]:
     """What a model is, from its small files alone: no weight is read, or fetched from the hub."""
     import torch
 
+    from dkv.core.kv_cache import head_bytes
     from dkv.models.folders import TOKENIZER_FILES, folder_of
     from dkv.models.loader import described
     from dkv.models.packing import int8_bytes
@@ -54,20 +57,30 @@ def model_facts(path_or_id: str, told: dict[str, Any]) -> dict[str, Any]:
     sizes = {"float32": 4, "bfloat16": 2}
     with torch.device("meta"):
         model = NETWORKS[type(spec)](spec)
-    of_weights = {name: size * model.num_parameters for name, size in sizes.items()}
+    parameters = model.num_parameters
+    of_weights = {name: size * parameters for name, size in sizes.items()}
     if isinstance(model, Transformer):
         of_weights["int8"] = int8_bytes(model)
     lengths = sorted({spec.max_positions, *(n for n in LENGTHS if n < spec.max_positions)})
     # Layers may be of several kinds, and say then what is of each.
     kinds = getattr(spec, "layers", [spec] * spec.num_layers)
-    slot = 2 * sum(kind.num_kv_heads * kind.head_dim for kind in kinds)
+    ways = {"float32": (torch.float32, "auto"), "bfloat16": (torch.bfloat16, "auto"), "int8": (torch.bfloat16, "int8")}
+    slot = {
+        name: 2 * sum(kind.num_kv_heads * head_bytes(kind.head_dim, *how) for kind in kinds)
+        for name, how in ways.items()
+    }
+    # Beside weights in half precision.
+    free = {size: (size << 30) - sizes["bfloat16"] * parameters for size in DEVICES}
     sums = {name: getattr(spec, name) for name in ("num_layers", "num_kv_heads", "head_dim", "eos_token_id")}
     return {
         "path": str(folder),
         "spec": {**asdict(spec), **sums},
-        "parameters": model.num_parameters,
+        "parameters": parameters,
         "weight_bytes": of_weights,
-        "kv_bytes": {name: {n: size * slot * n for n in lengths} for name, size in sizes.items()},
+        "kv_bytes": {name: {n: size * n for n in lengths} for name, size in slot.items()},
+        "slots_that_fit": {
+            name: {size: max(left // slot[name], 0) for size, left in free.items()} for name in ("bfloat16", "int8")
+        },
         "policies": policies_of(spec),
     }
 
@@ -122,6 +135,10 @@ def described_model(facts: dict[str, Any]) -> str:
         lines["experts"] = f"{mixture['chosen']} of {mixture['experts']}, of width {mixture['width']}{shared}{dense}"
     for length in facts["kv_bytes"]["float32"]:
         lines[f"K/V {length}"] = per_dtype({name: sizes[length] for name, sizes in facts["kv_bytes"].items()})
+    for size, slots in facts["slots_that_fit"]["bfloat16"].items():
+        more = facts["slots_that_fit"]["int8"][size]
+        room = f"beside the weights in bfloat16 room for {slots:,} slots of K/V in bfloat16, {more:,} in int8"
+        lines[f"in {size} GiB"] = room if more else "the weights in bfloat16 do not fit"
     out = [f"{name:10} {text}" for name, text in lines.items()]
     out += ["", "policies"]
     return "\n".join([*out, *(f"  {name:14} {reason or 'applies'}" for name, reason in facts["policies"].items())])

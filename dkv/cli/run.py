@@ -21,7 +21,7 @@ A line of FILE is {"id": "a", "prompt": "1+2="}, or {"id": 7, "messages": [{"rol
 have "max_new_tokens", "steps" and "seed" of its own. Ids are texts or whole numbers, each once; where no line has one,
 its number stands in. Answers go to results.jsonl in DIR as they come, a line each. Repeat the command to go on,
 whatever ended it: nothing is lost, and nothing done twice. A line that cannot be answered has a record with an "error"
-there.
+there. The seed is that of the run: each line's own follows from it and the id, and stands in its record.
 
 Exit code: 0 where all lines have an answer, 1 where some have failed.
 """

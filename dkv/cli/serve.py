@@ -21,6 +21,8 @@ Ask it so:
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "tiny", "prompt": "#..##.#...#.##..#.#....##.#=", "max_tokens": 112}'
 
+http://127.0.0.1:8000/ is a page that asks, and shows the draft while it is filled.
+
 The settings given here are those of requests that do not say otherwise; requests may give any of them by its name in
 dkv.generate, such as block_length, threshold, cache or refresh. Every answer is the one that dkv.generate gives alone
 with the same settings, whoever else is asking. SIGTERM, or Ctrl-C, answers what was asked and then stops; a second

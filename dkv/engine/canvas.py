@@ -77,7 +77,7 @@ class CanvasRun(Steps):
                 f"a prompt of {longest} tokens and {self.canvases} canvases of {self.slots} need {needed} positions, "
                 f"the model has {model.spec.max_positions}"
             )
-        self.buffer = KVCache(len(ids), max(needed, 1), grows=True)
+        self.buffer = KVCache(len(ids), max(needed, 1), True, settings.kv_cache_dtype)
         self.buffer.tokens = ids.new_zeros(len(ids), self.buffer.length)
         self.buffer.seen = torch.zeros_like(self.buffer.tokens, dtype=torch.bool)
         self.seed = drawn_seeds(settings.seed, len(ids), generator, model.ranks)

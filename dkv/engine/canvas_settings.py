@@ -8,7 +8,7 @@ from dkv.core.naming import instead
 from dkv.core.validation import flag, number, whole
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.published_names import NO_EFFECT
-from dkv.engine.settings import DEFAULTS
+from dkv.engine.settings import DEFAULTS, check_value
 from dkv.policies import POLICY_OPTIONS, NoCache
 
 _NO_MASKS = "this model has no masks: every token of a canvas may change in every step"
@@ -53,6 +53,7 @@ class CanvasSettings:
         eos_token_id: ids that end a text. Given as None, those of the model; as [], none.
         pad_token_id: what stands behind the end; None: that of the model.
         seed: as for `DiffusionConfig`.
+        kv_cache_dtype: as for `DiffusionConfig`.
         output_history: record the text after every step.
     """
 
@@ -67,6 +68,7 @@ class CanvasSettings:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     seed: int | list[int] | None = None
+    kv_cache_dtype: str = "auto"
     output_history: bool = False
 
     def __post_init__(self):
@@ -84,6 +86,7 @@ class CanvasSettings:
             whole("eos_token_id", one, 0, listed=list(self.eos_token_id))
         for one in self.seed if isinstance(self.seed, list) else [] if self.seed is None else [self.seed]:
             whole("seed", one, -(2**63), 2**64 - 1)
+        check_value("kv_cache_dtype", self.kv_cache_dtype)
         flag("output_history", self.output_history)
 
     def to_dict(self) -> dict[str, Any]:

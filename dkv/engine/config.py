@@ -82,6 +82,8 @@ class DiffusionConfig(GenerationConfig):
             with that token; how sure the others are is told without these ids (LLaDA). Computes the head twice.
         cache: a policy, its name (such as "decode" or "dual"; `dkv.policies.POLICIES` has all), or a dict
             {"name": ..., "refresh": ...}; None: no cache. Or by the names in `dkv.engine.published_caches`.
+        kv_cache_dtype: "int8" keeps keys and values in 8 bits, with a scale for each slot and head, in about half the
+            memory of half precision; "auto" in the dtype of the model.
         seed: of every random number; None: one a row, drawn from the generator. A list: by row.
         mask_token_id: id of a slot without a token; None: that of the model. It is never emitted.
         vocab_limit: ids from here on are never emitted (embeddings wider than the tokenizer).

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dkv.core.sequences import Sequences, column
 from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending
-from dkv.engine.engine import Engine
+from dkv.engine.engine import Engine, OnStep
 from dkv.engine.graphs import state_of
 from dkv.engine.noise import Noise
 from dkv.engine.run import ends_of, mask_id_of, pad_id
@@ -36,6 +36,7 @@ class ContinuousBatch(Engine):
         cache: where keys and values are kept, of at least so many rows and slots; those of rows that nobody has here
             may be another batch's.
         infill: the sequences are texts whose masks are filled, in place of prompts that are continued.
+        hooks: as for `Engine`.
 
     What the host knows of a step, `status`, is read once, and says beside the rest which slot of a row is the first
     without a token; `status.first`.
@@ -53,6 +54,7 @@ class ContinuousBatch(Engine):
         processor: Any = None,
         cache: KVCache | None = None,
         infill: bool = False,
+        hooks: Sequence[OnStep] = (),
     ):
         self.invalid_rows: list[int] = []
         self._infill = infill
@@ -60,7 +62,7 @@ class ContinuousBatch(Engine):
         # Those of each sequence are its own.
         config = copy.copy(config)
         config.update(steps=None)
-        super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache)
+        super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache, hooks=hooks)
         self._room = slots, self.rows.timetable.most
         nobody = self._unfilled(model, config, 1)
         self._nobody = Engine(**self._parts(model, config, nobody), graphs=False)
@@ -106,8 +108,7 @@ class ContinuousBatch(Engine):
         """
         alone = self._planned(prompts, configs)
         try:
-            first = [len(prompt) for prompt in prompts] if not self._infill else _first_masks(alone.rows).tolist()
-            self._write(rows, alone, first)
+            self._write(rows, alone)
             self.note_rows()
         except BaseException:
             # As where there is no memory to grow into.
@@ -145,10 +146,10 @@ class ContinuousBatch(Engine):
 
     def _clear(self, rows: Sequence[int]) -> None:
         for row in rows:
-            self._write([row], self._nobody, [0])
+            self._write([row], self._nobody)
         self.note_rows()
 
-    def _write(self, rows: Sequence[int], alone: Engine, first: Sequence[int]) -> None:
+    def _write(self, rows: Sequence[int], alone: Engine) -> None:
         """Write what an engine keeps between two steps over what `rows`, one for each of its own, have."""
         # By how many the branches are: those of a row lie so many rows of the batch apart.
         batch, index = len(self.rows.tokens), {}
@@ -164,14 +165,14 @@ class ContinuousBatch(Engine):
         if self.planner.most is not None and alone.planner.most > self.planner.most:
             # A part of what was captured.
             self.planner.most, self.runner = alone.planner.most, self.runner and type(self.runner)(self)
-        status = replace(alone.status, first=first)
         for number, row in enumerate(rows):
             for name in ("row_lengths", "to_fill"):
                 getattr(self.rows, name)[row] = getattr(alone.rows, name)[number]
             for field in fields(Status):
-                mine, theirs = getattr(self.status, field.name), getattr(status, field.name)
+                mine, theirs = getattr(self.status, field.name), getattr(alone.status, field.name)
                 for own, other in zip(mine, theirs, strict=True) if field.name == "left" else [(mine, theirs)]:
-                    if own is not None:
+                    # Nobody asks for the first slot without a token before a step.
+                    if other is not None:
                         own[row] = other[number]
 
     def read_status(self) -> None:

@@ -88,7 +88,8 @@ class Engine:
         cuts = config.cache.cuts(model.spec.num_layers)
         self.narrowing = Narrowing(config.cache, model, rows, self.branches, mask_id) if cuts else None
         slots, grows = max(rows.size, 1), rule is not None
-        self.noise, self.cache = noise, cache or KVCache(batch * self.branches, slots, grows)
+        self.noise = noise
+        self.cache = cache or KVCache(batch * self.branches, slots, grows, config.kv_cache_dtype)
         self.workspace = kernels.Workspace()
         self.rules = sureness(config)
         self.sampler = Sampler(
@@ -256,8 +257,7 @@ class Engine:
             self.seen &= ~beyond
             self.cut += beyond.sum(1)
         if asked:
-            # Criteria are Python: only rows that were not finished before the step are asked; and of several processes,
-            # as they may look at the clock, those of the first one count.
+            # Criteria are Python: asked of rows that go on. They may look at the clock: those of a first process count.
             ends = ending.ends(rows, self.numbers)
             ends = ends if self.ranks is None else self.ranks.first(ends)
             beyond = rows.cut(ends, self.pad_id)

@@ -9,6 +9,7 @@ from dkv.core.sequences import Sequences
 from dkv.engine.stages import Packed
 from dkv.kernels.attention.shares import Shares
 from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.stored import Stored
 from dkv.kernels.mass.op import MASS
 from dkv.parallel import Ranks
 
@@ -72,17 +73,18 @@ class Observer:
         if shares.rows is not None:
             return self._of_all(shares.given(slots, query))
         keys = self.keys(layer)
-        own = keys[torch.arange(len(keys), device=keys.device), slots].index_select(1, self.packed.rows)
-        score = (wide(query).unflatten(1, (own.shape[2], -1)) * wide(own).unsqueeze(3)).sum(-1).flatten(2)
+        own = keys.at((torch.arange(slots.shape[1], device=slots.device), slots)).wide(query)
+        own = own.index_select(1, self.packed.rows)
+        score = (wide(query).unflatten(1, (own.shape[2], -1)) * own.unsqueeze(3)).sum(-1).flatten(2)
         return self._of_all(torch.exp(score * query.shape[-1] ** -0.5 - lse).mean(2))
 
     def _of_all(self, mean: Tensor) -> Tensor:
         """The mean of all heads from that of those here."""
         return mean if self.ranks is None else self.ranks.mean(mean)
 
-    def keys(self, layer: int) -> Tensor:
+    def keys(self, layer: int) -> Stored:
         """Those of the slots of all rows, [B, S, Hkv, D]."""
-        return self.cache.visible(layer)[0][: len(self.rows.masked)]
+        return self.cache.visible(layer)[0].at(slice(len(self.rows.masked)))
 
     def of_entries(self, x: Tensor) -> Tensor:
         """Values [B, S] of the slots as values [T] of the entries; 0 where they are filled up."""

@@ -24,18 +24,14 @@ def take_over(engine: "Engine", past: KVCache) -> int:
         ValueError: the cache is not that of a finished generation, or of another model, batch or kind.
     """
     model, rows, own = engine.model, engine.rows, engine.cache
-    if not isinstance(past, KVCache) or past.tokens is None:
-        raise ValueError("kv_cache must be the kv_cache of an output of dkv.generate")
+    _check_is_one(past)
     if isinstance(engine.config.cache, NoCache) and engine.blocks is None:
         raise ValueError("kv_cache goes with a cache policy: without one every pass computes every slot")
     if engine.branches == 2 or len(past.tokens) != past.batch:
         raise ValueError("kv_cache does not go with cfg_scale: the branch without text has other keys")
-    if past.batch != own.batch:
-        raise ValueError(f"kv_cache has {past.batch} rows, the call has {own.batch}")
-    kind = past.kind
     # One of several processes has some of the heads.
-    if kind is not None and kind != (model.spec.num_layers, model.num_kv_heads, model.spec.head_dim, model.dtype):
-        raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {kind}")
+    kind = model.spec.num_layers, model.num_kv_heads, model.spec.head_dim, model.dtype
+    _check_is_alike(past, own, kind)
     size = min(past.room, rows.size)
     same = past.tokens[:, :size].to(rows.tokens.device) == rows.tokens[:, :size]
     shared = (same & ~rows.masked[:, :size]).cumprod(1).bool() & past.seen[:, :size] & rows.everywhere[:, :size]
@@ -51,6 +47,23 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     return int(spared.sum())
 
 
+def _check_is_one(past: KVCache) -> None:
+    if not isinstance(past, KVCache) or past.tokens is None:
+        raise ValueError("kv_cache must be the kv_cache of an output of dkv.generate")
+
+
+def _check_is_alike(past: KVCache, own: KVCache, kind: tuple) -> None:
+    """Raise ValueError where the caches do not hold the same; `kind` is that of the model, with its dtype."""
+    if past.batch != own.batch:
+        raise ValueError(f"kv_cache has {past.batch} rows, the call has {own.batch}")
+    if past.dtype != own.dtype:
+        raise ValueError(
+            f"kv_cache is of a call with kv_cache_dtype={past.dtype!r}, and this one has {own.dtype!r}: give the same"
+        )
+    if past.kind is not None and past.kind != (*kind[:-1], kind[-1] if own.dtype == "auto" else torch.int8):
+        raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {past.kind}")
+
+
 def _whole_blocks(blocks: Blocks, past: KVCache, shared: Tensor) -> Tensor:
     """Of the slots that are shared, bool [B, S], those of blocks that are so as a whole, and counted alike."""
     length, offset = past.blocks or (0, 0)
@@ -64,7 +77,7 @@ def shared_prefixes(past: KVCache, own: KVCache, kind: tuple, texts: Tensor, len
 
     Args:
         past, own: the caches, from and to.
-        kind: what `past.kind` has to be.
+        kind: of the model: layers, key heads, head size and dtype.
         texts, lengths: [B, P] tokens from slot 0 on, and how many of them each row has.
 
     Returns:
@@ -73,12 +86,8 @@ def shared_prefixes(past: KVCache, own: KVCache, kind: tuple, texts: Tensor, len
     Raises:
         ValueError: the cache is not that of a finished generation, or of another model or batch.
     """
-    if not isinstance(past, KVCache) or past.tokens is None:
-        raise ValueError("kv_cache must be the kv_cache of an output of dkv.generate")
-    if past.batch != own.batch:
-        raise ValueError(f"kv_cache has {past.batch} rows, the call has {own.batch}")
-    if past.kind not in (None, kind):
-        raise ValueError(f"kv_cache is of another model: it has layers, heads, head size and dtype {past.kind}")
+    _check_is_one(past)
+    _check_is_alike(past, own, kind)
     size = min(past.room, texts.shape[1])
     same = (past.tokens[:, :size].to(texts.device) == texts[:, :size]) & past.seen[:, :size].to(texts.device)
     own.copy_from(past, size)

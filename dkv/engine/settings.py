@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dkv.core.density import SIGMAS
+from dkv.core.kv_cache import DTYPES
 from dkv.core.validation import MOST, flag, number, whole
 from dkv.kernels.choose import CONFIDENCE_DTYPES
 
@@ -71,6 +72,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "logits_eos_inf": Setting(False, "flag"),
         "confidence_eos_eot_inf": Setting(False, "flag"),
         "cache": Setting(),
+        "kv_cache_dtype": Setting("auto", "choice", choices=DTYPES),
         # The seeds that torch takes: others would be folded into these.
         "seed": Setting(None, "whole", -(2**63), 2**64 - 1, listed=True, by_row=True),
         "mask_token_id": Setting(None, "whole"),

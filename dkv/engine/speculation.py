@@ -86,7 +86,8 @@ class Speculation:
         self.hooks, device = hooks, rows.tokens.device
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
         self.length, self._bound = model.spec.block_length, sureness(config).bound
-        self.cache, self.workspace = KVCache(len(rows.tokens), max(rows.size, 1), grows=True), kernels.Workspace()
+        self.cache = KVCache(len(rows.tokens), max(rows.size, 1), True, config.kv_cache_dtype)
+        self.workspace = kernels.Workspace()
         self.sampler = Sampler(model, config, mask_id, self.workspace)
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=device)
         self._padding, self._slot = PADDINGS.get(device.type, Padding(1)), torch.arange(rows.size, device=device)

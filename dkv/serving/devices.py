@@ -75,7 +75,9 @@ class Task:
             ranks = met()
             model = dkv.load(model, device=None if ranks else device, ranks=ranks, **self.loading)
         check_settings(model, self.config)
-        slots = memory.slots_that_fit(model, self.length) if self.max_slots is None else self.max_slots
+        slots = self.max_slots
+        if slots is None:
+            slots = memory.slots_that_fit(model, self.length, self.config.kv_cache_dtype)
         # Rows that no line would take.
         slots = min(slots, self.count * self.length)
         llm = llm_of(model, max_slots=slots, max_length=self.length, generation_config=self.config)

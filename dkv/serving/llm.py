@@ -75,7 +75,7 @@ class LLM:
             whole("max_waiting", max_waiting, 0)
         self.max_waiting = max_waiting
         if max_slots is None:
-            max_slots = memory.slots_that_fit(model, self.max_length)
+            max_slots = memory.slots_that_fit(model, self.max_length, self.config.kv_cache_dtype)
         whole("max_slots", max_slots, 1)
         self.rows = max_slots // self.max_length
         if not self.rows:
@@ -83,7 +83,8 @@ class LLM:
                 f"max_slots ({max_slots}) must be at least max_length ({self.max_length}), the slots of one row: give "
                 "a smaller max_length, or a larger max_slots"
             )
-        self._cache = KVCache(self.rows, self.max_length, grows=model.spec.attention != "full")
+        grows = model.spec.attention != "full"
+        self._cache = KVCache(self.rows, self.max_length, grows, self.config.kv_cache_dtype)
         self._free = deque(range(self.rows))
         self._waiting: deque[Request] = deque()
         self._batches: dict[str, Sharing] = {}
@@ -116,6 +117,7 @@ class LLM:
         generation_config: DiffusionConfig | None = None,
         logits_processor: Any = None,
         infill: bool = False,
+        logprobs: bool = False,
         **settings: Any,
     ) -> Request:
         """Ask for an answer; it is worked on by `step`.
@@ -125,6 +127,8 @@ class LLM:
             generation_config: settings; default: those of the `LLM`.
             logits_processor: as for `dkv.generate`. The request then has passes of its own.
             infill: fill every mask of a text, as `dkv.infill` does, in place of continuing a prompt.
+            logprobs: keep how likely every token was in the pass that filled its slot, as `Request.logprobs`. Such
+                requests have passes of their own, which are not replayed.
             settings: that replace those of the configuration. Seeds that are not given are drawn.
 
         Raises:
@@ -134,16 +138,22 @@ class LLM:
         """
         if self.max_waiting is not None and self.waiting - len(self._free) >= self.max_waiting:
             raise Full(f"{self.waiting} requests wait already, and max_waiting is {self.max_waiting}: ask again later")
-        request = self._request(input_ids, generation_config, logits_processor, settings, infill)
+        how = {"infill": infill, "logprobs": logprobs}
+        request = self._request(input_ids, generation_config, logits_processor, settings, **how)
         self._waiting.append(request)
         return request
 
     def _request(
-        self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict, infill: bool = False
+        self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict, **how: bool
     ) -> Request:
         """A request that can be, which does not wait yet."""
-        config = (infill_config if infill else config_of)(given or self.config, settings)
-        request = checked(self._count, self.model, input_ids, config, processor, self.max_length, infill)
+        config = (infill_config if how.get("infill") else config_of)(given or self.config, settings)
+        if config.kv_cache_dtype != self._cache.dtype:
+            raise ValueError(
+                f"kv_cache_dtype must be {self._cache.dtype!r}, that of the buffer which requests share, got "
+                f"{config.kv_cache_dtype!r}: make the LLM with it"
+            )
+        request = checked(self._count, self.model, input_ids, config, processor, self.max_length, **how)
         self._count += 1
         return request
 

@@ -75,6 +75,8 @@ class Request:
         stats: `RequestStats`.
         row: which it has, while it runs.
         gap: the first mask of a text whose masks are to be filled; None: a prompt is continued.
+        logprobs: float32 [new] on the CPU, the logarithm of the probability that each token had in the pass that filled
+            its slot; of a finished request that asks for them, `wants_logprobs`. Beyond an end they mean nothing.
         settled: how many of its new tokens stand before the first slot without one. They stay as they are, but where
             `edit_threshold` lets them change.
         key: what it has in common with those that share its passes.
@@ -92,6 +94,8 @@ class Request:
     stats: RequestStats = field(default_factory=RequestStats)
     row: int | None = None
     gap: int | None = None
+    wants_logprobs: bool = False
+    logprobs: Tensor | None = None
     settled: int = 0
     key: str = ""
     watched: bool = False

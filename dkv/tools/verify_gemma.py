@@ -72,7 +72,8 @@ def _check_forward(case: Case, model: Any) -> str:
     hooks = [layer.register_forward_pre_hook(lambda _, given: hidden.append(given[0])) for layer in model.layers]
     try:
         text = model.encode(ids, torch.zeros_like(starts), buffer)
-        keys = {index: [x[:, :known].transpose(1, 2).clone() for x in pair] for index, pair in buffer.layers.items()}
+        layers = buffer.layers.items()
+        keys = {index: [x.numbers[:, :known].transpose(1, 2).clone() for x in pair] for index, pair in layers}
         rows = torch.arange(batch)
         encoder, _ = [x.unflatten(0, (batch, -1)) for x in hidden], hidden.clear()
         out = model.decode(canvas, rows, starts, buffer, None)

@@ -10,9 +10,13 @@ import triton.language as tl
 
 from dkv.kernels.attention.gap import count, numbered, part_around_gap, tiles
 from dkv.kernels.common.arguments import Strided
+from dkv.kernels.common.stored import Stored
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Weights are multiplied by the scales of values in 8 bits, and by this, so that they stay as far from underflow in
+# float16 as without. A power of 2, which costs no accuracy.
+LARGE = tl.constexpr(128.0)
 
 
 @triton.jit
@@ -46,9 +50,12 @@ def _absorb(state, query, mask_m, limit, k, v, rules, row, first_token, first, b
     if rules.key_gaps is not None:
         seen = seen & ((n < bounds[2] - first) | (n >= bounds[3] - first))
     first = tl.cast(first, tl.int64)
-    k_at = k.ptr + first * k.stride[1] + (n[None, :] * k.stride[1] + d[:, None])
+    of_slots = k.numbers.stride[1]
+    k_at = k.numbers.ptr + first * of_slots + (n[None, :] * of_slots + d[:, None])
     key = _load(k_at, seen[None, :], (d < C.D)[:, None], EDGE, C.D != C.BLOCK_D)  # [D, N]
-    scores = tl.dot(query, key, input_precision=C.PRECISION)  # [M, N]
+    scores = tl.dot(query, key.to(query.dtype), input_precision=C.PRECISION)  # [M, N]
+    if k.scales is not None:
+        scores = scores * _scales(k.scales, first, n, seen, EDGE)[None, :]
     if rules.mask is not None:
         of_mask, stride = rules.mask.ptr, rules.mask.stride
         of_mask += row * stride[0] + first_token.to(tl.int64) * stride[1] + first * stride[2]
@@ -69,15 +76,39 @@ def _absorb(state, query, mask_m, limit, k, v, rules, row, first_token, first, b
     shift = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
     weight, keep = tl.exp2(scores * scale - shift[:, None]), tl.exp2(top - shift)
     # What a hidden slot holds is not read: 0 times NaN is NaN.
-    v_at = v.ptr + first * v.stride[1] + (n[:, None] * v.stride[1] + d[None, :])
-    value = _load(v_at, seen[:, None], (d < C.D)[None, :], EDGE, C.D != C.BLOCK_D)  # [N, D]
+    of_slots = v.numbers.stride[1]
+    v_at = v.numbers.ptr + first * of_slots + (n[:, None] * of_slots + d[None, :])
+    value = _load(v_at, seen[:, None], (d < C.D)[None, :], EDGE, C.D != C.BLOCK_D).to(query.dtype)  # [N, D]
     if C.REPAIR:
         finite = tl.abs(value) < float("inf")
         sees, strange = tl.where(scores != float("-inf"), 1.0, 0.0), tl.where(finite, 0.0, 1.0)
         met = tl.dot(sees.to(value.dtype), strange.to(value.dtype), met, input_precision=C.PRECISION)
         value = tl.where(finite, value, 0.0)
+    sum_of_weights = tl.sum(weight, 1)
+    if v.scales is not None:
+        weight = weight * (_scales(v.scales, first, n, seen, EDGE) * LARGE)[None, :]
+        if EDGE:  # As whole numbers are finite, this is all that NaN needs.
+            weight = tl.where(scores == float("-inf"), 0.0, weight)
     acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None], input_precision=C.PRECISION)
-    return acc, highest, total * keep + tl.sum(weight, 1), met
+    return acc, highest, total * keep + sum_of_weights, met
+
+
+@triton.jit
+def _scales(x, first, n, seen, EDGE: tl.constexpr):
+    """The scales [N] of the slots first + n."""
+    at = x.ptr + first * x.stride[1] + n * x.stride[1]
+    return _load(at, seen, seen, EDGE, False).to(tl.float32)
+
+
+@triton.jit
+def _of_head(x, row, head):
+    """What a buffer has of a head of a row: numbers [S, D], and scales [S]."""
+    stride = x.numbers.stride
+    numbers, scales = Strided(x.numbers.ptr + row * stride[0] + head * stride[2], stride), x.scales
+    if x.scales is not None:
+        stride = x.scales.stride
+        scales = Strided(x.scales.ptr + row * stride[0] + head * stride[2], stride)
+    return Stored(numbers, scales)
 
 
 @triton.jit
@@ -151,8 +182,7 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
         hidden, shown = tl.load(gap_at), tl.load(gap_at + rules.key_gaps.stride[1])
         start, stop = tl.minimum(start, slots), tl.minimum(stop, slots)
         bounds = part_around_gap(start, stop, hidden, shown, split, splits, C.BLOCK_N)
-    k = Strided(k.ptr + row * k.stride[0] + head * k.stride[2], k.stride)
-    v = Strided(v.ptr + row * v.stride[0] + head * v.stride[2], v.stride)
+    k, v = _of_head(k, row, head), _of_head(v, row, head)
     first_token, mask_m = query_tile * C.BLOCK_M // C.GROUP, m
     if rules.mask is not None:
         mask_m = tl.where(asked, token - first_token, 0)
@@ -199,6 +229,8 @@ def attention_kernel(q, k, v, out, lse, rules, scale, tokens, slots, splits, C):
     # A query that sees nothing, or is not asked, gives 0 and -inf. NaN is not nothing. Behind the queries of a packed
     # row stand those of another.
     acc, top, total, met = state
+    if v.scales is not None:
+        acc = acc * (1.0 / LARGE)
     total = tl.where(asked, total, 0.0)
     acc = tl.where(total[:, None] != 0.0, acc / tl.where(total != 0.0, total, 1.0)[:, None], 0.0)
     log_total = tl.where(total != 0.0, (top + tl.log2(tl.where(total != 0.0, total, 1.0))) * LN2, float("-inf"))

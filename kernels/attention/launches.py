@@ -99,5 +99,10 @@ for _arch, _of_arch in _ENTRIES.items():
     _same = {(many, f"{rules} ends", *column): launch for (many, rules, *column), launch in _of_arch.items()}
     _ENTRIES[_arch] = _of_arch | _same | _ENDS.get(_arch, {})
 
+# Keys and values in 8 bits, which no mask goes with.
+for _arch, _of_arch in _ENTRIES.items():
+    _same = {(many, f"{rules} int8", *column): launch for (many, rules, *column), launch in _of_arch.items()}
+    _ENTRIES[_arch] = _of_arch | {regime: launch for regime, launch in _same.items() if regime[1].startswith("plain")}
+
 _CANDIDATES = product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
 TABLE = LaunchTable("cached_attention", _ENTRIES, [Launch((m, n), *how) for m, n, *how in _CANDIDATES])

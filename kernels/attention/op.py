@@ -8,6 +8,7 @@ from dkv.kernels.attention.reference import Rules
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
+from dkv.kernels.common.stored import Stored, buffer_parts, stored
 from dkv.kernels.common.workspace import Workspace
 
 
@@ -21,8 +22,8 @@ ATTENTION = Operation(reference.cached_attention, _fake)
 
 def cached_attention(
     q: Tensor,
-    k_buf: Tensor,
-    v_buf: Tensor,
+    k_buf: Tensor | Stored,
+    v_buf: Tensor | Stored,
     *,
     query_starts: Tensor | None = None,
     most_queries: int | None = None,
@@ -50,7 +51,8 @@ def cached_attention(
     Args:
         q: [B, N, Hq, D], or packed [T, Hq, D]; float16, bfloat16, float32 or float64. Hq is a multiple of Hkv, and
             query head h reads key head h // (Hq / Hkv).
-        k_buf, v_buf: [B, S, Hkv, D], dtype of q; any strides.
+        k_buf, v_buf: [B, S, Hkv, D], dtype of q; any strides. Or `Stored` numbers in int8 with their scales
+            [B, S, Hkv], as `rope_scatter_` writes them; both alike.
         query_starts: [B] integers, q is packed: the queries of row b are the entries query_starts[b] to
             query_starts[b] + query_lengths[b] - 1. No entry is of two rows. What the result holds at entries of no row
             is not defined.
@@ -82,12 +84,15 @@ def cached_attention(
     *b, n, hq, d = checks.shape("q", q, *[None] * (3 if packed else 4))
     if d == 0:
         raise ValueError(f"q must have a head size of at least 1, got shape {list(q.shape)}")
+    k_buf, v_buf = stored(k_buf), stored(v_buf)
     b, s, hkv, _ = checks.shape("k_buf", k_buf, *(b or [None]), None, None, d)
-    checks.shape("v_buf", v_buf, b, s, hkv, d)
     if hkv == 0 or hq % hkv:
         raise ValueError(f"q has {hq} heads, which is not a multiple of the {hkv} heads of k_buf")
     checks.dtype("q", q, FLOATS)
-    checks.same_dtype(q=q, k_buf=k_buf, v_buf=v_buf)
+    parts = {}
+    for name, x in (("k_buf", k_buf), ("v_buf", v_buf)):
+        parts |= buffer_parts(name, x, b, s, hkv, d, like=q)
+    checks.same_dtype(k_buf=k_buf.numbers, v_buf=v_buf.numbers)
     blocks = block_ids or (None, None)
     rules = Rules(query_lengths, key_ranges, key_mask, mask, *blocks, query_starts, key_gaps, query_ends)
     most_queries = _most_queries(rules, n, most_queries)
@@ -106,7 +111,7 @@ def cached_attention(
         if x is not None:
             checks.shape(name, x, *shape)
             checks.dtype(name, x, dtypes)
-    checks.same_device(q=q, k_buf=k_buf, v_buf=v_buf, **{name: x for (name, *_), x in zip(known, rules, strict=True)})
+    checks.same_device(q=q, **parts, **{name: x for (name, *_), x in zip(known, rules, strict=True)})
     scale = d**-0.5 if scale is None else float(scale)
     out, lse = ATTENTION(q, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace=workspace)
     return (out, lse) if return_lse else out

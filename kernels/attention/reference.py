@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.stored import Stored
 
 
 class Rules(NamedTuple):
@@ -59,7 +60,7 @@ class Rules(NamedTuple):
 
 
 def cached_attention(
-    q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules, most_queries: int, scale: float, return_lse: bool, **_
+    q: Tensor, k_buf: Stored, v_buf: Stored, rules: Rules, most_queries: int, scale: float, return_lse: bool, **_
 ) -> tuple[Tensor, Tensor | None]:
     """`dkv.kernels.cached_attention`: the output, and the log-sum-exp where it is asked for.
 
@@ -68,7 +69,7 @@ def cached_attention(
     if rules.query_starts is not None:
         return _packed(q, k_buf, v_buf, rules, scale, return_lse)
     group = q.shape[2] // k_buf.shape[2]
-    key, value = (wide(x).repeat_interleave(group, 2) for x in (k_buf, v_buf))
+    key, value = (x.wide(q).repeat_interleave(group, 2) for x in (k_buf, v_buf))
     scores = torch.einsum("bnhd,bshd->bhns", wide(q), key) * scale
     visible = rules.visible(q.shape[1], k_buf.shape[1])
     if visible is not None:
@@ -87,7 +88,8 @@ def _packed(q, k_buf, v_buf, rules: Rules, scale, return_lse) -> tuple[Tensor, T
         of_keys = {name: getattr(rules, name) for name in ("key_ranges", "key_gaps", "key_mask")}
         ends = None if rules.query_ends is None else rules.query_ends[own].unsqueeze(0)
         of_row = Rules(**{name: x[this] for name, x in of_keys.items() if x is not None}, query_ends=ends)
-        found, found_lse = cached_attention(q[own].unsqueeze(0), k_buf[this], v_buf[this], of_row, length, scale, True)
+        pair = k_buf.at(this), v_buf.at(this)
+        found, found_lse = cached_attention(q[own].unsqueeze(0), *pair, of_row, length, scale, True)
         out[own], lse[own] = found[0], found_lse[0]
     return out, lse if return_lse else None
 

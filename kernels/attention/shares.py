@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from dkv.kernels.common.stored import Stored
+
 
 class Shares:
     """The weights of an attention, where it had them in memory anyway, so that they need not be made again.
@@ -14,10 +16,10 @@ class Shares:
     def __init__(self):
         self.rows: list[tuple[slice, slice, Tensor]] | None = None
 
-    def mass(self, weight: Tensor, like: Tensor) -> Tensor:
-        """What slots of the first rows get, where queries count by `weight` [T]: [B, S], for `like` [B, S, ...]."""
+    def mass(self, weight: Tensor, like: Stored) -> Tensor:
+        """What slots of the first rows get, where queries have `weight` [T]: [B, S], for keys `like` [B, S, H, D]."""
         mass = weight.new_zeros(like.shape[:2])
-        for row, (own, seen, mean) in enumerate(self.rows[: len(like)]):
+        for row, (own, seen, mean) in enumerate(self.rows[: like.shape[0]]):
             # A copy, as a product may round differently where memory is aligned otherwise.
             mass[row, seen] = weight[own].clone() @ mean
         return mass

@@ -12,6 +12,7 @@ from dkv.kernels.attention.reference import Rules
 from dkv.kernels.attention.shares import Shares
 from dkv.kernels.common import operation
 from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.stored import Stored
 from dkv.kernels.common.workspace import Workspace
 
 # Fewer queries than these to an end, on average, are faster with a mask of pairs than end by end: 128 queries of 8
@@ -21,8 +22,8 @@ QUERIES_OF_AN_END = 16
 
 def cached_attention(
     q: Tensor,
-    k_buf: Tensor,
-    v_buf: Tensor,
+    k_buf: Stored,
+    v_buf: Stored,
     rules: Rules,
     most_queries: int,
     scale: float,
@@ -45,10 +46,10 @@ def cached_attention(
         return _side_by_side(q, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace)
     visible = rules.visible(q.shape[1], k_buf.shape[1])
     if visible is None:
-        return attend(q, k_buf, v_buf, None, scale, return_lse, workspace)
+        return attend(q, k_buf.plain(q.dtype), v_buf.plain(q.dtype), None, scale, return_lse, workspace)
     blind, unseen = ~visible.any(-1), ~visible.any(1)  # [B, N or 1], [B, S]
     q = q.masked_fill(blind[:, :, None, None], 0)
-    key, value = (x.masked_fill(unseen[:, :, None, None], 0) for x in (k_buf, v_buf))
+    key, value = (x.plain(q.dtype).masked_fill(unseen[:, :, None, None], 0) for x in (k_buf, v_buf))
     # A query that sees nothing is given everything, so that its softmax has a gradient; its result is dropped.
     bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~(visible | blind.unsqueeze(-1)), -torch.inf)
     bias, strange = bias.unsqueeze(1), None
@@ -86,7 +87,8 @@ def _each_row_alone(q, k_buf, v_buf, rules: Rules, scale, return_lse, workspace)
     whole = rules.key_ranges is None and rules.key_gaps is None and ends is None
     if whole and alike and batch and slots and batch * lengths[0] == len(packed) > 0:
         rows = packed.view(batch, -1, *packed.shape[1:])
-        out, lse = attend(rows, k_buf, v_buf, None, scale, return_lse, workspace)
+        pair = k_buf.plain(q.dtype), v_buf.plain(q.dtype)
+        out, lse = attend(rows, *pair, None, scale, return_lse, workspace)
         return out.reshape(q.shape), lse if lse is None else lse.reshape(q.shape[:-1])
     ranges = [(0, slots)] * batch if rules.key_ranges is None else rules.key_ranges.tolist()
     gaps = [(0, 0)] * batch if rules.key_gaps is None else rules.key_gaps.tolist()
@@ -94,7 +96,7 @@ def _each_row_alone(q, k_buf, v_buf, rules: Rules, scale, return_lse, workspace)
     for row, (start, length, (first, stop), gap) in enumerate(zip(starts, lengths, ranges, gaps, strict=True)):
         length, runs = max(length, 0), _runs(max(first, 0), min(stop, slots), *gap)
         if length and runs:
-            own, (key, value) = slice(start, start + length), (_joined(x[row : row + 1], runs) for x in (k_buf, v_buf))
+            own, (key, value) = slice(start, start + length), (_joined(x, row, runs, q.dtype) for x in (k_buf, v_buf))
             query, how = packed[own].unsqueeze(0), (scale, return_lse, workspace)
             if ends is None:
                 out, lse = attend(query, key, value, None, *how)
@@ -137,17 +139,18 @@ def _first_keys(query, key, value, seen: Tensor, scale, return_lse, workspace) -
         bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         return attend(query, key, value, bias[None, None], *how)
     rules = Rules(mask=mask.unsqueeze(0))
-    return cached_attention(query, key, value, rules, len(seen), scale, return_lse, workspace=workspace)
+    pair = Stored(key), Stored(value)
+    return cached_attention(query, *pair, rules, len(seen), scale, return_lse, workspace=workspace)
 
 
 def _finite_without_gradient(x: Tensor) -> bool:
     return not x.requires_grad and bool((x * 0).sum() == 0)
 
 
-def _keeps(q: Tensor, k_buf: Tensor, v_buf: Tensor, rules: Rules) -> bool:
+def _keeps(q: Tensor, k_buf: Stored, v_buf: Stored, rules: Rules) -> bool:
     """Whether the weights can be kept."""
     plain = q.dtype == torch.float32 and rules.query_starts is not None and rules.key_gaps is rules.query_ends is None
-    return plain and not any(x.requires_grad for x in (q, k_buf, v_buf))
+    return plain and not any(x.requires_grad for x in (q, k_buf.numbers, v_buf.numbers))
 
 
 def _with_shares(q, k_buf, v_buf, rules: Rules, scale, workspace: Workspace, shares: Shares) -> Tensor:
@@ -160,7 +163,8 @@ def _with_shares(q, k_buf, v_buf, rules: Rules, scale, workspace: Workspace, sha
         seen = slice(first, max(first, stop))
         mean = q.new_empty(own.stop - start, seen.stop - first)
         if mean.numel():
-            weighed(q[own], k_buf[row, seen], v_buf[row, seen], scale, workspace, mean, out[own])
+            key, value = (x.at((row, seen)).plain(q.dtype) for x in (k_buf, v_buf))
+            weighed(q[own], key, value, scale, workspace, mean, out[own])
         shares.rows.append((own, seen, mean))
     return out
 
@@ -171,13 +175,14 @@ def _runs(first: int, stop: int, hidden: int, shown: int) -> list[slice]:
     return [slice(start, end) for start, end in pieces if start < end]
 
 
-def _joined(x: Tensor, runs: list[slice]) -> Tensor:
-    """These slots of x [1, S, H, D].
+def _joined(x: Stored, row: int, runs: list[slice], dtype: torch.dtype) -> Tensor:
+    """These slots of a row of x [B, S, H, D], as a batch of one.
 
     Two runs are copied: attention over each, joined by their log-sum-exp, took longer on a CPU, even where the second
     one is a single slot.
     """
-    return x[:, runs[0]] if len(runs) == 1 else torch.cat([x[:, run] for run in runs], 1)
+    found = [x.at((slice(row, row + 1), run)).plain(dtype) for run in runs]
+    return found[0] if len(runs) == 1 else torch.cat(found, 1)
 
 
 def _side_by_side(

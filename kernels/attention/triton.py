@@ -15,8 +15,9 @@ from dkv.kernels.attention.reference import Rules
 from dkv.kernels.common.arguments import computable, constants, precision, restored, strided, strided_alone, unit_stride
 from dkv.kernels.common.launch import Call, Launch, batch_invariant, chip, splits
 from dkv.kernels.common.prepared import Scratch
+from dkv.kernels.common.stored import Stored
 from dkv.kernels.common.workspace import Workspace
-from dkv.kernels.dev.cases import Case, calls_of, described, meta
+from dkv.kernels.dev.cases import Case, buffer, calls_of, described, meta
 
 LARGEST_HEAD = 256
 # The kernel multiplies the largest product of a query by the scale, so the scale must be positive, in float32.
@@ -32,8 +33,8 @@ MERGE = {"default": Launch((1,), 8), "interpreter": Launch((64,), 4)}
 
 def cached_attention(
     q: Tensor,
-    k_buf: Tensor,
-    v_buf: Tensor,
+    k_buf: Stored,
+    v_buf: Stored,
     rules: Rules,
     most_queries: int,
     scale: float,
@@ -42,35 +43,42 @@ def cached_attention(
     workspace: Workspace | None = None,
     **_,
 ) -> tuple[Tensor, Tensor | None]:
-    """`dkv.kernels.cached_attention`. Heads of over 256 numbers do not fit the registers: PyTorch attends with them."""
+    """`dkv.kernels.cached_attention`. Heads of over 256 numbers do not fit the registers: PyTorch attends with them.
+
+    With masks keys and values in 8 bits are brought back before; `Transformer` asks for none.
+    """
     if q.shape[-1] > LARGEST_HEAD:
         return fallback.cached_attention(q, k_buf, v_buf, rules, most_queries, scale, return_lse, workspace=workspace)
     dtype = q.dtype
     if not scale >= SMALLEST_SCALE:
         q, scale = (-q, -scale) if scale <= -SMALLEST_SCALE else (q * (0 * scale), 1.0)
-    q, k, v = (unit_stride(computable(x)) for x in (q, k_buf, v_buf))
+    if rules.masked:
+        k_buf, v_buf = Stored(k_buf.plain(q.dtype)), Stored(v_buf.plain(q.dtype))
+    q, k, v = (unit_stride(computable(x)) for x in (q, k_buf.numbers, v_buf.numbers))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel() and len(k) and most_queries:
-        TABLE.start(_plan, (q, k, v, out, lse, *rules), most_queries, scale, batch_invariant(), work=workspace)
+        tensors = q, k, k_buf.scales, v, v_buf.scales, out, lse, *rules
+        TABLE.start(_plan, tensors, most_queries, scale, batch_invariant(), work=workspace)
     return restored(out, dtype), lse
 
 
-def _plan(q, k, v, out, lse, *others):
+def _plan(q, k, k_scales, v, v_scales, out, lse, *others):
     *rules, tokens, scale, invariant = others
+    keys, values = Stored(k, k_scales), Stored(v, v_scales)
     rules, packed, size = Rules(*rules), tokens * (q.shape[-2] // k.shape[2]), q.shape[-1]
     many = "few" if packed <= 16 else "some" if packed <= 64 else "many"
 
     def calls(launch: Launch) -> list[Call]:
-        return _calls(q, k, v, out, lse, rules, tokens, scale, invariant, launch)
+        return _calls(q, keys, values, out, lse, rules, tokens, scale, invariant, launch)
 
-    return (many, _kind(rules), q.element_size(), max(64, _block_d(size))), calls
+    return (many, _kind(rules, keys), q.element_size(), max(64, _block_d(size))), calls
 
 
 def _calls(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Stored,
+    v: Stored,
     out: Tensor,
     lse: Tensor | None,
     rules: Rules,
@@ -91,7 +99,8 @@ def _calls(
         part_lse = Scratch("parts lse", part.shape[:-1], torch.float32)
     masked, wide = rules.masked, _wide(launch, k, v, rules)
     queries = strided(q) if rules.query_starts is None else strided_alone(q)
-    tensors = {"q": queries, "k": strided(k), "v": strided(v), "out": part, "lse": part_lse}
+    tensors = {"q": queries, "out": part, "lse": part_lse}
+    tensors |= {name: Stored(*map(strided, x)) for name, x in (("k", k), ("v", v))}
     tensors["rules"] = Rules(*map(strided, rules))
     arguments = tensors | {"scale": scale * LOG2E.value, "tokens": tokens, "slots": slots}
     # With masks a number that is not known at compile time would cost registers: counted by `dkv audit`.
@@ -110,7 +119,7 @@ def _calls(
         return Call(attention_kernel, grid, launch, arguments | {"C": known}, rare=repair or wide)
 
     calls = [attend(launch, False)]
-    if rules.of_pairs:
+    if rules.of_pairs and v.scales is None:
         # Next to nothing to do where all numbers are finite.
         calls.append(attend(Launch(launch.tile, launch.warps), True))
     if split > 1:
@@ -130,8 +139,9 @@ def _block_d(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _kind(rules: Rules) -> str:
-    return ("masked" if rules.masked else "plain") + ("" if rules.query_ends is None else " ends")
+def _kind(rules: Rules, k: Stored) -> str:
+    ends, bits = "" if rules.query_ends is None else " ends", "" if k.scales is None else " int8"
+    return ("masked" if rules.masked else "plain") + ends + bits
 
 
 def _tf32_fits(block_d: int, masked: bool) -> bool:
@@ -139,10 +149,10 @@ def _tf32_fits(block_d: int, masked: bool) -> bool:
     return block_d <= (64 if masked else 128)
 
 
-def _wide(launch: Launch, k: Tensor, v: Tensor, rules: Rules) -> bool:
+def _wide(launch: Launch, k: Stored, v: Stored, rules: Rules) -> bool:
     """Whether an offset within a tile may pass 32 bits: of the mask, or of tensors [B, S, ...]."""
     queries, slots = launch.tile
-    farthest = [slots * x.stride(1) for x in (k, v, rules.key_mask, rules.key_blocks) if x is not None]
+    farthest = [slots * x.stride(1) for x in (*k, *v, rules.key_mask, rules.key_blocks) if x is not None]
     if rules.mask is not None:
         farthest.append(queries * rules.mask.stride(1) + slots * rules.mask.stride(2))
     return 2 * max(farthest) >= 2**31
@@ -158,7 +168,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
     seen = []
     for regime, launch in TABLE.on(arch):
         used = launch == TABLE.launch(arch, regime)
-        for kind in ("full", "bare", "gap", "wide") if used and not regime[1].endswith("ends") else ("full",):
+        for kind in ("full", "bare", "gap", "wide") if used and "ends" not in regime[1] else ("full",):
             parts = 1 if kind == "bare" and regime[0] == "many" else 4
             calls = calls_of(arch, regime, launch, cached_attention, *_sample(regime, kind), parts=parts)
             for call in calls if used else calls[:1]:
@@ -171,14 +181,14 @@ def audit_cases(arch: str) -> Iterator[Case]:
 def _sample(regime: tuple[str, str, int, int], kind: str) -> tuple[Any, ...]:
     """Arguments of an attention of a regime: bare with one rule at most, else with all that it allows but a gap."""
     many, masking, width, size = regime
-    masked, ends = masking.startswith("masked"), masking.endswith("ends")
+    masked, ends = masking.startswith("masked"), "ends" in masking
     bare, dtype = kind == "bare", "bf16" if width == 2 else "fp32"
     tokens, slots, apart = _QUERIES[many][not bare], 1001, 2**29 if kind == "wide" else None
     size = size if bare else size - 16
     # Packed, where nothing asks for [B, N].
     paired = masked and not ends
     q = meta(*((2, tokens) if bare or paired else (2 * tokens,)), 4 if bare else 28, size, dtype=dtype)
-    k, v = (meta(2, slots, 4, size, dtype=dtype, apart=apart) for _ in range(2))
+    k, v = (buffer(2, slots, 4, size, dtype=dtype, bits=masking.endswith("int8"), apart=apart) for _ in range(2))
     rules: dict[str, Tensor] = {}
     if masked:
         rules["key_mask"] = meta(2, slots, dtype=torch.bool)

@@ -10,9 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dkv.kernels.common.launch import Call, Chip, Launch, trial
+from dkv.kernels.common.stored import SCALES, Stored
 
 NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPES = {dtype: name for name, dtype in NUMBERS.items()} | {torch.bool: "u1", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {dtype: name for name, dtype in NUMBERS.items()} | {torch.bool: "u1", torch.int8: "i8"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 # The launches that are compiled are those of a chip of this many multiprocessors.
 PROCESSORS = 128
 
@@ -36,6 +38,13 @@ def meta(*size: int, dtype: torch.dtype | str = "bf16", apart: int | None = None
     """A tensor without memory; `apart` is the stride of its second dimension, if not a dense one."""
     x = torch.empty(size, dtype=NUMBERS.get(dtype, dtype), device="meta")
     return x if apart is None else x.as_strided(size, (apart * size[1], apart, *x.stride()[2:]))
+
+
+def buffer(*size: int, dtype: str, bits: bool, apart: int | None = None) -> Stored:
+    """Keys or values without memory, in this dtype or in 8 bits."""
+    if not bits:
+        return Stored(meta(*size, dtype=dtype, apart=apart))
+    return Stored(meta(*size, dtype=torch.int8, apart=apart), meta(*size[:-1], dtype=SCALES))
 
 
 def calls_of(

@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # What only bounds masks and loops is compiled for any number, so that another length needs no other kernel.
 @triton.jit(do_not_specialize=["slots", "parts"])
-def mass_kernel(q, k, lse, weight, out, rows, scale, slots, parts, C):
+def mass_kernel(q, k, key_scales, lse, weight, out, rows, scale, slots, parts, C):
     """What a part of the queries gives to a tile of slots; grid (tiles of slots, parts, B); out [B, parts, slots].
 
     `scale` is for powers of 2. The query heads of a key head share the M entries of a tile, as in attention.
@@ -63,7 +63,11 @@ def mass_kernel(q, k, lse, weight, out, rows, scale, slots, parts, C):
         # A query that saw nothing gives nothing.
         total = tl.where(total == float("-inf"), float("inf"), total)
         own = tl.load(weight.ptr + token * weight.stride[0] + near * weight.stride[0], mask=asked, other=0.0)
-        scores = tl.dot(key, query, input_precision=C.PRECISION)  # [N, M]
+        scores = tl.dot(key.to(query.dtype), query, input_precision=C.PRECISION)  # [N, M]
+        if key_scales is not None:
+            scales_at = key_scales.ptr + row * key_scales.stride[0] + tl.cast(first, tl.int64) * key_scales.stride[1]
+            scales_at += of_head * key_scales.stride[2] + apart * key_scales.stride[1]
+            scores *= tl.load(scales_at, mask=seen, other=0.0).to(tl.float32)[:, None]
         mass += tl.sum(tl.exp2(scores * scale - (total * LOG2E)[None, :]) * own[None, :], 1)
     mass = tl.where(seen, mass * (1.0 / (C.HEADS * C.GROUP)), 0.0)
     tl.store(out + (row * parts + part) * slots + first + n, mass, mask=inside)

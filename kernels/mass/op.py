@@ -6,6 +6,7 @@ from torch import Tensor
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
+from dkv.kernels.common.stored import Stored, buffer_parts, stored
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.mass import reference
 
@@ -19,7 +20,7 @@ MASS = Operation(reference.attention_mass, _fake, gradient=False)
 
 def attention_mass(
     q: Tensor,
-    k_buf: Tensor,
+    k_buf: Tensor | Stored,
     lse: Tensor,
     weight: Tensor,
     *,
@@ -48,7 +49,7 @@ def attention_mass(
 
     Args:
         q: packed [T, Hq, D]; float16, bfloat16, float32 or float64. Hq is a multiple of Hkv.
-        k_buf: [B, S, Hkv, D], dtype of q; any strides.
+        k_buf: [B, S, Hkv, D], dtype of q, or `Stored` numbers in int8 with their scales [B, S, Hkv]; any strides.
         lse: [T, Hq] float32 (float64 for float64), natural log-sum-exp of the scaled scores of each query.
         weight: [T], dtype of lse.
         query_starts: [B] integers: the queries of row b are the entries query_starts[b] to
@@ -69,16 +70,17 @@ def attention_mass(
     t, hq, d = checks.shape("q", q, None, None, None)
     if d == 0:
         raise ValueError(f"q must have a head size of at least 1, got shape {list(q.shape)}")
+    k_buf = stored(k_buf)
     b, _, hkv, _ = checks.shape("k_buf", k_buf, None, None, None, d)
     if hkv == 0 or hq == 0 or hq % hkv:
         raise ValueError(f"q has {hq} heads, which is not a multiple of the {hkv} heads of k_buf, and at least 1")
     checks.dtype("q", q, FLOATS)
-    checks.same_dtype(q=q, k_buf=k_buf)
+    parts = buffer_parts("k_buf", k_buf, *k_buf.shape, like=q)
     summed = (torch.promote_types(q.dtype, torch.float32),)
     checks.fit(
         {
             "q": (q, FLOATS, (t, hq, d)),
-            "k_buf": (k_buf, FLOATS, k_buf.shape),
+            **{name: (x, (x.dtype,), x.shape) for name, x in parts.items()},
             "lse": (lse, summed, (t, hq)),
             "weight": (weight, summed, (t,)),
             "query_starts": (query_starts, INTEGERS, (b,)),

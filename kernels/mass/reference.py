@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.stored import Stored
 
 
 def attention_mass(
     q,
-    k_buf,
+    k_buf: Stored,
     lse,
     weight,
     query_starts,
@@ -19,12 +20,12 @@ def attention_mass(
     **_,
 ) -> Tensor:
     """`dkv.kernels.attention_mass`: every row by itself. `most_queries` spares work, and changes no result."""
-    mass, group = wide(k_buf).new_zeros(k_buf.shape[:2]), q.shape[1] // k_buf.shape[2]
+    mass, group = wide(q).new_zeros(k_buf.shape[:2]), q.shape[1] // k_buf.shape[2]
     for row, (start, length) in enumerate(zip(query_starts.tolist(), query_lengths.tolist(), strict=True)):
         own, visible = slice(start, start + max(length, 0)), slice(None)
         if key_ranges is not None:
             visible = slice(*key_ranges[row].clamp(min=0).tolist())
-        key = wide(k_buf[row, visible]).repeat_interleave(group, 1)
+        key = k_buf.at((row, visible)).wide(q).repeat_interleave(group, 1)
         scores = torch.einsum("nhd,shd->nhs", wide(q[own]), key) * scale
         share = torch.exp(scores - finite_or_no_share(lse[own]).unsqueeze(-1)).mean(1)
         mass[row, visible] = weight[own] @ share

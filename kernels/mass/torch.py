@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dkv.kernels.common import operation
 from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.stored import Stored
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.mass.reference import finite_or_no_share
 
@@ -32,13 +33,13 @@ def _each_row_alone(q, k_buf, lse, weight, query_starts, query_lengths, key_rang
     for row, (start, length) in enumerate(zip(query_starts.tolist(), query_lengths.tolist(), strict=True)):
         own, seen = slice(start, start + max(length, 0)), slice(*(ranges[row] if ranges else (0, slots)))
         if length > 0 and mass[row, seen].numel():
-            mass[row, seen] = _of_row(q[own], k_buf[row, seen], lse[own], weight[own], scale, work)
+            mass[row, seen] = _of_row(q[own], k_buf.at((row, seen)), lse[own], weight[own], scale, work)
     return mass
 
 
-def _of_row(q: Tensor, key: Tensor, lse: Tensor, weight: Tensor, scale: float, work: Workspace) -> Tensor:
+def _of_row(q: Tensor, key: Stored, lse: Tensor, weight: Tensor, scale: float, work: Workspace) -> Tensor:
     """What the queries [N, Hq, D] of a row give to keys [S, Hkv, D]: [S]."""
-    heads, kv_heads, slots = q.shape[1], key.shape[1], len(key)
+    heads, (slots, kv_heads) = q.shape[1], key.shape[:2]
     # The query heads of a key head become rows of one product. Powers of 2 are faster than those of e.
     parts = (wide(q) * (scale * LOG2E), lse * LOG2E)
     query, shift = (x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2) for x in parts)
@@ -46,7 +47,7 @@ def _of_row(q: Tensor, key: Tensor, lse: Tensor, weight: Tensor, scale: float, w
     scores = work.take("scores", (query.shape[1], slots), query.dtype, q.device)
     mass = scores.new_zeros(slots)
     for head in range(kv_heads):
-        torch.mm(query[head], wide(key[:, head]).T, out=scores)
+        torch.mm(query[head], key.at((slice(None), head)).wide(q).T, out=scores)
         mass.addmv_(scores.sub_(shift[head].unsqueeze(1)).exp2_().T, share)
     return mass
 
@@ -61,7 +62,7 @@ def _side_by_side(q, k_buf, lse, weight, query_starts, query_lengths, key_ranges
     lse = lse[entry].masked_fill(~own.unsqueeze(2), torch.inf)
     weight = (weight[entry] / q.shape[1]).masked_fill(~own, 0)
     mass = query.new_zeros(k_buf.shape[:2])
-    parts = zip(query.chunk(kv_heads, 2), lse.chunk(kv_heads, 2), k_buf.unbind(2), strict=True)
+    parts = zip(query.chunk(kv_heads, 2), lse.chunk(kv_heads, 2), k_buf.plain(q.dtype).unbind(2), strict=True)
     for of_head, shift, key in parts:
         scores = torch.einsum("bngd,bsd->bngs", of_head, wide(key))
         mass += torch.einsum("bngs,bn->bs", scores.sub_(shift.unsqueeze(-1)).exp_(), weight)

@@ -11,14 +11,14 @@ from torch import Tensor
 from dkv.kernels.common.arguments import computable, constants, precision, strided, unit_stride
 from dkv.kernels.common.launch import Call, Launch, LaunchTable, batch_invariant, splits
 from dkv.kernels.common.prepared import Scratch
-from dkv.kernels.dev.cases import Case, calls_of, meta
+from dkv.kernels.dev.cases import Case, buffer, calls_of, meta
 from dkv.kernels.mass import torch as fallback
 from dkv.kernels.mass.kernel import LOG2E, mass_kernel, total_kernel
 
 # The launches. The tile is (packed queries, slots). A regime is how many packed queries there are ("few" up to 16,
-# "some" up to 64, or "many"), the bytes of a number, and the head size up to which the launch holds. A line lists
-# (queries, slots, warps, stages) for each pair of the last two. None has been timed on a GPU; `dkv audit` finds no
-# spilled registers.
+# "some" up to 64, or "many") and whether keys are "int8", the bytes of a number of the queries, and the head size up to
+# which the launch holds. A line lists (queries, slots, warps, stages) for each pair of the last two. None has been
+# timed on a GPU; `dkv audit` finds no spilled registers.
 _COLUMNS = ((2, 64), (2, 128), (2, 256), (4, 64), (4, 128), (4, 256))
 
 
@@ -47,6 +47,8 @@ _ENTRIES["sm_90"] = _entries(
 )
 _TILES = {"few": 16, "some": 64, "many": 128}
 _ENTRIES["interpreter"] = {regime: Launch((_TILES[regime[0]], 128), 4) for regime in _ENTRIES["default"]}
+for _arch, _of_arch in _ENTRIES.items():
+    _ENTRIES[_arch] = _of_arch | {(f"{many} int8", *column): launch for (many, *column), launch in _of_arch.items()}
 TABLE = LaunchTable(
     "attention_mass",
     _ENTRIES,
@@ -74,20 +76,22 @@ def attention_mass(
     rows = Rows(query_starts, query_lengths, key_ranges)
     if q.shape[-1] > LARGEST_HEAD:
         return fallback.attention_mass(q, k_buf, lse, weight, *rows, most_queries, scale, workspace=workspace)
-    q, k = (unit_stride(computable(x)) for x in (q, k_buf))
+    q, k = (unit_stride(computable(x)) for x in (q, k_buf.numbers))
     if not (k.shape[0] and k.shape[1] and most_queries):
         return lse.new_zeros(k.shape[:2])
     out = torch.empty(k.shape[:2], dtype=torch.float32, device=q.device)
-    TABLE.start(_plan, (q, k, lse, weight, out, *rows), most_queries, scale, batch_invariant(), work=workspace)
+    tensors = q, k, k_buf.scales, lse, weight, out, *rows
+    TABLE.start(_plan, tensors, most_queries, scale, batch_invariant(), work=workspace)
     return out
 
 
-def _plan(q, k, lse, weight, out, *others):
+def _plan(q, k, scales, lse, weight, out, *others):
     *rows, queries, scale, invariant = others
     (heads, size), (batch, slots, kv_heads) = q.shape[-2:], k.shape[:3]
     group = heads // kv_heads
     many = next((name for name in ("few", "some") if queries * group <= _TILES[name]), "many")
     tensors = {"q": strided(q), "k": strided(k), "lse": strided(lse), "weight": strided(weight)}
+    tensors["key_scales"] = strided(scales)
     arguments = tensors | {"rows": Rows(*map(strided, rows)), "scale": scale * LOG2E.value, "slots": slots}
     sizes = {"HEADS": kv_heads, "GROUP": group, "D": size, "BLOCK_D": _block_d(size)}
     # The three TF32 products that stand for a float32 one take registers: counted by `dkv audit`.
@@ -104,7 +108,8 @@ def _plan(q, k, lse, weight, out, *others):
         made = [Call(mass_kernel, (tiles, parts, batch), launch, given, rare=wide)]
         return made if parts == 1 else [*made, _total(part, out)]
 
-    return (many, q.element_size(), max(64, _block_d(size))), calls
+    bits = "" if scales is None else " int8"
+    return (many + bits, q.element_size(), max(64, _block_d(size))), calls
 
 
 def _total(part: Scratch, out: Tensor) -> Call:
@@ -127,7 +132,7 @@ def audit_cases(arch: str) -> Iterator[Case]:
     total = False
     for regime, launch in TABLE.on(arch):
         used = launch == TABLE.launch(arch, regime)
-        for kind in ("full", "bare", "wide") if used else ("full",):
+        for kind in ("full", "bare", "wide") if used and "int8" not in regime[0] else ("full",):
             calls = calls_of(arch, regime, launch, attention_mass, *_sample(regime, kind), parts=4)
             many, width, size = regime
             name = f"{many} {'bf16' if width == 2 else 'fp32'} D{size} {kind} {'x'.join(map(str, launch.tile))}"
@@ -143,10 +148,10 @@ def _sample(regime: tuple[str, int, int], kind: str) -> tuple[Any, ...]:
     """Arguments for a regime: one query head to a key head and every slot visible if bare, else seven and ranges."""
     many, width, size = regime
     bare, dtype = kind == "bare", "bf16" if width == 2 else "fp32"
+    many, _, bits = many.partition(" ")
     queries, heads, size = _QUERIES[many][not bare], 4 if bare else 28, size if bare else size - 16
-    q, k = meta(2 * queries, heads, size, dtype=dtype), meta(2, 1001, 4, size, dtype=dtype, apart=None)
-    if kind == "wide":
-        k = meta(2, 1001, 4, size, dtype=dtype, apart=2**29)
+    q, apart = meta(2 * queries, heads, size, dtype=dtype), 2**29 if kind == "wide" else None
+    k = buffer(2, 1001, 4, size, dtype=dtype, bits=bool(bits), apart=apart)
     lse, weight = meta(2 * queries, heads, dtype="fp32"), meta(2 * queries, dtype="fp32")
     starts, lengths, ranges = (meta(*shape, dtype=torch.int64) for shape in ((2,), (2,), (2, 2)))
     return q, k, lse, weight, starts, lengths, None if bare else ranges, queries, 0.125

@@ -7,6 +7,10 @@ of K, then those of V.
 import triton
 import triton.language as tl
 
+from dkv.kernels.common import stored
+
+MOST, LEAST = tl.constexpr(stored.MOST), tl.constexpr(stored.LEAST)
+
 
 @triton.jit
 def _pairs(C):
@@ -53,14 +57,35 @@ def _norm_and_rotate(first, second, norm, cos, sin, place, inside, C, DTYPE: tl.
 
 @triton.jit
 def _write(buffer, row, slot, head, first, second, inside, C, DTYPE: tl.constexpr):
-    """All pairs into one row or rows [R] of a buffer, at `slot` and `head` [R]; rounded to DTYPE before its dtype."""
+    """All pairs into one row or rows [R] of a buffer, at `slot` and `head` [R]; rounded to DTYPE before its dtype.
+
+    In 8 bits as `dkv.kernels.common.stored.rounded` says.
+    """
     h, pair = tl.arange(0, C.BLOCK_H), _pairs(C)
-    mask = inside[:, None] & (h < C.D // 2)[None, :]
-    at = row * buffer.stride[0] + slot * buffer.stride[1] + head.to(tl.int64) * buffer.stride[2]
-    at = buffer.ptr + at[:, None]
-    own: tl.constexpr = buffer.ptr.dtype.element_ty
-    tl.store(at + pair[0].to(tl.int64)[None, :] * buffer.stride[3], first.to(DTYPE).to(own), mask=mask)
-    tl.store(at + pair[1].to(tl.int64)[None, :] * buffer.stride[3], second.to(DTYPE).to(own), mask=mask)
+    mask, stride = inside[:, None] & (h < C.D // 2)[None, :], buffer.numbers.stride
+    at = buffer.numbers.ptr + (row * stride[0] + slot * stride[1] + head.to(tl.int64) * stride[2])[:, None]
+    own: tl.constexpr = buffer.numbers.ptr.dtype.element_ty
+    first, second = first.to(DTYPE), second.to(DTYPE)
+    if buffer.scales is not None:
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1) / MOST, LEAST)
+        # A maximum passes over NaN. The nearest bfloat16, as the interpreter cuts bits off where it casts.
+        scale = scale + tl.sum(first * 0.0 + second * 0.0, 1)
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        stride = buffer.scales.stride
+        scale_at = buffer.scales.ptr + row * stride[0] + slot * stride[1] + head.to(tl.int64) * stride[2]
+        tl.store(scale_at, scale.to(tl.bfloat16), mask=inside)
+        inverse = 1.0 / scale
+        first, second = _nearest(first * inverse[:, None]), _nearest(second * inverse[:, None])
+    stride = buffer.numbers.stride
+    tl.store(at + pair[0].to(tl.int64)[None, :] * stride[3], first.to(own), mask=mask)
+    tl.store(at + pair[1].to(tl.int64)[None, :] * stride[3], second.to(own), mask=mask)
+
+
+@triton.jit
+def _nearest(x):
+    """The nearest whole numbers; a cast goes towards zero."""
+    return tl.where(x < 0.0, x - 0.5, x + 0.5).to(tl.int32)
 
 
 NOT_SPECIALIZED = ["positions", "positions_stride", "rows", "query_positions", "query_positions_stride"]

@@ -5,10 +5,12 @@ from torch import Tensor
 from dkv.kernels.common import checks
 from dkv.kernels.common.dtypes import FLOATS, INTEGERS
 from dkv.kernels.common.operation import Operation
+from dkv.kernels.common.stored import Stored, buffer_parts, stored
 from dkv.kernels.rope_scatter import reference
 from dkv.kernels.rope_scatter.reference import Norm
 
-ROPE_SCATTER = Operation(reference.rope_scatter_, lambda q, *_: q.new_empty(q.shape), mutates=("k_buf", "v_buf"))
+_WRITTEN = [f"{buffer}_{field}" for buffer in ("k_buf", "v_buf") for field in Stored._fields]
+ROPE_SCATTER = Operation(reference.rope_scatter_, lambda q, *_: q.new_empty(q.shape), mutates=_WRITTEN)
 
 
 def rope_scatter_(
@@ -18,8 +20,8 @@ def rope_scatter_(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
-    k_buf: Tensor,
-    v_buf: Tensor,
+    k_buf: Tensor | Stored,
+    v_buf: Tensor | Stored,
     *,
     rows: Tensor | None = None,
     query_positions: Tensor | None = None,
@@ -40,7 +42,8 @@ def rope_scatter_(
             float32, and cast back.
         positions: [B, N] or [N], int32 or int64, slots of the buffer and places in the tables. A row must not
             name a slot twice, unless what is written there does not matter.
-        k_buf, v_buf: [B, S, Hkv, D], written in place in their own dtype.
+        k_buf, v_buf: [B, S, Hkv, D], written in place in their own dtype. Or `Stored` numbers in int8 with their scales
+            [B, S, Hkv]: what would be written is rounded, slot by slot and head by head (`dkv.kernels.rounded`).
         rows: [N] int32 or int64, the row of the buffer that each of the packed entries is written to.
         query_positions: [B, R] or [R], where the queries stand if not where the keys do.
         q_norm, k_norm: (gain [D], eps) of an RMS norm per head before the rotation.
@@ -66,8 +69,8 @@ def rope_scatter_(
     checks.shape("sin", sin, len(cos), half)
     checks.shape("positions", positions, *b, n)
     checks.dtype("positions", positions, INTEGERS)
-    checks.shape("k_buf", k_buf, *(b or [None]), None, hkv, d)
-    checks.shape("v_buf", v_buf, *k_buf.shape)
+    k_buf, v_buf = stored(k_buf), stored(v_buf)
+    kept = buffer_parts("k_buf", k_buf, *(b or [None]), None, hkv, d) | buffer_parts("v_buf", v_buf, *k_buf.shape)
     if rows is not None:
         checks.shape("rows", rows, n)
         checks.dtype("rows", rows, INTEGERS)
@@ -81,12 +84,12 @@ def rope_scatter_(
     for name, gain in gains.items():
         if gain is not None:
             checks.shape(name, gain, d)
-    placed = {"cos": cos, "sin": sin, "positions": positions, "k_buf": k_buf, "v_buf": v_buf}
+    placed = {"cos": cos, "sin": sin, "positions": positions, **kept}
     checks.same_device(q=q, k=k, v=v, **placed, rows=rows, query_positions=query_positions, **gains)
     if validate:
         checks.index_range("positions", positions, min(k_buf.shape[1], len(cos)))
         if rows is not None:
-            checks.index_range("rows", rows, len(k_buf))
+            checks.index_range("rows", rows, len(k_buf.numbers))
         if query_positions is not None:
             checks.index_range("query_positions", query_positions, len(cos))
     rows, query_positions = (None if x is None else x.long() for x in (rows, query_positions))

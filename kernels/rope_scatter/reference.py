@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dkv.kernels.common.dtypes import wide
+from dkv.kernels.common.stored import Stored
 
 
 class Norm(NamedTuple):
@@ -44,8 +45,8 @@ def rope_scatter_(
     cos,
     sin,
     positions,
-    k_buf,
-    v_buf,
+    k_buf: Stored,
+    v_buf: Stored,
     rows: Tensor | None,
     query_positions: Tensor | None,
     q_norm: Norm,
@@ -53,7 +54,6 @@ def rope_scatter_(
 ) -> Tensor:
     query_positions = positions if query_positions is None else query_positions
     rows = torch.arange(len(positions), device=q.device).unsqueeze(1) if rows is None else rows  # [B, 1] or [N]
-    key = rotate(head_norm(k, k_norm), cos[positions], sin[positions])
-    k_buf[rows, positions] = key.to(k_buf.dtype)
-    v_buf[rows, positions] = v.to(v_buf.dtype)
+    k_buf.put_((rows, positions), rotate(head_norm(k, k_norm), cos[positions], sin[positions]))
+    v_buf.put_((rows, positions), v)
     return rotate(head_norm(q, q_norm), cos[query_positions], sin[query_positions])

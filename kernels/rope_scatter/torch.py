@@ -15,7 +15,7 @@ def rope_scatter_(q, k, v, cos, sin, positions, k_buf, v_buf, rows, query_positi
     if rows is None:
         rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
     for buffer, entries in ((k_buf, key), (v_buf, v)):
-        buffer.index_put_((rows, positions), entries.to(buffer.dtype))
+        buffer.put_((rows, positions), entries)
     return query
 
 

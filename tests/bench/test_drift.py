@@ -47,6 +47,14 @@ def test_later_caching_leaves_less_stale(found):
             assert one < once
 
 
+def test_8_bits_cost_less_than_half_a_step_of_each_number(found):
+    """In the first layer nothing was attended to: numbers are off by a quarter of their scale on average."""
+    for kind in drift.NAMES:
+        first, *others = found["int8"][kind]
+        assert 1e-3 < first < 1e-2 and max(others) < 0.05
+        assert max(first, *others) < min(found["stale"][kind]["at once"])
+
+
 def test_changes_are_sorted_by_the_steps_from_the_decoding():
     # One slot, decoded in pass 2 of 6; the change into pass t is t.
     change = torch.arange(6.0).view(6, 1, 1, 1, 1).expand(6, 2, 3, 1, 1)

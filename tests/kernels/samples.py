@@ -23,6 +23,11 @@ def buffers() -> tuple[Tensor, Tensor]:
     return numbers(B, S, HKV, D), numbers(B, S, HKV, D)
 
 
+def buffers_in_8_bits() -> tuple[Tensor, ...]:
+    """Numbers and scales of keys, and of values."""
+    return *kernels.rounded(numbers(B, S, HKV, D)), *kernels.rounded(numbers(B, S, HKV, D))
+
+
 # Every operation as a function of tensors alone, and its inputs; what it writes in place is among the outputs.
 def _attend(q, k, v, ranges):
     return kernels.cached_attention(q, k, v, key_ranges=ranges, return_lse=True)
@@ -30,6 +35,19 @@ def _attend(q, k, v, ranges):
 
 def _attend_packed(q, k, v, starts, lengths):
     return kernels.cached_attention(q, k, v, query_starts=starts, query_lengths=lengths, most_queries=4)
+
+
+def _attend_in_8_bits(q, k, k_scales, v, v_scales, ranges):
+    return kernels.cached_attention(q, kernels.Stored(k, k_scales), kernels.Stored(v, v_scales), key_ranges=ranges)
+
+
+def _mass_in_8_bits(q, k, scales, *others):
+    return _mass(q, kernels.Stored(k, scales), *others)
+
+
+def _rope_scatter_in_8_bits(q, k, v, cos, sin, positions, k_buf, k_scales, v_buf, v_scales):
+    pair = kernels.Stored(k_buf, k_scales), kernels.Stored(v_buf, v_scales)
+    return kernels.rope_scatter_(q, k, v, cos, sin, positions, *pair, validate=False), *pair[0], *pair[1]
 
 
 def _mass(q, k, lse, weight, starts, lengths, ranges):
@@ -139,6 +157,18 @@ FUNCTIONS = {
     ),
     "swiglu": (kernels.swiglu, lambda: (numbers(B, N, D),)),
     "cached_attention": (_attend, lambda: (numbers(B, N, HQ, D), *buffers(), torch.tensor([[0, S], [2, 5]]))),
+    "cached_attention, in 8 bits": (
+        _attend_in_8_bits,
+        lambda: (numbers(B, N, HQ, D), *buffers_in_8_bits(), torch.tensor([[0, S], [2, 5]])),
+    ),
+    "attention_mass, in 8 bits": (
+        _mass_in_8_bits,
+        lambda: (numbers(B * N, HQ, D), *buffers_in_8_bits()[:2], *FUNCTIONS["attention_mass"][1]()[2:]),
+    ),
+    "rope_scatter_, in 8 bits": (
+        _rope_scatter_in_8_bits,
+        lambda: (*FUNCTIONS["rope_scatter_"][1]()[:6], *buffers_in_8_bits()),
+    ),
     "cached_attention, packed": (
         _attend_packed,
         lambda: (numbers(B * N, HQ, D), *buffers(), torch.tensor([0, 2]), torch.tensor([2, 4])),
@@ -202,11 +232,16 @@ FUNCTIONS = {
 }
 
 
+def _plain(k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+    """Buffers without scales."""
+    return k, None, v, None
+
+
 # What opcheck is given: the arguments of the op itself, with and without what is optional.
 SAMPLES = {
     "cached_attention": lambda: [
-        (q, k, v, *rules, N, 0.25, lse)
-        for (k, v) in [buffers()]
+        (q, *pair, *rules, N, 0.25, lse)
+        for pair in [_plain(*buffers()), buffers_in_8_bits()]
         for lse in (False, True)
         for q, *rules in (
             [numbers(B, N, HQ, D), *[None] * 9],
@@ -226,18 +261,22 @@ SAMPLES = {
         )
     ],
     "attention_mass": lambda: [
-        (*FUNCTIONS["attention_mass"][1]()[:6], ranges, 4, 0.25) for ranges in (None, torch.tensor([[0, S], [2, 5]]))
+        (q, *keys, *others[:4], ranges, 4, 0.25)
+        for q, key, *others in [FUNCTIONS["attention_mass"][1]()]
+        for keys, ranges in (((key, None), None), (buffers_in_8_bits()[:2], torch.tensor([[0, S], [2, 5]])))
     ],
     "rope_scatter_": lambda: (
         [
-            (*FUNCTIONS["rope_scatter_"][1]()[:8], *options)
-            for options in (
-                [None, None, None, 0.0, None, 0.0],
-                [None, indices(S, B, N), numbers(D), 1e-5, numbers(D), 1e-6],
+            (*FUNCTIONS["rope_scatter_"][1]()[:6], *pair, *options)
+            for pair, options in (
+                (_plain(*buffers()), [None, None, None, 0.0, None, 0.0]),
+                (_plain(*buffers()), [None, indices(S, B, N), numbers(D), 1e-5, numbers(D), 1e-6]),
+                (buffers_in_8_bits(), [None, None, None, 0.0, None, 0.0]),
             )
         ]
         + [
-            (*FUNCTIONS["rope_scatter_, packed"][1](), None, None, 0.0, None, 0.0),
+            (*given[:6], *_plain(*given[6:8]), given[8], None, None, 0.0, None, 0.0)
+            for given in [FUNCTIONS["rope_scatter_, packed"][1]()]
         ]
     ),
     "choose_token": lambda: [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dkv.kernels import Workspace, attention_mass, cached_attention, use_backend
+from dkv.kernels import Stored, Workspace, attention_mass, cached_attention, use_backend
 from dkv.kernels.attention import products
 from dkv.kernels.attention.op import ATTENTION
 from dkv.kernels.attention.reference import Rules
@@ -165,7 +165,7 @@ def test_shares_that_attention_left(shape, ranged, most, monkeypatch):
     """They spare the products, and change the sums by roundings alone; the attention stays what it is."""
     monkeypatch.setattr(products, "MOST_SCORES", most)
     args, shares, queries = given(shape, ranged), Shares(), max(shape[0])
-    q, k = args["q"].nan_to_num(), args["k_buf"]
+    q, k = args["q"].nan_to_num(), Stored(args["k_buf"])
     rules, scale = (
         Rules(args["query_lengths"], args.get("key_ranges"), query_starts=args["query_starts"]),
         shape[-1] ** -0.5,
@@ -188,7 +188,7 @@ def test_shares_of_single_slots():
     q, first = args["q"].nan_to_num(), args["key_ranges"][:, 0]
     slots = torch.stack((first, (args["key_ranges"][:, 1] - 1).maximum(first)))
     with use_backend("torch"):
-        ATTENTION(q, args["k_buf"], args["k_buf"], rules, len(q), 0.25, True, shares=shares)
+        ATTENTION(q, *[Stored(args["k_buf"])] * 2, rules, len(q), 0.25, True, shares=shares)
     found, expected = shares.given(slots, q), torch.zeros(2, len(q))
     for row, own in enumerate(entries(args)):
         for entry in range(own.start, own.stop):
@@ -205,6 +205,7 @@ def test_shares_do_not_depend_on_the_neighbours():
 
     def mass(q, k_buf, lse, weight, query_starts, query_lengths, key_ranges):
         shares, rules = Shares(), Rules(query_lengths, key_ranges, query_starts=query_starts)
+        k_buf = Stored(k_buf)
         ATTENTION(q, k_buf, k_buf, rules, len(q), 0.25, True, shares=shares)
         return MASS(q, k_buf, lse, weight, query_starts, query_lengths, key_ranges, len(q), 0.25, shares=shares)
 

@@ -132,8 +132,8 @@ def test_an_operation_without_a_gradient_says_so(name, backend):
 
 
 def test_an_op_asked_directly_never_detaches_in_silence(backend):
-    q = numbers(B, N, HQ, D).requires_grad_()
-    out, _ = torch.ops.dkv.cached_attention(q, *buffers(), *[None] * 9, N, 0.25, False)
+    q, (k, v) = numbers(B, N, HQ, D).requires_grad_(), buffers()
+    out, _ = torch.ops.dkv.cached_attention(q, k, None, v, None, *[None] * 9, N, 0.25, False)
     assert out.requires_grad
     with pytest.raises(RuntimeError, match="autograd"):
         out.sum().backward()

@@ -156,3 +156,13 @@ def test_a_packed_model_is_not_moved_cast_or_trained():
     with pytest.raises(RuntimeError, match="no gradient flows"):
         Int8Linear(frozen(4, 4))(torch.randn(1, 4, requires_grad=True))
     assert dkv.unpack(model).to(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_dtype_is_rounded_without_a_copy_in_float32(dtype):
+    spec = tiny(shape("d128x4"))
+    model = random_model(spec, torch.device("cpu"), dtype)
+    want = pack_(copy.deepcopy(model).float(), Int8Linear)
+    found = pack_(model, Int8Linear)
+    ids = torch.arange(12)[None]
+    assert found.dtype == torch.float32 and torch.equal(found(ids), want(ids))

@@ -34,7 +34,7 @@ def test_B11_buffers_live_where_their_keys_do():
     here = torch.zeros(1, 2, 2, 4, dtype=torch.float64)
     for index, like in enumerate((here, here.to("meta").half())):
         for x in buffer.layer(index, like=like):
-            assert x.device == like.device and x.dtype == like.dtype
+            assert x.numbers.device == like.device and x.numbers.dtype == like.dtype
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 // What is known of a running generation, in the form that map.js draws: it grows with every draft.
 
 let steps = 0, slots = 0, prompt = 0, decoded = [], kinds = new Uint8Array(0);
+// Slots of the steps that were told of, and those of them that were computed.
+let told = 0, computed = 0;
 let texts = [], spans = [], step = 0, chosen = null, follows = true, drawn = null;
 
 function clearCanvas() {
-  steps = slots = prompt = step = 0;
+  steps = slots = prompt = step = told = computed = 0;
   [decoded, texts, spans, kinds, base, follows] = [[], [], [], new Uint8Array(0), null, true];
   $("text").replaceChildren();
   $("map").hidden = true;
@@ -45,6 +47,8 @@ function takeDraft(draft) {
     more.set(kinds);
     more.fill(REUSED, (draft.step - 1) * slots);
     [kinds, steps, base] = [more, draft.step, null];
+    told += slots;
+    for (const [first, end] of draft.computed) computed += end - first;
   }
   const row = (draft.step - 1) * slots, full = draft.computed.length === 1 && draft.computed[0][1] - draft.computed[0][0] === slots;
   for (const [first, end] of draft.computed) kinds.fill(full ? FULL : COMPUTED, row + first, row + end);
@@ -80,16 +84,6 @@ function drawCanvas() {
   [$("step").max, $("step").value, $("step").disabled] = [steps, step + 1, steps < 2];
   $("number").textContent = `${step + 1} of ${steps}`;
   drawMap();
-}
-
-// Slots computed so far, as a share of all slots of the steps that were told of.
-function computedShare() {
-  let told = 0, computed = 0;
-  for (const kind of kinds) {
-    told += kind !== HIDDEN;
-    computed += kind >= COMPUTED;
-  }
-  return computed / Math.max(told, 1);
 }
 
 function lookAt(at) {

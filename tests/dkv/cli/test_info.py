@@ -107,10 +107,31 @@ def test_a_mixture(run):
 def test_a_model_for_programs(run):
     facts = json.loads(run("info", "--json", str(FAMILIES / "nemotron" / "nemotron_tiny"))[1])
     assert facts["spec"]["family"] == "nemotron" and facts["spec"]["rope"]["factor"] == 16.0
+    rounded = facts["weight_bytes"].pop("int8")
     assert facts["weight_bytes"] == {"float32": 4 * facts["parameters"], "bfloat16": 2 * facts["parameters"]}
+    # Embeddings and norms stay in float32.
+    assert facts["parameters"] < rounded < facts["weight_bytes"]["float32"]
     assert facts["kv_bytes"]["bfloat16"] == {"256": 256 * 2 * 2 * 3 * 2 * 24}
+    assert facts["kv_bytes"]["int8"] == {"256": 256 * 2 * 3 * 2 * (24 + 2)}
+    left = (8 << 30) - facts["weight_bytes"]["bfloat16"]
+    assert facts["slots_that_fit"]["int8"]["8"] == left // (2 * 3 * 2 * 26)
     loaded = load(FAMILIES / "nemotron" / "nemotron_tiny", device="cpu")
     assert facts["parameters"] == loaded.num_parameters
+
+
+def test_what_fits_where(run, tmp_path):
+    """A model shaped like LLaDA-8B, of which there is no weight."""
+    config = {"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32}
+    config |= {"mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336}
+    config |= {"max_sequence_length": 4096, "rope_theta": 5e5, "weight_tying": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = run("info", str(tmp_path))
+    assert (code, err) == (0, "")
+    said = out.splitlines()
+    assert "K/V 4096   4.00 GiB in float32, 2.00 GiB in bfloat16, 1.02 GiB in int8" in said
+    assert "in 8 GiB   the weights in bfloat16 do not fit" in said
+    # 24 GiB are 9.07 more than the weights, and a slot has 512 KiB, or 260.
+    assert any(x.startswith("in 24 GiB") and "18,574 slots of K/V in bfloat16, 36,578 in int8" in x for x in said), said
 
 
 def test_a_model_without_weights_that_needs_its_family(run, tmp_path):

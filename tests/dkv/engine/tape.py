@@ -84,5 +84,5 @@ def state_of(engine):
         if isinstance(value, torch.Tensor)
     }
     for index, pair in engine.cache.layers.items():
-        found[f"layer {index}"] = tuple(x.data_ptr() for x in pair)
+        found[f"layer {index}"] = tuple(part.data_ptr() for x in pair for part in x if part is not None)
     return found

@@ -31,7 +31,7 @@ def test_the_shared_prefix_is_not_computed_again(model, cache):
     """All of the first turn but slots that were never computed as tokens: those decoded last, or settled too early."""
     first, prompts = turns(model, cache)
     call = {"max_new_tokens": 5, "cache": cache, "output_active": True}
-    before = [x.clone() for x in first.kv_cache.layer(0, None)]
+    before = [x.numbers.clone() for x in first.kv_cache.layers[0]]
     output = dkv.generate(model, prompts, **call, kv_cache=first.kv_cache)
     computed, seen = output.active[0], first.kv_cache.seen
     assert output.stats.reused_slots == int(seen.sum()) >= 2 * 5
@@ -40,7 +40,7 @@ def test_the_shared_prefix_is_not_computed_again(model, cache):
     assert output.stats.computed_slots < fresh.stats.computed_slots
     assert output.stats.full_passes < fresh.stats.full_passes
     # The earlier buffer is as it was: other turns can follow it.
-    assert all(torch.equal(x, y) for x, y in zip(first.kv_cache.layer(0, None), before, strict=True))
+    assert all(torch.equal(x.numbers, y) for x, y in zip(first.kv_cache.layers[0], before, strict=True))
 
 
 def test_reuse_ends_with_the_first_refresh(llada):

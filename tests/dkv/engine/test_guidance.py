@@ -45,7 +45,7 @@ def test_C14_the_two_caches_never_mix(model, cache):
 
     def buffers(ids):
         output = dkv.generate(model, ids, max_new_tokens=1, cfg_scale=1.5, cache=cache)
-        return [x for layer in range(2) for x in output.kv_cache.layer(layer, None)]
+        return [x.numbers for layer in range(2) for x in output.kv_cache.layers[layer]]
 
     for one, other in zip(buffers(IDS), buffers(IDS.flip(0)), strict=True):
         assert torch.equal(one[2:, :5], other[2:, :5]) and not torch.equal(one[:2, :5], other[:2, :5])

@@ -51,7 +51,7 @@ def test_nan_in_the_buffer_of_an_earlier_turn(which, backend, build):
     with use_backend(backend):
         first = dkv.generate(model, PROMPT, max_new_tokens=4, cache=dkv.DecodeCache(None))
         buffer = first.kv_cache
-        buffer.layer(1, first.sequences)[which][:, 1] = torch.nan
+        buffer.layers[1][which].numbers[:, 1] = torch.nan
         more = torch.cat((first.sequences, torch.tensor([[7]])), 1)
         with pytest.raises(ValueError, match="logits hold NaN"):
             dkv.generate(model, more, max_new_tokens=4, cache=dkv.DecodeCache(None), kv_cache=buffer)

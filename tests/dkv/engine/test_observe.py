@@ -36,7 +36,7 @@ class Watched:
         """Column sums [length] of the rollout of a row that computed `slots`, whose entries begin at `first`."""
         group, rollout = self.model.spec.num_heads // self.model.spec.num_kv_heads, torch.eye(length).double()
         for layer, query in self.layers:
-            key = self.buffer.layers[layer][0][row, :length].double().repeat_interleave(group, 1)
+            key = self.buffer.layers[layer][0].numbers[row, :length].double().repeat_interleave(group, 1)
             scores = torch.einsum("nhd,shd->nhs", query[first : first + len(slots)].double(), key)
             attention = torch.eye(length).double()
             attention[slots] = (scores * self.model.spec.head_dim**-0.5).softmax(-1).mean(1)
@@ -70,7 +70,7 @@ def turned(model, watched, row, length, slots, first, asking, before):
     group, cosines, after = model.spec.num_heads // model.spec.num_kv_heads, [], []
     known = [slot for slot in range(length) if slot not in asking.of[row]]
     for place, (layer, query) in enumerate(watched.layers):
-        key = watched.buffer.layers[layer][0][row, :length].double().repeat_interleave(group, 1)
+        key = watched.buffer.layers[layer][0].numbers[row, :length].double().repeat_interleave(group, 1)
         scores = torch.einsum("nhd,shd->nhs", query[first : first + len(slots)].double(), key)
         attention = torch.zeros(length, length).double()
         attention[slots] = (scores * model.spec.head_dim**-0.5).softmax(-1).mean(1)
