@@ -57,6 +57,7 @@ RULES = [
     {"eos_token_id": [3, 9, 20, 31], "confidence_eos_eot_inf": True},
     {"confidence_dtype": "model", "temperature": 0.5},
     {"certainty": 3.0, "steps": 4},
+    {"kv_cache_dtype": "int8"},
 ]
 # What is said of a process that was killed.
 WITHOUT = "process {} of 2 has ended without a word: it was killed, or its machine is gone\n"
