@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dkv.engine.config import DiffusionConfig
+from dkv.engine.generate import config_of
 from dkv.parallel import Lost, Ranks, ranks_of
 from dkv.serving import memory
 from dkv.serving.llm import LLM
@@ -25,13 +27,24 @@ class Leading(LLM):
 
     on_lost: Callable[[], None] = staticmethod(lambda: None)
 
-    def __init__(self, model: Any, *, max_slots: int | None = None, max_length: int | None = None, **how: Any):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_slots: int | None = None,
+        max_length: int | None = None,
+        generation_config: DiffusionConfig | None = None,
+        max_waiting: int | None = None,
+        **settings: Any,
+    ):
         self._ranks: Ranks = model.ranks
+        config = config_of(generation_config, settings)
         length = min(2048, model.spec.max_positions) if max_length is None else max_length
-        self._ranks.told(length)
-        max_slots = _slots(model, length, max_slots)
-        super().__init__(model, max_slots=max_slots, max_length=length, **how)
-        self._ranks.told((self.max_length, max_slots, self.config))
+        self._ranks.told((length, config))
+        fit = _slots_that_fit(model, length, config)
+        how = {"max_slots": fit if max_slots is None else max_slots, "max_length": length}
+        super().__init__(model, **how, generation_config=config, max_waiting=max_waiting)
+        self._ranks.told(how)
         self._told: dict[Request, int] = {}
         self._gone: list[int] = []
 
@@ -87,11 +100,11 @@ def follow(model: Any) -> None:
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    if (length := ranks.told()) is None:
+    if (told := ranks.told()) is None:
         return
-    _slots(model, length, None)
-    length, slots, config = ranks.told()
-    llm, requests = LLM(model, max_slots=slots, max_length=length, generation_config=config), {}
+    length, config = told
+    _slots_that_fit(model, length, config)
+    llm, requests = LLM(model, **ranks.told(), generation_config=config), {}
     while (told := ranks.told()) is not None:
         gone, come = told
         for number in gone:
@@ -104,12 +117,11 @@ def follow(model: Any) -> None:
 
 def _told_of(request: Request) -> tuple[int, list[int], dict[str, Any]]:
     """Of a request its number, its prompt, and the arguments of `LLM.add`; its settings have a seed."""
-    how = {"generation_config": request.config, "infill": request.gap is not None}
-    return request.number, request.input_ids[0].tolist(), how
+    how = {"infill": request.gap is not None, "logprobs": request.wants_logprobs}
+    return request.number, request.input_ids[0].tolist(), {"generation_config": request.config, **how}
 
 
-def _slots(model: Any, length: int, given: int | None) -> int:
-    """Slots that fit the memory of every process; those that are given, in the first one."""
-    fit = torch.tensor([memory.slots_that_fit(model, length)], device=model.device)
-    fit = int(model.ranks.gathered(fit).min())
-    return fit if given is None else given
+def _slots_that_fit(model: Any, length: int, config: DiffusionConfig) -> int:
+    """Slots of rows of a length that fit the memory of every process."""
+    fit = torch.tensor([memory.slots_that_fit(model, length, config.kv_cache_dtype)], device=model.device)
+    return int(model.ranks.gathered(fit).min())

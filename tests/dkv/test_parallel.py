@@ -82,7 +82,7 @@ def test_any_settings(shared, padded, name, how, batch, eos):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(*ANY)
 def test_any_settings_broadly(shared, padded, name, how, batch, eos):
     check_any(shared, padded, name, how, batch, eos)

@@ -35,7 +35,7 @@ def led(work, others: int = 1, **how):
         model = dkv.load(FOLDER, dtype="float64", ranks=ranks)
         if ranks.rank:
             return shared.follow(model)
-        llm = shared.llm_of(model, max_length=24, max_slots=48, **SETTINGS, **how)
+        llm = shared.llm_of(model, max_length=24, max_slots=48, **{**SETTINGS, **how})
         found = work(llm)
         llm.close()
         return found
@@ -106,6 +106,25 @@ def test_texts_whose_masks_are_filled():
         return [request.tokens.tolist() for request in asked]
 
     assert led(work) == [dkv.infill(whole, ids, seed=2, **SETTINGS).sequences[0].tolist() for ids in texts]
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"), [({"temperature": 0}, {"logprobs": True}), ({"kv_cache_dtype": "int8"}, {})]
+)
+def test_what_else_is_asked_for(settings, asked):
+    """Of the `LLM`, and of each request."""
+    settings = {**SETTINGS, **settings}
+
+    def work(llm):
+        requests = [llm.add(ids, max_new_tokens=6, seed=3, **asked) for ids in prompts(3)]
+        while llm.running or llm.waiting:
+            llm.step()
+        return [(r.tokens.tolist(), None if r.logprobs is None else r.logprobs.tolist()) for r in requests]
+
+    model = dkv.load(FOLDER, dtype="float64", device="cpu")
+    whole = work(dkv.LLM(model, max_length=24, max_slots=48, **settings))
+    for (tokens, logprobs), (expected, right) in zip(led(work, **settings), whole, strict=True):
+        assert tokens == expected and logprobs == (right and pytest.approx(right, rel=1e-6))
 
 
 def test_seeds_that_are_not_given_are_told(alone):
