@@ -108,7 +108,7 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "negative_prompt_attention_mask": ((), "cfg_scale= guides away from the text without its prompt"),
     "dola_layers": ((), "only the last layer is decoded"),
     "penalty_alpha": ((0.0,), "contrastive search goes from left to right"),
-    "cache_implementation": ((), _CACHE),
+    "cache_implementation": ((), f'{_CACHE}, and kv_cache_dtype="int8" for one in 8 bits'),
     "cache_config": ((), _CACHE),
     "max_cache_len": ((), _CACHE),
     "return_legacy_cache": ((False,), _CACHE),

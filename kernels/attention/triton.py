@@ -163,12 +163,13 @@ _QUERIES = {"few": (5, 2), "some": (33, 5), "many": (129, 19)}
 
 
 def audit_cases(arch: str) -> Iterator[Case]:
-    """Every launch with all that its regime allows and a head that does not fill the tile; what `arch` uses also bare,
-    with a gap, and with offsets that need 64 bits, where queries have no ends."""
+    """Every launch with all that its regime allows and a head that does not fill the tile; what `arch` uses also with a
+    gap, bare, and but for 8 bits with offsets that need 64 bits, where queries have no ends."""
     seen = []
     for regime, launch in TABLE.on(arch):
         used = launch == TABLE.launch(arch, regime)
-        for kind in ("full", "bare", "gap", "wide") if used and "ends" not in regime[1] else ("full",):
+        kinds = ("full", "bare", "gap") if regime[1].endswith("int8") else ("full", "bare", "gap", "wide")
+        for kind in kinds if used and "ends" not in regime[1] else ("full",):
             parts = 1 if kind == "bare" and regime[0] == "many" else 4
             calls = calls_of(arch, regime, launch, cached_attention, *_sample(regime, kind), parts=parts)
             for call in calls if used else calls[:1]:

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from dkv import kernels
 from dkv.kernels.commit.reference import Chosen, Pass, Rules, State
-from dkv.kernels.plan.reference import KINDS
 from tests.kernels.steps import Rows
 
 B, N, S, HQ, HKV, D, P, V = 2, 3, 7, 4, 2, 16, 9, 33
@@ -87,7 +86,7 @@ def _keep(x, delta, kept, positions, rows, entries):
     return kernels.keep_rows_(x, kept, positions, rows, entries=entries, delta=delta, validate=False), kept
 
 
-def _states(entries: bool = False) -> tuple[Tensor, ...]:
+def states(entries: bool = False) -> tuple[Tensor, ...]:
     """Hidden states of N entries, two of them going on, and what was kept."""
     slots = (
         (indices(S, 2), torch.tensor([1, 0]), torch.tensor([2, 0]))
@@ -124,14 +123,14 @@ def _of_plan() -> tuple[Tensor, ...]:
     return now, masked._base, *state, others["cut"], others["invalid"], others["chosen"]
 
 
-def _of_pack() -> tuple[Tensor, ...]:
+def of_pack() -> tuple[Tensor, ...]:
     rows = Rows.random(B, S)
     given, others = rows.plan()
     active, scored, _, _, report = kernels.plan_pass(*given, **others)
     return rows.state.tokens, active, scored, rows.lengths, report
 
 
-def _of_window() -> tuple[Tensor, ...]:
+def of_window() -> tuple[Tensor, ...]:
     return torch.rand(B, S) < 0.2, Rows.random(B, S).state.masked._base, torch.tensor([[1, S], [4, 0]])
 
 
@@ -142,7 +141,7 @@ def _of_advance() -> tuple[Tensor, ...]:
     return tokens, masked._base, *others, rows.table, *passed, *choice, torch.tensor([1, 25])
 
 
-def _steps(kind: str, rule: str) -> tuple:
+def steps(kind: str, rule: str) -> tuple:
     """Arguments of the op `advance_` for a pass of a kind, with ends or without."""
     rows = Rows.random(B, S)
     passed, choice = rows.passed(kind, filling=1)
@@ -223,85 +222,10 @@ FUNCTIONS = {
             torch.tensor([1, 3]),
         ),
     ),
-    "row_change": (_change, _states),
-    "keep_rows_": (_keep, lambda: _states(entries=True)),
+    "row_change": (_change, states),
+    "keep_rows_": (_keep, lambda: states(entries=True)),
     "plan_pass": (_plan, _of_plan),
-    "pack_pass": (_pack, _of_pack),
-    "with_masked_window": (_window, _of_window),
+    "pack_pass": (_pack, of_pack),
+    "with_masked_window": (_window, of_window),
     "advance_": (_advance, _of_advance),
-}
-
-
-def _plain(k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
-    """Buffers without scales."""
-    return k, None, v, None
-
-
-# What opcheck is given: the arguments of the op itself, with and without what is optional.
-SAMPLES = {
-    "cached_attention": lambda: [
-        (q, *pair, *rules, N, 0.25, lse)
-        for pair in [_plain(*buffers()), buffers_in_8_bits()]
-        for lse in (False, True)
-        for q, *rules in (
-            [numbers(B, N, HQ, D), *[None] * 9],
-            [numbers(5, HQ, D), torch.tensor([2, 3]), *[None] * 5, torch.tensor([0, 2]), None, torch.arange(1, 6)],
-            [
-                numbers(B, N, HQ, D),
-                torch.tensor([1, 3]),
-                torch.tensor([[0, S], [2, 5]]),
-                torch.rand(B, S) < 0.5,
-                torch.rand(B, N, S) < 0.5,
-                torch.randint(3, (B, N)),
-                torch.randint(3, (B, S)),
-                None,
-                torch.tensor([[1, 3], [2, 2]]),
-                None,
-            ],
-        )
-    ],
-    "attention_mass": lambda: [
-        (q, *keys, *others[:4], ranges, 4, 0.25)
-        for q, key, *others in [FUNCTIONS["attention_mass"][1]()]
-        for keys, ranges in (((key, None), None), (buffers_in_8_bits()[:2], torch.tensor([[0, S], [2, 5]])))
-    ],
-    "rope_scatter_": lambda: (
-        [
-            (*FUNCTIONS["rope_scatter_"][1]()[:6], *pair, *options)
-            for pair, options in (
-                (_plain(*buffers()), [None, None, None, 0.0, None, 0.0]),
-                (_plain(*buffers()), [None, indices(S, B, N), numbers(D), 1e-5, numbers(D), 1e-6]),
-                (buffers_in_8_bits(), [None, None, None, 0.0, None, 0.0]),
-            )
-        ]
-        + [
-            (*given[:6], *_plain(*given[6:8]), given[8], None, None, 0.0, None, 0.0)
-            for given in [FUNCTIONS["rope_scatter_, packed"][1]()]
-        ]
-    ),
-    "choose_token": lambda: [
-        (numbers(N, V), rule, heat, 1.0, "exact", None, None, [1], None, entropy, keys)
-        for rule in kernels.RULES
-        for heat, entropy, keys in ((0.0, True, None), (0.8, False, torch.arange(N)[:, None]))
-    ],
-    "choose_token_fused": lambda: [
-        (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias is None, bias, None)
-        for bias in (None, numbers(V))
-    ],
-    "commit_": lambda: [(*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))],
-    "row_change": lambda: [_states(), (lambda x, _, *others: (x, None, *others))(*_states())],
-    "keep_rows_": lambda: [_states(entries=True), (*_states(), None)],
-    "plan": lambda: [
-        (*given, others.get("chosen"), others.get("everything"), others["cut"], others["invalid"], kind, *flags)
-        for kind, everything, flags in zip(
-            KINDS,
-            (False, True, False, True),
-            ((True, False, False), (False, True, True), (False, False, True), (True, False, True)),
-            strict=True,
-        )
-        for given, others in [Rows.random(B, S).plan(kind, everything)]
-    ],
-    "pack": lambda: [(*_of_pack(), B * S, total, shifted) for total, shifted in ((B * S, False), (B * S + 3, True))],
-    "with_masked_window": lambda: [(chosen, masked[:, :-1], centers, 2) for chosen, masked, centers in [_of_window()]],
-    "advance_": lambda: [_steps("open", "fixed"), _steps("window", "factor"), _steps("open", "entropy")],
 }

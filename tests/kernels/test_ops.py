@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dkv import kernels
 from dkv.kernels import use_backend
 from dkv.kernels.common.backend import interpreted
-from tests.kernels.samples import FUNCTIONS, HKV, HQ, SAMPLES, B, D, N, P, S, V, buffers, indices, numbers
+from tests.kernels.op_samples import SAMPLES
+from tests.kernels.samples import FUNCTIONS, HKV, HQ, B, D, N, P, S, V, buffers, indices, numbers
 
 EXACT = {"rtol": 0, "atol": 0}
 

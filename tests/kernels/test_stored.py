@@ -84,7 +84,7 @@ def entries_of(dtype: torch.dtype, b: int, n: int, s: int, hq: int, hkv: int, d:
     }
 
 
-@pytest.mark.parametrize(("d", "dtype", "packed"), sweep((16, 24, 80, 128), DTYPES, (False, True)))
+@pytest.mark.parametrize(("d", "dtype", "packed"), sweep((16, 24, 80, 128), DTYPES, (False, True), quick=5))
 def test_entries_are_written_rounded_and_whole(backend, d, dtype, packed):
     b, n, s, hq, hkv = 2, 5, 11, 4, 2
     args, other = entries_of(dtype, b, n, s, hq, hkv, d), entries_of(dtype, b, n, s, hq, hkv, d)
@@ -154,7 +154,7 @@ def exactly(q: Tensor, keys: Tensor, values: Tensor, rules: dict) -> tuple[Tenso
         return cached_attention(q.double(), keys.double(), values.double(), return_lse=True, **rules)
 
 
-@pytest.mark.parametrize(("shape", "names", "dtype"), sweep(SHAPES, RULES, DTYPES, quick=4))
+@pytest.mark.parametrize(("shape", "names", "dtype"), sweep(SHAPES, RULES, DTYPES, quick=7))
 def test_attention_is_that_over_what_the_buffer_stands_for(backend, assert_close, shape, names, dtype):
     q, keys, values, rules = attention_of(shape, names, dtype)
     held = rounded(keys), rounded(values)
@@ -167,7 +167,7 @@ def test_attention_is_that_over_what_the_buffer_stands_for(backend, assert_close
     torch.testing.assert_close(lse.double(), exact_lse, atol=rounding, rtol=rounding)
 
 
-@pytest.mark.parametrize(("shape", "names"), sweep(SHAPES, RULES[:5], quick=2))
+@pytest.mark.parametrize(("shape", "names"), sweep(SHAPES, RULES[:5], quick=3))
 def test_attention_is_off_by_no_more_than_the_steps_of_its_buffer(backend, shape, names):
     """Scores move by e = scale * sum |q| * half a scale of a key at most. So weights change by factors from exp(-2e) to
     exp(2e), all of them together by exp(2e) - 1 at most, and values move by half of their scales."""
@@ -229,7 +229,7 @@ def test_hidden_slots_may_hold_anything_and_seen_ones_are_told(backend, names):
         torch.testing.assert_close(found[~bad], expected[~bad], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "ranged", "dtype"), sweep(SHAPES, (False, True), DTYPES, quick=2))
+@pytest.mark.parametrize(("shape", "ranged", "dtype"), sweep(SHAPES, (False, True), DTYPES, quick=5))
 def test_mass_is_that_of_what_the_keys_stand_for(backend, shape, ranged, dtype):
     q, keys, values, rules = attention_of(shape, ("key_ranges",) if ranged else (), dtype)
     held = rounded(keys)

@@ -12,30 +12,29 @@ from dkv.kernels.common import backend
 from dkv.policies import POLICIES
 from dkv.serving import memory
 from tests.dkv.conftest import GOLDEN, pad_rows, small_model
-from tests.dkv.engine.test_families_in_company import IN_BLOCKS, OPTIONS, check_rows, prompts_of
+from tests.dkv.engine.test_families_in_company import IN_BLOCKS, OPTIONS, check_rows, policy_call, prompts_of
 from tests.dkv.engine.test_graphs import taped  # noqa: F401
+from tests.kernels.sweeps import sweep
 
 IDS = torch.tensor([[5, 9, 3, 8], [7, 2, 40, 11]])
 INT8 = {"kv_cache_dtype": "int8"}
+SETTINGS = [{"steps": 12}, {"threshold": 0.05, "temperature": 0.7}, {"cfg_scale": 0.5}]
 
 
 def policy(name: str):
     return {"name": name, **OPTIONS.get(name, {})}
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize("settings", [{"steps": 12}, {"threshold": 0.05, "temperature": 0.7}], ids=["steps", "drawn"])
+@pytest.mark.parametrize(("name", "settings"), sweep(sorted(POLICIES), SETTINGS, quick=2))
 def test_rows_in_company_are_those_alone(model, name, settings):
     prompts = [[token % 60 for token in prompt] for prompt in prompts_of(3)]
-    if name == "sliding":
-        settings = settings | {"schedule": "sliding", "block_length": 4}
-    output = check_rows(model, prompts, cache=policy(name), **settings, **INT8)
+    output = check_rows(model, prompts, **policy_call(name), **settings, **INT8)
     assert output.stats.settings["kv_cache_dtype"] == "int8"
     assert all(x.numbers.dtype == torch.int8 for pair in output.kv_cache.layers.values() for x in pair)
 
 
 @pytest.mark.parametrize("folder", IN_BLOCKS)
-@pytest.mark.parametrize("name", ["none", "decode", "dual"])
+@pytest.mark.parametrize("name", [pytest.param("none", marks=pytest.mark.slow), "decode", "dual"])
 def test_rows_of_models_with_blocks(folder, name):
     model = dkv.load(GOLDEN / "families" / folder, device="cpu")
     check_rows(model, prompts_of(5), cache=policy(name), block_length=model.spec.block_length, steps=12, **INT8)
@@ -146,7 +145,7 @@ def test_nan_stays_told(place, name, build):
                 dkv.generate(model, IDS, max_new_tokens=6, cache=cache, **INT8)
 
 
-@pytest.mark.parametrize("name", ["decode", "dual", "elastic"])
+@pytest.mark.parametrize("name", [pytest.param("decode", marks=pytest.mark.slow), "dual", "elastic"])
 def test_the_kernels_give_the_tokens_of_pytorch(dream, name):
     if not backend.interpreted():
         pytest.skip("needs TRITON_INTERPRET=1")
@@ -181,3 +180,10 @@ def test_canvases_and_drafts_that_are_verified_have_it_too():
     assert {x.numbers.dtype for pair in output.kv_cache.layers.values() for x in pair} == {torch.int8}
     with pytest.raises(ValueError, match="kv_cache_dtype must be one of auto, int8, got 'fp8'"):
         call(kv_cache_dtype="fp8")
+    nemotron = dkv.load(GOLDEN / "families" / "nemotron" / "nemotron_tiny", device="cpu")
+    (ids, mask), call = pad_rows(prompts_of(4)), {"max_new_tokens": 9, "schedule": "speculative", **INT8}
+    drafted = dkv.generate(nemotron, ids, mask, **call)
+    assert drafted.kv_cache.kind[-1] == torch.int8
+    for row, prompt in enumerate(prompts_of(4)):
+        alone = dkv.generate(nemotron, torch.tensor([prompt]), **call).sequences[0]
+        assert torch.equal(drafted.sequences[row, ids.shape[1] - len(prompt) :], alone)
