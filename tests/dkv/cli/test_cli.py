@@ -39,7 +39,7 @@ def test_the_examples_parse():
 def test_defaults_are_those_of_the_settings():
     args = build_parser().parse_args(["generate"])
     settings = vars(args).keys() & DEFAULTS.keys() - {"cache"}
-    assert len(settings) == 26 and {n: getattr(args, n) for n in settings} == {n: DEFAULTS[n] for n in settings}
+    assert len(settings) == 27 and {n: getattr(args, n) for n in settings} == {n: DEFAULTS[n] for n in settings}
 
 
 def test_help_names_every_policy(capsys):
