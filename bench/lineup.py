@@ -42,6 +42,8 @@ SHOWN_IN_BLOCKS = ("plain", "decode 8", "decode, no refresh", "dual in parts", "
 BLOCKED = ("plain", "prefix", "dual", "prefix delayed", "dual delayed", "suffix 96", "suffix 96 dual", "skip")
 # Those that may be compared in blocks.
 IN_BLOCKS = (*BLOCKED, "rollout", "elastic")
+# What requests are served with; the first by default.
+SERVED = ("decode 8", "dual in parts", "dual", "greedy 16", "prefill")
 ON_GPU = ("plain", "decode 8", "greedy 4", "prefill")
 # How many tokens a step fills: settings that go with the block policies.
 RULES = {"one a step": {}, "threshold 0.9": {"threshold": 0.9}}

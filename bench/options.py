@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import dkv
-from dkv.bench.lineup import BLOCKED, COMPARED, RULES
+from dkv.bench.lineup import BLOCKED, COMPARED, RULES, SERVED
 from dkv.bench.problems import Exam, bundled
 from dkv.bench.shapes import as_loaded, random_model, shape
 from dkv.models import Transformer
@@ -32,6 +32,7 @@ class Options:
         rounds: timed runs of every contender, in turn, after one that is not timed.
         policies: names in `dkv.bench.lineup.LINEUP`, "plain" first.
         blocked: the same for those that are compared in blocks.
+        served: names of those that requests are served with.
         rules: names in `dkv.bench.lineup.RULES`, of block policies; a threshold has no effect on random weights.
         exam: problems with one right answer, whose prompts take the place of seeded ids; None: there are none.
     """
@@ -46,6 +47,7 @@ class Options:
     rounds: int = 3
     policies: tuple[str, ...] = COMPARED
     blocked: tuple[str, ...] = BLOCKED
+    served: tuple[str, ...] = SERVED[:1]
     rules: tuple[str, ...] = tuple(RULES)
     exam: Exam | None = None
 

@@ -44,6 +44,8 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> object:
+    if name == "parallel":
+        return import_module("dkv.parallel")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dkv' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

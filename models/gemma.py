@@ -5,6 +5,7 @@ without padding.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkv.core.kv_cache import KVCache
@@ -119,13 +120,21 @@ class Gemma(Network):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> float32 [..., V], capped."""
-        found = self.head(hidden).to(torch.promote_types(hidden.dtype, torch.float32))
+        return self._capped(self.head(hidden))
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """`logits`, of the ids that this process has, from `head.first` on, in a model that several share."""
+        return self._capped(F.linear(hidden, self.head.weight))
+
+    def _capped(self, raw: Tensor) -> Tensor:
+        found = raw.to(torch.promote_types(raw.dtype, torch.float32))
         # In place, as there are many: with the vocabulary of the published model 256 MiB for a canvas.
         return found.div_(self.spec.softcap).tanh_() * self.spec.softcap
 
     def soft(self, probabilities: Tensor) -> Tensor:
-        """The mean embedding under probabilities [..., V]: [..., d]."""
-        return probabilities.to(self.dtype) @ self.embed.weight * self._scale
+        """The mean embedding under probabilities [..., V]: [..., d]. Of the own ids in a model that several share."""
+        mean = probabilities.to(self.dtype) @ self.embed.weight
+        return (mean if self.ranks is None else self.ranks.sum_(mean)) * self._scale
 
     @property
     def _scale(self) -> Tensor:

@@ -115,9 +115,9 @@ class Experts(nn.Module):
 
     @staticmethod
     def _product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        if hasattr(F, "grouped_mm"):
+        # Before torch 2.10 there is none, and none of float64.
+        if hasattr(F, "grouped_mm") and x.dtype != torch.float64:
             return F.grouped_mm(x, weights.transpose(-2, -1), offs=ends)
-        # Before torch 2.10.
         parts = x.tensor_split(ends[:-1].cpu().long())
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)])
 

@@ -42,6 +42,7 @@ class Int8Linear(PackedProduct):
 
     def __init__(self, *linears: nn.Linear, silu: bool = False):
         super().__init__(*linears, silu=silu)
+        self.dtype = torch.float32
         weights = [quantised(linear.weight.detach()) for linear in linears]
         self.scales = torch.cat([scales for _, scales in weights])
         self._pack(torch.cat([weight for weight, _ in weights]))

@@ -11,6 +11,7 @@ from dkv.kernels.rope_scatter.reference import Norm
 from dkv.models.gemma_spec import GemmaSpec
 from dkv.models.mixture import Experts
 from dkv.models.spec import ModelSpec
+from dkv.parallel import Ranks
 
 # (block, query [..., R, Hq, D], key and value [..., N, Hkv, D]) -> [..., R, Hq, D]
 Attend = Callable[["Block", Tensor, Tensor, Tensor], Tensor]
@@ -39,6 +40,8 @@ class Network(nn.Module):
     def __init__(self, spec: ModelSpec | GemmaSpec):
         super().__init__()
         self.spec = spec
+        # The processes that share the model; None: it is whole here.
+        self.ranks: Ranks | None = None
         # Given its table, as the layer would otherwise load the compiler (2 s) to make one.
         table = torch.randn(spec.vocab_size, spec.hidden_size)
         self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=table)
@@ -50,6 +53,11 @@ class Network(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The heads of keys and values that this process has of a layer."""
+        return self.spec.num_kv_heads // (self.ranks.size if self.ranks else 1)
 
     @property
     def num_parameters(self) -> int:

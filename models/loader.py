@@ -25,18 +25,20 @@ from dkv.models.joining import join_
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.mixture import EXPERT_BIAS
 from dkv.models.packing import can_pack, check_packable, pack_
+from dkv.models.shards import Cut, device_of, read, share_
 from dkv.models.skeleton import fill, skeleton
 from dkv.models.spec import ModelSpec
 from dkv.models.special_ids import with_token_ids
 from dkv.models.tokenizer import with_vocab_limit
 from dkv.models.transformer import Transformer
+from dkv.parallel import Ranks
 
 # The dtypes that are read, by the codes of safetensors headers.
 CODES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS.values(), strict=True))
 # Arguments of `load`, for the message that refuses another.
 NAMES = (
     *("dtype", "device", "device_map", "torch_dtype", "pack", "weights", "subfolder"),
-    *("family", "mask_token_id", "attention_block"),
+    *("family", "mask_token_id", "attention_block", "ranks"),
 )
 # Checkpoints of at least so many bytes show how far they are.
 LARGE = 1 << 30
@@ -55,6 +57,7 @@ def load(
     attention_block: int | None = None,
     device_map: Any = None,
     subfolder: str | None = "",
+    ranks: Ranks | None = None,
     **keywords: Any,
 ) -> Transformer | Gemma:
     """Load a checkpoint for inference, without running code that comes with it.
@@ -85,6 +88,8 @@ def load(
             A2D's BD3LM, whose files say nothing of blocks, and variants of SDAR.
         device_map: transformers' name for `device`; "auto" is the default device, as a model is never split.
         subfolder: the folder inside that holds the files.
+        ranks: the processes that share the model, from `dkv.parallel.start()`: each calls this with the same arguments,
+            and reads and holds its part alone (docs/devices.md).
         keywords: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` as in transformers, for
             models of the hub. Of the other arguments of its `from_pretrained` those that ask for what happens anyway
             are accepted (`trust_remote_code`: no code is run), the rest refused with what to do.
@@ -97,7 +102,8 @@ def load(
     Raises:
         FileNotFoundError: a folder, a file or a hub model does not exist or cannot be reached.
         ValueError: an unknown family, a field that is not implemented, an adapter, or a checkpoint that is damaged or
-            does not fit its configuration; the message names the tensor and the file.
+            does not fit its configuration; the message names the tensor and the file. Or heads that cannot be split
+            over the processes; the message has both numbers.
         OSError: a file cannot be read.
         TypeError: an unknown argument, or a path that is none.
     """
@@ -106,12 +112,16 @@ def load(
         raise ValueError(f"pack must be True, False or None, got {pack!r}")
     if weights not in (None, "int8"):
         raise ValueError(f'weights must be "int8" or None, got {weights!r}')
-    wanted, device = one_dtype(dtype, torch_dtype), usable(one_device(device, device_map))
+    wanted, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
+    device = usable(device) if ranks is None else device_of(ranks, device, pack, weights)
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)
     kind, config = described(folder, family, mask_token_id, attention_block)
     entries = read_headers(folder)
     model, pieces = skeleton(kind, config, entries, str(folder))
     model.spec = with_vocab_limit(model.spec, folder)
+    cuts: dict[str, Cut] = {}
+    if ranks is not None:
+        pieces, cuts = share_(model, ranks, kind, pieces)
     # Files may hold more than the model has.
     entries = {name: entries[name] for name in pieces}
     for name, entry in entries.items():
@@ -131,11 +141,12 @@ def load(
         raise ValueError(f"{named} is of models that fill masks; DiffusionGemma computes with its weights as they are")
     if weights == "int8":
         check_int8(wanted, device, pack)
-        target = torch.float32
-    packs = device.type == "cpu" and can_pack(target)
+        # As it lies in the file: one product after the other is rounded, and no float32 model stands in memory.
+        target = CODES[entries[kind.weight_name("embed")].dtype]
+    packs = device.type == "cpu" and ranks is None and can_pack(target)
     if pack:
         check_packable("the model", target, device)
-    fill(model, pieces, _read(entries, target, device))
+    fill(model, pieces, _read(entries, target, device, cuts))
     model.eval()
     if own:
         if pack is None:
@@ -236,8 +247,12 @@ def wrap(
     return model.eval()
 
 
-def _read(entries: Mapping[str, Entry], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, nn.Parameter]]:
-    """The tensors, one at a time, file by file; each is converted before the next is read."""
+def _read(
+    entries: Mapping[str, Entry], dtype: torch.dtype, device: torch.device, cuts: Mapping[str, Cut]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The tensors, one at a time, file by file; each is converted before the next is read. Of those that are cut no
+    more is read than that.
+    """
     total = sum(entry.bytes for entry in entries.values())
     # None: where stderr is a terminal.
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=True if total < LARGE else None) as bar:
@@ -246,7 +261,8 @@ def _read(entries: Mapping[str, Entry], dtype: torch.dtype, device: torch.device
                 with safe_open(file, framework="pt") as tensors:
                     for name in sorted(name for name, entry in entries.items() if entry.file == file):
                         kept = torch.promote_types(dtype, torch.float32) if name.endswith(EXPERT_BIAS) else dtype
-                        tensor = tensors.get_tensor(name).to(device=device, dtype=kept)
+                        tensor = read(tensors.get_slice(name), cuts[name]) if cuts else tensors.get_tensor(name)
+                        tensor = tensor.to(device=device, dtype=kept)
                         yield name, nn.Parameter(tensor, requires_grad=False)
                         bar.update(entries[name].bytes)
             except SafetensorError as error:

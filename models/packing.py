@@ -135,23 +135,37 @@ def check_packable(name: str, dtype: torch.dtype, device: torch.device, trainabl
 
 def pack_(model: nn.Module, kind: Kind = PackedLinear) -> nn.Module:
     """Replace every layer and `nn.Linear` of a frozen float32 or bfloat16 model on the CPU; each weight is freed in
-    turn.
+    turn. With `Int8Linear` the model may be of any dtype, and is of float32 afterwards.
 
     A weight that is also used elsewhere (a head tied to the embedding) stays as it is.
 
     Args:
-        kind: of what stands in their place. Rounded weights are of float32 models.
+        kind: of what stands in their place.
 
     Raises:
         ValueError: a weight is on another device, of another dtype, or trainable; nothing is packed.
     """
+    products = _products(model)
+    for name, module in products.items():
+        # Weights that are rounded may be of any dtype before.
+        dtype = torch.float32 if kind is Int8Linear else module.weight.dtype
+        check_packable(name, dtype, module.weight.device, module.weight.requires_grad)
+    _replace(model, set(products.values()), kind)
+    return model.float() if kind is Int8Linear else model
+
+
+def int8_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that a float32 model has once `Int8Linear` stands in it; it may be without storage."""
+    # A byte in place of four, and a scale for every output.
+    saved = sum(3 * m.weight.numel() - 4 * m.weight[..., 0].numel() for m in _products(model).values())
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) - saved
+
+
+def _products(model: nn.Module) -> dict[str, nn.Linear | Bank]:
+    """By name, what is packed: no weight that is also used elsewhere."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
-    banks = {name: m for name, m in model.named_modules() if type(m) is Bank}
-    for name, module in {**linears, **banks}.items():
-        check_packable(name, module.weight.dtype, module.weight.device, module.weight.requires_grad)
-    _replace(model, set(linears.values()), kind)
-    return model
+    kinds = ((name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, Bank))
+    return {name: m for name, m in kinds if id(m.weight) not in embeddings}
 
 
 def unpack(model: nn.Module) -> nn.Module:
@@ -179,12 +193,12 @@ def unpack(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace(module: nn.Module, linears: set[nn.Linear], kind: Kind) -> None:
+def _replace(module: nn.Module, products: set[nn.Module], kind: Kind) -> None:
     for key, child in list(module.named_children()):
         if isinstance(child, Layer):
             setattr(module, key, PackedLayer(child, kind))
-        elif child in linears:
+        elif child in products and type(child) is nn.Linear:
             wide = child.out_features > torch_choice.STRIP
             setattr(module, key, PackedHead(child, kind) if wide else kind(child))
         else:
-            _replace(child, linears, kind)
+            _replace(child, products, kind)

@@ -140,6 +140,34 @@ def floor(found: Row) -> Any:
     return figure
 
 
+def latency(found: Row) -> Any:
+    """Seconds to the first token and to the last of requests that arrive at random, over the load, by way to serve."""
+    rows = [row for row in found.get("serve", {}).get("rows", []) if row["load"] is not None]
+    policy = rows[0]["policy"] if rows else None
+    ways: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["policy"] == policy:
+            ways.setdefault(row["way"], []).append(row)
+    # What was asked at one load alone is no line.
+    ways = {way: own for way, own in ways.items() if len(own) > 1}
+    if not ways:
+        return None
+    figure, axes = drawing.figure(found, "Time to the first token (dotted) and in all against load", policy)
+    for (way, own), style in zip(ways.items(), styles([*ways]).values(), strict=True):
+        loads, label = [row["load"] for row in own], f"{way.partition(',')[0]}, {own[0]['rows']} rows"
+        for name, line in (("whole", "-"), ("first", ":")):
+            axes.plot(loads, [row[f"{name}_p50"] for row in own], ls=line, label=label, **style)
+            axes.plot(loads, [row[f"{name}_p99"] for row in own], ls=line, mfc="white", **style)
+            label = None
+    ends = ("first_p50", "whole_p99")
+    times = [row[name] for own in ways.values() for row in own for name in ends]
+    drawing.logarithmic(axes, "y", min(times) / 1.3, max(times) * 2.5, "{:g}")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.set(xlabel="load, of what LLM serves if all wait at once", ylabel="seconds: p50 (filled) and p99 (open)")
+    axes.legend(loc="upper left", ncols=3)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Row], Any]] = {
     "speed": speed_against_share,
     "steps": step_against_slots,
@@ -147,6 +175,7 @@ FIGURES: dict[str, Callable[[Row], Any]] = {
     "accuracy": accuracy_against_speed,
     "growth": growth,
     "floor": floor,
+    "latency": latency,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dkv.cli import audit, bench, demo, eval, generate, infill, info, run, serve, suggest, trace, verify
+from dkv.cli.several import check_command
 from dkv.common import process
 from dkv.version import __version__
 
@@ -77,6 +78,7 @@ def _run(words: list[str]) -> int:
     if unknown:
         args.parser.error(f"unknown arguments: {' '.join(unknown)}")
     process.called(f"dkv {args.command}")
+    check_command(args.command)
     # A figure is worth nothing without the command behind it.
     args.command_line = shlex.join(["dkv", *words])
     return args.run(args)

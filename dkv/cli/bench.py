@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dkv.bench.lineup import ALL, COMPARED, IN_BLOCKS
+from dkv.bench.lineup import ALL, COMPARED, IN_BLOCKS, SERVED
 from dkv.cli import bench_host
-from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
+from dkv.cli.bench_checks import BATCHES, NAMES, OTHERS, SETTINGS, USES, check, check_room
+from dkv.cli.measuring import add_json, add_machine, read, ready
 from dkv.common import files, process
 
 SUMMARY = "Measure the cache policies on this machine: speed, work, memory, and where the time of a step goes."
@@ -22,6 +23,7 @@ examples:
   dkv bench --shape llada-8b --layers 4 --prompt 896 --batch 1 4 8 --plots plots
   dkv bench --model GSAI-ML/LLaDA-8B-Instruct --no-eager --json result.json --csv result.csv
   dkv bench --shape d512x8 --floor --growth                 where a step's time goes, and how it grows
+  dkv bench --serve --shape d512x8 --prompt 64              requests that come and go, against static batches
   dkv bench --host --shape dream-7b                         what the host starts in a step on a GPU
   dkv bench --all --out results                             everything, with plots: 12 minutes on 2 cores
 
@@ -32,31 +34,6 @@ the way it was published, on the same weights (plain, Decode and Greedy in rando
 
 # The names of `dkv.bench.shapes.SHAPES`, which imports torch.
 SHAPES = ("d128x4", "d512x8", "llada-8b", "dream-7b")
-# Measurements that can take the place of the comparison.
-OTHERS = {
-    "floor": "a full and a cached step against their matrix products alone, by part",
-    "mass": "what it costs to observe a pass: the attention that slots get, of all layers",
-    "weights": "bfloat16 and int8 weights on a CPU against packed float32, with plain decoding and Decode(8)",
-    "growth": "time per generated slot for 64 to 2048 new slots, with the fitted exponents",
-    "memory": "peak memory of a step against weights and buffer",
-    "blocks": "block policies and a threshold (Fast-dLLM), one prompt at a time",
-}
-# Which of the options of size and choice a measurement goes by; others it would pass over in silence.
-USES = {
-    "comparison": ("prompt", "new", "steps", "rounds", "policies", "no_eager"),
-    "floor": ("prompt", "new", "no_eager"),
-    "mass": ("prompt", "new"),
-    "weights": ("prompt", "new", "steps", "rounds", "policies"),
-    "growth": ("prompt",),
-    "memory": ("prompt", "new", "steps", "policies", "no_eager"),
-    "blocks": ("prompt", "new", "rounds", "policies", "no_eager"),
-}
-# Of --new: what it must be a multiple of (`BLOCK` of `dkv.bench.speed.blocks`), and the least, which has a cached step.
-MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3, "mass": 3}
-# Slots where --new does not say, of tiny and of all others.
-NEW = (64, 128)
-# Options that go into `dkv.bench.options.Options` as they are.
-SETTINGS = ("prompt", "new", "steps", "rounds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,15 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", choices=SHAPES, metavar="NAME", help=f"random weights in the shape of {', '.join(SHAPES)}")
     add("--layers", type=int, metavar="N", help="layers of the shape (default: as many as it has)")
     known = f"{', '.join(COMPARED)}; with --blocks {', '.join(IN_BLOCKS)} (default: all but rollout and elastic); "
-    known += "plain is always among them"
-    add("--policies", nargs="+", choices=tuple(dict.fromkeys(COMPARED + IN_BLOCKS)), metavar="NAME", help=known)
+    known += f"plain is always among them; with --serve {', '.join(SERVED)} (default: {SERVED[0]})"
+    add("--policies", nargs="+", choices=NAMES, metavar="NAME", help=known)
     add("--no-eager", action="store_true", help="leave out the eager baseline")
 
     add = parser.add_argument_group("size").add_argument
     add("--prompt", type=int, metavar="N", help="tokens of a prompt (default: 128; tiny has prompts of its own)")
     add("--new", type=int, metavar="N", help="slots to fill (default: 128; tiny: 64)")
     add("--steps", type=int, metavar="N", help="passes (default: one per slot)")
-    add("--batch", type=int, nargs="+", metavar="N", help="rows; several make a table each (default: 1)")
+    add("--batch", type=int, nargs="+", metavar="N", help="rows; several make a table each (default: 1; --serve: 8)")
     add("--rounds", type=int, metavar="N", help="timed runs of every policy (default: 3)")
 
     add_machine(parser)
@@ -102,91 +79,6 @@ def run(args: argparse.Namespace) -> int:
     return run_all(args) if args.all else run_some(args)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Find what is wrong with the arguments before anything heavy is imported or measured.
-
-    Raises:
-        ValueError: a number too small, options that exclude each other, an output that cannot be written.
-    """
-    others = [name for name in OTHERS if getattr(args, name)]
-    check_counts(args, (*SETTINGS, "batch", "layers", "threads"))
-    if args.all != (args.out is not None):
-        raise ValueError("--all writes files: give --out DIR" if args.all else "--out goes with --all")
-    if args.all:
-        for name in (*SETTINGS, "batch", "policies", "no_eager", "json", "csv", "plots", *OTHERS):
-            if getattr(args, name):
-                raise ValueError(f"--all has sizes and outputs of its own: leave out --{name.replace('_', '-')}")
-        if args.model == "tiny":
-            raise ValueError("--all needs longer canvases than tiny has: give --shape or another --model")
-    if args.model is not None and args.shape is not None:
-        raise ValueError("give --model or --shape, not both")
-    if args.layers is not None and args.shape is None:
-        raise ValueError("--layers goes with --shape: a checkpoint has its own")
-    if args.prompt is not None and args.model in (None, "tiny") and args.shape is None:
-        raise ValueError("--prompt goes with --shape or another --model: tiny has problems of its own as prompts")
-    if others and args.batch is not None and len(args.batch) > 1:
-        raise ValueError(f"--{others[0]} takes one --batch, got {len(args.batch)}")
-    if args.csv is not None and len(others) > 1:
-        raise ValueError("--csv holds the rows of one measurement: give one, or --json")
-    if not args.all:
-        _check_sizes(args, others or ["comparison"])
-    _check_outputs(args)
-
-
-def _check_sizes(args: argparse.Namespace, kinds: list[str]) -> None:
-    """Numbers that are impossible together, and options that none of the measurements goes by."""
-    used = {name for kind in kinds for name in USES[kind]}
-    for name in USES["comparison"]:
-        if getattr(args, name) and name not in used:
-            own = " and ".join(f"--{kind}" for kind in kinds)
-            raise ValueError(f"--{name.replace('_', '-')} has no effect on {own}: leave it out")
-    for kind in kinds:
-        known = IN_BLOCKS if kind == "blocks" else COMPARED
-        if "policies" in USES[kind] and (odd := [name for name in args.policies or () if name not in known]):
-            raise ValueError(f"--policies {odd[0]!r} is not among what is compared here: {', '.join(known)}")
-    on_tiny = args.shape is None and args.model in (None, "tiny")
-    new = args.new or NEW[0 if on_tiny else 1]
-    for kind in kinds:
-        part, least = MULTIPLE.get(kind, 1), LEAST.get(kind, 1)
-        if new % part:
-            near = max(new // part, 1) * part
-            near = near + part if on_tiny and near < NEW[0] else near
-            wrong = f"--new must be a multiple of {part}, such as {near}, got {new}"
-            raise ValueError(f"--{kind} fills blocks of {part} slots: {wrong}")
-        if new < least:
-            raise ValueError(f"--{kind} needs a step that reuses the cache: --new must be at least {least}, got {new}")
-        if kind == "blocks" and args.batch not in (None, [1]):
-            raise ValueError(f"--blocks takes one prompt, as published: --batch must be 1, got {args.batch[0]}")
-    if args.steps is not None and args.steps > new and "new" in used:
-        raise ValueError(f"--steps must be at most --new, as every step fills a slot, got {args.steps} steps for {new}")
-
-
-def check_room(kind: str, options: Any) -> None:
-    """Raise ValueError where a measurement needs a longer canvas than the model has."""
-    from dkv.bench.speed.growth import LENGTHS
-
-    new, most = LENGTHS[0] if kind == "growth" else options.new, options.model.spec.max_positions
-    if options.prompt + new > most:
-        raise ValueError(
-            f"a prompt of {options.prompt} tokens and {new} new slots need {options.prompt + new} positions, and "
-            f"{options.name} has {most}: give a smaller --prompt{' or --new' if kind != 'growth' else ''}"
-        )
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    from dkv.bench.plots import FIGURES, check_installed
-
-    outputs = [("--json", args.json), ("--csv", args.csv)]
-    if args.plots is not None:
-        check_installed("--plots")
-        outputs += [("--plots", args.plots / f"{figure}.png") for figure in FIGURES]
-    if args.out is not None:
-        check_installed("--all")
-        outputs += [("--out", args.out / f"{name}.json") for name in ALL]
-        outputs += [("--out", args.out / f"{name}_{figure}.png") for name in ALL for figure in FIGURES]
-    files.check_outputs(outputs)
-
-
 def build(args: argparse.Namespace, **changes: Any) -> Any:
     """The `Options` that the arguments ask for; `changes` replace them."""
     from dkv.bench.options import of_checkpoint, of_shape
@@ -195,8 +87,11 @@ def build(args: argparse.Namespace, **changes: Any) -> Any:
     asked = {name: value for name, value in asked.items() if value is not None} | changes
     model = asked.pop("model", args.model)
     if "policies" in asked:
-        names = ("plain", *(name for name in dict.fromkeys(asked.pop("policies")) if name != "plain"))
-        asked["blocked" if args.blocks else "policies"] = names
+        names = tuple(name for name in dict.fromkeys(asked.pop("policies")) if name != "plain")
+        if args.serve:
+            asked["served"] = names
+        else:
+            asked["blocked" if args.blocks else "policies"] = ("plain", *names)
     where = {"device": args.device, "dtype": args.dtype}
     if model is None and args.shape is not None:
         return of_shape(args.shape, args.layers, **where, **asked)
@@ -220,7 +115,7 @@ def run_some(args: argparse.Namespace) -> int:
     done: list[str] = []
     kept = [str(path) for path in (args.json, args.csv) if path is not None and not files.is_stream(path)]
     with files.beside(args.json, args.csv), _keeping(done):
-        for found in documents(args, options, kinds, args.batch or [1]):
+        for found in documents(args, options, kinds, args.batch):
             if kept:
                 save(found)
                 done[:] = kept
@@ -259,7 +154,7 @@ def _keeping(done: list[str]) -> AbstractContextManager:
 
 
 def documents(
-    args: argparse.Namespace, options: Any, kinds: Sequence[str], batches: Sequence[int]
+    args: argparse.Namespace, options: Any, kinds: Sequence[str], batches: Sequence[int] | None
 ) -> Iterator[dict[str, Any]]:
     """What is written as JSON, as it grows: machine, versions, date, command and model, and a part for every kind."""
     from dkv.bench import machine, report
@@ -267,7 +162,7 @@ def documents(
     found = {"facts": machine.facts(options.model.device, args.command_line) | options.facts()}
     print(report.machine_line(found["facts"]), flush=True)
     for kind in kinds:
-        for part in measured(kind, options, list(dict.fromkeys(batches))):
+        for part in measured(kind, options, list(dict.fromkeys(batches or [BATCHES.get(kind, 1)]))):
             found[kind] = part
             yield found
 

@@ -10,7 +10,7 @@ from dkv.common.bar import Bar
 # Options of `dkv bench` that have no effect here.
 OTHERS = (
     *("model", "policies", "no_eager", "prompt", "new", "steps", "batch", "rounds", "threads", "device", "dtype"),
-    *("csv", "plots", "all", "out", "floor", "mass", "growth", "memory", "blocks"),
+    *("csv", "plots", "all", "out", "floor", "mass", "growth", "memory", "blocks", "serve"),
 )
 
 TIMES = """\

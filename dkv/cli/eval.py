@@ -15,7 +15,7 @@ examples:
   dkv eval                                                  the bundled model on its tasks, in some minutes
   dkv eval --full --problems 500 --out results              the whole grid; repeat the command to go on
   dkv eval --run 'cache=decode refresh=2,4,8,16' --run 'steps=half,quarter'
-  dkv eval --run 'weights=int8,bfloat16' --run 'weights=int8 cache=decode refresh=8'   what fewer bits lose on a CPU
+  dkv eval --run weights=int8,bfloat16                      what weights of fewer bits lose on a CPU
   dkv eval --run 'cache=greedy refresh=4 window=0,2,4,8 window_center=last' --tasks cells
   dkv eval --model GSAI-ML/LLaDA-8B-Instruct --data problems.jsonl --new-tokens 256 --chat --out results
   dkv eval --drift --out results                            how much keys and values change between steps

@@ -21,9 +21,14 @@ CANVAS = {
 
 def add_families(parser: argparse.ArgumentParser) -> None:
     """Add the options; those of canvases say nothing of their defaults, which are those of the model."""
-    _add(parser, BLOCKS, "models with blocks", "LLaDA2.1 edits tokens, A2D rounds its quotas.")
+    add_blocks(parser)
     about = "Of DiffusionGemma alone, and the defaults are the model's own; --entropy-bound and --seed act, too."
     _add(parser, CANVAS, "canvas", about)
+
+
+def add_blocks(parser: argparse.ArgumentParser) -> None:
+    """Add the options of models with blocks alone."""
+    _add(parser, BLOCKS, "models with blocks", "LLaDA2.1 edits tokens, A2D rounds its quotas.")
 
 
 def _add(parser: argparse.ArgumentParser, options: Mapping[str, tuple], title: str, about: str) -> None:

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
 from dkv.cli.families import add_families, own_settings
-from dkv.cli.model import add_told, told
+from dkv.cli.model import add_told, add_weights, told, weights
+from dkv.cli.several import draw_seeds, of_first, ranks_of
 
 SUMMARY = "Continue a prompt with a diffusion language model."
 
@@ -57,7 +57,7 @@ def add_source(parser: argparse.ArgumentParser, name: str, text: str, lines: str
 def add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny", help="a bundled model, a checkpoint folder or a hub id (default: %(default)s)")
-    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add_weights(add)
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
     add_told(add)
 
@@ -140,7 +140,7 @@ def add_decoding(parser: argparse.ArgumentParser, new_tokens: int | None = None)
 
 
 def run(args: argparse.Namespace) -> int:
-    prompts = read_prompts(args)
+    prompts = of_first(lambda: read_prompts(args), args.device)
     import dkv
     from dkv.models.gemma import Gemma
     from dkv.tools.streaming import DraftStreamer, ProgressStreamer, draws_drafts
@@ -217,16 +217,12 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from dkv.tools.text import turn_end_ids
 
     config = dkv.DiffusionConfig(**settings(args))
-    model = dkv.load(args.model, dtype=args.dtype, device=args.device, **told(args))
+    ranks = ranks_of(args.device)
+    where = {"ranks": ranks} if ranks else {"device": args.device}
+    model = dkv.load(args.model, **where, **weights(args), **told(args))
     tokenizer = dkv.load_tokenizer(args.model)
     config.update(eot_token_id=turn_end_ids(tokenizer))
     return config, model, tokenizer
-
-
-def draw_seeds(config: Any, rows: int) -> None:
-    """A new seed for every row, if none is given."""
-    if config.seed is None:
-        config.update(seed=[secrets.randbits(62) for _ in range(rows)] if rows > 1 else secrets.randbits(62))
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

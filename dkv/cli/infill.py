@@ -4,6 +4,7 @@ import argparse
 import re
 
 from dkv.cli import generate
+from dkv.cli.several import of_first
 
 SUMMARY = "Fill the gaps of a text with a diffusion language model, and change nothing else."
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.gap is not None and args.gap < 1:
         raise ValueError(f"--gap must be at least 1, got {args.gap}: it is the most tokens that a gap may have")
-    lines = read_lines(args)
+    lines = of_first(lambda: read_lines(args), args.device)
     from dkv.tools.marked import GapStreamer, marked
 
     for text, _ in lines:

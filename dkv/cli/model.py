@@ -15,6 +15,18 @@ PATTERNS = {
 }
 
 
+def add_weights(add: Any) -> None:
+    """The options that `weights` reads."""
+    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    bytes_ = "int8: weights of products as bytes, on a CPU with VNNI: docs/devices.md (default: those of the dtype)"
+    add("--weights", metavar="KIND", help=bytes_)
+
+
+def weights(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `dkv.load` that say how weights are held."""
+    return {"dtype": args.dtype, "weights": args.weights}
+
+
 def add_told(add: Any) -> None:
     """The options that `told` reads."""
     add("--family", help="of a model whose configuration does not tell, such as stable_diffcoder")
@@ -34,15 +46,21 @@ def model_facts(path_or_id: str, told: dict[str, Any]) -> dict[str, Any]:
     from dkv.core.kv_cache import head_bytes
     from dkv.models.folders import TOKENIZER_FILES, folder_of
     from dkv.models.loader import described
+    from dkv.models.packing import int8_bytes
     from dkv.models.skeleton import NETWORKS
     from dkv.models.tokenizer import with_vocab_limit
+    from dkv.models.transformer import Transformer
 
     folder = folder_of(path_or_id, TOKENIZER_FILES)
     kind, config = described(folder, **told)
     spec = with_vocab_limit(kind.spec(config), folder)
-    with torch.device("meta"):
-        parameters = NETWORKS[type(spec)](spec).num_parameters
     sizes = {"float32": 4, "bfloat16": 2}
+    with torch.device("meta"):
+        model = NETWORKS[type(spec)](spec)
+    parameters = model.num_parameters
+    of_weights = {name: size * parameters for name, size in sizes.items()}
+    if isinstance(model, Transformer):
+        of_weights["int8"] = int8_bytes(model)
     lengths = sorted({spec.max_positions, *(n for n in LENGTHS if n < spec.max_positions)})
     # Layers may be of several kinds, and say then what is of each.
     kinds = getattr(spec, "layers", [spec] * spec.num_layers)
@@ -58,7 +76,7 @@ def model_facts(path_or_id: str, told: dict[str, Any]) -> dict[str, Any]:
         "path": str(folder),
         "spec": {**asdict(spec), **sums},
         "parameters": parameters,
-        "weight_bytes": {name: size * parameters for name, size in sizes.items()},
+        "weight_bytes": of_weights,
         "kv_bytes": {name: {n: size * n for n in lengths} for name, size in slot.items()},
         "slots_that_fit": {
             name: {size: max(left // slot[name], 0) for size, left in free.items()} for name in ("bfloat16", "int8")

@@ -5,7 +5,8 @@ import os
 import socket
 
 from dkv.cli import generate
-from dkv.cli.model import add_told
+from dkv.cli.model import add_told, add_weights
+from dkv.cli.several import follow, ranks_of
 from dkv.common import process
 
 SUMMARY = "Serve a diffusion language model over HTTP, in the form of OpenAI's interface."
@@ -20,6 +21,8 @@ Ask it so:
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "tiny", "prompt": "#..##.#...#.##..#.#....##.#=", "max_tokens": 112}'
 
+http://127.0.0.1:8000/ is a page that asks, and shows the draft while it is filled.
+
 The settings given here are those of requests that do not say otherwise; requests may give any of them by its name in
 dkv.generate, such as block_length, threshold, cache or refresh. Every answer is the one that dkv.generate gives alone
 with the same settings, whoever else is asking. SIGTERM, or Ctrl-C, answers what was asked and then stops; a second
@@ -30,7 +33,7 @@ Ctrl-C stops at once.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id; clients ask for this name")
-    add("--dtype", help="auto, float32, bfloat16, float16 or float64 (default: auto, on a CPU at least float32)")
+    add_weights(add)
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
     add_told(add)
     add = parser.add_argument_group("server").add_argument
@@ -62,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise ValueError(f"{error.name} is not installed: pip install 'dkv[serve]'") from None
     from dkv.core.validation import whole
-    from dkv.serving.llm import LLM
     from dkv.serving.protocol import Served
+    from dkv.serving.shared import llm_of
     from dkv.tools.text import end_ids
 
     key = os.environ.get("DKV_API_KEY") if args.api_key is None else args.api_key
@@ -71,11 +74,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the API key must be printable ASCII, and not empty")
     for name, least in (("max_waiting", 0), ("max_choices", 1), ("max_body", 1), ("drain_seconds", 0)):
         whole(name, getattr(args, name), least)
+    ranks = ranks_of(args.device)
+    if follow(ranks, lambda: generate.load(args)[1]):
+        return 0
     # Before a model is loaded: the address may be taken.
     with bound(args.host, args.port) as listening:
         config, model, tokenizer = generate.load(args)
         config.update(eos_token_id=end_ids(tokenizer, model.spec))
-        llm = LLM(model, max_slots=args.max_slots, max_length=args.row_length, generation_config=config)
+        llm = llm_of(model, max_slots=args.max_slots, max_length=args.row_length, generation_config=config)
         choices = min(args.max_choices, llm.rows + args.max_waiting)
         served = Served(args.model, tokenizer, model.spec, config, llm.max_length, choices, args.max_body)
         app = make_app(llm, served, max_waiting=args.max_waiting, api_key=key)
@@ -85,7 +91,12 @@ def run(args: argparse.Namespace) -> int:
         if key is None and host not in ("127.0.0.1", "::1"):
             process.say("dkv serve: anybody who reaches this address may ask: --api-key asks for a key")
         # It handles the signals, and raises them again when it is done.
-        server_of(app, args.drain_seconds).run([listening])
+        server = server_of(app, args.drain_seconds)
+        # Where one of several processes has gone, no request can be answered any more.
+        llm.on_lost = lambda: setattr(server, "should_exit", True)
+        server.run([listening])
+        if ranks is not None and app.state.server.worker.error is not None:
+            raise app.state.server.worker.error
     return 0
 
 

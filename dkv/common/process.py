@@ -13,6 +13,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, SimpleNamespace
@@ -24,8 +25,12 @@ USER_ERRORS = (ValueError, IndexError, TypeError, OSError, MemoryError)
 ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-# Of this process: its name in messages, whether `begin` made it ours, its exit code, and open work.
-_state = SimpleNamespace(name="dkv", ours=False, code=1, undo=[], notes=[])
+# Seconds that others of several processes, which have not met, give the first one to say what ends them all.
+LINGER = 3
+
+# Of this process: its name in messages, whether `begin` made it ours, its exit code, open work, whether it is one of
+# several and not the first, and who says what is said of an error that ends it.
+_state = SimpleNamespace(name="dkv", ours=False, code=1, undo=[], notes=[], mute=False, judge=None)
 
 
 def name() -> str:
@@ -43,6 +48,16 @@ def say(line: str) -> None:
     with suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
+
+
+def judged_by(judge: Callable[[BaseException, str], str | None]) -> None:
+    """Ask `judge` what is said of an error that ends this process, given it and its line; None: nothing."""
+    _state.judge = judge
+
+
+def several() -> bool:
+    """Whether this process was started as one of several, which share a model (`dkv.parallel`)."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
 
 
 def begin(name: str) -> None:
@@ -66,6 +81,14 @@ def begin(name: str) -> None:
         say(f"{name}: error: standard output is closed: give it a file, a pipe or {os.devnull}")
         _state.code = 2
         sys.exit(2)
+    # Of several processes, which torchrun numbers, the first one speaks.
+    if several():
+        # Where the process that keeps the others' words is gone, torch would print a trace of its own.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _state.mute = several() and os.environ["RANK"] != "0"
+    if _state.mute:
+        # Stay open as long as the process. What ends it is said in spite of that, on the stream that it began with.
+        sys.stdout, sys.stderr = (open(os.devnull, "w", encoding="utf-8") for _ in range(2))  # noqa: SIM115
     # A text is shown with escapes rather than lost where the terminal lacks a character.
     sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -110,19 +133,26 @@ def ended(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = 
             code = call()
         except SystemExit as stop:
             code = stop.code
+            if code and _state.judge is None:
+                _let_the_first_speak()
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         say(_interruption(stop.args))
         return INTERRUPTED
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         _abandon_output()
+        _judge(error, "nobody reads the output")
         return UNREAD
     except Exception as error:
         # torch's OutOfMemoryError, told by name as torch is not imported here.
         if not isinstance(error, errors) and type(error).__name__ != "OutOfMemoryError":
+            sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
+            _judge(error, f"{_state.name}: {type(error).__name__}: {in_one_line(error)}")
             raise
         where = "standard output: " if _abandon_output() or _unnamed(error) else ""
-        say(f"{_state.name}: error: {where}{in_one_line(error)}")
+        if said := _judge(error, f"{_state.name}: error: {where}{in_one_line(error)}"):
+            sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
+            say(said)
         return 2
     if isinstance(code, str):
         say(code)
@@ -130,7 +160,21 @@ def ended(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = 
     return code or 0
 
 
-def in_one_line(error: Exception) -> str:
+def _judge(error: BaseException, line: str) -> str | None:
+    """What is said of an error that ends this process; None: nothing."""
+    if _state.judge is not None:
+        return _state.judge(error, line)
+    _let_the_first_speak()
+    return line
+
+
+def _let_the_first_speak() -> None:
+    """Of several processes that fail alike, the launcher ends all others as soon as one is gone."""
+    if _state.mute:
+        time.sleep(LINGER)
+
+
+def in_one_line(error: BaseException) -> str:
     """What an error says."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -212,7 +256,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     _undo()
     notes = _notes()
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    _say_at_once(_interruption(notes))
+    with suppress(Exception):
+        if _state.judge is not None:
+            _state.judge(KeyboardInterrupt(), "interrupted")
+    if not _state.mute:
+        _say_at_once(_interruption(notes))
     with suppress(Exception):
         sys.stdout.flush()
     os._exit(INTERRUPTED)

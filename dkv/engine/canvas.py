@@ -80,7 +80,9 @@ class CanvasRun(Steps):
         self.buffer = KVCache(len(ids), max(needed, 1), True, settings.kv_cache_dtype)
         self.buffer.tokens = ids.new_zeros(len(ids), self.buffer.length)
         self.buffer.seen = torch.zeros_like(self.buffer.tokens, dtype=torch.bool)
-        self.seed = drawn_seeds(settings.seed, len(ids), generator)
+        self.seed = drawn_seeds(settings.seed, len(ids), generator, model.ranks)
+        if model.ranks is not None:
+            model.ranks.check_same(ids, mask, settings.to_dict())
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * len(ids)
         texts = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
         keys, steps = text_keys(texts, seeds).to(ids.device), settings.max_denoising_steps
@@ -94,7 +96,8 @@ class CanvasRun(Steps):
         self.known = torch.zeros_like(self.lengths)
         if past is not None:
             first = model.spec.layers[0]
-            kind = (model.spec.num_layers, first.num_kv_heads, first.head_dim, model.dtype)
+            heads = first.num_kv_heads // (model.ranks.size if model.ranks else 1)
+            kind = (model.spec.num_layers, heads, first.head_dim, model.dtype)
             self.known = shared_prefixes(past, self.buffer, kind, self.prompts, self.lengths)
             self.stats.reused_slots = int(self.known.sum())
         self._note(self.prompts, torch.zeros_like(self.lengths), self.known)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dkv.core.sequences import Sequences, column
 from dkv.engine import in_blocks
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import Ending
-from dkv.engine.engine import Engine
+from dkv.engine.engine import Engine, OnStep
 from dkv.engine.graphs import state_of
 from dkv.engine.noise import Noise
 from dkv.engine.run import ends_of, mask_id_of, pad_id
@@ -35,6 +35,8 @@ class ContinuousBatch(Engine):
         processor: as for `Engine`.
         cache: where keys and values are kept, of at least so many rows and slots; those of rows that nobody has here
             may be another batch's.
+        infill: the sequences are texts whose masks are filled, in place of prompts that are continued.
+        hooks: as for `Engine`.
 
     What the host knows of a step, `status`, is read once, and says beside the rest which slot of a row is the first
     without a token; `status.first`.
@@ -51,13 +53,16 @@ class ContinuousBatch(Engine):
         config: DiffusionConfig,
         processor: Any = None,
         cache: KVCache | None = None,
+        infill: bool = False,
+        hooks: Sequence[OnStep] = (),
     ):
         self.invalid_rows: list[int] = []
+        self._infill = infill
         self._processor, self._room = processor, (slots, 0)
         # Those of each sequence are its own.
         config = copy.copy(config)
         config.update(steps=None)
-        super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache)
+        super().__init__(**self._parts(model, config, self._unfilled(model, config, rows)), cache=cache, hooks=hooks)
         self._room = slots, self.rows.timetable.most
         nobody = self._unfilled(model, config, 1)
         self._nobody = Engine(**self._parts(model, config, nobody), graphs=False)
@@ -77,7 +82,7 @@ class ContinuousBatch(Engine):
         self, model: Any, config: DiffusionConfig, rows: Sequences, seeds: Sequence[int] | None = None
     ) -> dict[str, Any]:
         """The arguments of an engine for such rows."""
-        eos, batch = ends_of(model, config), len(rows.tokens)
+        eos, batch = [] if self._infill else ends_of(model, config), len(rows.tokens)
         return {
             "model": model,
             "rows": rows,
@@ -94,7 +99,7 @@ class ContinuousBatch(Engine):
 
         Args:
             rows: which, one for each.
-            prompts: int64 [P] each, where the model is.
+            prompts: int64 [P] each, where the model is; or texts with masks.
             configs: the settings of each, which go with its prompt (`checked_inputs`): those of the batch but for
                 `BY_ROW`; with a seed.
 
@@ -103,7 +108,7 @@ class ContinuousBatch(Engine):
         """
         alone = self._planned(prompts, configs)
         try:
-            self._write(rows, alone, [len(prompt) for prompt in prompts])
+            self._write(rows, alone)
             self.note_rows()
         except BaseException:
             # As where there is no memory to grow into.
@@ -112,15 +117,7 @@ class ContinuousBatch(Engine):
 
     def _planned(self, prompts: Sequence[Tensor], configs: Sequence[DiffusionConfig]) -> Engine:
         """Those that join as a batch of their own, before its first step."""
-        model, (slots, steps) = self.model, self._room
-        lengths, budgets = [len(prompt) for prompt in prompts], [c.of_row("max_new_tokens", 0) for c in configs]
-        ids = pad_sequence([*prompts], batch_first=True, padding_value=self.pad_id)
-        mask = torch.arange(ids.shape[1], device=ids.device) < column(lengths, ids.device)
-        extra = in_blocks.extras(model.spec, configs[0], mask, budgets)
-        for length, needed in zip(lengths, map(sum, zip(lengths, budgets, extra, strict=True)), strict=True):
-            if needed > slots:
-                raise ValueError(f"a prompt of {length} tokens and its answer need {needed} slots, a row has {slots}")
-        given = Sequences.after_prompts(ids, mask, budgets, self.mask_id, self.pad_id, extra, self._room)
+        model, (slots, steps), given = self.model, self._room, self._given(prompts, configs)
         config, seeds = _in_one(configs), [config.of_row("seed", 0) for config in configs]
         alone = Engine(**self._parts(model, config, given, seeds), graphs=False)
         if (most := given.timetable.most) > steps:
@@ -129,16 +126,30 @@ class ContinuousBatch(Engine):
             alone.prepare()
         return alone
 
+    def _given(self, prompts: Sequence[Tensor], configs: Sequence[DiffusionConfig]) -> Sequences:
+        """The rows of those that join."""
+        slots, lengths = self._room[0], [len(prompt) for prompt in prompts]
+        ids = pad_sequence([*prompts], batch_first=True, padding_value=self.pad_id)
+        mask = torch.arange(ids.shape[1], device=ids.device) < column(lengths, ids.device)
+        budgets = [0 if self._infill else config.of_row("max_new_tokens", 0) for config in configs]
+        extra = [0] * len(budgets) if self._infill else in_blocks.extras(self.model.spec, configs[0], mask, budgets)
+        for length, needed in zip(lengths, map(sum, zip(lengths, budgets, extra, strict=True)), strict=True):
+            if needed > slots:
+                raise ValueError(f"a prompt of {length} tokens and its answer need {needed} slots, a row has {slots}")
+        if self._infill:
+            return Sequences(ids, mask, mask & (ids == self.mask_id), self.mask_id, self._room)
+        return Sequences.after_prompts(ids, mask, budgets, self.mask_id, self.pad_id, extra, self._room)
+
     def leave(self, row: int) -> None:
         """Let a row be nobody's, whether its sequence is finished or not. One that is finished need not be left."""
         self._clear([row])
 
     def _clear(self, rows: Sequence[int]) -> None:
         for row in rows:
-            self._write([row], self._nobody, [0])
+            self._write([row], self._nobody)
         self.note_rows()
 
-    def _write(self, rows: Sequence[int], alone: Engine, first: Sequence[int]) -> None:
+    def _write(self, rows: Sequence[int], alone: Engine) -> None:
         """Write what an engine keeps between two steps over what `rows`, one for each of its own, have."""
         # By how many the branches are: those of a row lie so many rows of the batch apart.
         batch, index = len(self.rows.tokens), {}
@@ -154,23 +165,27 @@ class ContinuousBatch(Engine):
         if self.planner.most is not None and alone.planner.most > self.planner.most:
             # A part of what was captured.
             self.planner.most, self.runner = alone.planner.most, self.runner and type(self.runner)(self)
-        status = replace(alone.status, first=first)
         for number, row in enumerate(rows):
             for name in ("row_lengths", "to_fill"):
                 getattr(self.rows, name)[row] = getattr(alone.rows, name)[number]
             for field in fields(Status):
-                mine, theirs = getattr(self.status, field.name), getattr(status, field.name)
+                mine, theirs = getattr(self.status, field.name), getattr(alone.status, field.name)
                 for own, other in zip(mine, theirs, strict=True) if field.name == "left" else [(mine, theirs)]:
-                    if own is not None:
+                    # Nobody asks for the first slot without a token before a step.
+                    if other is not None:
                         own[row] = other[number]
 
     def read_status(self) -> None:
         """Read what the host has to know of the next step, once."""
-        # Of a row that has masks; a byte of each is its largest.
-        first = self.rows.masked.view(torch.uint8).argmax(1)
-        self.status = status = Status.after(self.next_plan, first)
+        self.status = status = Status.after(self.next_plan, _first_masks(self.rows))
         self.note_rows()
         self.invalid_rows = [row for row, invalid in enumerate(status.invalid) if invalid]
+
+
+def _first_masks(rows: Sequences) -> Tensor:
+    """int64 [B]: the first slot without a token, of a row that has one."""
+    # A byte of each is its largest.
+    return rows.masked.view(torch.uint8).argmax(1)
 
 
 def _in_one(configs: Sequence[DiffusionConfig]) -> DiffusionConfig:

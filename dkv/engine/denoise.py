@@ -76,6 +76,8 @@ def think(model: Gemma, hidden: Tensor, temperature: float, uniform: Tensor) -> 
 
 
 def _think(model: Gemma, hidden: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, ...]:
+    if model.ranks is not None:
+        return _think_together(model, hidden, temperature, uniform)
     logits = model.logits(hidden).div_(temperature)
     # Ids that no text has.
     logits[:, model.spec.vocab_limit or logits.shape[1] :] = -torch.inf
@@ -89,6 +91,37 @@ def _think(model: Gemma, hidden: Tensor, temperature: float, uniform: Tensor) ->
     # The first whose sum is above: never one of probability 0.
     drawn = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).squeeze(-1)
     return logits.argmax(-1), drawn.clamp_(max=p.shape[-1] - 1), entropy, soft
+
+
+def _think_together(model: Gemma, hidden: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, ...]:
+    """As `_think` where several processes share the vocabulary: a few numbers a slot are exchanged, and no logits."""
+    ranks, first = model.ranks, model.head.first
+    logits = model.own_logits(hidden).div_(temperature)
+    logits[:, max((model.spec.vocab_limit or model.spec.vocab_size) - first, 0) :] = -torch.inf
+    top, place = logits.max(-1)
+    # Float64 holds ids, and numbers of all dtypes, exactly.
+    tops, ids = ranks.gathered(torch.stack((top.double(), (place + first).double()))).unbind(1)
+    top, process = tops.max(0)
+    best, top = ids.gather(0, process[None])[0].long(), top.to(logits.dtype)[:, None]
+    below = (logits - top).clamp_(min=torch.finfo(logits.dtype).min)
+    weight = below.exp()
+    sums = weight.cumsum(-1)
+    handed = weight
+    if model.dtype != weight.dtype:
+        handed = (logits.to(model.dtype).to(weight.dtype) - top.to(model.dtype)).exp()
+    own = torch.stack((sums[:, -1], (weight * below).sum(-1), handed.sum(-1)))
+    every = ranks.gathered(own)
+    _, spread, handed_total = every.sum(0)
+    # Where the sums of each process end: a process begins where the one before it has ended, to the last bit.
+    ends = every[:, 0].cumsum(0)
+    total, before = ends[-1], ends[ranks.rank - 1] if ranks.rank else torch.zeros_like(ends[0])
+    entropy = total.log() - spread / total
+    # Of the first process whose sums go above; never an id of probability 0.
+    found = torch.searchsorted(sums + before[:, None], (uniform * total)[:, None], right=True)
+    none = model.spec.vocab_size - 1
+    found = (found + first).masked_fill(found == logits.shape[1], none)
+    drawn = ranks.gathered(found).amin(0).squeeze(-1)
+    return best, drawn, entropy, model.soft(handed / handed_total[:, None])
 
 
 def accepted(entropy: Tensor, bound: float) -> Tensor:

@@ -32,6 +32,7 @@ from dkv.engine.stages import Choice, Forward, Packed, Shape, Status, StepPlan, 
 from dkv.engine.watch import watch_of
 from dkv.kernels.commit.op import ADVANCE
 from dkv.kernels.commit.reference import ENTROPY_RULES, Chosen, Pass, State
+from dkv.parallel import ranks_of
 
 # Called after every step.
 OnStep = Callable[["Engine", StepResult], None]
@@ -74,7 +75,7 @@ class Engine:
         graphs: bool = True,
     ):
         self.model, self.rows, self.config, self.mask_id, self.pad_id = model, rows, config, mask_id, pad_id
-        self.shifted, self.ending, self.hooks = model.spec.shifted, ending, hooks
+        self.shifted, self.ending, self.hooks, self.ranks = model.spec.shifted, ending, hooks, ranks_of(model)
         self.branches, batch, device = 2 if config.cfg_scale else 1, len(rows.tokens), rows.tokens.device
         rule = block_rule(model.spec, config)
         self.blocks = rule and Blocks(rule, rows.masked)
@@ -188,7 +189,7 @@ class Engine:
         if self.branches == 2:
             given = in_both_branches(packed, self.rows, self.mask_id)
             ranges, gaps = (None if x is None else x.repeat(2, 1) for x in (ranges, gaps))
-        observer = None if self.watch is None else Observer(packed, self.rows, self.cache, self.workspace)
+        observer = None if self.watch is None else Observer(packed, self.rows, self.cache, self.workspace, self.ranks)
         hidden = self.model.step(
             given.tokens,
             self.cache.places(given.positions),
@@ -256,8 +257,9 @@ class Engine:
             self.seen &= ~beyond
             self.cut += beyond.sum(1)
         if asked:
-            # Criteria are Python: only rows that were not finished before the step are asked.
+            # Criteria are Python: asked of rows that go on. They may look at the clock: those of a first process count.
             ends = ending.ends(rows, self.numbers)
+            ends = ends if self.ranks is None else self.ranks.first(ends)
             beyond = rows.cut(ends, self.pad_id)
             self.seen &= ~beyond
             self.cut.copy_(torch.where(ends.squeeze(1) > rows.size, self.cut, beyond.sum(1)))

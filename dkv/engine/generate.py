@@ -149,10 +149,6 @@ def infill(
     config = infill_config(generation_config, overrides)
     check_helpers(config, generator, streamer)
     ids, mask = checked_inputs(model, input_ids, attention_mask, config)
-    if config.edit_threshold is not None:
-        raise ValueError("edit_threshold does not go with infill, which changes nothing but masks")
-    if config.schedule == "speculative":
-        raise ValueError('schedule="speculative" does not go with infill: it continues prompts')
     mask_id = mask_id_of(model, config)
     rows = Sequences(ids, mask, mask & (ids == mask_id), mask_id)
     run = Run(model, rows, config, mask_id, generator, logits_processor, ends=False)
@@ -225,4 +221,9 @@ def infill_config(given: DiffusionConfig | None, overrides: dict[str, Any]) -> D
     lengths = ("max_new_tokens", "max_length")
     if named := [name for name, value in overrides.items() if own_name(name) in lengths and value is not None]:
         raise ValueError(f"{own_name(named[0])} does not go with infill, which fills every mask of input_ids")
-    return config_of(given, {**overrides, "max_new_tokens": 0})
+    config = config_of(given, {**overrides, "max_new_tokens": 0})
+    if config.edit_threshold is not None:
+        raise ValueError("edit_threshold does not go with infill, which changes nothing but masks")
+    if config.schedule == "speculative":
+        raise ValueError('schedule="speculative" does not go with infill: it continues prompts')
+    return config

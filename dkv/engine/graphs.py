@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dkv.engine.stages import Shape, StepResult
 from dkv.kernels.common import backend
+from dkv.parallel import ranks_of
 
 if TYPE_CHECKING:
     from dkv.engine.engine import Engine
@@ -175,6 +176,7 @@ def runner_of(engine: "Engine", kept: bool) -> GraphRunner | None:
         "a logits processor is Python": engine.sampler.processor is not None,
         "stopping criteria are Python": engine.ending is not None and engine.ending.asked,
         "the reference backend reads values": backend.chosen() == "reference",
+        "several processes share the model": ranks_of(engine.model) is not None,
         "hooks on modules of the model are Python": _is_hooked(engine.model),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)

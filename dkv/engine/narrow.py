@@ -14,6 +14,7 @@ from dkv.engine.guidance import in_both_branches
 from dkv.engine.stages import Packed, Shape, StepPlan
 from dkv.kernels.change.op import KEEP_ROWS, ROW_CHANGE
 from dkv.kernels.plan.op import PACK
+from dkv.parallel import ranks_of
 from dkv.policies.base import View
 from dkv.policies.skip import SkipCache
 
@@ -38,7 +39,7 @@ class Narrowing:
 
     def __init__(self, policy: SkipCache, model: Any, rows: Sequences, branches: int, mask_id: int):
         self.policy, self.rows, self.branches, self.mask_id = policy, rows, branches, mask_id
-        self.shifted, self.layers = model.spec.shifted, model.spec.num_layers
+        self.shifted, self.layers, self.ranks = model.spec.shifted, model.spec.num_layers, ranks_of(model)
         self.cuts = policy.cuts(self.layers)
         batch, device = len(rows.tokens), rows.tokens.device
         self.shares = torch.tensor([[cut.share] for cut in self.cuts], dtype=torch.float64, device=device)
@@ -90,6 +91,9 @@ class NarrowPass:
             own = len(self.packed.positions)
             text = x[:own], None if delta is None else delta[:own]
             change = ROW_CHANGE(*text, kept, self.packed.positions, self.packed.rows)
+            if of.ranks is not None:
+                # The states are the same to the last bit where the processes have the same machine.
+                change = of.ranks.first(change)
             entries = self._narrow(self.plan.left[number], change, *size)
             if of.branches == 2:
                 entries = torch.cat((entries, entries + own))

@@ -11,6 +11,7 @@ from dkv.kernels.attention.shares import Shares
 from dkv.kernels.common.dtypes import wide
 from dkv.kernels.common.stored import Stored
 from dkv.kernels.mass.op import MASS
+from dkv.parallel import Ranks
 
 
 class Observer:
@@ -22,14 +23,17 @@ class Observer:
         packed: the entries, of one branch.
         rows: whose they are.
         cache: their keys.
+        ranks: the processes that have heads of the model; None: all are here.
 
     Attributes:
         layers: of each its number, its queries [T, Hq, D], the log-sum-exp of their scores [T, Hq], and what attention
             left instead of that.
     """
 
-    def __init__(self, packed: Packed, rows: Sequences, cache: KVCache, workspace: kernels.Workspace):
-        self.packed, self.rows, self.cache, self.workspace = packed, rows, cache, workspace
+    def __init__(
+        self, packed: Packed, rows: Sequences, cache: KVCache, workspace: kernels.Workspace, ranks: Ranks | None = None
+    ):
+        self.packed, self.rows, self.cache, self.workspace, self.ranks = packed, rows, cache, workspace, ranks
         self.layers: list[tuple[int, Tensor, Tensor | None, Shares]] = []
         # Where the entries stand among all slots [B, S + 1], of which the last is a spare.
         self._places = packed.rows * (rows.size + 1) + packed.positions
@@ -60,18 +64,23 @@ class Observer:
         segments, ranges = self.packed.active, self.rows.key_ranges
         weight = weight.to(torch.promote_types(query.dtype, torch.float32))
         scale, where = query.shape[-1] ** -0.5, (segments.starts, segments.lengths, ranges, segments.most)
-        return MASS(query, self.keys(layer), lse, weight, *where, scale, workspace=self.workspace, shares=shares)
+        keys, how = self.keys(layer), {"workspace": self.workspace, "shares": shares}
+        return self._of_all(MASS(query, keys, lse, weight, *where, scale, **how))
 
     def given(self, number: int, slots: Tensor) -> Tensor:
         """What every query gives in a layer to `slots` [W, B] of its row, the mean of the heads: [W, T]."""
         layer, query, lse, shares = self.layers[number]
         if shares.rows is not None:
-            return shares.given(slots, query)
+            return self._of_all(shares.given(slots, query))
         keys = self.keys(layer)
         own = keys.at((torch.arange(slots.shape[1], device=slots.device), slots)).wide(query)
         own = own.index_select(1, self.packed.rows)
         score = (wide(query).unflatten(1, (own.shape[2], -1)) * own.unsqueeze(3)).sum(-1).flatten(2)
-        return torch.exp(score * query.shape[-1] ** -0.5 - lse).mean(2)
+        return self._of_all(torch.exp(score * query.shape[-1] ** -0.5 - lse).mean(2))
+
+    def _of_all(self, mean: Tensor) -> Tensor:
+        """The mean of all heads from that of those here."""
+        return mean if self.ranks is None else self.ranks.mean(mean)
 
     def keys(self, layer: int) -> Stored:
         """Those of the slots of all rows, [B, S, Hkv, D]."""

@@ -23,13 +23,15 @@ def take_over(engine: "Engine", past: KVCache) -> int:
     Raises:
         ValueError: the cache is not that of a finished generation, or of another model, batch or kind.
     """
-    spec, rows, own = engine.model.spec, engine.rows, engine.cache
+    model, rows, own = engine.model, engine.rows, engine.cache
     _check_is_one(past)
     if isinstance(engine.config.cache, NoCache) and engine.blocks is None:
         raise ValueError("kv_cache goes with a cache policy: without one every pass computes every slot")
     if engine.branches == 2 or len(past.tokens) != past.batch:
         raise ValueError("kv_cache does not go with cfg_scale: the branch without text has other keys")
-    _check_is_alike(past, own, (spec.num_layers, spec.num_kv_heads, spec.head_dim, engine.model.dtype))
+    # One of several processes has some of the heads.
+    kind = model.spec.num_layers, model.num_kv_heads, model.spec.head_dim, model.dtype
+    _check_is_alike(past, own, kind)
     size = min(past.room, rows.size)
     same = past.tokens[:, :size].to(rows.tokens.device) == rows.tokens[:, :size]
     shared = (same & ~rows.masked[:, :size]).cumprod(1).bool() & past.seen[:, :size] & rows.everywhere[:, :size]

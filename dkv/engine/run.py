@@ -19,6 +19,7 @@ from dkv.engine.noise import Noise
 from dkv.engine.output import DiffusionOutput, Stats
 from dkv.engine.records import Recorder
 from dkv.engine.speculation import Speculation
+from dkv.parallel import Ranks, ranks_of
 from dkv.version import versions
 
 
@@ -96,8 +97,11 @@ class Run(Steps):
     ):
         batch = len(rows.tokens)
         self.model, self.config, self.recorder = model, config, Recorder(config)
-        self.seed = drawn_seeds(config.seed, batch, generator)
+        ranks = ranks_of(model)
+        self.seed = drawn_seeds(config.seed, batch, generator, ranks)
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * batch
+        if ranks is not None:
+            ranks.check_same(rows.tokens, rows.masked, rows.lengths, config.settings(), config.seed)
         processor = listed_processors(processor)
         criteria = _listed("stopping_criteria", criteria, StoppingCriteriaList)
         eos = ends_of(model, config) if ends else []
@@ -177,12 +181,15 @@ def pad_id(model: Any, config: DiffusionConfig) -> int:
     return next(number for number in known if number is not None)
 
 
-def drawn_seeds(given: int | list[int] | None, rows: int, generator: torch.Generator | None) -> int | list[int]:
-    """The seed that is given, or new ones, one a row; a single row's is a number."""
+def drawn_seeds(
+    given: int | list[int] | None, rows: int, generator: torch.Generator | None, ranks: Ranks | None = None
+) -> int | list[int]:
+    """The seed that is given, or new ones, one a row; a single row's is a number. Processes get the same ones."""
     if given is not None:
         return given
     device = generator.device if generator else "cpu"
     drawn = torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+    drawn = drawn if ranks is None else ranks.told(drawn)
     return drawn[0] if rows == 1 else drawn
 
 

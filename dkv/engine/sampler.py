@@ -176,14 +176,19 @@ class _Strips:
     """A head that gives its logits strip by strip, those of some ids at -inf."""
 
     def __init__(self, head: Any, gone: Sequence[int]):
-        self.head, self.gone, self.in_features, self.out_features = head, gone, head.in_features, head.out_features
+        self.head, self.gone = head, gone
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes, and where several processes share the vocabulary what makes the head a part of it."""
+        return getattr(self.head, name)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return torch.cat(list(self.strips(hidden)), -1)
+        """[R, V]."""
+        return self.head(hidden).index_fill_(1, torch.tensor(self.gone, device=hidden.device), -torch.inf)
 
     def strips(self, hidden: Tensor) -> Iterator[Tensor]:
         """[R, C] each."""
-        start = 0
+        start = getattr(self.head, "first", 0)
         for strip in self.head.strips(hidden):
             stop = start + strip.shape[-1]
             for token in self.gone:

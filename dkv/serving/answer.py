@@ -13,7 +13,6 @@ from dkv.serving.protocol import Asked, Served
 from dkv.serving.replies import Refusal, usage
 from dkv.serving.request import CANCELLED, FAILED, FINISHED
 from dkv.serving.worker import REFUSED, Crowded, Job, Stopped, Told, Worker
-from dkv.serving.written import Written
 
 LOG = logging.getLogger("dkv.serving")
 
@@ -31,11 +30,11 @@ class Answer:
         self._worker, self._loop = worker, asyncio.get_running_loop()
         self._told: dict[int, Told] = {}
         self._news = asyncio.Event()
-        self._read = sum(map(len, asked.prompts))
-        self.written = [Written(served.tokenizer, served.ends, asked.stops) for _ in asked.configs]
-        heard, mask_id = asked.stream or bool(asked.stops), served.spec.mask_token_id
+        self._read, self.written = asked.read, asked.written(served)
+        # How likely tokens were is told at the end alone; stop strings cut the text then, too.
+        heard, mask_id = asked.stream or bool(asked.stops and not asked.logprobs), served.spec.mask_token_id
         self._jobs = [
-            Job(ids, config, partial(self._hear, number), heard, Watch(mask_id) if asked.draft else None)
+            Job(ids, config, partial(self._hear, number), heard, Watch(mask_id) if asked.draft else None, asked.how)
             for number, (ids, config) in enumerate(asked.choices)
         ]
         self._drafted = [Drafted(served.tokenizer, served.spec, len(ids)) for ids, _ in asked.choices]
@@ -83,6 +82,8 @@ class Answer:
                 if one.state in (REFUSED, FAILED, CANCELLED):
                     raise _refusal(one)
                 text = written.take(one.tokens, last=one.state == FINISHED)
+                if one.logprobs:
+                    written.note_logprobs(one.tokens, one.logprobs)
                 if written.finish is not None and one.state != FINISHED:
                     self._worker.cancel([self._jobs[number]])
                 draft = one.draft and self._drafted[number].take(one.draft, len(one.tokens))

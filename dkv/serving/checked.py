@@ -9,7 +9,7 @@ from torch import Tensor
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.continuous import slots_needed
 from dkv.engine.inputs import checked_inputs
-from dkv.engine.run import drawn_seeds, listed_processors
+from dkv.engine.run import drawn_seeds, listed_processors, mask_id_of
 from dkv.engine.settings import BY_ROW
 from dkv.serving.request import Request
 
@@ -18,14 +18,21 @@ RECORDS = ("output_history", "output_active", "output_confidences", "output_logi
 
 
 def checked(
-    number: int, model: Any, input_ids: Any, config: DiffusionConfig, processor: Any, max_length: int
+    number: int,
+    model: Any,
+    input_ids: Any,
+    config: DiffusionConfig,
+    processor: Any,
+    max_length: int,
+    infill: bool = False,
+    logprobs: bool = False,
 ) -> Request:
     """A request that can be answered.
 
     Args:
         number: its own.
         model: from `dkv.load` or `dkv.wrap`.
-        input_ids, processor: as for `LLM.add`.
+        input_ids, processor, infill, logprobs: as for `LLM.add`.
         config: its settings, which nobody else has; a seed that is not given is drawn.
         max_length: slots of a row.
 
@@ -38,17 +45,31 @@ def checked(
     if config.schedule == "speculative":
         raise ValueError('schedule="speculative" does not go with requests yet: use dkv.generate')
     ids, _ = checked_inputs(model, _one_row(input_ids, model), None, config)
-    needed = slots_needed(model, ids, config)
+    needed = ids.shape[1] if infill else slots_needed(model, ids, config)
     if needed > max_length:
         raise ValueError(
             f"a prompt of {ids.shape[1]} tokens and its answer need {needed} slots, and a row has {max_length}: give "
             "fewer tokens, or make the LLM with a larger max_length"
         )
+    if logprobs:
+        _check_probability(config)
     config.update(seed=drawn_seeds(config.seed, 1, None))
-    request = Request(number, ids, config, listed_processors(processor))
+    request = Request(number, ids, config, listed_processors(processor), wants_logprobs=logprobs)
+    if infill:
+        masks = (ids[0] == mask_id_of(model, config)).nonzero()
+        request.gap = int(masks[0]) if len(masks) else ids.shape[1]
     shared = {name: value for name, value in config.settings().items() if name not in (*BY_ROW, "max_length")}
-    request.key = repr((shared, None if request.processor is None else number))
+    request.key = repr((shared, infill, logprobs, None if request.processor is None else number))
     return request
+
+
+def _check_probability(config: DiffusionConfig) -> None:
+    """Raise ValueError where how sure a token is, is not the probability that the model gave it."""
+    needed = {"temperature": 0, "confidence": "probability", "confidence_dtype": "exact"}
+    needed |= {"confidence_eos_eot_inf": False, "edit_threshold": None}
+    for name, value in needed.items():
+        if (given := getattr(config, name)) != value:
+            raise ValueError(f"logprobs need {name}={value!r}, got {given!r}: what else is known is no probability")
 
 
 def _one_row(input_ids: Any, model: Any) -> Tensor:

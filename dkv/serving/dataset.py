@@ -108,13 +108,8 @@ class Run:
             ChildProcessError: the process of a device has failed, or was killed.
             Exception: of the device.
         """
-        began, asked, failed = time.perf_counter(), [], []
-        for line in self.lines.values():
-            if line.number not in self._done:
-                found = self.questions.asked(line)
-                (asked if isinstance(found, Asked) else failed).append(found)
-        # The longest first: what needs most memory shows at once, and what ends last is short.
-        asked.sort(key=lambda one: (-self.questions.needed(one), one.number))
+        began = time.perf_counter()
+        asked, failed = self._read()
         try:
             with process.keeping(self._kept), ExitStack() as stack:
                 devices = self._devices(asked, stack) if asked else None
@@ -128,6 +123,19 @@ class Run:
             raise ChildProcessError("; ".join(filter(None, [str(error), self._kept()]))) from None
         self.counts.seconds = time.perf_counter() - began
         return self.counts
+
+    def _read(self) -> tuple[list[Asked], list[Answer]]:
+        """What is asked by the lines that are not done, and those of them that cannot be asked."""
+        asked, failed, left = [], [], [line for number, line in self.lines.items() if number not in self._done]
+        with Bar(len(left), "line", silent=not self._progress) as bar:
+            bar.set_description("reading")
+            for line in left:
+                found = self.questions.asked(line)
+                (asked if isinstance(found, Asked) else failed).append(found)
+                bar.update()
+        # The longest first: what needs most memory shows at once, and what ends last is short.
+        asked.sort(key=lambda one: (-self.questions.needed(one), one.number))
+        return asked, failed
 
     def _devices(self, asked: list[Asked], stack: ExitStack) -> Here | Processes:
         """The devices, with the model on each; stopped with the stack."""

@@ -26,10 +26,12 @@ from dkv.common.process import USER_ERRORS, in_one_line
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.inputs import check_settings
 from dkv.models.digest import digest
+from dkv.parallel import met
 from dkv.serving import memory
 from dkv.serving.filling import Asked, answered
 from dkv.serving.llm import LLM
 from dkv.serving.request import Request
+from dkv.serving.shared import llm_of
 
 # Of a request's statistics, what an answer keeps.
 STATS = ("queued_seconds", "seconds", "passes", "new_tokens", "tokens_per_second")
@@ -70,14 +72,15 @@ class Task:
             torch.set_num_threads(self.threads)
         model = self.model
         if isinstance(model, str | os.PathLike):
-            model = dkv.load(model, device=device, **self.loading)
+            ranks = met()
+            model = dkv.load(model, device=None if ranks else device, ranks=ranks, **self.loading)
         check_settings(model, self.config)
         slots = self.max_slots
         if slots is None:
             slots = memory.slots_that_fit(model, self.length, self.config.kv_cache_dtype)
         # Rows that no line would take.
         slots = min(slots, self.count * self.length)
-        llm = LLM(model, max_slots=slots, max_length=self.length, generation_config=self.config)
+        llm = llm_of(model, max_slots=slots, max_length=self.length, generation_config=self.config)
         return llm, {"weights": digest(model), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
@@ -122,12 +125,10 @@ class Here:
 
     Attributes:
         facts: what answers depend on: weights and dtype.
-        rows: that are worked on at a time.
     """
 
     def __init__(self, task: Task, device: str | None):
         self._llm, self.facts = task.begin(device)
-        self.rows = self._llm.rows
 
     def answers(self, asked: Sequence[Asked]) -> Iterator[Answer]:
         for number, found in answered(self._llm, asked):
@@ -136,7 +137,7 @@ class Here:
 
 @dataclass
 class DeviceProcess:
-    """A process with a device, the pipe to it, and the numbers of the lines that it has."""
+    """A process with a device, the pipe to it, its rows, and how many lines it has."""
 
     device: str
     process: Any
@@ -183,10 +184,6 @@ class Processes:
                 raise ValueError(f"{first} has {self.facts} and {worker.device} {facts}: give dtype")
             self.facts = facts
 
-    @property
-    def rows(self) -> int:
-        return sum(worker.rows for worker in self._workers)
-
     def answers(self, asked: Sequence[Asked]) -> Iterator[Answer]:
         left, workers = deque(asked), {worker.pipe: worker for worker in self._workers}
         self._deal(left)
@@ -199,19 +196,19 @@ class Processes:
 
     def _deal(self, left: deque[Asked]) -> None:
         """Hand on lines in turn: to each as many as it has rows, and a few that are there when a row is free."""
-        dealt: dict[str, list[Asked]] = {}
-        before = None
-        while left and before != len(left):
-            before = len(left)
-            for number, worker in enumerate(self._workers):
-                if left and worker.has < worker.rows + worker.rows // SPARE + 1:
-                    dealt.setdefault(number, []).append(left.popleft())
-                    worker.has += 1
-        for number, lines in dealt.items():
+        dealt: list[list[Asked]] = [[] for _ in self._workers]
+        room = [worker.rows + worker.rows // SPARE + 1 - worker.has for worker in self._workers]
+        for turn in range(max(room)):
+            for number, least in enumerate(room):
+                if left and turn < least:
+                    dealt[number].append(left.popleft())
+        for worker, lines in zip(self._workers, dealt, strict=True):
+            worker.has += len(lines)
             try:
-                self._workers[number].pipe.send(lines)
+                if lines:
+                    worker.pipe.send(lines)
             except OSError:
-                raise self._gone(self._workers[number]) from None
+                raise self._gone(worker) from None
 
     def stop(self) -> None:
         """End all of them at once: what they have is not written."""

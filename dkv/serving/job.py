@@ -140,7 +140,9 @@ class _Described:
 
 
 def _spec(job: Job) -> Any:
-    return spec_of(job.model, **{name: value for name, value in job.loading.items() if name != "dtype"})
+    return spec_of(
+        job.model, **{name: value for name, value in job.loading.items() if name not in ("dtype", "weights")}
+    )
 
 
 def derived_seed(seed: int, line_id: Id) -> int:

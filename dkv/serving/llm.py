@@ -18,10 +18,11 @@ from dkv.common.bar import Bar
 from dkv.core.kv_cache import KVCache
 from dkv.core.validation import whole
 from dkv.engine.config import DiffusionConfig
-from dkv.engine.generate import config_of
+from dkv.engine.generate import config_of, infill_config
 from dkv.engine.output import Stats
 from dkv.engine.run import circumstances, mask_id_of
 from dkv.models.gemma import Gemma
+from dkv.parallel import check_common
 from dkv.serving import memory
 from dkv.serving.checked import checked
 from dkv.serving.request import CANCELLED, FAILED, RUNNING, Request
@@ -115,6 +116,8 @@ class LLM:
         *,
         generation_config: DiffusionConfig | None = None,
         logits_processor: Any = None,
+        infill: bool = False,
+        logprobs: bool = False,
         **settings: Any,
     ) -> Request:
         """Ask for an answer; it is worked on by `step`.
@@ -123,6 +126,9 @@ class LLM:
             input_ids: the prompt, [P] or [1, P], a list of ids, or the encoding of a tokenizer.
             generation_config: settings; default: those of the `LLM`.
             logits_processor: as for `dkv.generate`. The request then has passes of its own.
+            infill: fill every mask of a text, as `dkv.infill` does, in place of continuing a prompt.
+            logprobs: keep how likely every token was in the pass that filled its slot, as `Request.logprobs`. Such
+                requests have passes of their own, which are not replayed.
             settings: that replace those of the configuration. Seeds that are not given are drawn.
 
         Raises:
@@ -132,19 +138,22 @@ class LLM:
         """
         if self.max_waiting is not None and self.waiting - len(self._free) >= self.max_waiting:
             raise Full(f"{self.waiting} requests wait already, and max_waiting is {self.max_waiting}: ask again later")
-        request = self._request(input_ids, generation_config, logits_processor, settings)
+        how = {"infill": infill, "logprobs": logprobs}
+        request = self._request(input_ids, generation_config, logits_processor, settings, **how)
         self._waiting.append(request)
         return request
 
-    def _request(self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict) -> Request:
+    def _request(
+        self, input_ids: Any, given: DiffusionConfig | None, processor: Any, settings: dict, **how: bool
+    ) -> Request:
         """A request that can be, which does not wait yet."""
-        config = config_of(given or self.config, settings)
+        config = (infill_config if how.get("infill") else config_of)(given or self.config, settings)
         if config.kv_cache_dtype != self._cache.dtype:
             raise ValueError(
                 f"kv_cache_dtype must be {self._cache.dtype!r}, that of the buffer which requests share, got "
                 f"{config.kv_cache_dtype!r}: make the LLM with it"
             )
-        request = checked(self._count, self.model, input_ids, config, processor, self.max_length)
+        request = checked(self._count, self.model, input_ids, config, processor, self.max_length, **how)
         self._count += 1
         return request
 
@@ -174,6 +183,7 @@ class LLM:
             try:
                 self._batches[key] = Sharing(self.model, self.rows, self.max_length, requests[0], cache, self._free)
             except Exception as error:
+                check_common(self.model, error)
                 # As of a device without memory for the state of other settings: those that run go on.
                 for request in requests:
                     request.end(FAILED, error=error)
@@ -187,6 +197,9 @@ class LLM:
             request.end(CANCELLED)
         elif request.state == RUNNING:
             self._batches[request.key].end(request, CANCELLED, tokens=self.draft(request))
+
+    def close(self) -> None:
+        """Say that nothing more will be asked; only other processes, where there are some, have to know."""
 
     def draft(self, request: Request) -> Tensor:
         """`drafts` of one request."""
@@ -208,7 +221,9 @@ class LLM:
         return [self._empty(request) if found[request] is None else found[request] for request in requests]
 
     def _empty(self, request: Request) -> Tensor:
-        """A canvas without a token."""
+        """A canvas without a new token."""
+        if request.gap is not None:
+            return request.input_ids[0].cpu()
         return torch.full((request.new,), mask_id_of(self.model, request.config))
 
     def generate(

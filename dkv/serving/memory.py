@@ -16,7 +16,7 @@ SHARE = {"cuda": 0.75, "cpu": 0.25}
 def slot_bytes(model: Any, dtype: str = "auto") -> int:
     """Bytes of the keys and values of a slot, in all layers; `dtype` is `kv_cache_dtype`."""
     spec = model.spec
-    return 2 * spec.num_layers * spec.num_kv_heads * head_bytes(spec.head_dim, model.dtype, dtype)
+    return 2 * spec.num_layers * model.num_kv_heads * head_bytes(spec.head_dim, model.dtype, dtype)
 
 
 def free_bytes(device: torch.device) -> int:

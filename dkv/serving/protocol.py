@@ -1,8 +1,9 @@
 """What a client may ask: the bodies of OpenAI's interface, and the settings of a generation beside its fields."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,12 +13,14 @@ from dkv.engine.generate import config_of
 from dkv.engine.settings import DEFAULTS
 from dkv.policies import POLICY_OPTIONS, joined_policy
 from dkv.serving.checked import RECORDS
+from dkv.serving.prompts import prompts_of, talk_of
 from dkv.serving.replies import Refusal
-from dkv.tools.text import end_ids, ids_of
+from dkv.serving.written import Written
+from dkv.tools.text import end_ids
 
 MOST_STOPS, LONGEST_STOP = 4, 256
-ROLES = ("system", "user", "assistant")
-COMMON = ("model", "n", "stream", "stream_options", "draft", "stop", "max_tokens", "user", "metadata")
+COMMON = ("model", "n", "user", "metadata")
+CONTINUED = (*COMMON, "stream", "stream_options", "draft", "logprobs", "stop", "max_tokens")
 # What a talk and a prompt have of their own.
 OWN = {True: ("messages", "max_completion_tokens"), False: ("prompt",)}
 # Settings that are the server's, or have a field of OpenAI's name.
@@ -31,7 +34,6 @@ INERT: Mapping[str, tuple] = MappingProxyType(
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
-        "logprobs": (False, 0),
         "top_logprobs": (0,),
         "suffix": ("",),
         "tools": ([],),
@@ -82,20 +84,36 @@ class Asked:
         stops: strings that end an answer.
         stream, usage: whether it is told in pieces, the last one with what was read and written.
         draft: whether every piece has the whole draft.
+        logprobs: whether it is told how likely each token was.
     """
 
     prompts: list[list[int]]
     configs: list[DiffusionConfig]
-    stops: list[str]
-    stream: bool
-    usage: bool
-    draft: bool
+    stops: list[str] = field(default_factory=list)
+    stream: bool = False
+    usage: bool = False
+    draft: bool = False
+    logprobs: bool = False
 
     @property
     def choices(self) -> list[tuple[list[int], DiffusionConfig]]:
         """Prompt and settings of every choice."""
         n = len(self.configs) // len(self.prompts)
         return [(self.prompts[number // n], config) for number, config in enumerate(self.configs)]
+
+    @property
+    def how(self) -> dict[str, bool]:
+        """Further arguments of `LLM.add`."""
+        return {"logprobs": self.logprobs}
+
+    @property
+    def read(self) -> int:
+        """Tokens that are given."""
+        return sum(map(len, self.prompts))
+
+    def written(self, served: Served) -> list[Any]:
+        """By choice what makes text of its tokens, a `Written` or what is used alike."""
+        return [Written(served.tokenizer, served.ends, self.stops) for _ in self.configs]
 
 
 def fields_of(body: bytes) -> dict[str, Any]:
@@ -126,19 +144,15 @@ def asked(fields: dict[str, Any], chat: bool, served: Served) -> Asked:
     Raises:
         Refusal: of the first fault that is found.
     """
-    _check_names(fields, chat)
-    if fields.get("model") != served.name:
-        given = "model is missing" if "model" not in fields else f"there is no model {fields['model']!r}"
-        raise Refusal(404, f"{given}: this server has {served.name!r}", "model", "model_not_found")
-    n, stream = _whole(fields, "n", 1, served.max_choices), _flag(fields, "stream")
-    draft, stops = _flag(fields, "draft"), _stops(fields.get("stop"))
+    check_names(fields, (*CONTINUED, *OWN[chat]), served)
+    n, stream = whole_of(fields, "n", 1, served.max_choices), flag_of(fields, "stream")
+    draft, stops = flag_of(fields, "draft"), _stops(fields.get("stop"))
     if draft and not stream:
         raise Refusal(400, "a draft is told in the pieces of a stream: ask for stream as well", "draft")
-    prompts = [_talk(fields, served)] if chat else _prompts(fields, served)
-    if len(prompts) * n > served.max_choices:
-        raise Refusal(400, f"{len(prompts)} prompts with n {n} are more than {served.max_choices} answers", "prompt")
+    prompts = [talk_of(fields, served)] if chat else prompts_of(fields, served)
+    check_count(len(prompts), n, served)
     limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-    new = _whole(fields, limit, served.config.of_row("max_new_tokens", 0), served.max_length)
+    new = whole_of(fields, limit, served.config.of_row("max_new_tokens", 0), served.max_length)
     for ids in prompts:
         if len(ids) + new > served.max_length:
             raise Refusal(
@@ -148,15 +162,16 @@ def asked(fields: dict[str, Any], chat: bool, served: Served) -> Asked:
                 limit,
                 "context_length_exceeded",
             )
-    configs = _configs(fields, served, len(prompts) * n, new)
+    configs = configs_of(fields, served, len(prompts) * n, partial(_continued, new=new))
     options = fields.get("stream_options", {})
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise Refusal(400, "stream_options must be an object with include_usage", "stream_options")
-    return Asked(prompts, configs, stops, stream, _flag(options, "include_usage"), draft)
+    return Asked(prompts, configs, stops, stream, flag_of(options, "include_usage"), draft, _logprobs(fields, chat))
 
 
-def _check_names(fields: dict[str, Any], chat: bool) -> None:
-    known = (*COMMON, *OWN[chat], *SETTINGS)
+def check_names(fields: dict[str, Any], known: Sequence[str], served: Served) -> None:
+    """Raise a refusal of a field that is not known, beside the settings, and of another model."""
+    known = (*known, *SETTINGS)
     for name, value in fields.items():
         if name in INERT:
             # 0 and False are equal, and so are 0 and 0.0.
@@ -164,10 +179,41 @@ def _check_names(fields: dict[str, Any], chat: bool) -> None:
                 raise Refusal(400, f"{name} is not supported: leave it out", name, "unsupported_parameter")
         elif name not in known:
             raise Refusal(400, f"unknown field {name!r}: {instead(name, known)}", name, "unknown_parameter")
+    if fields.get("model") != served.name:
+        given = "model is missing" if "model" not in fields else f"there is no model {fields['model']!r}"
+        raise Refusal(404, f"{given}: this server has {served.name!r}", "model", "model_not_found")
 
 
-def _configs(fields: dict[str, Any], served: Served, count: int, new: int) -> list[DiffusionConfig]:
-    """The settings of every choice; of a given seed the following ones for the others."""
+def _logprobs(fields: dict[str, Any], chat: bool) -> bool:
+    """Whether it is to be told how likely each token was: true in a talk, and 0 others beside it in a completion."""
+    given = fields.get("logprobs", False)
+    if type(given) is not bool and not (type(given) is int and given == 0 and not chat):
+        wanted = "true or false" if chat else "0: how likely other tokens were is not kept"
+        raise Refusal(400, f"logprobs must be {wanted}, got {given!r}", "logprobs")
+    wants = given is True if chat else given is not False
+    if wants and fields.get("stream"):
+        raise Refusal(400, "logprobs are told with the whole answer: leave stream out", "logprobs")
+    return wants
+
+
+def check_count(prompts: int, n: int, served: Served) -> None:
+    """Raise a refusal of more answers than a request may have."""
+    if prompts * n > served.max_choices:
+        raise Refusal(400, f"{prompts} prompts with n {n} are more than {served.max_choices} answers", "prompt")
+
+
+def _continued(given: DiffusionConfig, settings: dict[str, Any], new: int) -> DiffusionConfig:
+    return config_of(given, {**settings, "max_new_tokens": new})
+
+
+def configs_of(
+    fields: dict[str, Any], served: Served, count: int, make: Callable[[DiffusionConfig, dict], DiffusionConfig]
+) -> list[DiffusionConfig]:
+    """The settings of so many choices; of a given seed the following ones for the others.
+
+    Args:
+        make: a configuration of that of the server and settings.
+    """
     given = {name: value for name, value in fields.items() if name in SETTINGS}
     if "cache" not in given:
         given["cache"] = served.config.to_dict()["cache"]
@@ -181,72 +227,10 @@ def _configs(fields: dict[str, Any], served: Served, count: int, new: int) -> li
         configs = []
         for number in range(count):
             own = {} if seed is None else {"seed": seed + number if type(seed) is int else seed}
-            configs.append(config_of(served.config, {**joined_policy(given), **own, "max_new_tokens": new}))
+            configs.append(make(served.config, {**joined_policy(given), **own}))
     except (ValueError, TypeError, OverflowError) as error:
         raise Refusal(400, " ".join(str(error).split())) from None
     return configs
-
-
-def _talk(fields: dict[str, Any], served: Served) -> list[int]:
-    """The ids of a talk in the tokenizer's chat template."""
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Refusal(400, "messages must be a list of at least one message", "messages")
-    if not getattr(served.tokenizer, "chat_template", None):
-        raise Refusal(400, "the model's tokenizer has no chat template: ask /v1/completions with a prompt", "messages")
-    talk = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    try:
-        text = served.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        # A template raises what its author liked, mostly about the order of roles.
-        raise Refusal(400, f"the chat template does not take these messages: {error}", "messages") from None
-    # A template writes the special tokens itself.
-    return _ids(served, text, "messages", add_special_tokens=False)
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    """Role and text of a message."""
-    if not isinstance(message, dict):
-        raise Refusal(400, f"{where} must be an object with role and content", "messages")
-    message = {name: value for name, value in message.items() if value is not None}
-    if unknown := set(message) - {"role", "content", "name"}:
-        raise Refusal(400, f"{where} has a field {min(unknown)!r} that is not supported", "messages")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise Refusal(400, f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}", "messages")
-    if isinstance(content, list) and all(isinstance(p, dict) and set(p) == {"type", "text"} for p in content):
-        content = "".join(p["text"] for p in content if p["type"] == "text" and isinstance(p["text"], str))
-    if not isinstance(content, str):
-        raise Refusal(400, f"{where}: content must be text, or a list of parts of type text", "messages")
-    return {"role": role, "content": content}
-
-
-def _prompts(fields: dict[str, Any], served: Served) -> list[list[int]]:
-    """The ids of the prompts: a text, a list of ids, or a list of these."""
-    prompt = fields.get("prompt")
-    many = isinstance(prompt, list) and not (prompt and all(type(x) is int for x in prompt))
-    found = []
-    for one in prompt if many else [prompt]:
-        if isinstance(one, str):
-            found.append(_ids(served, one, "prompt", add_special_tokens=True))
-        elif isinstance(one, list) and one and all(type(x) is int for x in one):
-            if wrong := [x for x in one if not 0 <= x < served.spec.vocab_size]:
-                raise Refusal(400, f"ids must be below {served.spec.vocab_size}, got {wrong[0]}", "prompt")
-            found.append(one)
-        else:
-            raise Refusal(400, "prompt must be a text, a list of token ids, or a list of these", "prompt")
-        if len(found) > served.max_choices:
-            raise Refusal(400, f"there may be at most {served.max_choices} prompts, got {len(prompt)}", "prompt")
-    if not found:
-        raise Refusal(400, "prompt is an empty list", "prompt")
-    return found
-
-
-def _ids(served: Served, text: str, param: str, add_special_tokens: bool) -> list[int]:
-    try:
-        return ids_of(served.tokenizer, text, add_special_tokens)
-    except ValueError as error:
-        raise Refusal(400, str(error), param) from None
 
 
 def _stops(stop: Any) -> list[str]:
@@ -258,14 +242,16 @@ def _stops(stop: Any) -> list[str]:
     return stops
 
 
-def _whole(fields: Mapping[str, Any], name: str, default: int, most: int) -> int:
+def whole_of(fields: Mapping[str, Any], name: str, default: int, most: int) -> int:
+    """A whole number from 1 to `most`."""
     value = fields.get(name, default)
     if type(value) is not int or not 1 <= value <= most:
         raise Refusal(400, f"{name} must be a whole number from 1 to {most}, got {value!r}", name)
     return value
 
 
-def _flag(fields: Mapping[str, Any], name: str) -> bool:
+def flag_of(fields: Mapping[str, Any], name: str) -> bool:
+    """True or false."""
     value = fields.get(name, False)
     if type(value) is not bool:
         raise Refusal(400, f"{name} must be true or false, got {value!r}", name)

@@ -3,10 +3,18 @@
 import json
 import time
 import uuid
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 # Of a message to a client; what was asked may be in it.
 MOST_SAID = 500
+# By what is asked: how an id begins, and the kind of an answer and of a piece of it.
+KINDS_OF_REPLY = {
+    "talk": ("chatcmpl", "chat.completion", "chat.completion.chunk"),
+    "prompt": ("cmpl", "text_completion", "text_completion"),
+    "infill": ("infill", "infill", "infill"),
+}
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -39,23 +47,37 @@ class Reply:
 
     Args:
         model: its name.
-        chat: of a talk, or of a prompt.
+        kind: of what was asked, one of `KINDS_OF_REPLY`.
         usage: in pieces, the last one tells it.
     """
 
-    def __init__(self, model: str, chat: bool, usage: bool = False):
-        self._chat, self._usage = chat, usage
-        name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._about = {"id": name, "created": int(time.time()), "model": model}
+    def __init__(self, model: str, kind: str, usage: bool = False):
+        begin, self._kind, self._kind_of_piece = KINDS_OF_REPLY[kind]
+        self._chat, self._usage = kind == "talk", usage
+        self._about = {"id": f"{begin}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, texts: list[tuple[str, str | None]], usage: dict[str, int]) -> dict[str, Any]:
-        """The whole answer: of each choice its text, and why it ended."""
+    def whole(self, written: Sequence[Any], usage: dict[str, int]) -> dict[str, Any]:
+        """The whole answer, of what was `written` for each choice: its text, and why it ended."""
         choices = []
-        for number, (text, finish) in enumerate(texts):
-            said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-            choices.append({"index": number, **said, "logprobs": None, "finish_reason": finish})
-        kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._about, "object": kind, "choices": choices, "usage": usage}
+        for number, one in enumerate(written):
+            said = {"message": {"role": "assistant", "content": one.text}} if self._chat else {"text": one.text}
+            choices.append({"index": number, **said, **one.more})
+            choices[-1] |= {"logprobs": self._logprobs(one.logprobs), "finish_reason": one.finish}
+        return {**self._about, "object": self._kind, "choices": choices, "usage": usage}
+
+    def _logprobs(self, tokens: list[tuple[str, float]] | None) -> dict[str, Any] | None:
+        """How likely the tokens were, as it is told in a talk or of a prompt."""
+        if tokens is None:
+            return None
+        if self._chat:
+            content = [
+                {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, logprob in tokens
+            ]
+            return {"content": content}
+        texts, logprobs = [text for text, _ in tokens], [logprob for _, logprob in tokens]
+        offsets = list(accumulate(map(len, texts), initial=0))[:-1]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
     def begin(self, number: int) -> str | None:
         """The first piece of a choice, if it has one of its own."""
@@ -77,9 +99,8 @@ class Reply:
         return (self._event([], usage) if self._usage else "") + "data: [DONE]\n\n"
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> str:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
         told = {"usage": usage} if self._usage else {}
-        return event({**self._about, "object": kind, "choices": choices, **told})
+        return event({**self._about, "object": self._kind_of_piece, "choices": choices, **told})
 
 
 def event(value: dict[str, Any]) -> str:

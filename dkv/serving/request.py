@@ -65,20 +65,23 @@ class Request:
 
     Attributes:
         number: in the order of arrival, from 0.
-        input_ids: int64 [1, P], the prompt.
+        input_ids: int64 [1, P], the prompt, or a text whose masks are to be filled.
         config: its settings, with a seed.
         processor: its own logits processor; None: it has none.
         state: "waiting", "running", "finished", "cancelled" or "failed".
-        tokens: int64 [new] on the CPU, what was written, of a finished request; of a cancelled one, as it was then,
-            with the mask id where there was no token. None before.
+        tokens: int64 [new] on the CPU, what was written, or the filled text, of a finished request; of a cancelled one,
+            as it was then, with the mask id where there was no token. None before.
         error: why it failed.
         stats: `RequestStats`.
         row: which it has, while it runs.
+        gap: the first mask of a text whose masks are to be filled; None: a prompt is continued.
+        logprobs: float32 [new] on the CPU, the logarithm of the probability that each token had in the pass that filled
+            its slot; of a finished request that asks for them, `wants_logprobs`. Beyond an end they mean nothing.
         settled: how many of its new tokens stand before the first slot without one. They stay as they are, but where
             `edit_threshold` lets them change.
         key: what it has in common with those that share its passes.
         watched: whether `computed` is kept; whoever wants it sets this.
-        computed: bool [P + new], the slots that its last step computed; None: it had none, or is not watched.
+        computed: bool [stop], the slots that its last step computed; None: it had none, or is not watched.
     """
 
     number: int
@@ -90,6 +93,9 @@ class Request:
     error: Exception | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     row: int | None = None
+    gap: int | None = None
+    wants_logprobs: bool = False
+    logprobs: Tensor | None = None
     settled: int = 0
     key: str = ""
     watched: bool = False
@@ -97,18 +103,18 @@ class Request:
 
     @property
     def start(self) -> int:
-        """The first slot to fill."""
-        return self.input_ids.shape[1]
+        """The first slot of those that are told: all of a text, or those that follow a prompt."""
+        return self.input_ids.shape[1] if self.gap is None else 0
 
     @property
     def stop(self) -> int:
-        """The slot after the last one that it asks for."""
+        """The slot after the last one that is told."""
         return self.start + self.new
 
     @property
     def new(self) -> int:
-        """Slots that it asks for."""
-        return self.config.of_row("max_new_tokens", 0)
+        """Slots that are told."""
+        return self.config.of_row("max_new_tokens", 0) if self.gap is None else self.input_ids.shape[1]
 
     @property
     def done(self) -> bool:
@@ -118,7 +124,7 @@ class Request:
     def settle(self, first: int, now: float) -> None:
         """Note which slot is the first without a token, or `stop`, at a time."""
         self.settled = min(first, self.stop) - self.start
-        if self.settled > 0 and self.stats.first_token is None:
+        if first > (self.start if self.gap is None else self.gap) and self.stats.first_token is None:
             self.stats.first_token = now
 
     def end(self, state: str, tokens: Tensor | None = None, error: Exception | None = None) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,10 +15,11 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dkv.serving.answer import Answer, refusal_of
+from dkv.serving.gaps import asked_gaps
 from dkv.serving.llm import LLM
 from dkv.serving.metrics import Metrics
 from dkv.serving.page import page
-from dkv.serving.protocol import Served, asked, fields_of
+from dkv.serving.protocol import Asked, Served, asked, fields_of
 from dkv.serving.replies import Refusal, Reply, event
 from dkv.serving.worker import Worker, describe
 
@@ -47,6 +49,7 @@ def make_app(llm: LLM, served: Served, *, max_waiting: int = 64, api_key: str | 
         ("/v1/models/{name:path}", server.model, "GET"),
         ("/v1/chat/completions", server.chat, "POST"),
         ("/v1/completions", server.complete, "POST"),
+        ("/v1/infill", server.infill, "POST"),
     ):
         app.add_api_route(path, server.guarded(answer), methods=[method], response_model=None)
 
@@ -125,23 +128,26 @@ class _Server:
         return {"id": self.served.name, **about, "max_model_len": self.served.max_length}
 
     async def chat(self, request: Request) -> Response:
-        return await self._answered(request, chat=True)
+        return await self._answered(request, "talk", partial(asked, chat=True))
 
     async def complete(self, request: Request) -> Response:
-        return await self._answered(request, chat=False)
+        return await self._answered(request, "prompt", partial(asked, chat=False))
 
-    async def _answered(self, request: Request, chat: bool) -> Response:
+    async def infill(self, request: Request) -> Response:
+        return await self._answered(request, "infill", asked_gaps)
+
+    async def _answered(self, request: Request, kind: str, check: Callable[..., Asked]) -> Response:
         try:
             body = await asyncio.wait_for(_body(request, self.served.max_body), BODY_SECONDS)
         except asyncio.TimeoutError:
             raise Refusal(408, f"the body has not come within {BODY_SECONDS} seconds") from None
         loop = asyncio.get_running_loop()
-        wanted = await loop.run_in_executor(self._checking, lambda: asked(fields_of(body), chat, self.served))
+        wanted = await loop.run_in_executor(self._checking, lambda: check(fields_of(body), served=self.served))
         answer = Answer(self.worker, wanted, self.served)
         self._watch(request, answer)
         try:
             await answer.taken()
-            reply = Reply(self.served.name, chat, wanted.usage)
+            reply = Reply(self.served.name, kind, wanted.usage)
             if wanted.stream:
                 told = _events(answer, reply)
                 return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -151,7 +157,7 @@ class _Server:
             # One choice failed: the others are nobody's.
             answer.leave()
             raise
-        return _json(reply.whole([(written.text, written.finish) for written in answer.written], answer.usage))
+        return _json(reply.whole(answer.written, answer.usage))
 
     def _watch(self, request: Request, answer: Answer) -> None:
         """Cancel an answer when its client leaves."""

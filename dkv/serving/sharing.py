@@ -5,11 +5,31 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dkv.core.kv_cache import KVCache
 from dkv.engine.continuous import ContinuousBatch
+from dkv.engine.engine import Engine
+from dkv.engine.records import RECORDS
+from dkv.engine.stages import StepResult
+from dkv.parallel import check_common
 from dkv.serving.request import FAILED, FINISHED, RUNNING, Request
+
+
+class Sureness:
+    """Keeps how sure every slot was in the pass that filled it: a hook of an engine.
+
+    Attributes:
+        values: float32 [B, S], logarithms of probabilities; None: nothing was filled yet.
+    """
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+
+    def __call__(self, engine: Engine, result: StepResult) -> None:
+        now, rows = RECORDS["confidences"](engine, result), engine.rows
+        self.values = now if self.values is None else torch.where(rows.fresh, now, self.values)
 
 
 class Sharing:
@@ -28,7 +48,11 @@ class Sharing:
     """
 
     def __init__(self, model: Any, rows: int, slots: int, like: Request, cache: KVCache | None, free: deque[int]):
-        self.batch = ContinuousBatch(model, rows, slots, like.config, like.processor, cache)
+        how = {"infill": like.gap is not None}
+        self._sureness = Sureness() if like.wants_logprobs else None
+        if self._sureness is not None:
+            how["hooks"] = [self._sureness]
+        self.batch = ContinuousBatch(model, rows, slots, like.config, like.processor, cache, **how)
         self.running: dict[int, Request] = {}
         self._free = free
 
@@ -38,6 +62,7 @@ class Sharing:
         try:
             self.batch.join(rows, [r.input_ids[0] for r in requests], [r.config for r in requests])
         except Exception as error:
+            check_common(self.batch.model, error)
             # Of one of them, or of a device without memory for all: others go on.
             self._free.extendleft(reversed(rows))
             if len(requests) > 1:
@@ -59,6 +84,7 @@ class Sharing:
             if batch.numbers:
                 batch.step()
         except Exception as raised:
+            check_common(batch.model, raised)
             # A processor's own, which has passes of its own; or a device's, which all meet.
             error = raised
         now, going, invalid = time.perf_counter(), set(batch.numbers), set(batch.invalid_rows)
@@ -80,6 +106,8 @@ class Sharing:
             filled = batch.rows.to_fill[request.row] - batch.status.cut[request.row]
             request.stats.new_tokens = min(filled, request.new)
             request.settle(request.stop, now)
+            if self._sureness is not None:
+                request.logprobs = self._sureness.values[request.row, request.start : request.stop].cpu()
             self.end(request, FINISHED, tokens=tokens)
         return failed + finished
 

@@ -2,11 +2,12 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dkv.engine.config import DiffusionConfig
+from dkv.parallel import Lost
 from dkv.serving.draft import Draft, Watch
 from dkv.serving.llm import LLM
 from dkv.serving.request import CANCELLED, FAILED, FINISHED, Request
@@ -43,12 +44,14 @@ class Told:
         tokens: the new ones before its first mask, which stay as they are; of a finished one all.
         error: why it was refused, or failed.
         draft: the whole answer as it stands, for a job that asked for it.
+        logprobs: of a finished one, if it asked for them, one for each token.
     """
 
     state: str
     tokens: Sequence[int] = ()
     error: BaseException | None = None
     draft: Draft | None = None
+    logprobs: Sequence[float] = ()
 
 
 @dataclass(eq=False)
@@ -62,6 +65,7 @@ class Job:
             tokens stand before the first mask. It must return at once, and raise nothing.
         drafts: whether it wants to hear before the end.
         watch: of the whole draft, if it wants to hear of it in every step.
+        how: further arguments of `LLM.add`.
         told: tokens before the first mask that were told of.
     """
 
@@ -70,6 +74,7 @@ class Job:
     tell: Callable[[Told], None]
     drafts: bool = False
     watch: Watch | None = None
+    how: Mapping[str, bool] = field(default_factory=dict)
     request: Request | None = None
     told: int = 0
 
@@ -163,11 +168,13 @@ class Worker:
         try:
             while self._turn():
                 pass
+            self.llm.close()
         except BaseException as error:
             with self._change:
                 self.error, left = error, list(self._open)
+            said = Stopped("the model has failed: another process that had a part of it has gone")
             for job in left:
-                self._end(job, Told(FAILED, error=error))
+                self._end(job, Told(FAILED, error=said if isinstance(error, Lost) else error))
 
     def _turn(self) -> bool:
         """Wait for work, and take a step; False: there is none left, and there will be none."""
@@ -187,7 +194,7 @@ class Worker:
 
     def _add(self, job: Job) -> None:
         try:
-            job.request = self.llm.add(job.input_ids, generation_config=job.config)
+            job.request = self.llm.add(job.input_ids, generation_config=job.config, **job.how)
         except Exception as error:
             # Nothing of it is in the model yet: the others go on.
             self._end(job, Told(REFUSED, error=error))
@@ -206,8 +213,8 @@ class Worker:
             tokens = [] if request.tokens is None else request.tokens.tolist()
             # What fails before its first pass has settings that cannot be.
             state = REFUSED if request.state == FAILED and not request.stats.passes else request.state
-            job = self._jobs[request]
-            self._end(job, Told(state, tokens, request.error, self._draft(job, tokens)))
+            job, logprobs = self._jobs[request], [] if request.logprobs is None else request.logprobs.tolist()
+            self._end(job, Told(state, tokens, request.error, self._draft(job, tokens), logprobs))
         news = [job for job in self._jobs.values() if job.has_news]
         drafts = self.llm.drafts([job.request for job in news])
         for job, tokens in zip(news, drafts, strict=True):

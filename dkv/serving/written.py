@@ -4,6 +4,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from dkv.tools.trace.record import texts_of
+
 # What a decoder writes for bytes that are no whole character, or not yet.
 BROKEN = "\ufffd"
 
@@ -23,11 +25,15 @@ class Written:
         text: so far.
         tokens: of which the text was made, with those of a stop string.
         finish: "stop" at an end or a stop string, "length" without; None: there is more to come.
+        more: fields of the answer beside its text.
+        logprobs: of each of these tokens its text, and how likely it was; None: not asked for.
     """
 
     def __init__(self, tokenizer: Any, ends: Collection[int], stops: Sequence[str] = ()):
         self._tokenizer, self._ends, self._stops = tokenizer, frozenset(ends), tuple(stops)
         self.text, self.tokens = "", 0
+        self.more: dict[str, Any] = {}
+        self.logprobs: list[tuple[str, float]] | None = None
         self.finish: str | None = None
 
     def take(self, ids: Sequence[int], last: bool) -> str:
@@ -53,6 +59,17 @@ class Written:
             text = whole[: len(whole) - _begun(whole, self._stops)]
         new, self.text, self.tokens = text[len(self.text) :], text, count
         return new
+
+    def note_logprobs(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Keep how likely the tokens of the text were, of all new tokens."""
+        texts, length = texts_of(self._tokenizer, ids[: self.tokens]), 0
+        self.logprobs = []
+        for text, logprob in zip(texts, logprobs, strict=False):
+            # Those of a stop string stand behind the text.
+            if length >= len(self.text):
+                break
+            self.logprobs.append((text, logprob))
+            length += len(text)
 
     def _decode(self, ids: Sequence[int]) -> str:
         # Tidied spaces would change what stands already.

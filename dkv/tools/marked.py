@@ -61,8 +61,9 @@ def marked(text: str, marker: str = MARKER, own: str | None = None, most: int | 
         raise ValueError("--marker must not be empty")
     pattern = re.escape(marker)
     if len(marker) > 2 and BRACKETS.get(marker[-1]) == marker[0]:
-        left, right = re.escape(marker[:-1]), re.escape(marker[-1])
-        pattern = f"{left}(?::(?P<number>[^{right}]*))?{right}"
+        left, begin, right = map(re.escape, (marker[:-1], marker[0], marker[-1]))
+        # Not over the begin of another one: a text of many would take the square of its length.
+        pattern = f"{left}(?::(?P<number>[^{begin}{right}]*))?{right}"
     if own:
         pattern = f"{re.escape(own)}|{pattern}"
     bare = Gap(1, 1) if most is None else Gap(0, most)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dkv.kernels.choose import torch as fallback
 from dkv.kernels.choose.choice import RULES, Choice
 from dkv.kernels.choose.kernel import FLOATS, IDS, choose_kernel, merge_kernel
+from dkv.kernels.choose.part import part_of
 from dkv.kernels.choose.temperature import computable as computable_temperature
 from dkv.kernels.choose.temperature import shares
 from dkv.kernels.common.arguments import Strided, computable, constants, precision, strided
@@ -89,6 +90,8 @@ def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace
 
 
 def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys, *, workspace=None):
+    if part_of(head_weight):
+        return fallback.choose_token_fused(hidden, head_weight, choice, head_bias, row_keys, workspace=workspace)
     if not isinstance(head_weight, Tensor):
         return choose_token(head_weight(hidden), choice, row_keys, workspace=workspace)
     if choice.confidence_dtype != "exact" or choice.filters(len(head_weight)):

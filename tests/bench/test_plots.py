@@ -65,6 +65,15 @@ def floor(linear=None):
     return {"facts": FACTS, "floor": {"rows": rows}}
 
 
+def served():
+    def row(way, load, seconds):
+        times = {f"{name}_{share}": seconds for name in ("first", "whole") for share in ("p50", "p99")}
+        return {"policy": "decode 8", "way": way, "rows": 8, "load": load, **times}
+
+    rows = [row(way, load, load or 9) for load in (None, 0.5, 0.8) for way in ("LLM", "static")]
+    return {"facts": FACTS, "serve": {"rows": [*rows, row("dkv serve", 0.5, 1.0)]}}
+
+
 def names(axes):
     """Texts beside points."""
     return sorted(text.get_text() for text in axes.texts if hasattr(text, "xy"))
@@ -156,6 +165,14 @@ def test_floor_stacks_the_parts():
     assert [line.get_xdata()[0] for line in linear.axes[0].lines] == [2.5, 2.75] * 2
 
 
+def test_latency_has_lines_of_the_ways_that_were_asked_at_several_loads():
+    figure = speed.latency(served())
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["LLM, 8 rows", "static, 8 rows"]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[0.5, 0.5], [0.8, 0.8]]] * 8
+    assert [line.get_markerfacecolor() == "white" for line in axes.lines] == [False, True] * 4
+
+
 @pytest.mark.parametrize(
     ("found", "drawn"),
     [
@@ -163,9 +180,10 @@ def test_floor_stacks_the_parts():
         (comparison(exact=1.0), ["speed", "steps", "accuracy"]),
         (growth(), ["growth"]),
         (floor(), ["floor"]),
+        (served(), ["latency"]),
         ({"facts": FACTS}, []),
     ],
-    ids=["sweep", "answers", "growth", "floor", "nothing"],
+    ids=["sweep", "answers", "growth", "floor", "requests", "nothing"],
 )
 def test_draws_what_there_is_data_for(tmp_path, monkeypatch, found, drawn):
     if drawn != ["floor"]:  # rendering takes a second

@@ -9,8 +9,9 @@ from torch import nn
 
 import dkv
 from dkv.bench.shapes import FAMILIES, of_family, random_model, shape, tiny
+from dkv.bench.speed.weights import weight_bytes
 from dkv.models.int8 import Int8Linear, check_int8, quantised, rounded, why_not_int8
-from dkv.models.packing import PackedHead, PackedLayer, pack_
+from dkv.models.packing import PackedHead, PackedLayer, int8_bytes, pack_
 
 pytestmark = pytest.mark.skipif(why_not_int8() is not None, reason="this CPU does not multiply bytes")
 
@@ -97,6 +98,7 @@ def test_models_compute_what_their_rounded_weights_give(name):
     blocks = {} if spec.attention != "block" or spec.block_length else {"block_ids": torch.arange(12).expand(2, 12)}
     whole = model(ids, **blocks)
     packed = pack_(copy.deepcopy(model), Int8Linear)
+    assert weight_bytes(packed) == int8_bytes(model)
     found = packed(ids, **blocks)
     # Experts are chosen anew where two are nearly as good.
     near = (found - whole).norm() / whole.norm()
@@ -154,3 +156,13 @@ def test_a_packed_model_is_not_moved_cast_or_trained():
     with pytest.raises(RuntimeError, match="no gradient flows"):
         Int8Linear(frozen(4, 4))(torch.randn(1, 4, requires_grad=True))
     assert dkv.unpack(model).to(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_dtype_is_rounded_without_a_copy_in_float32(dtype):
+    spec = tiny(shape("d128x4"))
+    model = random_model(spec, torch.device("cpu"), dtype)
+    want = pack_(copy.deepcopy(model).float(), Int8Linear)
+    found = pack_(model, Int8Linear)
+    ids = torch.arange(12)[None]
+    assert found.dtype == torch.float32 and torch.equal(found(ids), want(ids))

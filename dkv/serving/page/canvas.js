@@ -1,11 +1,16 @@
 // What is known of a running generation, in the form that map.js draws: it grows with every draft.
 
 let steps = 0, slots = 0, prompt = 0, decoded = [], kinds = new Uint8Array(0);
+// Slots of the steps that were told of, and those of them that were computed.
+let told = 0, computed = 0;
+// The slot after the last one of the text, once that is known.
+let end = Infinity;
 let texts = [], spans = [], step = 0, chosen = null, follows = true, drawn = null;
 
 function clearCanvas() {
-  steps = slots = prompt = step = 0;
+  steps = slots = prompt = step = told = computed = 0;
   [decoded, texts, spans, kinds, base, follows] = [[], [], [], new Uint8Array(0), null, true];
+  end = Infinity;
   $("text").replaceChildren();
   $("map").hidden = true;
   markBlocks(0);
@@ -45,10 +50,15 @@ function takeDraft(draft) {
     more.set(kinds);
     more.fill(REUSED, (draft.step - 1) * slots);
     [kinds, steps, base] = [more, draft.step, null];
+    told += slots;
+    for (const [first, end] of draft.computed) computed += end - first;
   }
   const row = (draft.step - 1) * slots, full = draft.computed.length === 1 && draft.computed[0][1] - draft.computed[0][0] === slots;
   for (const [first, end] of draft.computed) kinds.fill(full ? FULL : COMPUTED, row + first, row + end);
+  if (draft.stats) end = prompt + draft.stats.new_tokens;
   for (const [slot, at, text] of draft.filled) {
+    // What is beyond the end is filled up, and was decoded by no step.
+    if (prompt + slot >= end) continue;
     decoded[prompt + slot] = at - 1;
     texts[prompt + slot] = shown(text);
     for (const _ of text.matchAll("\n")) spans[slot].after(document.createElement("br"));
@@ -68,28 +78,21 @@ function drawSoon() {
 function drawCanvas() {
   if (!steps) return;
   spans.forEach((span, number) => {
-    const slot = prompt + number, mask = decoded[slot] < 0 || decoded[slot] > step;
+    const slot = prompt + number, beyond = slot >= end && step === steps - 1;
+    const mask = !beyond && (decoded[slot] < 0 || decoded[slot] > step);
     const mark = kinds[step * slots + slot] >= COMPUTED ? " computed" : "";
-    const look = `slot ${mask ? "mask" : decoded[slot] === step ? "new" : "old"}${mark}${span.dataset.is}`;
+    const kind = beyond ? "hidden" : mask ? "mask" : decoded[slot] === step ? "new" : "old";
+    const look = `slot ${kind}${mark}${span.dataset.is}`;
     if (span.className !== look) span.className = look;
-    const text = mask ? "░" : texts[slot];
+    const text = beyond ? "·" : mask ? "░" : texts[slot];
     if (span.textContent !== text) span.textContent = text;
   });
   const row = kinds.subarray(step * slots, (step + 1) * slots);
   $("text").classList.toggle("full", row.every((kind) => kind === FULL));
   [$("step").max, $("step").value, $("step").disabled] = [steps, step + 1, steps < 2];
   $("number").textContent = `${step + 1} of ${steps}`;
+  if (follows) reveal($("text"), spans.find((span) => span.classList.contains("mask")));
   drawMap();
-}
-
-// Slots computed so far, as a share of all slots of the steps that were told of.
-function computedShare() {
-  let told = 0, computed = 0;
-  for (const kind of kinds) {
-    told += kind !== HIDDEN;
-    computed += kind >= COMPUTED;
-  }
-  return computed / Math.max(told, 1);
 }
 
 function lookAt(at) {

@@ -67,7 +67,8 @@ async function follow(asked, signal) {
   say("waiting for a row");
   for await (const event of events(response.body)) {
     if (event.error) throw new Error(event.error.message);
-    for (const choice of event.choices) take(choice, asked);
+    // Of several answers the first is shown.
+    for (const choice of event.choices) if (choice.index === 0) take(choice, asked);
   }
 }
 
@@ -105,7 +106,7 @@ function take(choice, asked) {
       say("running");
     }
     takeDraft(choice.dkv);
-    clock.filled = choice.dkv.slots - choice.dkv.masked;
+    clock.filled = choice.dkv.stats?.new_tokens ?? choice.dkv.slots - choice.dkv.masked;
     if (choice.dkv.settled) clock.first ??= now() - clock.begin;
     clock.stats = choice.dkv.stats;
     tell();
@@ -123,7 +124,7 @@ function tell() {
   $("rate").textContent = (stats?.tokens_per_second ?? filled / passed).toFixed(1);
   if ((stats?.first_token_seconds ?? first) !== null) $("first").textContent = seconds(stats?.first_token_seconds ?? first);
   if (stats) $("waited").textContent = seconds(stats.queued_seconds);
-  $("share").textContent = percent(computedShare());
+  $("share").textContent = percent(computed / told);
 }
 
 function say(state) {
@@ -133,6 +134,7 @@ function say(state) {
 function fault(message) {
   $("fault").hidden = message === null;
   $("fault").textContent = message ?? "";
+  if (message !== null) $("fault").scrollIntoView({ block: "nearest" });
 }
 
 function build() {

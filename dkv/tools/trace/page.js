@@ -125,13 +125,6 @@ function drawFacts() {
   if (!timer) $("status").textContent = said;
 }
 
-function follow() {
-  const box = $("text"), slot = decodedAt[step][0];
-  if (slot === undefined || box.scrollHeight <= box.clientHeight) return;
-  const top = spans[slot].offsetTop - box.offsetTop;
-  if (top < box.scrollTop || top + 30 > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
-}
-
 function choose(slot) {
   chosen = slot === null || Number.isNaN(slot) ? null : Math.min(Math.max(slot, 0), slots - 1);
   $("slot").value = chosen ?? "";
@@ -143,7 +136,7 @@ function go(to) {
   drawText();
   drawFacts();
   drawMap();
-  follow();
+  reveal($("text"), spans[decodedAt[step][0]]);
   $("detail").textContent = chosen === null ? "Point at a slot, or give its number." : describe(chosen);
   // Browsers limit how often the address may change.
   clearTimeout(written);

@@ -12,7 +12,7 @@ from dkv.bench.lineup import LINEUP
 from dkv.bench.options import Options
 from dkv.bench.shapes import SHAPES
 from dkv.bench.speed import blocks, compare
-from dkv.cli import bench, build_parser
+from dkv.cli import bench, bench_checks, build_parser
 from dkv.models.bundled.tasks import TASKS
 
 SIZES = ("--shape", "d128x4", "--layers", 1, "--prompt", 8, "--new", 8, "--threads", 1)
@@ -27,8 +27,8 @@ def idle(monkeypatch):
 
 def test_names_are_those_of_the_benchmark():
     assert tuple(SHAPES) == bench.SHAPES
-    assert bench.MULTIPLE["blocks"] == blocks.BLOCK and set(bench.USES) == {"comparison", *bench.OTHERS}
-    assert (TASKS["balance"].new_tokens, Options.new) == bench.NEW
+    assert bench_checks.MULTIPLE["blocks"] == blocks.BLOCK and set(bench.USES) == {"comparison", *bench.OTHERS}
+    assert (TASKS["balance"].new_tokens, Options.new) == bench_checks.NEW and set(bench_checks.NAMES) <= set(LINEUP)
     for kind, batches, changes in bench.ALL.values():
         assert kind in ("comparison", *bench.OTHERS) and min(batches) >= 1
         assert set(changes.get("policies", ())) <= set(LINEUP)
@@ -197,6 +197,8 @@ def test_all_writes_a_file_per_measurement(run, tmp_path, measured):
         (["--memory", "--rounds", "5"], "--rounds has no effect on --memory"),
         (["--growth", "--policies", "plain"], "--policies has no effect on --growth"),
         (["--blocks", "--policies", "decode 8"], "--policies 'decode 8' is not among what is compared here: plain, "),
+        (["--serve", "--steps", "8"], "--steps has no effect on --serve: leave it out"),
+        (["--serve", "--policies", "pd 8"], "--policies 'pd 8' is not among what is compared here: decode 8, dual"),
         (["--policies", "suffix 96"], "--policies 'suffix 96' is not among what is compared here: plain, "),
         (["--blocks", "--batch", "2"], "--blocks takes one prompt, as published: --batch must be 1, got 2"),
         (

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
-    "name", ["generate", "infill", "trace", "verify", "info", "demo", "bench", "eval", "suggest", "audit"]
+    "name", ["generate", "infill", "run", "trace", "verify", "info", "demo", "bench", "eval", "suggest", "audit"]
 )
 def test_every_command_explains_itself_with_an_example(capsys, name):
     assert main([name, "--help"]) == 0
@@ -39,7 +39,7 @@ def test_the_examples_parse():
 def test_defaults_are_those_of_the_settings():
     args = build_parser().parse_args(["generate"])
     settings = vars(args).keys() & DEFAULTS.keys() - {"cache"}
-    assert len(settings) == 26 and {n: getattr(args, n) for n in settings} == {n: DEFAULTS[n] for n in settings}
+    assert len(settings) == 27 and {n: getattr(args, n) for n in settings} == {n: DEFAULTS[n] for n in settings}
 
 
 def test_help_names_every_policy(capsys):

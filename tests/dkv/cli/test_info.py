@@ -107,7 +107,10 @@ def test_a_mixture(run):
 def test_a_model_for_programs(run):
     facts = json.loads(run("info", "--json", str(FAMILIES / "nemotron" / "nemotron_tiny"))[1])
     assert facts["spec"]["family"] == "nemotron" and facts["spec"]["rope"]["factor"] == 16.0
+    rounded = facts["weight_bytes"].pop("int8")
     assert facts["weight_bytes"] == {"float32": 4 * facts["parameters"], "bfloat16": 2 * facts["parameters"]}
+    # Embeddings and norms stay in float32.
+    assert facts["parameters"] < rounded < facts["weight_bytes"]["float32"]
     assert facts["kv_bytes"]["bfloat16"] == {"256": 256 * 2 * 2 * 3 * 2 * 24}
     assert facts["kv_bytes"]["int8"] == {"256": 256 * 2 * 3 * 2 * (24 + 2)}
     left = (8 << 30) - facts["weight_bytes"]["bfloat16"]

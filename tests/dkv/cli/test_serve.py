@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[3]
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    # What needs it may have been imported by another test.
+    monkeypatch.delitem(sys.modules, "dkv.serving.listen", raising=False)
     assert main(["serve", "tiny"]) == 2
     assert capsys.readouterr().err == "dkv serve: error: uvicorn is not installed: pip install 'dkv[serve]'\n"
 

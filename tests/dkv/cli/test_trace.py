@@ -51,7 +51,7 @@ def _cost(tokens: int) -> str:
 
 @pytest.fixture(autouse=True)
 def fixed_seed(monkeypatch):
-    monkeypatch.setattr("dkv.cli.generate.secrets.randbits", lambda bits: 1)
+    monkeypatch.setattr("dkv.cli.several.secrets.randbits", lambda bits: 1)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def test_what_is_not_seen_is_never_read(model, backend, padded, monkeypatch):
     def poisoned(self, index, like):
         new = index not in self.layers
         pair = layer(self, index, like)
-        return tuple(x.fill_(torch.nan) for x in pair) if new else pair
+        for kept in pair if new else ():
+            kept.numbers.fill_(torch.nan)
+        return pair
 
     ids, mask = padded([[5, 9, 3, 8], [7], [40, 11]])
     call = {"max_new_tokens": [12, 9, 0], "block_length": 3}

@@ -91,7 +91,7 @@ def test_what_may_be_edited_is_news_as_a_draft_alone():
     # No bundled model edits what is filled.
     for threshold, settled in ((None, 5), (0.9, 0)):
         request = SimpleNamespace(config=dkv.DiffusionConfig(edit_threshold=threshold), settled=5, row=0)
-        jobs = [Job([], request.config, print, True, watch, request) for watch in (None, Watch(18))]
+        jobs = [Job([], request.config, print, True, watch, request=request) for watch in (None, Watch(18))]
         assert [job.settled for job in jobs] == [settled] * 2
         assert [job.has_news for job in jobs] == [settled > 0, True]
 

@@ -166,3 +166,53 @@ def test_new_tokens_are_counted_up_to_an_end_also_in_blocks():
             (request,) = llm.generate([prompt], progress=False, **settings)
             output = dkv.generate(model, torch.tensor([prompt]), **settings)
             assert request.stats.new_tokens == output.stats.new_tokens
+
+
+@pytest.mark.parametrize("name", ["llada", "dream", "blocks"])
+def test_texts_with_masks_are_filled_as_by_infill_alone(name, request):
+    block = {"attention": "block", "block_length": 4}
+    model = small_model(**block) if name == "blocks" else request.getfixturevalue(name)
+    rng, mask_id = random.Random(2), model.spec.mask_token_id
+    calls = [{}, {"cache": "decode"}, {"temperature": 0.7}, {"steps": 3, "eos_token_id": list(range(30))}]
+    llm, going, done = dkv.LLM(model, max_length=32, max_slots=3 * 32), {}, {}
+    for number in range(16):
+        text = [mask_id if rng.random() < 0.4 else rng.randrange(50) for _ in range(rng.randrange(2, 24))]
+        # Where nothing is given all slots are alike, and which is surer is nothing but rounding.
+        text.append(rng.randrange(50))
+        settings = {"seed": number, **rng.choice(calls)}
+        going[llm.add(text, infill=True, **settings)] = text, settings
+        # Beside prompts that are continued, some of them with masks that stay.
+        llm.add(text[:8], max_new_tokens=5, **settings)
+    while llm.running or llm.waiting:
+        done.update((request, going.pop(request)) for request in llm.step() if request in going)
+        for request in list(going)[:2]:
+            draft = llm.draft(request).tolist()
+            kept = [token for token in going[request][0][: request.settled] if token != mask_id]
+            assert len(draft) == len(going[request][0]) and mask_id not in draft[: request.settled]
+            assert all(new == old for new, old in zip(draft, going[request][0], strict=True) if old != mask_id), kept
+    assert len(done) == 16 and not going
+    for request, (text, settings) in done.items():
+        assert request.state == "finished", request.error
+        filled = dkv.infill(model, torch.tensor([text]), **settings).sequences[0]
+        assert torch.equal(request.tokens, filled), (text, settings, request.tokens, filled)
+        assert request.stats.new_tokens == text.count(mask_id)
+
+
+def test_what_infill_refuses_is_refused_of_requests(llada):
+    llm = dkv.LLM(llada, max_length=16, max_slots=16, max_new_tokens=12)
+    for settings, said in (
+        ({"max_new_tokens": 4}, "max_new_tokens does not go with infill"),
+        ({"schedule": "speculative"}, "speculative"),
+        ({"output_history": True}, "output_history"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            llm.add([1, llada.spec.mask_token_id], infill=True, **settings)
+    with pytest.raises(ValueError, match="17"):
+        llm.add([1] * 17, infill=True)
+    # As many as a row has, whatever the settings of prompts that are continued.
+    request = llm.add([1] * 15 + [llada.spec.mask_token_id], infill=True)
+    empty = llm.add([1, 2], infill=True)
+    assert llm.draft(empty).tolist() == [1, 2]
+    while not (request.done and empty.done):
+        llm.step()
+    assert empty.tokens.tolist() == [1, 2] and request.stats.new_tokens == 1 and empty.stats.new_tokens == 0

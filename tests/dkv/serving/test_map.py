@@ -122,6 +122,10 @@ def test_rows_that_cannot_be_have_a_record_that_says_why(tiny, tmp_path, capsys)
     assert (tmp_path / RESULTS).read_text() == before
 
 
+def test_nothing_asked_is_nothing_done(llada, tmp_path):
+    assert dkv.map(llada, []) == dkv.map(llada, [], out=tmp_path) == []
+
+
 def test_few_of_many_bad_rows_are_told(llada, capsys):
     found = dkv.map(llada, [{"prompt": 5}] * 30)
     said = capsys.readouterr().err.splitlines()

@@ -64,3 +64,8 @@ def test_a_number_of_thousands_of_digits_is_no_gap():
     for digits in ("9" * 5000, "0" * 5000 + "1"):
         with pytest.raises(ValueError, match="is no gap: write"):
             marked(f"1[MASK:{digits}]2")
+
+
+def test_a_text_of_many_begun_markers_is_cut_in_one_go():
+    # In the square of its length this would take hours.
+    assert not marked("[MASK:" * 100_000, "[MASK]").gaps

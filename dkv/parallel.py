@@ -1,0 +1,258 @@
+"""Several processes that share one model, each with a part of its weights: who they are, and what they tell each other.
+
+Every process takes every step of a generation. What each knows in part, sums over features and states of a choice, is
+put together in the order of the processes, so that all have the same bits, and take the same decision.
+"""
+
+import hashlib
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dkv.common import process
+
+T = TypeVar("T")
+
+# What torchrun tells each process that it starts.
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+HOW = "torchrun --nproc-per-node 2 -m dkv generate ..."
+# Where the first process that fails leaves its last word.
+FAILED = "failed"
+# How many others have read it, and for how many seconds the first process, if it keeps it, waits for that.
+HEARD, LINGER = "heard", 3
+# A server may have nothing to do for long. That a process has gone is told by its connection, not by the clock.
+PATIENCE = timedelta(days=365)
+# For the others to come; and for a message from where last words are kept.
+MEETING, STORE_PATIENCE = timedelta(minutes=5), timedelta(seconds=5)
+
+
+class Lost(ConnectionError):
+    """Another process has gone; `word` is what it left, None where it left nothing."""
+
+    def __init__(self, text: str, word: str | None):
+        super().__init__(text)
+        self.word = word
+
+
+class Ranks:
+    """The processes that share a model, as one of them sees it.
+
+    Attributes:
+        rank, size: the number of this process, from 0 on, and how many there are.
+        device: where its part of the model goes.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, store: Any):
+        self.rank, self.size, self.device, self._store = rank, size, device, store
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether `start` made the group."""
+        return self._store is not None
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.fail(process.in_one_line(error))
+        end()
+
+    def share(self, size: int, what: str = "features") -> slice:
+        """Which of `size` things are this process's: runs as even as can be, in the order of the processes.
+
+        Raises:
+            ValueError: there are fewer than processes.
+        """
+        if size < self.size:
+            raise ValueError(f"{size} {what} cannot be split over {self.size} processes: start fewer")
+        return slice(size * self.rank // self.size, size * (self.rank + 1) // self.size)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum of what all processes have, in place of x; every number is added up once, and told to all."""
+        if not x.numel():
+            return x
+        with self._together():
+            dist.all_reduce(x)
+        return x
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """What all processes have, [size, *x.shape], in their order; shapes and dtypes are the same in all."""
+        x = x.contiguous()
+        found = x.new_empty(self.size, *x.shape)
+        with self._together():
+            dist.all_gather(list(found.unbind(0)), x)
+        return found
+
+    def first(self, x: Tensor) -> Tensor:
+        """What process 0 has, in place of x."""
+        x = x.contiguous()
+        with self._together():
+            dist.broadcast(x, 0)
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of what all processes have, by the same sums in all of them."""
+        return self.gathered(x).mean(0)
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What `call` gives in process 0, in all of them: what is read once, or drawn by chance."""
+        return self.told(call() if self.rank == 0 else None)
+
+    def told(self, value: Any = None) -> Any:
+        """A Python object of process 0; what the others give is not looked at."""
+        box = [value]
+        with self._together():
+            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def check_same(self, *values: Any) -> None:
+        """Raise ValueError in all processes if they were given different things: numbers, texts, tensors, settings."""
+        plain = [x.tolist() if isinstance(x, Tensor) else repr(x) for x in values]
+        digest = hashlib.sha256(pickle.dumps(plain)).digest()[:7]
+        found = self.gathered(torch.tensor([int.from_bytes(digest, "big")], device=self.device))
+        if bool((found != found[0]).any()):
+            raise ValueError("the processes were given different prompts or settings: give all of them the same")
+
+    def fail(self, line: str) -> str | None:
+        """Leave a last word, unless another process has failed before; None then, else the line."""
+        with suppress(Exception):
+            mine = f"{self.rank} {line}"
+            if self._store.compare_set(FAILED, "", mine).decode() != mine:
+                return None
+            self._linger()
+        return line
+
+    def _linger(self) -> None:
+        """Where this process keeps the last words itself, wait until all others have heard its own, though not long."""
+        if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        # The others notice that connections are gone.
+        dist.destroy_process_group()
+        end = time.monotonic() + LINGER
+        while self._store.add(HEARD, 0) < self.size - 1 and time.monotonic() < end:
+            time.sleep(0.01)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost() from error
+
+    def _lost(self) -> Lost:
+        with suppress(Exception):
+            if self._store.check([FAILED]):
+                who, _, word = self._store.get(FAILED).decode().partition(" ")
+                self._store.add(HEARD, 1)
+                return Lost(f"process {who} of {self.size} has failed: {word}", word)
+        others = f"another of the {self.size} processes has" if self.size > 2 else f"process {1 - self.rank} of 2 has"
+        return Lost(f"{others} ended without a word: it was killed, or its machine is gone", None)
+
+    def last_word(self, error: BaseException, line: str) -> str | None:
+        """What this process says of the error that ends it, `line` by itself; None: another process has said it."""
+        if isinstance(error, Lost) and error.word is not None:
+            return line if self.rank == 0 else None
+        return self.fail(line)
+
+
+_ranks: Ranks | None = None
+
+
+def start(device: torch.device | str | None = None) -> Ranks:
+    """Meet the other processes; called again, those that were met. A default group of torch that is there already is
+    used, and left to who made it; processes then end without a word of the others.
+
+    Args:
+        device: "cpu", or "cuda": the card whose number is that of the process on its machine. None: "cuda" where there
+            is one.
+
+    Raises:
+        ValueError: the process is not one of several (`torchrun` starts them), or has no card to itself.
+
+    Example:
+        >>> with dkv.parallel.start() as ranks:
+        ...     model = dkv.load("GSAI-ML/LLaDA-8B-Instruct", ranks=ranks)
+    """
+    global _ranks
+    if _ranks is not None:
+        return _ranks
+    if dist.is_initialized():
+        _ranks = Ranks(dist.get_rank(), dist.get_world_size(), _device(device), store=None)
+        return _ranks
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise ValueError(f"this is not one of several processes ({missing[0]} is not set): start them by {HOW}")
+    where = _device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    _meet(store, size)
+    # Objects go by gloo, whatever the tensors go by.
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    _ranks = Ranks(rank, size, where, _own(store))
+    process.judged_by(_ranks.last_word)
+    return _ranks
+
+
+def _meet(store: Any, size: int) -> None:
+    """Wait for the others, with less patience than later; Lost: they do not come."""
+    try:
+        if store.add("dkv/here", 1) == size:
+            store.set("dkv/all", "here")
+        store.wait(["dkv/all"], MEETING)
+    except RuntimeError as error:
+        raise Lost(f"not all {size} processes have come: the messages of the others say why", None) from error
+
+
+def end() -> None:
+    """Part from the other processes."""
+    global _ranks
+    before, _ranks = _ranks, None
+    if before is not None and before.is_ours:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def met() -> Ranks | None:
+    """The processes that `start` has met; None: it was not called."""
+    return _ranks
+
+
+def check_common(model: Any, error: Exception) -> None:
+    """Raise an error of a model that several processes share, unless all of them meet it: of what they were given."""
+    if ranks_of(model) is not None and not isinstance(error, ValueError | TypeError | IndexError):
+        raise error
+
+
+def ranks_of(model: Any) -> Ranks | None:
+    """The processes that share a model; None: it is whole here."""
+    return getattr(model, "ranks", None)
+
+
+def _own(store: Any) -> Any:
+    """The store, with less patience than the group has."""
+    own = dist.PrefixStore("dkv", store)
+    with suppress(Exception):
+        own.set_timeout(STORE_PATIENCE)
+    return own
+
+
+def _device(wanted: torch.device | str | None) -> torch.device:
+    kind = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if kind.index is not None:
+        raise ValueError(f"device={str(wanted)!r} is one for all processes: give {kind.type!r}, and each takes its own")
+    if kind.type == "cpu":
+        return kind
+    here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if here >= there:
+        raise ValueError(f"process {here} of this machine has no card: it has {there}; start no more processes")
+    return torch.device(kind.type, here)
