@@ -105,7 +105,7 @@ _INT8 = {
     "default": {
         **{(many, "plain int8", 4, 256): Launch((16, 32), 4) for many in _TILES},
         **{(many, "plain ends int8", 4, 256): Launch((16, 16), 8) for many in _TILES},
-        ("few", "plain int8", 2, 256): Launch((16, 32), 8),
+        ("few", "plain int8", 2, 256): Launch((16, 16), 4),
         **{("many", f"{rules} int8", 2, 64): Launch((128, 32), 8, 2) for rules in ("plain", "plain ends")},
         **{("many", f"{rules} int8", 2, 256): Launch((32, 16), 8, 2) for rules in ("plain", "plain ends")},
         ("some", "plain ends int8", 2, 64): Launch((32, 64), 8, 3),
