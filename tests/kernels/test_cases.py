@@ -262,7 +262,14 @@ def leaves(x, path: tuple = ()) -> list[tuple[tuple, object]]:
         (choose, "precision", lambda x: "tf32", "choose_kernel", lambda x: x["C"].PRECISION.value, "tf32"),
         (choose, "MERGE", Launch((4096,), 8), "merge_kernel", lambda x: x["BLOCK_R"], 128),
         (commit, "strided", lambda x: Strided(x, (7, 7)), "commit_kernel", lambda x: x["canvas"].stride, (7, 7)),
-        (rope, "computable", lambda x: x.half(), "rope_scatter_kernel", lambda x: x["k_buf"].ptr.dtype, torch.float16),
+        (
+            rope,
+            "computable",
+            lambda x: x.half(),
+            "rope_scatter_kernel",
+            lambda x: x["k_buf"][0].ptr.dtype,
+            torch.float16,
+        ),
     ],
 )
 def test_the_audit_follows_a_launcher(monkeypatch, module, name, replacement, kernel, argument, value):
