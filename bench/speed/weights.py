@@ -1,4 +1,4 @@
-"""What weights of fewer bits win on a CPU, against the same model in packed float32."""
+"""What weights of fewer bits win on a CPU, and keys and values in 8 bits cost, against a model in packed float32."""
 
 import copy
 import statistics
@@ -21,13 +21,15 @@ from dkv.models.packing import pack_
 
 # Against which the others are measured, and the policies where none are named.
 FULL, POLICIES = "float32", ("plain", "decode 8")
+# The same weights, with keys and values in 8 bits.
+ROUNDED = "float32, K/V int8"
 
 
 def kinds(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """A float32 model with each kind of weights, and why this machine has not the other kinds."""
     plain = dkv.unpack(copy.deepcopy(model))
     missing = {"bfloat16": why_not_packed(torch.bfloat16), "int8": why_not_int8()}
-    made = {FULL: model}
+    made = {FULL: model, ROUNDED: model}
     if missing["bfloat16"] is None:
         made["bfloat16"] = pack_(copy.deepcopy(plain).to(torch.bfloat16))
     if missing["int8"] is None:
@@ -61,6 +63,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     def run(kind: str, policy: str) -> tuple[float, Any]:
         settings = {**of_lineup(policy).settings, "max_new_tokens": options.new, "steps": options.steps, "seed": 0}
+        settings["kv_cache_dtype"] = "int8" if kind == ROUNDED else "auto"
         return timed(partial(dkv.generate, models[kind], ids, **settings), ids.device)
 
     keys = [(policy, kind) for policy in policies for kind in models]

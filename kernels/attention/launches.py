@@ -99,10 +99,36 @@ for _arch, _of_arch in _ENTRIES.items():
     _same = {(many, f"{rules} ends", *column): launch for (many, rules, *column), launch in _of_arch.items()}
     _ENTRIES[_arch] = _of_arch | _same | _ENDS.get(_arch, {})
 
-# Keys and values in 8 bits, which no mask goes with.
+# Keys and values in 8 bits, which no mask goes with. The cast to the dtype of the queries takes registers, so that some
+# of these launches would spill.
+_INT8 = {
+    "default": {(many, "plain int8", 4, 256): Launch((16, 32), 4) for many in _TILES},
+    "sm_80": {
+        ("some", "plain int8", 2, 256): Launch((32, 32), 8, 3),
+        ("many", "plain int8", 2, 128): Launch((128, 16), 8, 3),
+        ("many", "plain int8", 4, 64): Launch((64, 16), 8, 2),
+    },
+    "sm_90": {
+        **{("many", f"{rules} int8", 2, 64): Launch((128, 64), 8, 3) for rules in ("plain", "plain ends")},
+        **{("many", f"{rules} int8", 2, 256): Launch((64, 16), 8, 2) for rules in ("plain", "plain ends")},
+        **{("many", f"{rules} int8", 4, 64): Launch((64, 16), 8, 2) for rules in ("plain", "plain ends")},
+        ("many", "plain int8", 2, 128): Launch((64, 64), 8, 3),
+        ("some", "plain ends int8", 2, 128): Launch((64, 32), 8, 3),
+    },
+    "gfx942": {
+        ("few", "plain int8", 2, 256): Launch((16, 32), 8),
+        ("many", "plain int8", 2, 64): Launch((128, 32), 8, 3),
+        ("many", "plain int8", 2, 256): Launch((64, 16), 8, 2),
+        ("some", "plain ends int8", 2, 64): Launch((32, 64), 8, 3),
+        ("some", "plain ends int8", 4, 64): Launch((32, 32), 4, 3),
+        ("some", "plain ends int8", 4, 128): Launch((32, 32), 8, 2),
+        ("some", "plain ends int8", 4, 256): Launch((32, 16), 4, 2),
+    },
+}
 for _arch, _of_arch in _ENTRIES.items():
     _same = {(many, f"{rules} int8", *column): launch for (many, rules, *column), launch in _of_arch.items()}
-    _ENTRIES[_arch] = _of_arch | {regime: launch for regime, launch in _same.items() if regime[1].startswith("plain")}
+    _same = {regime: launch for regime, launch in _same.items() if regime[1].startswith("plain")}
+    _ENTRIES[_arch] = _of_arch | _same | _INT8.get(_arch, {})
 
 _CANDIDATES = product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
 TABLE = LaunchTable("cached_attention", _ENTRIES, [Launch((m, n), *how) for m, n, *how in _CANDIDATES])

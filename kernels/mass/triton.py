@@ -49,6 +49,8 @@ _TILES = {"few": 16, "some": 64, "many": 128}
 _ENTRIES["interpreter"] = {regime: Launch((_TILES[regime[0]], 128), 4) for regime in _ENTRIES["default"]}
 for _arch, _of_arch in _ENTRIES.items():
     _ENTRIES[_arch] = _of_arch | {(f"{many} int8", *column): launch for (many, *column), launch in _of_arch.items()}
+# With more warps the cast of keys in 8 bits would spill registers.
+_ENTRIES["default"] |= {(f"{many} int8", 4, 256): Launch((16, 16), 4) for many in _TILES}
 TABLE = LaunchTable(
     "attention_mass",
     _ENTRIES,

@@ -18,7 +18,7 @@ needs_int8 = pytest.mark.skipif(why_not_int8() is not None, reason="this CPU doe
 def test_every_kind_that_there_is_takes_its_turn(monkeypatch):
     options = of_shape("d128x4", 1, device="cpu", prompt=4, new=6, rounds=2)
     found = weights.measure(options)
-    kinds = ["float32", *(name for name in ("bfloat16", "int8") if name not in found["missing"])]
+    kinds = ["float32", weights.ROUNDED, *(name for name in ("bfloat16", "int8") if name not in found["missing"])]
     assert [(row["policy"], row["weights"]) for row in found["rows"]] == [
         (policy, kind) for policy in weights.POLICIES for kind in kinds
     ]
