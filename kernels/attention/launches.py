@@ -115,6 +115,15 @@ _INT8 = {
         ("many", "plain int8", 2, 128): Launch((64, 64), 8, 3),
         ("some", "plain ends int8", 2, 128): Launch((64, 32), 8, 3),
     },
+    "sm_100": {
+        ("few", "plain int8", 2, 128): Launch((16, 64), 8, 3),
+        ("few", "plain ends int8", 2, 256): Launch((16, 64), 8, 3),
+        **{("many", f"{rules} int8", 2, 64): Launch((128, 32), 8, 3) for rules in ("plain", "plain ends")},
+        **{("many", f"{rules} int8", 4, 64): Launch((64, 16), 8, 2) for rules in ("plain", "plain ends")},
+        ("many", "plain int8", 2, 128): Launch((64, 32), 8, 3),
+        ("many", "plain ends int8", 2, 128): Launch((128, 32), 8, 3),
+    },
+    "sm_120": {("few", "plain int8", 2, 128): Launch((16, 64), 8, 3)},
     "gfx942": {
         ("few", "plain int8", 2, 256): Launch((16, 32), 8),
         ("many", "plain int8", 2, 64): Launch((128, 32), 8, 3),
