@@ -102,9 +102,21 @@ for _arch, _of_arch in _ENTRIES.items():
 # Keys and values in 8 bits, which no mask goes with. The cast to the dtype of the queries takes registers, so that some
 # of these launches would spill.
 _INT8 = {
-    "default": {(many, "plain int8", 4, 256): Launch((16, 32), 4) for many in _TILES},
+    "default": {
+        **{(many, "plain int8", 4, 256): Launch((16, 32), 4) for many in _TILES},
+        **{(many, "plain ends int8", 4, 256): Launch((16, 16), 8) for many in _TILES},
+        ("few", "plain int8", 2, 256): Launch((16, 16), 4),
+        **{("many", f"{rules} int8", 2, 64): Launch((128, 32), 8, 2) for rules in ("plain", "plain ends")},
+        **{("many", f"{rules} int8", 2, 256): Launch((32, 16), 8, 2) for rules in ("plain", "plain ends")},
+        ("some", "plain ends int8", 2, 64): Launch((32, 64), 8, 3),
+    },
     "sm_80": {
         ("some", "plain int8", 2, 256): Launch((32, 32), 8, 3),
+        ("many", "plain int8", 2, 128): Launch((128, 16), 8, 3),
+        ("many", "plain int8", 4, 64): Launch((64, 16), 8, 2),
+    },
+    "sm_86": {
+        **{("some", f"{rules} int8", 2, 128): Launch((32, 64), 8, 3) for rules in ("plain", "plain ends")},
         ("many", "plain int8", 2, 128): Launch((128, 16), 8, 3),
         ("many", "plain int8", 4, 64): Launch((64, 16), 8, 2),
     },
