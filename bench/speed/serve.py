@@ -26,7 +26,7 @@ HTTP = 0.5
 # Rows of a second `dkv.LLM`, by those of a static batch: it has more memory.
 WIDER = 4
 # About how long the requests of a run keep an `LLM` busy, and how many they are at least and at most.
-SECONDS, FEWEST, MOST = 12.0, 32, 256
+SECONDS, FEWEST, MOST = 12.0, 64, 256
 # By the way that the capacity is told of, and the one it is compared with.
 OURS, STATIC, WIDE = "LLM", "static", "LLM, more rows"
 
@@ -92,7 +92,7 @@ def _loads(options: Options, policy: str, served: Served, bar: Bar) -> tuple[lis
     wide = replace(served, rows=WIDER * served.rows)
     ways = {OURS: (served, served.continuous), STATIC: (served, served.static), WIDE: (wide, wide.continuous)}
     bar.set_description(f"{policy}, how fast it is")
-    trial = summary(served.continuous(at_rate(drawn(options, FEWEST), math.inf)))["requests_per_second"]
+    trial = summary(served.continuous(at_rate(drawn(options, FEWEST // 2), math.inf)))["requests_per_second"]
     bar.update()
     asks, rows = drawn(options, min(max(round(trial * SECONDS), FEWEST), MOST)), []
     for load in (None, *LOADS):

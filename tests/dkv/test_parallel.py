@@ -108,10 +108,10 @@ FULL = "dkv: error: the disk is full\n"
 # Who does what, and then the codes and what is said.
 ENDS = [
     (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: process 1 of 2 has failed: {FULL}", FULL)),
-    (0, 'raise ValueError("the disk is full")', (2, 2), (FULL, "")),
     (1, KILL, (2, -9), ("dkv: error: " + WITHOUT.format(1), "")),
 ]
 OTHERS = [
+    (0, 'raise ValueError("the disk is full")', (2, 2), (FULL, "")),
     (0, KILL, (-9, 2), ("", "dkv: error: " + WITHOUT.format(0))),
     (0, INTERRUPT, (130, 2), ("dkv: interrupted\n", "")),
     (1, INTERRUPT, (2, 130), ("dkv: error: process 1 of 2 has failed: interrupted\n", "")),

@@ -54,10 +54,9 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("others", [1, 3])
-def test_every_request_gets_what_it_gets_alone(alone, others):
+def test_every_request_gets_what_it_gets_alone(alone):
     own = [{"max_new_tokens": 4 + i % 5, "seed": i, **({"threshold": 0.2} if i % 3 == 0 else {})} for i in range(7)]
-    asked = led(lambda llm: llm.generate(prompts(7), own=own, progress=False), others)
+    asked = led(lambda llm: llm.generate(prompts(7), own=own, progress=False), others=3)
     assert [x.tokens.tolist() for x in asked] == [alone(p, **o) for p, o in zip(prompts(7), own, strict=True)]
 
 
