@@ -33,7 +33,6 @@ class Journal:
 
     Attributes:
         setting: of the records that are there; empty if there are none.
-        count: of the records, once `read` has been through them.
 
     Raises:
         BlockingIOError: another process has it.
@@ -42,7 +41,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, unit: str, option: str):
-        self.path, self.unit, self.option, self.count = path, unit, option, 0
+        self.path, self.unit, self.option = path, unit, option
         self._beside = path.with_suffix(".setting.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Never replaced, as the lock is on the file and not on its name.
@@ -96,12 +95,15 @@ class Journal:
                 keep(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise self._foreign(f"its line {number} is none of its records") from error
-            self.count = number
 
     def add(self, record: Record) -> None:
         """Write a record: from now on it is kept, whatever happens to this process."""
         files.append_line(self.path, json.dumps(record))
-        self.count += 1
+
+    @property
+    def count(self) -> int:
+        """Records that are there: counted, since a signal may come between the writing of one and any note of it."""
+        return sum(line.endswith(b"\n") for line in self._lines())
 
     def kept(self) -> str:
         """What somebody who stops now leaves, and how to go on."""

@@ -73,7 +73,7 @@ def test_what_is_read_or_written_beside_a_tensor_is_noticed(monkeypatch, operati
         found, q = right(*given, **hints), given[0]
         if operation == "cached_attention" and q._base is not None:
             found[0].add_(q._base.flatten()[0])
-        elif operation == "rope_scatter_" and (v_buf := given[7])._base is not None:
+        elif operation == "rope_scatter_" and (v_buf := given[7].numbers)._base is not None:
             v_buf._base.flatten()[0] = 0
         return found
 
