@@ -155,6 +155,7 @@ def why_not_packed(dtype: torch.dtype) -> str | None:
     built = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     if not (torch.backends.mkldnn.is_available() and built):
         return "this build of PyTorch cannot pack weights on this CPU"
-    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+    # Of a private name, which other releases may not have.
+    if dtype == torch.bfloat16 and not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return "this CPU has no instructions for bfloat16"
     return None if dtype in (torch.float32, torch.bfloat16) else f"weights of {dtype} cannot be packed"
