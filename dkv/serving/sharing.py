@@ -78,8 +78,8 @@ class Sharing:
         """Take a step with all of them; returns those that ended."""
         batch, error, computed = self.batch, None, None
         if any(request.watched for request in self.running.values()):
-            # Where steps are replayed, the next plan is written over this one.
-            computed = batch.next_plan.active.clone()
+            # One read for all, of a device that has nothing else to do yet. The next plan may be written over this one.
+            computed = batch.next_plan.active.to("cpu", copy=True)
         try:
             if batch.numbers:
                 batch.step()
