@@ -10,7 +10,7 @@ from dkv.models.packed import UNPACK, PackedProduct
 
 # The largest number of a weight or an activation; zero is this number of the bytes that a CPU multiplies.
 MOST, ZERO = 127, 128
-# Smaller than any activation that is not zero, and far from overflow when it divides.
+# Smaller than any activation or weight of use, and far from overflow when it divides.
 LEAST = 1e-30
 
 

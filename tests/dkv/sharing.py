@@ -23,6 +23,7 @@ import dkv.parallel
 from dkv.models.families.diffusion_gemma import FAMILY
 from dkv.models.gemma import Gemma
 from dkv.policies import POLICIES
+from tests.dkv.engine.test_families_in_company import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path("tests/golden")
@@ -33,16 +34,6 @@ FAMILIES = sorted(
     # One key head, which cannot be split.
     if path.parent.name not in ("gemma_tiny", "sdar_tied")
 )
-OPTIONS = {
-    "decode": {"refresh": 4},
-    "pd": {"refresh": 4},
-    "greedy": {"refresh": 4, "window": 2},
-    "suffix": {"window": 3},
-    "sliding": {"prefix_window": 2},
-    "rollout": {"rollout_p": 0.2, "current_k": 3},
-    "elastic": {"window": 3, "gamma": 0.9},
-    "skip": {"shares": "1/2@1/3", "block_every": 3},
-}
 RULES = [
     {"temperature": 0.7},
     {"threshold": 0.1},
