@@ -54,12 +54,17 @@ def add_source(parser: argparse.ArgumentParser, name: str, text: str, lines: str
     return add
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny", help="a bundled model, a checkpoint folder or a hub id (default: %(default)s)")
+def add_loading(add: Any) -> None:
+    """The options of how a model is loaded, for `load`."""
     add_weights(add)
     add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
     add_told(add)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="tiny", help="a bundled model, a checkpoint folder or a hub id (default: %(default)s)")
+    add_loading(add)
 
 
 def add_output(parser: argparse.ArgumentParser, raw: str, stats: str, facts: str) -> None:

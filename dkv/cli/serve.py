@@ -5,7 +5,6 @@ import os
 import socket
 
 from dkv.cli import generate
-from dkv.cli.model import add_told, add_weights
 from dkv.cli.several import follow, ranks_of
 from dkv.common import process
 
@@ -33,9 +32,7 @@ Ctrl-C stops at once.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("model", metavar="MODEL", help="tiny, tiny-dream, a checkpoint folder or a hub id; clients ask for this name")
-    add_weights(add)
-    add("--device", help="such as cpu or cuda:1 (default: the current GPU, or else cpu)")
-    add_told(add)
+    generate.add_loading(add)
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (default: %(default)s)")
     add("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
