@@ -61,7 +61,8 @@ def test_a_row_has_the_same_bits_in_any_company(bits, experts, monkeypatch):
     # As on an H100, where inputs are divided among programs.
     monkeypatch.setattr(linear, "splits", lambda device, programs, limit, each: 2)
     rows, inputs = 70, 8 * 128
-    x, weight = torch.randn(rows, inputs), sample(bits, *([2] if experts else []), 40, inputs)
+    # Products of whole numbers are exact: the interpreter's, by NumPy, depend on the place of a row on some machines.
+    x, weight = torch.randint(-2, 3, (rows, inputs)).float(), sample(bits, *([2] if experts else []), 40, inputs)
 
     def run(some: slice) -> torch.Tensor:
         count = len(range(rows)[some])
