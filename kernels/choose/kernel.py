@@ -260,8 +260,8 @@ def choose_kernel(
 ):
     """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, parts).
 
-    x holds hidden states of `size` numbers if `weight`, the head, is given, with `scales` if it has 8 bits; else logits:
-    from `first_column` on, with which a part begins, to the end of the last part of the grid.
+    x holds hidden states of `size` numbers if `weight`, the head, is given, with `scales` in 8 bits, else logits: from
+    `first_column` on, with which a part begins, to the end of the last part of the grid.
     """
     r = tl.program_id(0).to(tl.int64) * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
     part = first_column // (tiles * C.BLOCK_V) + tl.program_id(1)

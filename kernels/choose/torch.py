@@ -70,7 +70,7 @@ def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, head_scal
 def products(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Workspace, scales: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """`hidden @ weight.T + bias` strip by strip, each in the memory of the one before it. With scales, `int8_linear`."""
+    """`hidden @ weight.T + bias` strip by strip, each in the memory of the one before it; `int8_linear` with scales."""
     for start in range(0, len(weight), STRIP):
         ids = slice(start, start + STRIP)
         some, shift = weight[ids], None if bias is None else bias[ids]
