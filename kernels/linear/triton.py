@@ -56,10 +56,10 @@ FOUR_TABLE = LaunchTable(
             (32, 2): Launch((32, 64), 4, 3),
             (64, 2): Launch((64, 64), 8, 2),
             (128, 2): Launch((64, 64), 8, 2),
-            (16, 4): Launch((16, 64), 4, 3),
-            (32, 4): Launch((32, 32), 4, 2),
-            (64, 4): Launch((32, 32), 4, 2),
-            (128, 4): Launch((32, 32), 4, 2),
+            (16, 4): Launch((16, 32), 4, 3),
+            (32, 4): Launch((32, 32), 8, 2),
+            (64, 4): Launch((32, 32), 8, 2),
+            (128, 4): Launch((32, 32), 8, 2),
         },
         "interpreter": {regime: Launch(launch.tile[:2], 4) for regime, launch in _INTERPRETER.items()},
     },
@@ -103,21 +103,15 @@ def _plan(x, weight, scales, bias, ends, out, invariant):
     def calls(launch: Launch) -> Iterator[Call]:
         block_r, block_n, *inputs = launch.tile
         block_k = size // scales.shape[-1] if four else inputs[0]
-        of_rows, of_outputs, tiles = (
-            triton.cdiv(rows, block_r),
-            triton.cdiv(outputs, block_n),
-            triton.cdiv(size, block_k),
-        )
+        of_rows, of_outputs = triton.cdiv(rows, block_r), triton.cdiv(outputs, block_n)
+        tiles = triton.cdiv(size, block_k)
         # One row is in one tile, or with one expert.
         busy = 1 if invariant else of_rows if ends is None else min(len(ends), rows)
         parts = splits(x.device, busy * of_outputs, max(1, min(MOST_PARTS, tiles // LEAST_TILES)), each=EACH)
         sums = out if parts == 1 else Scratch("sums", (parts, rows, outputs), torch.float32)
         known = {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN": size % block_k == 0, "FOUR": four}
-        own = {
-            "out": sums,
-            "of_part": triton.cdiv(tiles, parts) * block_k,
-            "bias": strided(bias) if parts == 1 else None,
-        }
+        own = {"out": sums, "of_part": triton.cdiv(tiles, parts) * block_k}
+        own["bias"] = strided(bias) if parts == 1 else None
         own["C"] = constants(**known, PRECISION=precision(x), STAGES=launch.stages)
         yield Call(linear_kernel, (of_rows if ends is None else len(ends), of_outputs, parts), launch, given | own)
         if parts > 1:
@@ -131,27 +125,25 @@ def _plan(x, weight, scales, bias, ends, out, invariant):
     return (fit, x.element_size()), calls
 
 
+# Of audit cases: experts, outputs and inputs. The odd ones fill no tile, and have a bias.
+_SAMPLES = {"": (0, 4096, 4096), " odd": (0, 1001, 4000), " ends": (64, 1024, 512)}
+
+
 def audit_cases(arch: str) -> Iterator[Case]:
-    """Every launch: the plainest, and with a bias, ends and what does not fill a tile; and the sum of parts."""
+    """Every launch, the plainest and those with more; and the sums of parts."""
+    sums = {}
     for table, operation in ((TABLE, int8_linear), (FOUR_TABLE, int4_linear)):
         for regime, launch in table.on(arch):
             most, number = regime[0], "bf16" if regime[1] == 2 else "fp32"
-            for kind, experts, outputs, size in (
-                ("", 0, 4096, 4096),
-                (" odd", 0, 1001, 4000),
-                (" ends", 64, 1024, 512),
-            ):
-                if table is FOUR_TABLE and size % GROUPS[-1]:
-                    continue
-                x = meta(most - 1, size, dtype=number)
+            for kind, (experts, outputs, size) in _SAMPLES.items():
                 of = (experts, outputs) if experts else (outputs,)
-                sample = (x, *_weights(table, *of, size=size), meta(outputs, dtype=number) if kind == " odd" else None)
+                bias = meta(outputs, dtype=number) if kind == " odd" else None
                 ends = meta(experts, dtype=torch.int32) if experts else None
-                first, *added = calls_of(arch, regime, launch, operation, *sample, ends)
-                name = f"{table.name} {most} rows{kind} {number}"
-                yield Case(name, first, ("tensor core", "async copy"))
-                for call in added:
-                    yield Case(f"{name} sum of {call.arguments['PARTS']}", call)
+                sample = meta(most - 1, size, dtype=number), *_weights(table, *of, size=size), bias, ends
+                first, *added = calls_of(arch, regime, launch, operation, *sample)
+                yield Case(f"{table.name} {most} rows{kind} {number}", first, ("tensor core", "async copy"))
+                sums |= {f"sum of {call.arguments['PARTS']} parts{kind} {number}": call for call in added}
+    yield from (Case(name, call) for name, call in sums.items())
 
 
 def _weights(table: LaunchTable, *outputs: int, size: int) -> tuple[Tensor, Tensor]:
