@@ -169,14 +169,15 @@ def choose_token_fused(device, few, dtype) -> None:
 @check(*DTYPES)
 def few_bits(device, few, dtype) -> None:
     """Products with weights of 8 and 4 bits, for all regimes of rows, experts among them; and a head of 8 bits."""
-    spec = replace(TINY, hidden_size=192, intermediate_size=1000)
-    for i, rows in enumerate((1, 17, 64, 130, *([] if few else [700]))):
-        z = Sizes(replace(spec, hidden_size=(192, 4096)[i % 2]), 1, rows, rows, dtype)
+    for i, rows in enumerate(thin(few, (1, 17, 64, 130, 700), 3)):
+        z = Sizes(replace(TINY, hidden_size=(192, 1056)[i % 2], intermediate_size=150), 1, rows, rows, dtype)
         for make in (linear.linear8, linear.linear4):
             agree(make(z, device, bias=i % 2 == 0), make(z, device, experts=5))
-    down = Sizes(replace(spec, hidden_size=1001, intermediate_size=4000), 1, 33, 33, dtype)
+    # Inputs that are divided among several programs.
+    down = Sizes(replace(TINY, hidden_size=301, intermediate_size=4000), 1, 33, 33, dtype)
     agree(linear.linear8(down, device, down=True), linear.linear4(down, device, down=True))
-    for (r, d, v), rule in zip([(5, 128, 32007), (33, 257, 4099), (200, 64, 7000)], kernels.RULES, strict=True):
+    sizes = zip([(5, 128, 32007), (33, 257, 4099), (200, 64, 7000)], kernels.RULES, strict=True)
+    for (r, d, v), rule in thin(few, list(sizes), 2):
         agree(table.choose_fused(rows_of_logits(dtype, r, v, d), device, rule, bias=d < 200, eight=True))
 
 
