@@ -10,8 +10,8 @@ from dkv.kernels.common.operation import readable
 from dkv.kernels.linear.four import unpacked4
 from dkv.kernels.linear.reference import experts_of
 
-# Of a strip of the weight that is undone: it should stay in a cache.
-STRIP_BYTES = 4 << 20
+# Of a strip of the weight that is undone: it should stay in a cache. Not measured.
+STRIP_BYTES = 16 << 20
 
 # x [T, K], weights and scales of some outputs -> their products [T, n], in the dtype of accumulation.
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]

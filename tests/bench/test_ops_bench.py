@@ -125,6 +125,12 @@ def test_all_ways_agree(operation, family, active, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("down", [False, True])
+def test_pytorchs_own_product_of_8_bits_agrees(down, dtype):
+    build("int8_linear", dtype=dtype, down=down).check("int8pack")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llada-8b", "dream-7b"])
 @pytest.mark.parametrize("operation", ["choose_token", "choose_token_fused"])
 def test_all_ways_agree_in_the_entropy(operation, family, dtype):
