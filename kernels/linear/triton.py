@@ -25,6 +25,17 @@ from dkv.kernels.linear.kernel import add_kernel, linear_kernel
 # takes them from shared memory again.
 ROWS = (16, 32, 64, 128)
 _INTERPRETER = {(rows, number): Launch((rows, 256, 256), 4) for rows, number in product(ROWS, (2, 4))}
+# Where a program may have more than 100 KB of shared memory: twice the outputs for which a tile of rows is read.
+_WIDE = {
+    (32, 2): Launch((32, 128, 128), 8, 4),
+    (64, 2): Launch((64, 128, 128), 8, 3),
+    (128, 2): Launch((128, 128, 64), 8, 3),
+}
+_WIDE_FOUR = {
+    (16, 2): Launch((16, 128), 4, 4),
+    (32, 2): Launch((32, 128), 8, 4),
+    (64, 2): Launch((64, 128), 8, 3),
+}
 # Tile: (rows, outputs, inputs).
 TABLE = LaunchTable(
     "int8_linear",
@@ -39,12 +50,13 @@ TABLE = LaunchTable(
             (64, 4): Launch((64, 64, 32), 8, 2),
             (128, 4): Launch((64, 64, 32), 8, 2),
         },
+        **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _WIDE),
         "interpreter": _INTERPRETER,
     },
     [
         Launch(tile, warps, stages)
-        for tile in product((16, 32, 64, 128), (32, 64, 128), (64, 128, 256))
-        for warps, stages in product((4, 8), (2, 3, 4))
+        for tile in product(ROWS, (64, 128), (64, 128, 256))
+        for warps, stages in product((4, 8), (3, 4))
     ],
 )
 # Tile: (rows, outputs); the inputs of a tile are a group.
@@ -59,17 +71,19 @@ FOUR_TABLE = LaunchTable(
             # Larger tiles spill where experts have several: a product of float32 is three.
             **{(rows, 4): Launch((16, 32), 4, 3) for rows in ROWS},
         },
+        **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _WIDE_FOUR),
         "interpreter": {regime: Launch(launch.tile[:2], 4) for regime, launch in _INTERPRETER.items()},
     },
     [
         Launch(tile, warps, stages)
-        for tile in product((16, 32, 64, 128), (32, 64, 128, 256))
-        for warps, stages in product((4, 8), (2, 3, 4, 5))
+        for tile in product(ROWS, (64, 128, 256))
+        for warps, stages in product((4, 8), (3, 4))
     ],
 )
-# Programs that a processor runs at a time; the most parts of the inputs, and the fewest tiles of one. With 3, 64, 192
-# and 384 tiles of outputs, as LLaDA-8B has them, fill the 132 processors of an H100 evenly: arithmetic, not timed.
-EACH, MOST_PARTS, LEAST_TILES = 3, 8, 4
+# Programs of a processor; the most parts of the inputs, and the fewest tiles of one. From 128 programs on some 5 MB of
+# weights are on their way at a time, where the bandwidth of an H100 times the time of an access is about 3 MB, and more
+# parts would only be more to add up: arithmetic, not timed.
+EACH, MOST_PARTS, LEAST_TILES = 2, 8, 4
 ADD = Launch((1024,), 4)
 
 
