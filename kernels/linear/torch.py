@@ -39,7 +39,7 @@ def _int4(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, ends: Tensor | None, of: Product) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     out = rows.new_empty(len(rows), weight.shape[-2])
     if ends is None:
         _multiply(rows, weight, scales, bias, of, out)

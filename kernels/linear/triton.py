@@ -98,7 +98,7 @@ def int4_linear(x, weight, scales, bias, ends):
 def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, ends: Tensor | None, table: LaunchTable):
     if x.dtype == torch.float64:
         return getattr(fallback, table.name)(x, weight, scales, bias, ends)
-    rows = computable(unit_stride(x.reshape(-1, x.shape[-1])))
+    rows = computable(unit_stride(x.reshape(x.shape[:-1].numel(), x.shape[-1])))
     out = torch.empty(len(rows), weight.shape[-2], dtype=rows.dtype, device=x.device)
     if out.numel():
         bias = bias if bias is None else computable(bias)
