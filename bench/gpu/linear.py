@@ -17,6 +17,7 @@ def linear8(z: Sizes, device: torch.device, **how: Any) -> Case:
 
 
 def linear4(z: Sizes, device: torch.device, **how: Any) -> Case:
+    """`linear8` with weights of 4 bits."""
     return _linear(z, device, 4, **how)
 
 
