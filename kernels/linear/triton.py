@@ -51,6 +51,8 @@ TABLE = LaunchTable(
             (128, 4): Launch((64, 64, 32), 8, 2),
         },
         **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _WIDE),
+        # More registers than there are, where a tile is not filled.
+        "sm_80": _WIDE | {(128, 2): Launch((128, 64, 64), 8, 3)},
         "interpreter": _INTERPRETER,
     },
     [
