@@ -18,15 +18,13 @@ from dkv.models.families import Family, family_of
 from dkv.models.files import Entry, damaged
 from dkv.models.folders import TOKENIZER_FILES, folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
+from dkv.models.form import Asked, check_words, form_of
 from dkv.models.gemma import Gemma
 from dkv.models.gemma_spec import GemmaSpec
-from dkv.models.int8 import Int8Linear, check_int8
-from dkv.models.joining import join_
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.mixture import EXPERT_BIAS
-from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.shards import Cut, device_of, read, share_
-from dkv.models.skeleton import fill, skeleton
+from dkv.models.skeleton import Pieces, fill, skeleton
 from dkv.models.spec import ModelSpec
 from dkv.models.special_ids import with_token_ids
 from dkv.models.tokenizer import with_vocab_limit
@@ -108,10 +106,7 @@ def load(
         TypeError: an unknown argument, or a path that is none.
     """
     hub = hub_options(keywords, NAMES)
-    if not (pack is None or isinstance(pack, bool)):
-        raise ValueError(f"pack must be True, False or None, got {pack!r}")
-    if weights not in (None, "int8"):
-        raise ValueError(f'weights must be "int8" or None, got {weights!r}')
+    check_words(pack, weights)
     wanted, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
     device = usable(device) if ranks is None else device_of(ranks, device, pack, weights)
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)
@@ -122,46 +117,23 @@ def load(
     cuts: dict[str, Cut] = {}
     if ranks is not None:
         pieces, cuts = share_(model, ranks, kind, pieces)
-    # Files may hold more than the model has.
-    entries = {name: entries[name] for name in pieces}
-    for name, entry in entries.items():
+    entries = _needed(entries, pieces)
+    asked = Asked(wanted, device, pack, weights, shared=ranks is not None)
+    form = form_of(asked, model, CODES[entries[kind.weight_name("embed")].dtype])
+    fill(model, pieces, _read(entries, form.dtype, form.device, cuts))
+    return form.made(model.eval())
+
+
+def _needed(entries: Mapping[str, Entry], pieces: Pieces) -> dict[str, Entry]:
+    """The entries that a model has, as files may hold more; ValueError: one is of a dtype that is not read."""
+    needed = {name: entries[name] for name in pieces}
+    for name, entry in needed.items():
         if entry.dtype not in CODES:
             raise ValueError(
                 f"{name} in {entry.file} is stored as {entry.dtype}; only {', '.join(CODES)} are read: "
                 "load the original weights, not quantised ones"
             )
-    target = wanted
-    if not isinstance(wanted, torch.dtype):
-        target = CODES[entries[kind.weight_name("embed")].dtype]
-        if wanted is None and device.type == "cpu":
-            target = torch.promote_types(target, torch.float32)
-    own = isinstance(model, Gemma)
-    if own and (pack or weights):
-        named = "pack=True" if pack else f"weights={weights!r}"
-        raise ValueError(f"{named} is of models that fill masks; DiffusionGemma computes with its weights as they are")
-    if weights == "int8":
-        check_int8(wanted, device, pack)
-        # As it lies in the file: one product after the other is rounded, and no float32 model stands in memory.
-        target = CODES[entries[kind.weight_name("embed")].dtype]
-    packs = device.type == "cpu" and ranks is None and can_pack(target)
-    if pack:
-        check_packable("the model", target, device)
-    fill(model, pieces, _read(entries, target, device, cuts))
-    model.eval()
-    if own:
-        if pack is None:
-            model.join_()
-        return model
-    if weights == "int8":
-        return pack_(model, Int8Linear)
-    if pack or (pack is None and packs):
-        return pack_(model)
-    if pack is None:
-        join_(model)
-        if device.type == "cuda":
-            # The parts are freed, but too small for what comes next.
-            torch.cuda.empty_cache()
-    return model
+    return needed
 
 
 def described(
