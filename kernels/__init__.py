@@ -17,6 +17,8 @@ from dkv.kernels.common.backend import BACKENDS, use_backend
 from dkv.kernels.common.stored import Stored, rounded
 from dkv.kernels.common.workspace import Workspace
 from dkv.kernels.gate.op import swiglu
+from dkv.kernels.linear.four import packed4, unpacked4
+from dkv.kernels.linear.op import int4_linear, int8_linear
 from dkv.kernels.mass.op import attention_mass
 from dkv.kernels.norm.op import rms_norm
 from dkv.kernels.plan.op import pack_pass, plan_pass, with_masked_window
@@ -36,8 +38,11 @@ __all__ = [
     "choose_token_fused",
     "commit_",
     "head_norm",
+    "int4_linear",
+    "int8_linear",
     "keep_rows_",
     "pack_pass",
+    "packed4",
     "plan_pass",
     "rms_norm",
     "rope_scatter_",
@@ -45,6 +50,7 @@ __all__ = [
     "rounded",
     "row_change",
     "swiglu",
+    "unpacked4",
     "use_backend",
     "with_masked_window",
 ]

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from dkv.kernels.common.launch import Call, LaunchTable, entries_of
 from dkv.kernels.dev.cases import Case, described
 
-OPERATIONS = ("attention", "change", "choose", "commit", "gate", "mass", "norm", "plan", "rope_scatter")
+OPERATIONS = ("attention", "change", "choose", "commit", "gate", "linear", "mass", "norm", "plan", "rope_scatter")
 KB = 1024
 
 

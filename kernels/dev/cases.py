@@ -13,7 +13,7 @@ from dkv.kernels.common.launch import Call, Chip, Launch, trial
 from dkv.kernels.common.stored import SCALES, Stored
 
 NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPES = {dtype: name for name, dtype in NUMBERS.items()} | {torch.bool: "u1", torch.int8: "i8"}
+TYPES = {dtype: name for name, dtype in NUMBERS.items()} | {torch.bool: "u1", torch.int8: "i8", torch.uint8: "u8"}
 TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 # The launches that are compiled are those of a chip of this many multiprocessors.
 PROCESSORS = 128

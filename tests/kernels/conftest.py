@@ -52,7 +52,7 @@ def interpreted() -> SimpleNamespace:
         return call
 
     names = ("cached_attention", "choose_token", "choose_token_fused", "commit_", "rms_norm", "rope_scatter_", "swiglu")
-    names += ("row_change", "keep_rows_")
+    names += ("row_change", "keep_rows_", "int8_linear", "int4_linear")
     names += ("attention_mass", "plan_pass", "pack_pass", "with_masked_window", "advance_")
     return SimpleNamespace(**{name: tried(getattr(kernels, name)) for name in names})
 

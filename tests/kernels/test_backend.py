@@ -23,6 +23,8 @@ OPERATIONS = {
     "choose_token": ("choose", "choose_token"),
     "choose_token_fused": ("choose", "choose_token_fused"),
     "commit_": ("commit", "commit_"),
+    "int4_linear": ("linear", "int4_linear"),
+    "int8_linear": ("linear", "int8_linear"),
     "keep_rows_": ("change", "keep_rows_"),
     "pack_pass": ("plan", "pack"),
     "plan_pass": ("plan", "plan"),

@@ -1,0 +1,120 @@
+"""The Triton kernels of products with weights of 8 and 4 bits: their tiles, parts and memory."""
+
+import pytest
+import torch
+
+from dkv.kernels.common.backend import has_triton, interpreted
+
+if not has_triton() or not interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from dkv.kernels import use_backend
+from dkv.kernels.common.launch import Chip, Launch, trial
+from dkv.kernels.dev.cases import described, meta
+from dkv.kernels.linear import triton as linear
+from tests.kernels.test_linear import OPERATIONS, bits, by_expert, close, sample
+
+# Some that do not divide what they are for.
+SMALL = {8: Launch((16, 32, 64), 4, 2), 4: Launch((16, 32), 4, 2)}
+
+
+@bits
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("inputs", [5 * 128, 200])
+def test_tiles_and_parts(interpreted, bits, parts, inputs):
+    """The last of 8 parts of 5 tiles have no inputs."""
+    inputs -= inputs % 32 if bits == 4 else 0
+    x, weight, bias = torch.randn(21, inputs), sample(bits, 75, inputs), torch.randn(75)
+    found = getattr(interpreted, f"int{bits}_linear")(
+        x, weight.stored, weight.scales, bias, launch=SMALL[bits], parts=parts
+    )
+    close(found, x.double() @ weight.exact.T + bias.double(), x.dtype)
+
+
+@bits
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_expert_of_several_tiles(interpreted, bits, parts):
+    x, weight, ends = torch.randn(60, 256), sample(bits, 4, 40, 256), torch.tensor([35, 35, 36, 60], dtype=torch.int32)
+    found = getattr(interpreted, f"int{bits}_linear")(
+        x, weight.stored, weight.scales, ends=ends, launch=SMALL[bits], parts=parts
+    )
+    close(found, by_expert(x, weight.exact, ends.tolist()), x.dtype)
+
+
+@bits
+@pytest.mark.parametrize("ends", [[-9, 4, 99], [3, 1, 2], [7, 7, 9]])
+def test_wrong_ends_touch_no_other_memory(bits, ends):
+    """They are not checked on a GPU. What no expert has is not written; rows that have one are right."""
+    x, weight = torch.randn(12, 64)[4:9], sample(bits, 3, 20, 64)
+    launcher = getattr(linear, f"int{bits}_linear")
+    with trial(launch=SMALL[bits]):
+        found = launcher(x, weight.stored, weight.scales, None, torch.tensor(ends, dtype=torch.int32))
+    assert found.shape == (5, 20)
+    if ends[0] == -9:
+        close(found, by_expert(x, weight.exact, [0, 4, 5]), x.dtype)
+
+
+@bits
+@pytest.mark.parametrize("experts", [False, True], ids=["plain", "ends"])
+def test_a_row_has_the_same_bits_in_any_company(bits, experts, monkeypatch):
+    monkeypatch.setenv("DKV_BATCH_INVARIANT", "1")
+    # As on an H100, where inputs are divided among 4 programs.
+    monkeypatch.setattr(linear, "splits", lambda device, programs, limit, each: min(4, limit))
+    rows, inputs = 150, 2048
+    x, weight = torch.randn(rows, inputs), sample(bits, *([2] if experts else []), 40, inputs)
+
+    def run(some: slice) -> torch.Tensor:
+        count = len(range(rows)[some])
+        ends = torch.tensor([count // 2, count], dtype=torch.int32) if experts else None
+        with use_backend("triton"):
+            return OPERATIONS[bits](x[some], weight.stored, weight.scales, ends=ends)
+
+    whole = run(slice(0, rows))
+    if experts:  # rows 70 to 80 are with the expert that they have among all: 5 before the middle, 5 behind it
+        assert torch.equal(run(slice(70, 80)), whole[70:80])
+    else:
+        for some in (slice(0, 1), slice(7, 12), slice(30, 70), slice(20, 150)):
+            assert torch.equal(run(some), whole[some])
+
+
+@bits
+def test_programs_without_the_company_of_others(bits, monkeypatch):
+    """How many parts there are does not depend on the rows where rows are to have the same bits in any company."""
+    monkeypatch.setenv("DKV_BATCH_INVARIANT", "1")
+    given = (meta(256, 4096, dtype=torch.int8), meta(256, dtype="fp32"))
+    if bits == 4:
+        given = (meta(256, 2048, dtype=torch.uint8), meta(256, 32, dtype="fp32"))
+    grids = set()
+    for rows in (1, 16, 40, 700):
+        with trial(chip=Chip("sm_90", 132)) as tried, use_backend("triton"):
+            OPERATIONS[bits](meta(rows, 4096), *given)
+        grids.add(tried.calls[0].grid[1:])
+        assert [call.kernel.__name__ for call in tried.calls] == ["linear_kernel", "add_kernel"]
+    assert len(grids) == 1
+
+
+@bits
+@pytest.mark.parametrize("rows", [(1, 9, 16), (33, 48, 64)], ids=["few", "more"])
+def test_another_number_of_rows_needs_no_other_kernel(bits, rows):
+    weight = meta(4096, 4096, dtype=torch.int8), meta(4096, dtype="fp32")
+    if bits == 4:
+        weight = meta(4096, 2048, dtype=torch.uint8), meta(4096, 32, dtype="fp32")
+    kinds = []
+    for count in rows:
+        with trial(chip=Chip("sm_90", 132)) as tried, use_backend("triton"):
+            OPERATIONS[bits](meta(count, 4096), *weight)
+        kinds.append([(call.kernel, call.launch, described(call)) for call in tried.calls])
+    assert kinds[1:] == kinds[:-1]
+
+
+@bits
+def test_the_weight_is_read_once_for_few_rows(bits):
+    """Up to a tile of rows there is one program for each tile of outputs and part."""
+    weight = meta(4096, 4096, dtype=torch.int8), meta(4096, dtype="fp32")
+    if bits == 4:
+        weight = meta(4096, 2048, dtype=torch.uint8), meta(4096, 32, dtype="fp32")
+    for rows in (1, 16, 17, 32, 64, 128):
+        with trial(chip=Chip("sm_90", 132)) as tried, use_backend("triton"):
+            OPERATIONS[bits](meta(rows, 4096), *weight)
+        assert tried.calls[0].grid[0] == -(-rows // tried.calls[0].launch.tile[0])
+        assert rows > 32 or tried.calls[0].grid[0] == 1
