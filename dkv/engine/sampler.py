@@ -76,7 +76,7 @@ class Sampler:
         head = self.model.head
         if self.processor is not None:
             return self._processed(hidden, keys, counts(), texts())
-        if type(head) is nn.Linear or hasattr(head, "strips"):
+        if _is_plain(head) or hasattr(head, "strips"):
             how = {**self.how, "row_keys": keys, "workspace": self.workspace}
             return self._with_late_ends(lambda gone: kernels.choose_token_fused(hidden, **self._head(gone), **how))
         rows = max(1, LOGITS_AT_A_TIME // self.model.spec.vocab_size)
@@ -159,6 +159,13 @@ class Sampler:
         """The choices from several parts of logits."""
         found = [self._of_logits(part, key) for part, key in zip(logits, keys, strict=True)]
         return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether the logits are a product with the very weight of the layer; a quantised one (torchao) is multiplied by
+    its layer alone.
+    """
+    return type(head) is nn.Linear and type(head.weight) in (Tensor, nn.Parameter)
 
 
 def _without(head: Any, gone: Sequence[int]) -> dict[str, Any]:
