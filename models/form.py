@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from dkv.models.int8 import Int8Linear, check_int8
 from dkv.models.joining import join_
 from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.transformer import Transformer
+from dkv.models.weight_only import BITS, check_groups, weight_only_
 
 Model = Transformer | Gemma
-WEIGHTS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,35 @@ class Asked:
         dtype: one of torch, "auto" or None.
         device: where the model is to be.
         shared: several processes share the model.
+
+    Raises:
+        ValueError: they do not go together, or not with this machine.
     """
 
     dtype: torch.dtype | str | None
     device: torch.device
     pack: bool | None = None
     weights: str | None = None
+    keep_head: bool = False
     shared: bool = False
+
+    def __post_init__(self):
+        for name, known in (("pack", (True, False, None)), ("keep_head", (True, False))):
+            # Not by equality, as 0 and 1 are equal to these.
+            if not any(getattr(self, name) is value for value in known):
+                raise ValueError(f"{name} must be {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+        if self.weights is None:
+            if self.keep_head:
+                raise ValueError(f"keep_head goes with weights= {' or '.join(BITS)}, whose head it leaves as it is")
+            return
+        if self.weights not in BITS:
+            raise ValueError(f"weights must be one of {', '.join(BITS)}, or None, got {self.weights!r}")
+        if self.device.type == "cpu":
+            if self.weights != "int8":
+                raise ValueError(f'weights="{self.weights}" is for GPUs: on a CPU take weights="int8"')
+            check_int8(self.dtype, self.pack)
+        elif self.pack is not None:
+            raise ValueError(f"weights={self.weights!r} have a layout of their own: leave out pack={self.pack}")
 
     def dtype_of(self, stored: torch.dtype) -> torch.dtype:
         """The dtype of a model that is stored in this one."""
@@ -54,14 +77,6 @@ class Form(NamedTuple):
     made: Callable[[Model], Model]
 
 
-def check_words(pack: bool | None, weights: str | None) -> None:
-    """Raise ValueError for values that mean nothing."""
-    if not (pack is None or isinstance(pack, bool)):
-        raise ValueError(f"pack must be True, False or None, got {pack!r}")
-    if weights not in (None, *WEIGHTS):
-        raise ValueError(f'weights must be "int8" or None, got {weights!r}')
-
-
 def form_of(asked: Asked, model: Model, stored: torch.dtype) -> Form:
     """The form of a model, which is without storage as yet.
 
@@ -79,10 +94,14 @@ def form_of(asked: Asked, model: Model, stored: torch.dtype) -> Form:
                 f"{named} is of models that fill masks; DiffusionGemma computes with its weights as they are"
             )
         return Form(dtype, device, _as_read if asked.pack is False else _joined_gemma)
-    if asked.weights == "int8":
-        check_int8(asked.dtype, device, asked.pack)
+    if asked.weights and device.type == "cpu":
         # As it lies in the file: one product after the other is rounded, and no float32 model stands in memory.
-        return Form(stored, device, lambda read: pack_(read, Int8Linear))
+        return Form(stored, device, partial(_in_bytes, keep_head=asked.keep_head))
+    if asked.weights:
+        check_groups(model, asked.weights)
+        # Read to the host, and not to a card that may have room for the result alone.
+        made = partial(weight_only_, bits=asked.weights, device=device, keep_head=asked.keep_head)
+        return Form(dtype, torch.device("cpu"), made)
     if asked.pack:
         check_packable("the model", dtype, device)
     if asked.pack is False:
@@ -93,6 +112,12 @@ def form_of(asked: Asked, model: Model, stored: torch.dtype) -> Form:
 
 def _as_read(model: Model) -> Model:
     return model
+
+
+def _in_bytes(model: Transformer, keep_head: bool) -> Transformer:
+    pack_(model, Int8Linear, keep_head)
+    # A head that was kept is of float32 now.
+    return pack_(model) if keep_head and can_pack() else model
 
 
 def _joined_gemma(model: Gemma) -> Gemma:

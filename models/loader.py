@@ -18,7 +18,7 @@ from dkv.models.families import Family, family_of
 from dkv.models.files import Entry, damaged
 from dkv.models.folders import TOKENIZER_FILES, folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
-from dkv.models.form import Asked, check_words, form_of
+from dkv.models.form import Asked, form_of
 from dkv.models.gemma import Gemma
 from dkv.models.gemma_spec import GemmaSpec
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
@@ -35,7 +35,7 @@ from dkv.parallel import Ranks
 CODES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS.values(), strict=True))
 # Arguments of `load`, for the message that refuses another.
 NAMES = (
-    *("dtype", "device", "device_map", "torch_dtype", "pack", "weights", "subfolder"),
+    *("dtype", "device", "device_map", "torch_dtype", "pack", "weights", "keep_head", "subfolder"),
     *("family", "mask_token_id", "attention_block", "ranks"),
 )
 # Checkpoints of at least so many bytes show how far they are.
@@ -50,6 +50,7 @@ def load(
     pack: bool | None = None,
     *,
     weights: str | None = None,
+    keep_head: bool = False,
     family: str | None = None,
     mask_token_id: int | None = None,
     attention_block: int | None = None,
@@ -77,9 +78,11 @@ def load(
             `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can, or
             bfloat16 on one with instructions for it; elsewhere weights that multiply the same states are joined
             (`models/joining.py`). False: plain layers.
-        weights: "int8": those of all products as bytes, with a scale for each output, on a CPU with VNNI; activations
-            are rounded to bytes by token when they are multiplied, and are float32 elsewhere. A quarter of the memory,
-            faster, and not quite the same model: docs/devices.md says what is lost. None: of `dtype`.
+        weights: None: of `dtype`. "int8": those of all products as bytes, with a scale for each output. On a GPU
+            activations stay in `dtype` ("int4" is for GPUs alone: 4 bits, with a scale for each output and at most 128
+            inputs, the head in 8 bits). On a CPU, which must have VNNI, activations are rounded to bytes by token when
+            they are multiplied, and are float32 elsewhere. Less memory, and not quite the same model: docs/devices.md.
+        keep_head: with `weights`, leave the head in the dtype of the activations.
         family: of the model, where its configuration does not tell: "stable_diffcoder" for a plain Llama one.
         mask_token_id: where neither the configuration nor the tokenizer beside it say it; counts before both.
         attention_block: slots of the blocks in which the model was trained, if not as its configuration says: for
@@ -106,9 +109,9 @@ def load(
         TypeError: an unknown argument, or a path that is none.
     """
     hub = hub_options(keywords, NAMES)
-    check_words(pack, weights)
     wanted, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
     device = usable(device) if ranks is None else device_of(ranks, device, pack, weights)
+    asked = Asked(wanted, device, pack, weights, keep_head, shared=ranks is not None)
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)
     kind, config = described(folder, family, mask_token_id, attention_block)
     entries = read_headers(folder)
@@ -118,7 +121,6 @@ def load(
     if ranks is not None:
         pieces, cuts = share_(model, ranks, kind, pieces)
     entries = _needed(entries, pieces)
-    asked = Asked(wanted, device, pack, weights, shared=ranks is not None)
     form = form_of(asked, model, CODES[entries[kind.weight_name("embed")].dtype])
     fill(model, pieces, _read(entries, form.dtype, form.device, cuts))
     return form.made(model.eval())

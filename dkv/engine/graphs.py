@@ -250,10 +250,10 @@ def state_of(engine: "Engine") -> Iterator[tuple[Any, str, Tensor]]:
 
 
 def weights_of(model: Any) -> Iterator[Tensor]:
-    """The memory of all weights, as a parameter takes other memory where its model is moved; of quantised ones
-    (torchao) that of their parts.
+    """The memory of all weights, as a parameter takes other memory where its model is moved; of those that torchao has
+    quantised that of their parts.
     """
-    for weight in model.parameters():
+    for weight in (*model.parameters(), *model.buffers()):
         names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else None
         yield from [weight.detach()] if names is None else (getattr(weight, name) for name in names)
 
