@@ -210,8 +210,8 @@ def merge_kernel(
 
 
 @triton.jit
-def _logits(x, weight, bias, r, column, first_column, rows, vocabulary, size, C):
-    """A tile of logits [R, V] in float32: x or x @ weight.T, plus bias; -inf for no id."""
+def _logits(x, weight, scales, bias, r, column, first_column, rows, vocabulary, size, C):
+    """A tile of logits [R, V] in float32: x or x @ weight.T, in 8 bits times scales, plus bias; -inf for no id."""
     inside, known = (r < rows)[:, None], (column < vocabulary)[None, :]
     column = column.to(tl.int64)
     if weight is None:
@@ -227,10 +227,13 @@ def _logits(x, weight, bias, r, column, first_column, rows, vocabulary, size, C)
             of_rows, of_ids = inside, known
             if not C.EVEN:
                 of_rows, of_ids = of_rows & (d < size - start)[None, :], of_ids & (d < size - start)[:, None]
-            h, w = tl.load(x_at, mask=of_rows, other=0.0), tl.load(weight_at, mask=of_ids, other=0.0)
-            logits = tl.dot(h, w, logits, input_precision=C.PRECISION)
+            h, w = tl.load(x_at, mask=of_rows, other=0.0), tl.load(weight_at, mask=of_ids, other=0)
+            # All dtypes hold the whole numbers of 8 bits exactly.
+            logits = tl.dot(h, w.to(h.dtype), logits, input_precision=C.PRECISION)
             x_at += x.stride[1] * C.BLOCK_D
             weight_at += weight.stride[1] * C.BLOCK_D
+    if scales is not None:
+        logits *= tl.load(scales.ptr + column[None, :] * scales.stride[0], mask=known, other=0.0)
     if bias is not None:
         logits += tl.load(bias.ptr + column[None, :] * bias.stride[0], mask=known, other=0.0).to(tl.float32)
     return tl.where(known, logits, float("-inf"))
@@ -240,6 +243,7 @@ def _logits(x, weight, bias, r, column, first_column, rows, vocabulary, size, C)
 def choose_kernel(
     x,
     weight,
+    scales,
     bias,
     row_keys,
     floats,
@@ -256,8 +260,8 @@ def choose_kernel(
 ):
     """The state of a tile of rows over one part of the vocabulary, `tiles` tiles; grid (tiles of rows, parts).
 
-    x holds hidden states of `size` numbers if `weight`, the head, is given, else logits: from `first_column` on, with
-    which a part begins, to the end of the last part of the grid.
+    x holds hidden states of `size` numbers if `weight`, the head, is given, with `scales` in 8 bits, else logits: from
+    `first_column` on, with which a part begins, to the end of the last part of the grid.
     """
     r = tl.program_id(0).to(tl.int64) * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
     part = first_column // (tiles * C.BLOCK_V) + tl.program_id(1)
@@ -265,6 +269,6 @@ def choose_kernel(
     state = fresh(C)
     for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(vocabulary, C.BLOCK_V))):
         column = tile * C.BLOCK_V + tl.arange(0, C.BLOCK_V)  # [V]
-        logits = _logits(x, weight, bias, r, column, first_column, rows, vocabulary, size, C)
+        logits = _logits(x, weight, scales, bias, r, column, first_column, rows, vocabulary, size, C)
         state = absorb(state, logits, column, limit, heat, a, b, C, BANNED)
     store(state, floats, ids, r, r < rows, part, C)

@@ -80,6 +80,7 @@ def choose_token_fused(
     choice: Choice = BEST,
     *,
     head_bias: Tensor | None = None,
+    head_scales: Tensor | None = None,
     row_keys: Tensor | None = None,
     return_entropy: bool = False,
     workspace: Workspace | None = None,
@@ -98,6 +99,8 @@ def choose_token_fused(
         head_weight: [V, d], dtype of hidden; any strides. Or a layer that gives its logits strip by strip:
             with `in_features`, `out_features` and `strips(hidden)`, an iterator of [R, C].
         head_bias: [V], dtype of hidden, or None; not with a layer.
+        head_scales: [V], float32, with a head_weight of int8: the head is whole numbers with a scale for each id, as
+            `int8_linear` has it. The Triton backend then multiplies in its kernel for any number of rows.
 
     The other arguments, the result and the errors are those of `choose_token`.
     """
@@ -106,8 +109,8 @@ def choose_token_fused(
     if isinstance(head_weight, Tensor):
         checks.shape("head_weight", head_weight, None, d)
         v = len(head_weight)
-        checks.same_dtype(hidden=hidden, head_weight=head_weight)
-        checks.same_device(hidden=hidden, head_weight=head_weight, head_bias=head_bias)
+        _check_scales(hidden, head_weight, head_scales)
+        checks.same_device(hidden=hidden, head_weight=head_weight, head_bias=head_bias, head_scales=head_scales)
         if head_bias is not None:
             checks.shape("head_bias", head_bias, v)
             checks.same_dtype(hidden=hidden, head_bias=head_bias)
@@ -116,13 +119,30 @@ def choose_token_fused(
         v = head_weight.out_features
         if head_bias is not None:
             raise ValueError("head_bias goes with a head_weight that is a tensor: a layer adds its own")
+        if head_scales is not None:
+            raise ValueError("head_scales goes with a head_weight that is a tensor: a layer scales its logits itself")
     choice = _checked(choice, settings, return_entropy, v)
     row_keys = _row_keys(row_keys, r, choice, hidden)
     if recorded(hidden) and not isinstance(head_weight, Tensor):
         chosen = CHOOSE(head_weight(hidden), choice, row_keys)  # a custom op takes no layer
     else:
-        chosen = CHOOSE_FUSED(hidden, head_weight, choice, head_bias, row_keys, workspace=workspace)
+        chosen = CHOOSE_FUSED(hidden, head_weight, choice, head_bias, head_scales, row_keys, workspace=workspace)
     return _valid(chosen, choice, validate)
+
+
+def _check_scales(hidden: Tensor, weight: Tensor, scales: Tensor | None) -> None:
+    """A head of int8 has scales, and every other one the dtype of the hidden states and none."""
+    if weight.dtype != torch.int8:
+        checks.same_dtype(hidden=hidden, head_weight=weight)
+        if scales is not None:
+            raise ValueError(
+                f"head_scales goes with a head_weight of int8, and this one is {weight.dtype}: leave it out"
+            )
+    elif scales is None:
+        raise ValueError("a head_weight of int8 needs head_scales, a scale for each id")
+    else:
+        checks.shape("head_scales", scales, len(weight))
+        checks.dtype("head_scales", scales, (torch.float32,))
 
 
 def _checked(choice: Choice, settings: dict[str, Any], return_entropy: bool, vocabulary: int) -> Choice:

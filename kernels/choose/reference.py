@@ -11,6 +11,7 @@ from dkv.kernels.choose.choice import Choice
 from dkv.kernels.choose.temperature import computable, shares, tempered
 from dkv.kernels.common.dtypes import wide
 from dkv.kernels.common.noise import gumbel
+from dkv.kernels.linear.reference import int8_linear
 
 
 def dropped(x: Tensor, best: Tensor, choice: Choice) -> Tensor | None:
@@ -104,7 +105,15 @@ def _choose_rounded(logits: Tensor, allowed: Tensor, choice: Choice, row_keys) -
 
 
 def choose_token_fused(
-    hidden: Tensor, head_weight: Tensor, choice: Choice, head_bias: Tensor | None, row_keys: Tensor | None, **_
+    hidden: Tensor,
+    head_weight: Tensor,
+    choice: Choice,
+    head_bias: Tensor | None,
+    head_scales: Tensor | None,
+    row_keys: Tensor | None,
+    **_,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    if head_scales is not None:
+        return choose_token(int8_linear(hidden, head_weight, head_scales, head_bias, None), choice, row_keys)
     logits = hidden @ head_weight.T if isinstance(head_weight, Tensor) else head_weight(hidden)
     return choose_token(logits if head_bias is None else logits + head_bias, choice, row_keys)

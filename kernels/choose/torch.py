@@ -18,6 +18,7 @@ from dkv.kernels.choose.temperature import shares, tempered
 from dkv.kernels.common.dtypes import wide
 from dkv.kernels.common.noise import gumbel
 from dkv.kernels.common.workspace import Workspace
+from dkv.kernels.linear.torch import int8_linear
 
 # Columns of a strip. The number does not depend on the rows, so that sums are the same in any batch. No measurement of
 # this number and of those below has been kept.
@@ -43,13 +44,13 @@ def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace
     return _by_rows(strips, *logits.shape, logits.dtype, choice, row_keys)
 
 
-def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys, *, workspace=None):
+def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, head_scales, row_keys, *, workspace=None):
     if isinstance(head_weight, Tensor):
         work = workspace or Workspace()
         dtype, size = torch.promote_types(hidden.dtype, torch.float32), len(head_weight)
 
         def strips(rows: slice) -> Iterator[Strip]:
-            for logits in products(hidden[rows], head_weight, head_bias, work):
+            for logits in products(hidden[rows], head_weight, head_bias, work, head_scales):
                 if logits.dtype != dtype:
                     logits = work.take("strip", logits.shape, dtype, logits.device).copy_(logits)
                 yield logits, logits
@@ -66,16 +67,22 @@ def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys,
     return _by_rows(strips, len(hidden), size, hidden.dtype, choice, row_keys, None if whole else part)
 
 
-def products(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Workspace) -> Iterator[Tensor]:
-    """`hidden @ weight.T + bias` strip by strip, each in the memory of the one before it."""
+def products(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Workspace, scales: Tensor | None = None
+) -> Iterator[Tensor]:
+    """`hidden @ weight.T + bias` strip by strip, each in the memory of the one before it; `int8_linear` with scales."""
     for start in range(0, len(weight), STRIP):
-        some = weight[start : start + STRIP]
+        ids = slice(start, start + STRIP)
+        some, shift = weight[ids], None if bias is None else bias[ids]
+        if scales is not None:
+            yield int8_linear(hidden, some, scales[ids], shift, None)
+            continue
         logits = work.take("product", (len(hidden), len(some)), hidden.dtype, hidden.device)
         piece = PIECE if hidden.device.type == "cpu" else STRIP
         for rows, out in zip(some.split(piece), logits.split(piece, 1), strict=True):
             torch.mm(hidden, rows.T, out=out)
-        if bias is not None:
-            logits.add_(bias[start : start + STRIP])
+        if shift is not None:
+            logits.add_(shift)
         yield logits
 
 

@@ -39,7 +39,8 @@ TABLE = LaunchTable(
     [Launch((1, ids), warps) for ids, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16))],
 )
 _ROWS = {"few": 16, "many": 64}
-# Tile: (rows, ids, numbers of a hidden state). Regime: how many rows ("few" up to 16) and bytes of a number.
+# Tile: (rows, ids, numbers of a hidden state). Regime: how many rows ("few" up to 16), whether the head has 8 bits, and
+# bytes of a number of x.
 FUSED_TABLE = LaunchTable(
     "choose_token_fused",
     {
@@ -50,6 +51,10 @@ FUSED_TABLE = LaunchTable(
             ("few", 4): Launch((16, 64, 16), 8, 3),
             ("many", 2): Launch((64, 128, 64), 8, 2),
             ("many", 4): Launch((64, 32, 32), 8, 2),
+            ("few int8", 2): Launch((16, 64, 64), 8, 4),
+            ("few int8", 4): Launch((16, 64, 16), 8, 3),
+            ("many int8", 2): Launch((64, 128, 64), 8, 2),
+            ("many int8", 4): Launch((64, 32, 32), 8, 2),
         },
         "sm_80": {("many", 4): Launch((64, 64, 32), 8, 2)},
         "sm_90": {
@@ -61,7 +66,10 @@ FUSED_TABLE = LaunchTable(
         # not timed.
         "sm_100": {("few", 2): Launch((16, 64, 128), 8, 3), ("many", 2): Launch((64, 128, 64), 8, 3)},
         "gfx942": {("many", 4): Launch((64, 64, 32), 8, 2)},
-        "interpreter": {regime: Launch((_ROWS[regime[0]], 1024, 64), 4) for regime in product(_ROWS, (2, 4))},
+        "interpreter": {
+            (many + kind, number): Launch((_ROWS[many], 1024, 64), 4)
+            for many, kind, number in product(_ROWS, ("", " int8"), (2, 4))
+        },
     },
     [
         Launch(tile, warps, stages)
@@ -89,15 +97,16 @@ def choose_token(logits, choice: Choice, row_keys, *, overwrite=False, workspace
     return _choose(logits, None, None, choice, row_keys, workspace)
 
 
-def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, row_keys, *, workspace=None):
-    if part_of(head_weight):
-        return fallback.choose_token_fused(hidden, head_weight, choice, head_bias, row_keys, workspace=workspace)
-    if not isinstance(head_weight, Tensor):
+def choose_token_fused(hidden, head_weight, choice: Choice, head_bias, head_scales, row_keys, *, workspace=None):
+    of_part, whole = part_of(head_weight), isinstance(head_weight, Tensor)
+    if of_part or (whole and (choice.confidence_dtype != "exact" or choice.filters(len(head_weight)))):
+        given = hidden, head_weight, choice, head_bias, head_scales, row_keys
+        return fallback.choose_token_fused(*given, workspace=workspace)
+    if not whole:
         return choose_token(head_weight(hidden), choice, row_keys, workspace=workspace)
-    if choice.confidence_dtype != "exact" or choice.filters(len(head_weight)):
-        return fallback.choose_token_fused(hidden, head_weight, choice, head_bias, row_keys, workspace=workspace)
-    way = by_strips if len(hidden) > most_fused(hidden) else by_kernel
-    return way(hidden, head_weight, choice, head_bias, row_keys, workspace)
+    if head_scales is None and len(hidden) > most_fused(hidden):
+        return by_strips(hidden, head_weight, choice, head_bias, row_keys, workspace)
+    return by_kernel(hidden, head_weight, choice, head_bias, row_keys, workspace, head_scales)
 
 
 def has_strips(device: torch.device) -> bool:
@@ -117,9 +126,11 @@ def most_fused(hidden: Tensor) -> float:
     return MOST_FUSED.get(arch, MOST_FUSED["default"])[hidden.element_size()]
 
 
-def by_kernel(hidden, head_weight, choice, head_bias, row_keys, work: Workspace | None) -> fallback.Found:
+def by_kernel(
+    hidden, head_weight, choice, head_bias, row_keys, work: Workspace | None, head_scales=None
+) -> fallback.Found:
     """`choose_token_fused` with the product inside the kernel."""
-    return _choose(hidden, head_weight, head_bias, choice, row_keys, work)
+    return _choose(hidden, head_weight, head_bias, choice, row_keys, work, head_scales)
 
 
 def by_strips(hidden, head_weight, choice, head_bias, row_keys, work: Workspace | None) -> fallback.Found:
@@ -134,6 +145,7 @@ def _choose(
     choice: Choice,
     row_keys: Tensor | None,
     work: Workspace | None,
+    scales: Tensor | None = None,
     strips: bool = False,
 ) -> fallback.Found:
     """Choose by logits x [R, V], or by x @ weight.T + bias, multiplied by the kernel or, in `strips`, by PyTorch."""
@@ -142,18 +154,18 @@ def _choose(
     confidence = torch.empty(len(x), dtype=torch.float32, device=x.device)
     entropy = torch.empty_like(confidence) if choice.entropy else None
     if len(x):
-        tensors = (x, weight, bias, row_keys, token, confidence, entropy)
+        tensors = (x, weight, scales, bias, row_keys, token, confidence, entropy)
         table = TABLE if weight is None or strips else FUSED_TABLE
         table.start(_plan, tensors, choice, batch_invariant(), strips, work=work)
     return token, confidence, entropy
 
 
-def _plan(x, weight, bias, row_keys, token, confidence, entropy, choice, invariant, strips):
+def _plan(x, weight, scales, bias, row_keys, token, confidence, entropy, choice, invariant, strips):
     (rows, size), vocabulary, drawn = x.shape, x.shape[1] if weight is None else len(weight), choice.temperature > 0
     fused = weight is not None and not strips
     heat = computable_temperature(choice.confidence_temperature, torch.float32)
     heat = (heat, *(shares(choice.temperature, torch.float32) if drawn else (0.0, 0.0)))
-    own = {"bias": strided(bias), "row_keys": strided(row_keys if drawn else None)}
+    own = {"bias": strided(bias), "scales": strided(scales), "row_keys": strided(row_keys if drawn else None)}
     own |= {"vocabulary": vocabulary, "size": size, "limit": choice.limit(vocabulary), "BANNED": choice.banned}
     rule = {"RULE": choice.rule, "TEMPERED": choice.confidence_temperature != 1}
     rule |= {"ENTROPY": choice.entropy or choice.rule == "entropy", "KEYS": row_keys.shape[1] if drawn else 0}
@@ -193,6 +205,7 @@ def _plan(x, weight, bias, row_keys, token, confidence, entropy, choice, invaria
 
     # With DKV_BATCH_INVARIANT=1 the small tile is used for any number of rows: another changes the order of the sums.
     many = "few" if rows <= 16 or invariant else "many"
+    many += " int8" if scales is not None else ""
     return (many, x.element_size()) if fused else ("drawn" if drawn else "best"), calls
 
 
@@ -257,14 +270,15 @@ def _samples(arch: str) -> Iterator[tuple[str, Any, Any, Launch, tuple[Any, ...]
             yield f"choose_token_fused strips {regime} entropy bf16", by_strips, regime, launch, sample
     for regime, launch in FUSED_TABLE.on(arch):
         many, number = regime[0], "bf16" if regime[1] == 2 else "fp32"
-        rows = 15 if many == "few" else 1001
+        rows, eight = 15 if many.startswith("few") else 1001, many.endswith("int8")
         for (rule, full), entropy in product((("probability", False), ("margin", True)), (False, True)):
             size = _SIZE + 16 if full else _SIZE
             choice, keys = _sample(rule, full, rows, entropy)
             bias = meta(_VOCABULARY, dtype=number) if full else None
-            sample = meta(rows, size, dtype=number), meta(_VOCABULARY, size, dtype=number), choice, bias, keys
+            head = meta(_VOCABULARY, size, dtype=torch.int8 if eight else number)
+            sample = meta(rows, size, dtype=number), head, choice, bias, keys, Workspace()
             name = f"choose_token_fused {many} {rule}{' +entropy' * entropy} {number}"
-            yield name, by_kernel, regime, launch, (*sample, Workspace())
+            yield name, by_kernel, regime, launch, (*sample, meta(_VOCABULARY, dtype="fp32") if eight else None)
 
 
 def _sample(rule: str, drawn: bool, rows: int, entropy: bool = False) -> tuple[Choice, Tensor | None]:

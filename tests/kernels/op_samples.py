@@ -75,10 +75,26 @@ SAMPLES = {
         for rule in kernels.RULES
         for heat, entropy, keys in ((0.0, True, None), (0.8, False, torch.arange(N)[:, None]))
     ],
-    "choose_token_fused": lambda: [
-        (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias is None, bias, None)
-        for bias in (None, numbers(V))
-    ],
+    "choose_token_fused": lambda: (
+        [
+            (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias is None, bias, None, None)
+            for bias in (None, numbers(V))
+        ]
+        + [
+            (
+                numbers(N, D),
+                torch.randint(-9, 9, (V, D)).to(torch.int8),
+                *rule,
+                [],
+                None,
+                False,
+                None,
+                torch.rand(V),
+                None,
+            )
+            for rule in [("probability", 0.0, 1.0, "exact", None, None)]
+        ]
+    ),
     "commit_": lambda: [(*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))],
     "row_change": lambda: [states(), (lambda x, _, *others: (x, None, *others))(*states())],
     "keep_rows_": lambda: [states(entries=True), (*states(), None)],

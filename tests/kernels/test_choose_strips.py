@@ -64,7 +64,7 @@ def test_ties_and_nan_on_both_sides_of_the_border(rows):
 
 
 def border_way(hidden, weight, choice, bias, row_keys, work):
-    return choose_token_fused(hidden, weight, choice, bias, row_keys, workspace=work)
+    return choose_token_fused(hidden, weight, choice, bias, None, row_keys, workspace=work)
 
 
 def launched(rows: int, dtype: str = "bf16", arch: str = "sm_90", vocabulary: int = 126464) -> tuple[list, Workspace]:

@@ -66,13 +66,13 @@ def test_against_float64(backend, bits, dtype, bias):
 def drawn(draw):
     """Rows, outputs, inputs, the entries of some experts, and a seed."""
     entries = draw(st.lists(st.integers(0, 40), max_size=4))
-    size = draw(st.integers(0, 70)), draw(st.integers(1, 300)), draw(st.integers(1, 12))
+    size = draw(st.integers(0, 70)), draw(st.integers(1, 300)), draw(st.integers(1, 9))
     return *size, entries, draw(st.integers(0, 2**20))
 
 
 @bits
 @pytest.mark.parametrize("run_by", ["torch", "triton"])
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(drawn())
 def test_random_shapes(bits, run_by, some):
     rows, outputs, groups, entries, seed = some
@@ -108,6 +108,7 @@ def test_any_strides(backend, restride, bits):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter
 @bits
 def test_nan_and_large_numbers_stay_in_their_row(backend, bits):
     x, weight = torch.randn(5, 64), sample(bits, 40, 64)
@@ -125,7 +126,7 @@ def test_nan_and_large_numbers_stay_in_their_row(backend, bits):
 def test_nothing_is_read_back(bits, ends, no_readback):
     weight = sample(bits, *([2] if ends else []), 20, 64)
     x, cuts = torch.randn(3, 64), None if ends is None else torch.tensor(ends, dtype=torch.int32)
-    operation = {8: fallback.int8_linear, 4: fallback.int4_linear}[bits]
+    operation = getattr(fallback, f"int{bits}_linear")
     expected = operation(x, weight.stored, weight.scales, None, cuts)
     with pytest.MonkeyPatch.context() as patch, no_readback():
         patch.setattr(fallback, "readable", lambda ends: False)  # as on a GPU
@@ -135,9 +136,9 @@ def test_nothing_is_read_back(bits, ends, no_readback):
 
 @bits
 def test_a_strip_of_the_weight_at_a_time(bits, monkeypatch):
-    x, weight = torch.randn(3, 64), sample(bits, 50, 64)
-    whole, sizes = OPERATIONS[bits](x, weight.stored, weight.scales), []
-    product = getattr(fallback, f"_int{bits}")
+    x, weight, sizes = torch.randn(3, 64), sample(bits, 50, 64), []
+    operation, product = (getattr(fallback, name.format(bits)) for name in ("int{}_linear", "_int{}"))
+    whole = operation(x, weight.stored, weight.scales, None, None)
 
     def seen(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         sizes.append(len(weight))
@@ -145,7 +146,7 @@ def test_a_strip_of_the_weight_at_a_time(bits, monkeypatch):
 
     monkeypatch.setattr(fallback, f"_int{bits}", seen)
     monkeypatch.setattr(fallback, "STRIP_BYTES", 12 * 64 * 4)
-    torch.testing.assert_close(OPERATIONS[bits](x, weight.stored, weight.scales), whole)
+    torch.testing.assert_close(operation(x, weight.stored, weight.scales, None, None), whole)
     assert sizes == [12, 12, 12, 12, 2]
 
 
