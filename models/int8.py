@@ -105,7 +105,7 @@ class Int8Linear(PackedProduct):
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [..., outputs, inputs] as int8 numbers and float32 scales [..., outputs]: the nearest of 255 by output."""
+    """Weights [..., outputs, inputs] as int8 numbers and float32 scales [..., outputs]: nearest of 255 by output."""
     wide = weight.float()
     scales = wide.abs().amax(-1).clamp_min_(LEAST).div_(MOST)
     return (wide / scales[..., None]).round_().to(torch.int8), scales
