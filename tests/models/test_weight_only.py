@@ -182,7 +182,9 @@ def test_models_that_cannot_have_4_bits():
         check_groups(odd, "int4")
     check_groups(odd, "int8")
     with pytest.raises(ValueError, match="DiffusionGemma computes with its weights as they are"):
-        form_of(Asked(None, CARD, weights="int4"), dkv.load(GOLDEN / "families/diffusion_gemma/gemma_tiny"), torch.bfloat16)
+        form_of(
+            Asked(None, CARD, weights="int4"), dkv.load(GOLDEN / "families/diffusion_gemma/gemma_tiny"), torch.bfloat16
+        )
 
 
 @pytest.mark.skipif(not can_pack(), reason="this build of PyTorch has no oneDNN for this CPU")
