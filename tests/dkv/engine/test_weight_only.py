@@ -1,4 +1,4 @@
-"""Generations with weights of 8 and 4 bits, as a GPU has them: the tokens of the plain model with the rounded weights."""
+"""Generations with weights of 8 and 4 bits, as on a GPU: the tokens of the plain model that has the rounded weights."""
 
 import copy
 
@@ -47,13 +47,14 @@ def same_tokens(models, ids, mask, **call):
 
 
 def settings_of(policy, settings):
-    if policy in ("rollout", "elastic", "skip", "sliding", "dual"):
-        settings = {name: value for name, value in settings.items() if name != "cfg_scale"}
-    return {"max_new_tokens": 12, "cache": policy, "seed": 3, **settings}
+    own = {"schedule": "sliding", "block_length": 5} if policy == "sliding" else {}
+    # With ends some slots change by nothing but rounding, and which of these stop first is anyone's guess.
+    settings = {} if policy == "skip" and "eos_token_id" in settings else settings
+    return {"max_new_tokens": 12, "cache": policy, "seed": 3, **own, **settings}
 
 
 # In float64 sums round too little to change a token.
-@pytest.mark.parametrize(("policy", "kind"), sweep(sorted(POLICIES), MODELS, quick=5))
+@pytest.mark.parametrize(("policy", "kind"), sweep(sorted(POLICIES), list(MODELS), quick=5))
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_every_policy_with_every_kind_of_model(policy, kind, backend):
     number = sorted(POLICIES).index(policy) + list(MODELS).index(kind)
@@ -69,7 +70,7 @@ def test_the_kernels_in_float32(kind, bits):
         pytest.skip("needs TRITON_INTERPRET=1")
     models = both(small_model(**MODELS[kind], num_layers=1), bits)
     with dkv.use_backend("triton"):
-        same_tokens(models, *pad_rows(PROMPTS), max_new_tokens=4, cache="decode", refresh=2)
+        same_tokens(models, *pad_rows(PROMPTS), max_new_tokens=4, cache=dkv.DecodeCache(2))
 
 
 @pytest.mark.parametrize("folder", ["sdar/sdar_tiny", "nemotron/nemotron_tiny", "llada_moe/llada_moe_tiny"])
@@ -79,26 +80,32 @@ def test_published_families(folder, bits):
     if bits == "int4" and any(x.shape[-1] % 32 for x in plain.parameters() if x.dim() > 1):
         bits = "int8"
     ids = torch.tensor([[5, 9, 3, 8, 12], [7, 2, 40, 11, 1]])
-    same_tokens(both(plain, bits), ids, None, max_new_tokens=16, block_length=8, cache="decode", refresh=4)
+    same_tokens(both(plain, bits), ids, None, max_new_tokens=16, block_length=8, cache=dkv.DecodeCache(4))
 
 
 @pytest.mark.parametrize("kind", ["dream", "mixture"])
 @pytest.mark.parametrize("bits", BITS)
-def test_steps_are_replayed(kind, bits, taped):
+def test_steps_are_replayed(kind, bits, taped, monkeypatch):
     """Nothing of a step is read back, and nothing that it takes is made anew: a tape holds it, as a graph would."""
     found, want = both(small_model(**MODELS[kind]).double(), bits)
     ids, mask = pad_rows(PROMPTS)
     call = {"max_new_tokens": 19, "cache": "decode", "seed": 3}
-    outputs = [dkv.generate(model, ids, mask, **call) for model in (found, want)]
-    assert torch.equal(*(output.sequences for output in outputs))
-    assert outputs[0].stats.eager_reason is None and outputs[0].stats.replayed_passes
-    again = dkv.generate(found, ids, mask, **call)
-    assert torch.equal(again.sequences, outputs[0].sequences)
+
+    def eager(model):
+        # Banks of plain experts are counted on a CPU, which a graph could not hold.
+        with monkeypatch.context() as patch:
+            patch.setenv("DKV_GRAPHS", "0")
+            return dkv.generate(model, ids, mask, **call).sequences
+
+    expected = eager(want)
+    for _ in range(2):
+        output = dkv.generate(found, ids, mask, **call)
+        assert torch.equal(output.sequences, expected)
+        assert output.stats.eager_reason is None and output.stats.replayed_passes
     # Weights elsewhere are not those that the tapes read.
-    found.layers[0].o_proj.weight = found.layers[0].o_proj.weight.clone().zero_()
-    want = dkv.generate(dkv.unpack(copy.deepcopy(found)), ids, mask, **call)
-    assert torch.equal(dkv.generate(found, ids, mask, **call).sequences, want.sequences)
-    assert not torch.equal(want.sequences, again.sequences)
+    found.layers[0].o_proj.weight = torch.zeros_like(found.layers[0].o_proj.weight)
+    assert not torch.equal(eager(found), expected)
+    assert torch.equal(dkv.generate(found, ids, mask, **call).sequences, eager(found))
 
 
 def test_logits_that_are_asked_for_and_a_processor():
