@@ -10,7 +10,7 @@ import torch
 
 from dkv.bench.gpu.cases import Sizes
 from dkv.bench.gpu.lab import TITLES, Lab
-from dkv.bench.gpu.operations import OPERATIONS
+from dkv.bench.gpu.operations import OPERATIONS, choose_fused
 from dkv.bench.gpu.report import Report
 from dkv.bench.gpu.tools import variable
 from dkv.bench.timing import synchronise
@@ -44,7 +44,9 @@ def items(lab: Lab) -> Iterator[tuple[str, Callable[[tuple[int, int] | None], di
     for family, spec in lab.specs.items():
         for active in ACTIVE:
             z = Sizes(spec, 1, max(ACTIVE), active, lab.dtype)
-            for operation, make in OPERATIONS.items():
+            for operation, make in (
+                OPERATIONS | {"choose_token_fused int8": partial(choose_fused, eight=True)}
+            ).items():
                 yield f"{operation} {TITLES[family]} N{active}", partial(search, lab, partial(make, z, lab.device))
 
 

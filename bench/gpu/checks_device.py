@@ -14,7 +14,8 @@ from dkv.bench.gpu.tools import check, equal, every_operation, need_gpu, same, s
 
 def surrounded(x: Tensor) -> Tensor:
     """x as a slice of a larger tensor of NaN; of integers that are out of every range; of True."""
-    nonsense = {torch.bool: True, torch.int32: 2**30, torch.int64: 2**40}.get(x.dtype, torch.nan)
+    integers = {torch.bool: True, torch.int8: 99, torch.uint8: 255, torch.int32: 2**30, torch.int64: 2**40}
+    nonsense = integers.get(x.dtype, torch.nan)
     around = torch.full([size + 2 for size in x.shape], nonsense, dtype=x.dtype, device=x.device)
     return around[tuple(slice(1, size + 1) for size in x.shape)].copy_(x)
 
@@ -93,6 +94,27 @@ def offsets_beyond_32_bits_logits(device, few) -> None:
     off = (confidence.double() / exact - 1).abs().max().item()
     assert off < 1e-5, f"confidences are off by a factor of {1 + off:.6f}"
     assert extra < logits.numel() * 2, f"{extra / 1e9:.1f} GB besides logits of {logits.numel() * 2 / 1e9:.1f} GB"
+
+
+@check(4, 8)
+def offsets_beyond_32_bits_weight(device, few, bits) -> None:
+    """The last outputs of the last of 65 experts, of 33.5 million bytes each."""
+    need_gpu(device, 10)
+    experts, outputs, inputs = 65, 8192, 4096 if bits == 8 else 8192
+    if bits == 8:
+        operation, group = kernels.int8_linear, ()
+        weight = torch.zeros(experts, outputs, inputs, dtype=torch.int8, device=device)
+        weight[-1, -3:] = torch.tensor([[1], [2], [3]], device=device)
+    else:
+        operation, group = kernels.int4_linear, (inputs // 128,)
+        weight = torch.full((experts, outputs, inputs // 2), 0x88, dtype=torch.uint8, device=device)
+        weight[-1, -3:] = torch.tensor([[0x99], [0xAA], [0xBB]], device=device)
+    ends = torch.zeros(experts, dtype=torch.int32, device=device)
+    ends[-1] = 2
+    x, scales = torch.ones(2, inputs, device=device).bfloat16(), torch.ones(experts, outputs, *group, device=device)
+    expected = torch.zeros(2, outputs, dtype=torch.bfloat16, device=device)
+    expected[:, -3:] = inputs * torch.arange(1, 4, device=device)
+    same(operation(x, weight, scales, ends=ends), expected, f"a product with weights of {bits} bits")
 
 
 @check()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dkv import kernels
-from dkv.bench.gpu import change, packed, state
+from dkv.bench.gpu import change, linear, packed, state
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Sizes
 from dkv.bench.gpu.tools import DTYPES, TINY, agree, check, small, thin
@@ -164,6 +164,21 @@ def choose_token_fused(device, few, dtype) -> None:
         agree(case)
         for way in {"fused", "strips"} & case.others.keys():
             case.check(way)
+
+
+@check(*DTYPES)
+def few_bits(device, few, dtype) -> None:
+    """Products with weights of 8 and 4 bits, for all regimes of rows, experts among them; and a head of 8 bits."""
+    for i, rows in enumerate(thin(few, (1, 17, 64, 130, 700), 3)):
+        z = Sizes(replace(TINY, hidden_size=(192, 1056)[i % 2], intermediate_size=150), 1, rows, rows, dtype)
+        for make in (linear.linear8, linear.linear4):
+            agree(make(z, device, bias=i % 2 == 0), make(z, device, experts=5))
+    # Inputs that are divided among several programs.
+    down = Sizes(replace(TINY, hidden_size=301, intermediate_size=4000), 1, 33, 33, dtype)
+    agree(linear.linear8(down, device, down=True), linear.linear4(down, device, down=True))
+    sizes = zip([(5, 128, 32007), (33, 257, 4099), (200, 64, 7000)], kernels.RULES, strict=True)
+    for (r, d, v), rule in thin(few, list(sizes), 2):
+        agree(table.choose_fused(rows_of_logits(dtype, r, v, d), device, rule, bias=d < 200, eight=True))
 
 
 @check()

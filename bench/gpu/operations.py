@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dkv import kernels
 from dkv.bench.baselines import operations as eager
-from dkv.bench.gpu import change, state
+from dkv.bench.gpu import change, linear, state
 from dkv.bench.gpu.cases import Case, Inputs, Sizes, counts, distinct, heads, nbytes, randn, tolerance
 from dkv.bench.gpu.mass import mass
 from dkv.bench.gpu.ways import both_sides, compiled_flex, sdpa, seen
@@ -169,9 +169,14 @@ def _chosen_bytes(rows: int, entropy: bool) -> int:
 
 
 def choose_fused(
-    z: Sizes, device: torch.device, rule: str = "probability", bias: bool = False, entropy: bool = False
+    z: Sizes,
+    device: torch.device,
+    rule: str = "probability",
+    bias: bool = False,
+    entropy: bool = False,
+    eight: bool = False,
 ) -> Case:
-    """The product with the LM head and the choice from it, as one operation."""
+    """The product with the LM head, in 8 bits if `eight`, and the choice from it, as one operation."""
     rows, d, v = min(z.batch * z.active, MOST_LOGIT_ROWS), z.spec.hidden_size, z.spec.vocab_size
     inputs: Inputs = {
         "hidden": randn(device, rows, d, dtype=z.dtype),
@@ -179,6 +184,8 @@ def choose_fused(
     }
     inputs["head_weight"] *= 2 * d**-0.5
     inputs["head_weight"][z.spec.mask_token_id] = 0
+    if eight:
+        inputs |= zip(("head_weight", "head_scales"), linear.rounded8(inputs["head_weight"]), strict=True)
     if bias:
         inputs["head_bias"] = randn(device, v, dtype=z.dtype)
     how = {"rule": rule, "banned": (z.spec.mask_token_id,), "entropy": entropy}
@@ -187,7 +194,8 @@ def choose_fused(
 
     def logits(x: Inputs, token: Tensor) -> Tensor:
         shift = x["head_bias"].double()[token] if bias else 0
-        return (x["hidden"].double() * x["head_weight"][token].double()).sum(1) + shift
+        scale = x["head_scales"].double()[token] if eight else 1
+        return (x["hidden"].double() * x["head_weight"][token].double()).sum(1) * scale + shift
 
     return Case(
         "choose_token_fused",
@@ -198,7 +206,9 @@ def choose_fused(
         tolerance(z.dtype, 8 if z.dtype.itemsize == 2 else 0, sums=64),
         nbytes(*inputs.values()) + _chosen_bytes(rows, entropy),
         2 * rows * d * v,
-        ({} if bias or rule != "probability" else eager_) | both_sides(device, kernels.Choice(**how), work),
+        {}
+        if eight
+        else ({} if bias or rule != "probability" else eager_) | both_sides(device, kernels.Choice(**how), work),
         judged=_best(logits, rule),
     )
 
@@ -276,6 +286,8 @@ OPERATIONS: dict[str, Callable[..., Case]] = {
     "commit_": commit,
     "rms_norm": norm,
     "swiglu": gate,
+    "int8_linear": linear.linear8,
+    "int4_linear": linear.linear4,
     "row_change": change.change,
     "keep_rows_": change.keep,
     "plan_pass": state.plan,

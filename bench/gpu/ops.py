@@ -11,13 +11,14 @@ from dkv.bench import machine
 from dkv.bench.gpu import packed
 from dkv.bench.gpu.cases import Case, Sizes
 from dkv.bench.gpu.lab import TITLES, Lab
+from dkv.bench.gpu.linear import linear4, linear8
 from dkv.bench.gpu.operations import OPERATIONS, attention, choose, choose_fused
 from dkv.bench.gpu.report import Report, in_full, must_answer
 from dkv.bench.report import fixed
 from dkv.bench.timing import milliseconds, synchronise
 from dkv.models import ModelSpec
 
-WAYS = ("triton", "torch", "eager", "sdpa", "flex", "fused", "strips")
+WAYS = ("triton", "torch", "eager", "sdpa", "flex", "fused", "strips", "int8pack")
 # Flex attention compiles for every shape: seconds each, which must not eat the time of the others.
 FLEX_SECONDS = 15.0
 # About how long each way is timed.
@@ -54,6 +55,8 @@ def items(
             if kind == "cached":
                 makes |= {"attention gap": partial(attention, gap=True), "choose drawn": partial(choose, drawn=True)}
                 makes["choose_fused entropy"] = partial(choose_fused, entropy=True)
+                makes["choose_fused int8"] = partial(choose_fused, eight=True)
+                makes |= {f"{make.__name__} down": partial(make, down=True) for make in (linear8, linear4)}
             for name, make in makes.items():
                 yield f"{name} {kind} {TITLES[family]} B{b} S{s}", partial(make, Sizes(spec, b, s, active, dtype))
 

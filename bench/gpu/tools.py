@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from dkv.bench.gpu import change, packed, state
+from dkv.bench.gpu import change, linear, packed, state
 from dkv.bench.gpu import operations as table
 from dkv.bench.gpu.cases import Case, Sizes
 from dkv.bench.shapes import shape, tiny
@@ -88,6 +88,9 @@ def every_operation(device: torch.device, dtype: torch.dtype = torch.float32) ->
         table.commit(z, device, torch.tensor([2, 4], device=device)),
         table.norm(z, device),
         table.gate(z, device),
+        linear.linear8(z, device),
+        linear.linear4(z, device),
+        table.choose_fused(logits, device, eight=True),
         change.change(z, device),
         change.keep(z, device),
         state.plan(z, device, "window", shifted=True),

@@ -8,7 +8,7 @@ from dkv.bench.ops.runner import cases
 
 CASES = cases("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = {"attention": ("eager", "sdpa", "flex", *OURS)}
-WAYS |= dict.fromkeys(("choose drawn", "plan", "pack", "window", "advance"), OURS)
+WAYS |= dict.fromkeys(("choose drawn", "choose_fused int8", "plan", "pack", "window", "advance"), OURS)
 
 
 def ways(name: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dkv.kernels.choose import reference
 from dkv.kernels.choose.choice import Choice
 from dkv.kernels.common import checks
-from dkv.kernels.common.dtypes import FLOATS
+from dkv.kernels.common.dtypes import FLOATS, of_scales
 from dkv.kernels.common.operation import Operation, recorded
 from dkv.kernels.common.workspace import Workspace
 
@@ -142,7 +142,7 @@ def _check_scales(hidden: Tensor, weight: Tensor, scales: Tensor | None) -> None
         raise ValueError("a head_weight of int8 needs head_scales, a scale for each id")
     else:
         checks.shape("head_scales", scales, len(weight))
-        checks.dtype("head_scales", scales, (torch.float32,))
+        checks.dtype("head_scales", scales, of_scales(hidden))
 
 
 def _checked(choice: Choice, settings: dict[str, Any], return_entropy: bool, vocabulary: int) -> Choice:

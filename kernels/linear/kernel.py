@@ -42,11 +42,13 @@ def _four(x, weight, scales, r, n, start, stop, C):
     scales_at = scales.ptr + n * scales.stride[1] + start // C.BLOCK_K * scales.stride[2]
     sums = tl.zeros((C.BLOCK_R, C.BLOCK_N), tl.float32)
     for _ in tl.range(start, stop, C.BLOCK_K, num_stages=C.STAGES):
+        # Not among the loads that a compiler sends ahead: it is on its way while those are waited for.
+        scale = tl.load(scales_at)
         low, high, pair = tl.load(low_at), tl.load(low_at + x.stride[1] * HALF), tl.load(weight_at)
         of_low, of_high = (pair & 15).to(tl.int8) - 8, (pair >> 4).to(tl.int8) - 8
         of_group = tl.dot(low, of_low.to(low.dtype), input_precision=C.PRECISION)
         of_group = tl.dot(high, of_high.to(low.dtype), of_group, input_precision=C.PRECISION)
-        sums += of_group * tl.load(scales_at)[None, :]
+        sums += of_group * scale[None, :]
         low_at += x.stride[1] * C.BLOCK_K
         weight_at += weight.stride[2] * HALF
         scales_at += scales.stride[2]

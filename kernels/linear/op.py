@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dkv.kernels.common import checks
-from dkv.kernels.common.dtypes import FLOATS
+from dkv.kernels.common.dtypes import FLOATS, of_scales
 from dkv.kernels.common.operation import Operation, readable
 from dkv.kernels.linear import reference
 from dkv.kernels.linear.four import GROUPS
@@ -29,7 +29,7 @@ def int8_linear(
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; with `ends` [T, K], sorted by expert.
         weight: int8 [N, K]; with `ends` [E, N, K].
-        scales: float32 [N]; with `ends` [E, N].
+        scales: float32 [N], or with x also float64; with `ends` [E, N].
         bias: [N], dtype of x, or None; not with `ends`.
         ends: int32 [E], on the device of x, ascending, the last T: the entries before ends[e] and not before
             ends[e - 1] are multiplied with the weight of expert e. They are checked on a CPU, and on a GPU never read.
@@ -100,7 +100,7 @@ def _fit(x: Tensor, weight: Tensor, kind: torch.dtype, bias: Tensor | None, ends
 
 def _scaled(x: Tensor, weight: Tensor, scales: Tensor, *sizes: int) -> None:
     checks.shape("scales", scales, *sizes)
-    checks.dtype("scales", scales, (torch.float32,))
+    checks.dtype("scales", scales, of_scales(x))
     checks.same_device(x=x, scales=scales)
 
 

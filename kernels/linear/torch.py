@@ -10,8 +10,8 @@ from dkv.kernels.common.operation import readable
 from dkv.kernels.linear.four import unpacked4
 from dkv.kernels.linear.reference import experts_of
 
-# Of a strip of the weight that is undone: it should stay in a cache.
-STRIP_BYTES = 4 << 20
+# Of a strip of the weight that is undone: it should stay in a cache. Not measured.
+STRIP_BYTES = 16 << 20
 
 # x [T, K], weights and scales of some outputs -> their products [T, n], in the dtype of accumulation.
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,7 +39,7 @@ def _int4(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, ends: Tensor | None, of: Product) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     out = rows.new_empty(len(rows), weight.shape[-2])
     if ends is None:
         _multiply(rows, weight, scales, bias, of, out)

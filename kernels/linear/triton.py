@@ -25,6 +25,17 @@ from dkv.kernels.linear.kernel import add_kernel, linear_kernel
 # takes them from shared memory again.
 ROWS = (16, 32, 64, 128)
 _INTERPRETER = {(rows, number): Launch((rows, 256, 256), 4) for rows, number in product(ROWS, (2, 4))}
+# Where a program may have more than 100 KB of shared memory: twice the outputs for which a tile of rows is read.
+_WIDE = {
+    (32, 2): Launch((32, 128, 128), 8, 4),
+    (64, 2): Launch((64, 128, 128), 8, 3),
+    (128, 2): Launch((128, 128, 64), 8, 3),
+}
+_WIDE_FOUR = {
+    (16, 2): Launch((16, 128), 4, 4),
+    (32, 2): Launch((32, 128), 8, 4),
+    (64, 2): Launch((64, 128), 8, 3),
+}
 # Tile: (rows, outputs, inputs).
 TABLE = LaunchTable(
     "int8_linear",
@@ -39,12 +50,13 @@ TABLE = LaunchTable(
             (64, 4): Launch((64, 64, 32), 8, 2),
             (128, 4): Launch((64, 64, 32), 8, 2),
         },
+        **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _WIDE),
         "interpreter": _INTERPRETER,
     },
     [
         Launch(tile, warps, stages)
-        for tile in product((16, 32, 64, 128), (32, 64, 128), (64, 128, 256))
-        for warps, stages in product((4, 8), (2, 3, 4))
+        for tile in product(ROWS, (64, 128), (64, 128, 256))
+        for warps, stages in product((4, 8), (3, 4))
     ],
 )
 # Tile: (rows, outputs); the inputs of a tile are a group.
@@ -56,22 +68,22 @@ FOUR_TABLE = LaunchTable(
             (32, 2): Launch((32, 64), 4, 3),
             (64, 2): Launch((64, 64), 8, 2),
             (128, 2): Launch((64, 64), 8, 2),
-            (16, 4): Launch((16, 64), 4, 3),
-            (32, 4): Launch((32, 32), 4, 2),
-            (64, 4): Launch((32, 32), 4, 2),
-            (128, 4): Launch((32, 32), 4, 2),
+            # Larger tiles spill where experts have several: a product of float32 is three.
+            **{(rows, 4): Launch((16, 32), 4, 3) for rows in ROWS},
         },
+        **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _WIDE_FOUR),
         "interpreter": {regime: Launch(launch.tile[:2], 4) for regime, launch in _INTERPRETER.items()},
     },
     [
         Launch(tile, warps, stages)
-        for tile in product((16, 32, 64, 128), (32, 64, 128, 256))
-        for warps, stages in product((4, 8), (2, 3, 4, 5))
+        for tile in product(ROWS, (64, 128, 256))
+        for warps, stages in product((4, 8), (3, 4))
     ],
 )
-# Programs that a processor runs at a time; the most parts of the inputs, and the fewest tiles of one. With 3, 64, 192
-# and 384 tiles of outputs, as LLaDA-8B has them, fill the 132 processors of an H100 evenly: arithmetic, not timed.
-EACH, MOST_PARTS, LEAST_TILES = 3, 8, 4
+# Programs of a processor; the most parts of the inputs, and the fewest tiles of one. From 128 programs on some 5 MB of
+# weights are on their way at a time, where the bandwidth of an H100 times the time of an access is about 3 MB, and more
+# parts would only be more to add up: arithmetic, not timed.
+EACH, MOST_PARTS, LEAST_TILES = 2, 8, 4
 ADD = Launch((1024,), 4)
 
 
@@ -86,7 +98,7 @@ def int4_linear(x, weight, scales, bias, ends):
 def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, ends: Tensor | None, table: LaunchTable):
     if x.dtype == torch.float64:
         return getattr(fallback, table.name)(x, weight, scales, bias, ends)
-    rows = computable(unit_stride(x.reshape(-1, x.shape[-1])))
+    rows = computable(unit_stride(x.reshape(x.shape[:-1].numel(), x.shape[-1])))
     out = torch.empty(len(rows), weight.shape[-2], dtype=rows.dtype, device=x.device)
     if out.numel():
         bias = bias if bias is None else computable(bias)
@@ -103,21 +115,15 @@ def _plan(x, weight, scales, bias, ends, out, invariant):
     def calls(launch: Launch) -> Iterator[Call]:
         block_r, block_n, *inputs = launch.tile
         block_k = size // scales.shape[-1] if four else inputs[0]
-        of_rows, of_outputs, tiles = (
-            triton.cdiv(rows, block_r),
-            triton.cdiv(outputs, block_n),
-            triton.cdiv(size, block_k),
-        )
+        of_rows, of_outputs = triton.cdiv(rows, block_r), triton.cdiv(outputs, block_n)
+        tiles = triton.cdiv(size, block_k)
         # One row is in one tile, or with one expert.
         busy = 1 if invariant else of_rows if ends is None else min(len(ends), rows)
         parts = splits(x.device, busy * of_outputs, max(1, min(MOST_PARTS, tiles // LEAST_TILES)), each=EACH)
         sums = out if parts == 1 else Scratch("sums", (parts, rows, outputs), torch.float32)
         known = {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN": size % block_k == 0, "FOUR": four}
-        own = {
-            "out": sums,
-            "of_part": triton.cdiv(tiles, parts) * block_k,
-            "bias": strided(bias) if parts == 1 else None,
-        }
+        own = {"out": sums, "of_part": triton.cdiv(tiles, parts) * block_k}
+        own["bias"] = strided(bias) if parts == 1 else None
         own["C"] = constants(**known, PRECISION=precision(x), STAGES=launch.stages)
         yield Call(linear_kernel, (of_rows if ends is None else len(ends), of_outputs, parts), launch, given | own)
         if parts > 1:
@@ -131,27 +137,25 @@ def _plan(x, weight, scales, bias, ends, out, invariant):
     return (fit, x.element_size()), calls
 
 
+# Of audit cases: experts, outputs and inputs. The odd ones fill no tile, and have a bias.
+_SAMPLES = {"": (0, 4096, 4096), " odd": (0, 1001, 4000), " ends": (64, 1024, 512)}
+
+
 def audit_cases(arch: str) -> Iterator[Case]:
-    """Every launch: the plainest, and with a bias, ends and what does not fill a tile; and the sum of parts."""
+    """Every launch, the plainest and those with more; and the sums of parts."""
+    sums = {}
     for table, operation in ((TABLE, int8_linear), (FOUR_TABLE, int4_linear)):
         for regime, launch in table.on(arch):
             most, number = regime[0], "bf16" if regime[1] == 2 else "fp32"
-            for kind, experts, outputs, size in (
-                ("", 0, 4096, 4096),
-                (" odd", 0, 1001, 4000),
-                (" ends", 64, 1024, 512),
-            ):
-                if table is FOUR_TABLE and size % GROUPS[-1]:
-                    continue
-                x = meta(most - 1, size, dtype=number)
+            for kind, (experts, outputs, size) in _SAMPLES.items():
                 of = (experts, outputs) if experts else (outputs,)
-                sample = (x, *_weights(table, *of, size=size), meta(outputs, dtype=number) if kind == " odd" else None)
+                bias = meta(outputs, dtype=number) if kind == " odd" else None
                 ends = meta(experts, dtype=torch.int32) if experts else None
-                first, *added = calls_of(arch, regime, launch, operation, *sample, ends)
-                name = f"{table.name} {most} rows{kind} {number}"
-                yield Case(name, first, ("tensor core", "async copy"))
-                for call in added:
-                    yield Case(f"{name} sum of {call.arguments['PARTS']}", call)
+                sample = meta(most - 1, size, dtype=number), *_weights(table, *of, size=size), bias, ends
+                first, *added = calls_of(arch, regime, launch, operation, *sample)
+                yield Case(f"{table.name} {most} rows{kind} {number}", first, ("tensor core", "async copy"))
+                sums |= {f"sum of {call.arguments['PARTS']} parts{kind} {number}": call for call in added}
+    yield from (Case(name, call) for name, call in sums.items())
 
 
 def _weights(table: LaunchTable, *outputs: int, size: int) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,9 @@ def by_hand(operation: str) -> tuple[int, int]:
         "row_change": (4 * (3 * r * d + r) + 2 * 8 * r, 0),
         "rms_norm": (4 * (4 * r * d + d), 0),
         "swiglu": (4 * 3 * r * 96, 0),
+        # Gate and up of d inputs, which are groups of 64 in 4 bits.
+        "int8_linear": (4 * r * (d + 192) + 192 * (d + 4), 2 * r * d * 192),
+        "int4_linear": (4 * r * (d + 192) + 192 * (d // 2 + 4), 2 * r * d * 192),
         # Two masks and the ranks, the steps, and of a row its length, slots that were cut, six counts and its flag.
         "plan_pass": (b * 24 * (2 + 8 + 2) + b * 8 * (7 + 2 + 6) + b, 0),
         "pack_pass": (b * 24 * 2 + 8 * (r * (1 + 6) + b * 5), 0),
@@ -119,6 +122,12 @@ def test_all_ways_agree(operation, family, active, dtype):
     case = build(operation, family, active, dtype)
     for way in ("eager", "torch", *({"sdpa"} & case.others.keys())):
         case.check(way)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("down", [False, True])
+def test_pytorchs_own_product_of_8_bits_agrees(down, dtype):
+    build("int8_linear", dtype=dtype, down=down).check("int8pack")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

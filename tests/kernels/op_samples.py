@@ -15,6 +15,7 @@ from tests.kernels.samples import (
     V,
     buffers,
     buffers_in_8_bits,
+    eight,
     indices,
     numbers,
     of_pack,
@@ -75,27 +76,20 @@ SAMPLES = {
         for rule in kernels.RULES
         for heat, entropy, keys in ((0.0, True, None), (0.8, False, torch.arange(N)[:, None]))
     ],
-    "choose_token_fused": lambda: (
-        [
-            (numbers(N, D), numbers(V, D), "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias is None, bias, None, None)
-            for bias in (None, numbers(V))
-        ]
-        + [
-            (
-                numbers(N, D),
-                torch.randint(-9, 9, (V, D)).to(torch.int8),
-                *rule,
-                [],
-                None,
-                False,
-                None,
-                torch.rand(V),
-                None,
-            )
-            for rule in [("probability", 0.0, 1.0, "exact", None, None)]
-        ]
-    ),
+    "choose_token_fused": lambda: [
+        (numbers(N, D), weight, "margin", 0.0, 1.0, "exact", 5, 0.9, [], 20, bias is None, bias, scales, None)
+        for weight, bias, scales in (
+            (numbers(V, D), None, None),
+            (numbers(V, D), numbers(V), None),
+            (eight(V, D), None, numbers(V).exp()),
+        )
+    ],
     "commit_": lambda: [(*FUNCTIONS["commit_"][1](), positions) for positions in (None, torch.arange(S).expand(B, S))],
+    "int8_linear": lambda: [
+        (*FUNCTIONS["int8_linear"][1](), None),
+        *((*given[:3], None, given[3]) for given in [FUNCTIONS["int8_linear of experts"][1]()]),
+    ],
+    "int4_linear": lambda: [(*FUNCTIONS["int4_linear"][1](), None)],
     "row_change": lambda: [states(), (lambda x, _, *others: (x, None, *others))(*states())],
     "keep_rows_": lambda: [states(entries=True), (*states(), None)],
     "plan": lambda: [

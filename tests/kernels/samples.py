@@ -74,6 +74,15 @@ def _choose_fused(hidden, weight, bias):
     return *plain, *kernels.choose_token_fused(hidden, weight, rule="margin", return_entropy=True, **how)
 
 
+def eight(*size: int) -> Tensor:
+    """Weights in 8 bits."""
+    return torch.randint(-127, 128, size, dtype=torch.int8)
+
+
+def _experts(x, weight, scales, ends):
+    return kernels.int8_linear(x, weight, scales, ends=ends)
+
+
 def _commit(canvas, token, confidence, eligible, count):
     return kernels.commit_(canvas, token, confidence, eligible, count, validate=False), canvas
 
@@ -154,6 +163,15 @@ FUNCTIONS = {
         lambda *given: kernels.rms_norm(given[0], given[2], residual=given[1]),
         lambda: (numbers(B, N, D), numbers(B, N, D), numbers(D)),
     ),
+    "int8_linear": (
+        kernels.int8_linear,
+        lambda: (numbers(B, N, D), eight(V, D), numbers(V).exp(), numbers(V)),
+    ),
+    "int8_linear of experts": (
+        _experts,
+        lambda: (numbers(N, D), eight(B, V, D), numbers(B, V).exp(), torch.tensor([1, N], dtype=torch.int32)),
+    ),
+    "int4_linear": (kernels.int4_linear, lambda: (numbers(B, N, 64), *kernels.packed4(numbers(V, 64)), numbers(V))),
     "swiglu": (kernels.swiglu, lambda: (numbers(B, N, D),)),
     "cached_attention": (_attend, lambda: (numbers(B, N, HQ, D), *buffers(), torch.tensor([[0, S], [2, 5]]))),
     "cached_attention, in 8 bits": (

@@ -22,6 +22,7 @@ from dkv.kernels.common.launch import Call, Chip, Launch, chip_of, trial
 from dkv.kernels.dev.cases import TYPES, described, meta
 from dkv.kernels.plan.reference import FIELDS
 from dkv.kernels.rope_scatter import triton as rope
+from tests.kernels.test_linear_triton import CALLS as OF_FEW_BITS
 
 B, N, S, H, D, V = 2, 3, 70, 2, 16, 50
 PLACES = torch.arange(N).expand(B, N)
@@ -144,6 +145,7 @@ CALLS = {
         {"positions": PLACES, "validate": False},
         ["commit_kernel"],
     ),
+    **OF_FEW_BITS,
     **{name: (*call, [kernel]) for (name, call), kernel in zip(steps(S, N, N).items(), KERNELS, strict=True)},
 }
 

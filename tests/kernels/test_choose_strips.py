@@ -71,9 +71,8 @@ def launched(rows: int, dtype: str = "bf16", arch: str = "sm_90", vocabulary: in
     """What is launched on a GPU, and the scratch that it takes."""
     work = Workspace()
     with trial(chip=Chip(arch, 132)) as tried:
-        choose_token_fused(
-            meta(rows, 64, dtype=dtype), meta(vocabulary, 64, dtype=dtype), Choice(), None, None, workspace=work
-        )
+        hidden, weight = meta(rows, 64, dtype=dtype), meta(vocabulary, 64, dtype=dtype)
+        choose_token_fused(hidden, weight, Choice(), None, None, None, workspace=work)
     return tried.calls, work
 
 

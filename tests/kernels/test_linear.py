@@ -62,6 +62,13 @@ def test_against_float64(backend, bits, dtype, bias):
         close(found, x.double() @ weight.exact.T + (shift.double() if bias else 0), dtype)
 
 
+def test_of_no_inputs_there_is_the_bias(backend):
+    weight, scales, bias = torch.zeros(4, 0, dtype=torch.int8), torch.ones(4), torch.randn(4)
+    for size in ((3, 2), (0,)):
+        found = int8_linear(torch.zeros(*size, 0), weight, scales, bias)
+        assert torch.equal(found, bias.expand(*size, 4))
+
+
 @st.composite
 def drawn(draw):
     """Rows, outputs, inputs, the entries of some experts, and a seed."""

@@ -8,12 +8,33 @@ from dkv.kernels.common.backend import has_triton, interpreted
 if not has_triton() or not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from dkv.kernels import use_backend
+from dkv.kernels import choose_token_fused, int4_linear, int8_linear, use_backend
 from dkv.kernels.common.launch import Chip, Launch, trial
 from dkv.kernels.dev.cases import described, meta
 from dkv.kernels.linear import triton as linear
 from tests.kernels.test_linear import OPERATIONS, bits, by_expert, close, sample
 
+# Public calls for `test_cases`: the operation, its arguments and options, and the kernels that it launches.
+CALLS = {
+    "choose_token_fused in 8 bits": (
+        choose_token_fused,
+        (torch.zeros(3, 16), torch.zeros(50, 16, dtype=torch.int8)),
+        {"head_scales": torch.ones(50), "validate": False},
+        ["choose_kernel", "merge_kernel"],
+    ),
+    "int8_linear in parts": (
+        int8_linear,
+        (torch.zeros(3, 2048), torch.zeros(50, 2048, dtype=torch.int8), torch.ones(50), torch.zeros(50)),
+        {},
+        ["linear_kernel", "add_kernel"],
+    ),
+    "int4_linear of experts": (
+        int4_linear,
+        (torch.zeros(3, 64), torch.zeros(2, 50, 32, dtype=torch.uint8), torch.ones(2, 50, 1)),
+        {"ends": torch.tensor([1, 3], dtype=torch.int32)},
+        ["linear_kernel"],
+    ),
+}
 # Some that do not divide what they are for.
 SMALL = {8: Launch((16, 32, 64), 4, 2), 4: Launch((16, 32), 4, 2)}
 
