@@ -155,10 +155,10 @@ def described_model(facts: dict[str, Any]) -> str:
     if facts["step_bytes"]:
         out += [
             "",
-            f"a cached step of batch 1 reads, with {COMPUTED} slots computed",
+            f"a cached step of batch 1 reads, with {COMPUTED} slots computed, by what model and K/V are in",
             *told_of_steps(facts["step_bytes"]),
         ]
-    out += ["", "slots of K/V that fit beside the weights", *told_of_room(facts["slots_that_fit"])]
+    out += ["", "slots of K/V that fit beside the weights, by what they are in", *told_of_room(facts["slots_that_fit"])]
     out += ["", "policies"]
     return "\n".join([*out, *(f"  {name:14} {reason or 'applies'}" for name, reason in facts["policies"].items())])
 
@@ -189,7 +189,7 @@ def _table(cells: dict[str, Callable[[str, str], str]], kinds: dict[str, Any]) -
     from dkv.bench.report import columns
 
     rows = [(name, kept, *(cell(name, kept) for cell in cells.values())) for name in kinds for kept in kinds[name]]
-    return [f"  {line}" for line in columns(("weights", "K/V", *cells), rows, left=2).splitlines()]
+    return [f"  {line}" for line in columns(("model", "K/V", *cells), rows, left=2).splitlines()]
 
 
 def amount_of(size: int) -> str:
