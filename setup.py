@@ -20,6 +20,8 @@ LINT = ["ruff"]
 BENCH = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"]
+# Small, and free of other packages: quantises plain layers (docs/devices.md).
+TORCHAO = ["torchao>=0.18"]
 # Large, and used by an example alone: not among what the tests need.
 RAY = ["ray[data]>=2.50"]
 # The packaging tests build without isolation, so they need the build backend too.
@@ -34,6 +36,7 @@ TEST = [
     *BENCH,
     *EVAL,
     *SERVE,
+    *TORCHAO,
 ]
 FOLDERS = {"dkv": "dkv", "dkv.kernels": "kernels", "dkv.models": "models", "dkv.bench": "bench"}
 INNER = [f"{name}.{inner}" for name, folder in FOLDERS.items() for inner in find_packages(str(ROOT / folder))]
@@ -69,6 +72,7 @@ setup(
         "eval": EVAL,
         "serve": SERVE,
         "ray": RAY,
+        "torchao": TORCHAO,
         "test": TEST,
         "lint": LINT,
         "dev": [*TEST, *LINT, "build"],

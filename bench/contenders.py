@@ -40,7 +40,11 @@ SETTINGS = (
 )
 NAMES = ("cache", "steps", "weights", *SETTINGS)
 # Weights that a run may name, by the arguments of `dkv.load` that ask for them; others than those of the measurement.
-WEIGHTS = {"int8": {"weights": "int8"}, "bfloat16": {"dtype": "bfloat16"}}
+WEIGHTS = {
+    **{bits: {"weights": bits} for bits in ("int8", "int4")},
+    **{f"{bits}_keep_head": {"weights": bits, "keep_head": True} for bits in ("int8", "int4")},
+    "bfloat16": {"dtype": "bfloat16"},
+}
 # How a setting is written in a label; others as name=value.
 LABELS = dict.fromkeys(("refresh", "window_center", "shift_rule", "confidence"), "{}")
 LABELS |= {"kv_cache_dtype": "K/V {}", "window": "w{}", "temperature": "t{}", "block_length": "b{}"}

@@ -105,10 +105,10 @@ class Int8Linear(PackedProduct):
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [outputs, inputs] as int8 numbers and float32 scales [outputs]: the nearest of 255 by output."""
+    """Weights [..., outputs, inputs] as int8 numbers and float32 scales [..., outputs]: nearest of 255 by output."""
     wide = weight.float()
-    scales = wide.abs().amax(1).clamp_min_(LEAST).div_(MOST)
-    return (wide / scales[:, None]).round_().to(torch.int8), scales
+    scales = wide.abs().amax(-1).clamp_min_(LEAST).div_(MOST)
+    return (wide / scales[..., None]).round_().to(torch.int8), scales
 
 
 def why_not_int8() -> str | None:
@@ -120,10 +120,8 @@ def why_not_int8() -> str | None:
     return None
 
 
-def check_int8(dtype: torch.dtype | str | None, device: torch.device, pack: bool | None) -> None:
-    """Raise ValueError if a model cannot have weights of 8 bits there, or is asked to be something else, too."""
-    if device.type != "cpu":
-        raise ValueError(f'weights="int8" is for CPUs, and the device is {device}: give device="cpu", or leave it out')
+def check_int8(dtype: torch.dtype | str | None, pack: bool | None) -> None:
+    """Raise ValueError if a CPU cannot have weights of 8 bits, or is asked to be something else, too."""
     if dtype not in (None, torch.float32):
         raise ValueError(f'weights="int8" computes in float32 beside its products: leave out dtype, got {dtype}')
     if pack is False:

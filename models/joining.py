@@ -49,6 +49,8 @@ class JoinedLayer(Block):
         plain: dict[str, Any] = dict.fromkeys(part for parts in JOINED.values() for part in parts)
         for name, sizes in self.sizes.items():
             joined = getattr(self, name)
+            # Of fewer bits, a plain layer is made of it first.
+            joined = joined if type(joined) is nn.Linear else joined.unpacked()
             plain |= zip(JOINED[name], parts_of(joined.weight, joined.bias, sizes, own), strict=True)
         return Layer.of(self, **plain)
 

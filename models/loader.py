@@ -18,15 +18,13 @@ from dkv.models.families import Family, family_of
 from dkv.models.files import Entry, damaged
 from dkv.models.folders import TOKENIZER_FILES, folder_of, read_config, read_headers
 from dkv.models.foreign import behind_fronts, plain_parameters
+from dkv.models.form import Asked, form_of
 from dkv.models.gemma import Gemma
 from dkv.models.gemma_spec import GemmaSpec
-from dkv.models.int8 import Int8Linear, check_int8
-from dkv.models.joining import join_
 from dkv.models.keywords import FLOATS, hub_options, one_device, one_dtype, usable
 from dkv.models.mixture import EXPERT_BIAS
-from dkv.models.packing import can_pack, check_packable, pack_
 from dkv.models.shards import Cut, device_of, read, share_
-from dkv.models.skeleton import fill, skeleton
+from dkv.models.skeleton import Pieces, fill, skeleton
 from dkv.models.spec import ModelSpec
 from dkv.models.special_ids import with_token_ids
 from dkv.models.tokenizer import with_vocab_limit
@@ -37,7 +35,7 @@ from dkv.parallel import Ranks
 CODES = dict(zip(("F16", "BF16", "F32", "F64"), FLOATS.values(), strict=True))
 # Arguments of `load`, for the message that refuses another.
 NAMES = (
-    *("dtype", "device", "device_map", "torch_dtype", "pack", "weights", "subfolder"),
+    *("dtype", "device", "device_map", "torch_dtype", "pack", "weights", "keep_head", "subfolder"),
     *("family", "mask_token_id", "attention_block", "ranks"),
 )
 # Checkpoints of at least so many bytes show how far they are.
@@ -52,6 +50,7 @@ def load(
     pack: bool | None = None,
     *,
     weights: str | None = None,
+    keep_head: bool = False,
     family: str | None = None,
     mask_token_id: int | None = None,
     attention_block: int | None = None,
@@ -79,9 +78,11 @@ def load(
             `dkv.models.export` before `dkv.unpack(model)`. None: where the model is float32 on a CPU that can, or
             bfloat16 on one with instructions for it; elsewhere weights that multiply the same states are joined
             (`models/joining.py`). False: plain layers.
-        weights: "int8": those of all products as bytes, with a scale for each output, on a CPU with VNNI; activations
-            are rounded to bytes by token when they are multiplied, and are float32 elsewhere. A quarter of the memory,
-            faster, and not quite the same model: docs/devices.md says what is lost. None: of `dtype`.
+        weights: None: of `dtype`. "int8": those of all products as bytes, with a scale for each output. On a GPU
+            activations stay in `dtype` ("int4" is for GPUs alone: 4 bits, with a scale for each output and at most 128
+            inputs, the head in 8 bits). On a CPU, which must have VNNI, activations are rounded to bytes by token when
+            they are multiplied, and are float32 elsewhere. Less memory, and not quite the same model: docs/devices.md.
+        keep_head: with `weights`, leave the head in the dtype of the activations.
         family: of the model, where its configuration does not tell: "stable_diffcoder" for a plain Llama one.
         mask_token_id: where neither the configuration nor the tokenizer beside it say it; counts before both.
         attention_block: slots of the blocks in which the model was trained, if not as its configuration says: for
@@ -108,12 +109,9 @@ def load(
         TypeError: an unknown argument, or a path that is none.
     """
     hub = hub_options(keywords, NAMES)
-    if not (pack is None or isinstance(pack, bool)):
-        raise ValueError(f"pack must be True, False or None, got {pack!r}")
-    if weights not in (None, "int8"):
-        raise ValueError(f'weights must be "int8" or None, got {weights!r}')
     wanted, device = one_dtype(dtype, torch_dtype), one_device(device, device_map)
     device = usable(device) if ranks is None else device_of(ranks, device, pack, weights)
+    asked = Asked(wanted, device, pack, weights, keep_head, shared=ranks is not None)
     folder = folder_of(path_or_id, subfolder=subfolder, **hub)
     kind, config = described(folder, family, mask_token_id, attention_block)
     entries = read_headers(folder)
@@ -122,46 +120,22 @@ def load(
     cuts: dict[str, Cut] = {}
     if ranks is not None:
         pieces, cuts = share_(model, ranks, kind, pieces)
-    # Files may hold more than the model has.
-    entries = {name: entries[name] for name in pieces}
-    for name, entry in entries.items():
+    entries = _needed(entries, pieces)
+    form = form_of(asked, model, CODES[entries[kind.weight_name("embed")].dtype])
+    fill(model, pieces, _read(entries, form.dtype, form.device, cuts))
+    return form.made(model.eval())
+
+
+def _needed(entries: Mapping[str, Entry], pieces: Pieces) -> dict[str, Entry]:
+    """The entries that a model has, as files may hold more; ValueError: one is of a dtype that is not read."""
+    needed = {name: entries[name] for name in pieces}
+    for name, entry in needed.items():
         if entry.dtype not in CODES:
             raise ValueError(
                 f"{name} in {entry.file} is stored as {entry.dtype}; only {', '.join(CODES)} are read: "
                 "load the original weights, not quantised ones"
             )
-    target = wanted
-    if not isinstance(wanted, torch.dtype):
-        target = CODES[entries[kind.weight_name("embed")].dtype]
-        if wanted is None and device.type == "cpu":
-            target = torch.promote_types(target, torch.float32)
-    own = isinstance(model, Gemma)
-    if own and (pack or weights):
-        named = "pack=True" if pack else f"weights={weights!r}"
-        raise ValueError(f"{named} is of models that fill masks; DiffusionGemma computes with its weights as they are")
-    if weights == "int8":
-        check_int8(wanted, device, pack)
-        # As it lies in the file: one product after the other is rounded, and no float32 model stands in memory.
-        target = CODES[entries[kind.weight_name("embed")].dtype]
-    packs = device.type == "cpu" and ranks is None and can_pack(target)
-    if pack:
-        check_packable("the model", target, device)
-    fill(model, pieces, _read(entries, target, device, cuts))
-    model.eval()
-    if own:
-        if pack is None:
-            model.join_()
-        return model
-    if weights == "int8":
-        return pack_(model, Int8Linear)
-    if pack or (pack is None and packs):
-        return pack_(model)
-    if pack is None:
-        join_(model)
-        if device.type == "cuda":
-            # The parts are freed, but too small for what comes next.
-            torch.cuda.empty_cache()
-    return model
+    return needed
 
 
 def described(

@@ -137,6 +137,14 @@ class Bank(nn.Module):
         bank.weight = nn.Parameter(torch.stack(weights).detach(), requires_grad=False)
         return bank
 
+    def groups(self, x: Tensor) -> bool:
+        """Whether `grouped` multiplies x in one launch, and without waiting for the device."""
+        return has_grouped_product(x, self.weight)
+
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [N, inputs] -> [N, outputs]; entries before ends[e] (int32 [E]) and not before the last are expert e's."""
+        return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+
     def each(self, x: Tensor, counts: list[int]) -> Tensor:
         """x [N, inputs], so many entries for each expert in turn -> [N, outputs]; only those with some are read."""
         every = zip(self.weight, x.split(counts), counts, strict=True)
@@ -198,7 +206,7 @@ class Experts(nn.Module):
             return torch.zeros_like(h)
         x = h.reshape(-1, h.shape[-1])
         weights, chosen = self.router(x)
-        if x.device.type == "cpu" or has_grouped_product(x, self.gate_up.weight, self.down.weight):
+        if x.device.type == "cpu" or self._groups(x):
             out = self._sorted(x, weights, chosen)
         else:
             out = self._everywhere(x, weights, chosen)
@@ -206,18 +214,20 @@ class Experts(nn.Module):
             out = out + self.shared(x)
         return out.view(h.shape)
 
+    def _groups(self, x: Tensor) -> bool:
+        return self.gate_up.groups(x) and self.down.groups(x)
+
     def _sorted(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Every expert on its own tokens, which stand one after the other."""
         experts, order = chosen.flatten().sort(stable=True)
         inputs = x.index_select(0, order // chosen.shape[1])
-        if x.device.type == "cpu":
-            counts = experts.bincount(minlength=self.mixture.experts).tolist()
-            outputs = self.down.each(gated(self.gate_up.each(inputs, counts)), counts)
-        else:
+        if self._groups(x):
             numbers = torch.arange(self.mixture.experts, device=x.device)
             ends = torch.searchsorted(experts, numbers, right=True).int()
-            hidden = gated(grouped_product(inputs, self.gate_up.weight, ends))
-            outputs = grouped_product(hidden, self.down.weight, ends)
+            outputs = self.down.grouped(gated(self.gate_up.grouped(inputs, ends)), ends)
+        else:
+            counts = experts.bincount(minlength=self.mixture.experts).tolist()
+            outputs = self.down.each(gated(self.gate_up.each(inputs, counts)), counts)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         # Added in the order in which they were chosen, whatever the others chose.
         outputs = outputs.index_select(0, places).view(*chosen.shape, -1)
@@ -248,21 +258,12 @@ def gated(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def has_grouped_product(x: Tensor, *weights: Tensor) -> bool:
+def has_grouped_product(x: Tensor, weight: Tensor) -> bool:
     """Whether torch multiplies groups in one launch here: bfloat16 on Hopper, features a multiple of 16 bytes.
 
     Elsewhere its function is a loop that reads the ends of the groups back to the host.
     """
     if x.device.type != "cuda" or torch.version.hip or not hasattr(F, "grouped_mm"):
         return False
-    aligned = all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
+    aligned = all(size % 8 == 0 for size in weight.shape[1:])
     return x.dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability(x.device)[0] == 9
-
-
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x [N, inputs] by weight [E, outputs, inputs] -> [N, outputs]: entries before ends[e] and not before the last.
-
-    Args:
-        ends: int32 [E], on the device of x.
-    """
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)

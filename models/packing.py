@@ -47,6 +47,10 @@ class PackedBank(Packed):
         super().__init__()
         self.parts = nn.ModuleList(kind(linear_of(weight, None)) for weight in bank.weight)
 
+    def groups(self, x: Tensor) -> bool:
+        """As `Bank.groups`: never, as it is for CPUs."""
+        return False
+
     def each(self, x: Tensor, counts: list[int]) -> Tensor:
         """As `Bank.each`."""
         return type(self.parts[0]).each(self.parts, x, counts)
@@ -133,7 +137,7 @@ def check_packable(name: str, dtype: torch.dtype, device: torch.device, trainabl
         raise ValueError(f"{reason}: leave out pack=True")
 
 
-def pack_(model: nn.Module, kind: Kind = PackedLinear) -> nn.Module:
+def pack_(model: nn.Module, kind: Kind = PackedLinear, keep_head: bool = False) -> nn.Module:
     """Replace every layer and `nn.Linear` of a frozen float32 or bfloat16 model on the CPU; each weight is freed in
     turn. With `Int8Linear` the model may be of any dtype, and is of float32 afterwards.
 
@@ -141,28 +145,29 @@ def pack_(model: nn.Module, kind: Kind = PackedLinear) -> nn.Module:
 
     Args:
         kind: of what stands in their place.
+        keep_head: leave the head as it is.
 
     Raises:
         ValueError: a weight is on another device, of another dtype, or trainable; nothing is packed.
     """
-    products = _products(model)
-    for name, module in products.items():
+    found = {name: module for name, module in products(model).items() if not (keep_head and name == "head")}
+    for name, module in found.items():
         # Weights that are rounded may be of any dtype before.
         dtype = torch.float32 if kind is Int8Linear else module.weight.dtype
         check_packable(name, dtype, module.weight.device, module.weight.requires_grad)
-    _replace(model, set(products.values()), kind)
+    _replace(model, set(found.values()), kind)
     return model.float() if kind is Int8Linear else model
 
 
 def int8_bytes(model: nn.Module) -> int:
     """Bytes of the weights that a float32 model has once `Int8Linear` stands in it; it may be without storage."""
     # A byte in place of four, and a scale for every output.
-    saved = sum(3 * m.weight.numel() - 4 * m.weight[..., 0].numel() for m in _products(model).values())
+    saved = sum(3 * m.weight.numel() - 4 * m.weight[..., 0].numel() for m in products(model).values())
     return 4 * sum(parameter.numel() for parameter in model.parameters()) - saved
 
 
-def _products(model: nn.Module) -> dict[str, nn.Linear | Bank]:
-    """By name, what is packed: no weight that is also used elsewhere."""
+def products(model: nn.Module) -> dict[str, nn.Linear | Bank]:
+    """By name, what is packed, or held in fewer bits: no weight that is also used elsewhere."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     kinds = ((name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, Bank))
     return {name: m for name, m in kinds if id(m.weight) not in embeddings}
@@ -186,8 +191,10 @@ def unpack(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a model from dkv.load, got {type(model).__name__}")
-    if isinstance(model, Packed | JoinedLayer):
+    if isinstance(model, Packed):
         return model.unpacked()
+    if isinstance(model, JoinedLayer):
+        model = model.unpacked()
     for key, child in list(model.named_children()):
         setattr(model, key, unpack(child))
     return model

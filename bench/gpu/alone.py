@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkv.bench.timing import captured, on_device, synchronise
+from dkv.kernels import int8_linear
 from dkv.kernels.common.operation import Operation
 
 PRODUCTS = ("mm", "addmm", "bmm", "linear")
 # Operations that may be called again with the same arguments: they change nothing, or write the same again.
 REPEATED = ("cached_attention", "attention_mass", "rope_scatter_", "rms_norm", "swiglu")
 REPEATED += ("choose_token", "choose_token_fused")
+# Operations that are products, of weights of fewer bits.
+FEWER = ("int8_linear", "int4_linear")
 REPEATS = 5
 # Seconds that sending a graph may take.
 REPLAY = 1e-3
@@ -28,7 +31,8 @@ class Recorder(TorchDispatchMode):
     """Notes what is computed under it: operations, and the matrix products outside of them.
 
     Attributes:
-        calls: by name, what computes them again from the same tensors; "products" are those of PyTorch.
+        calls: by name, what computes them again from the same tensors; "products" are those of PyTorch, and those with
+            weights of fewer bits.
     """
 
     def __init__(self):
@@ -40,8 +44,9 @@ class Recorder(TorchDispatchMode):
         plain = self._plain
 
         def noted(operation: Operation, *args: Any, **hints: Any) -> Any:
-            if operation.name in REPEATED:
-                self.calls[operation.name].append(partial(plain, operation, *args, **hints))
+            if operation.name in (*REPEATED, *FEWER):
+                name = "products" if operation.name in FEWER else operation.name
+                self.calls[name].append(partial(plain, operation, *args, **hints))
             self._inside = True
             try:
                 return plain(operation, *args, **hints)
@@ -64,9 +69,11 @@ class Recorder(TorchDispatchMode):
     def with_head(self) -> Calls:
         """The calls, the product with the head among the products, which a kernel computes with the choice."""
         for call in self.calls["choose_token_fused"][:1]:
-            _, hidden, weight, *_ = call.args
+            _, hidden, weight, _, _, scales, *_ = call.args
             if isinstance(weight, Tensor):
-                self.calls["products"].append(partial(F.linear, hidden, weight))
+                plain = scales is None
+                product = partial(F.linear, hidden, weight) if plain else partial(int8_linear, hidden, weight, scales)
+                self.calls["products"].append(product)
         return self.calls
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dkv.bench.shapes import random_model, shape, tiny
 from dkv.models import ModelSpec, Transformer
 from dkv.models.joining import join_
+from dkv.models.weight_only import weight_only_
 
 SHAPE_OF = {"llada": "llada-8b", "dream": "dream-7b"}
 TITLES = {"llada": "LLaDA-8B", "dream": "Dream-7B"}
@@ -51,9 +52,10 @@ class Lab:
     def gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def model(self, family: str) -> Transformer:
-        """As it is loaded on a GPU: with joined products."""
-        return join_(self.plain_model(family))
+    def model(self, family: str, weights: str = "") -> Transformer:
+        """As it is loaded on a GPU: with joined products, and with weights of fewer bits where they are named."""
+        model = self.plain_model(family)
+        return weight_only_(model, weights) if weights else join_(model)
 
     def plain_model(self, family: str) -> Transformer:
         """The same weights, one product each."""

@@ -4,7 +4,7 @@ import gc
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,13 @@ from dkv.engine.engine import Engine
 from dkv.engine.graphs import LEAST_AHEAD
 from dkv.kernels import use_backend
 from dkv.models import Transformer
+from dkv.models.counting import read_bytes
+from dkv.models.weight_only import BITS
 
+# By the weights, "" or a key of `BITS`, the model.
+Made = Callable[[str], Transformer]
+# Of these also a full step, whose many rows a kernel for few has to take as well.
+BEST = "int8"
 # Steps that are taken of each kind, the first of which compile, allocate and capture.
 STEPS, WARM = 14, 2
 # Calls in a row, fewer than a GPU's queue holds, and how often.
@@ -41,38 +47,46 @@ def run(report: Report, lab: Lab) -> None:
     report.begin("profile", f"a step of {TITLES[family]}, batch 1: milliseconds")
     print(fixed(COLUMNS))
     with use_backend(lab.backends[0]):
-        model = lab.model(family)
-        for name, item in report.items(items(lab, model, family)):
+        for name, item in report.items(items(lab, family)):
             report.attempt(name, lab.device, partial(item, report, name))
             gc.collect()
     report.end()
 
 
-def items(lab: Lab, model: Transformer, family: str) -> Iterator[tuple[str, Callable[[Report, str], None]]]:
+def items(lab: Lab, family: str) -> Iterator[tuple[str, Callable[[Report, str], None]]]:
     """By name, what is measured, what decides most first."""
-    yield "weights at copy bandwidth", partial(weights, lab, model)
+    # Beside each other as they take turns, and each made when it is asked for.
+    made = cache(partial(lab.model, family))
+    plain = partial(made, "")
+    yield "weights at copy bandwidth", partial(weights, lab, made, "")
     for slots in lab.slots:
-        for active in (lab.active[0], None, *lab.active[1:]):
-            yield step_name(slots, active), partial(step, lab, model, family, slots, active)
+        yield step_name(slots, lab.active[0]), partial(step, lab, made, family, slots, lab.active[0], "")
+        for bits in BITS:
+            if slots == lab.slots[0]:
+                yield f"{bits} weights at copy bandwidth", partial(weights, lab, made, bits)
+            name = f"{step_name(slots, lab.active[0])} {bits}"
+            yield name, partial(step, lab, made, family, slots, lab.active[0], bits)
+        for active in (None, *lab.active[1:]):
+            yield step_name(slots, active), partial(step, lab, made, family, slots, active, "")
+        if slots == lab.slots[0]:
+            yield f"{step_name(slots, None)} {BEST}", partial(step, lab, made, family, slots, None, BEST)
     yield "host, microseconds a call", partial(host, lab, family)
     middle = lab.slots[len(lab.slots) // 2]
     for active in (lab.active[0], None):
-        yield f"kernels, {step_name(middle, active)}", partial(table, lab, model, family, middle, active)
+        yield f"kernels, {step_name(middle, active)}", partial(table, lab, plain, family, middle, active)
 
 
 def step_name(slots: int, active: int | None) -> str:
     return f"S{slots} {'full' if active is None else f'cached N{active}'}"
 
 
-def weights(lab: Lab, model: Transformer, report: Report, name: str) -> None:
+def weights(lab: Lab, made: Made, bits: str, report: Report, name: str) -> None:
     """What a cached step reads at least: every weight but the table of embeddings, at the rate of a copy."""
-    size = sum(p.nbytes for p in model.parameters())
-    if model.head.weight is not model.embed.weight:
-        size -= model.embed.weight.nbytes
+    size = read_bytes(made(bits), 0).most
     source, target = (torch.ones(size // 2, dtype=torch.uint8, device=lab.device) for _ in range(2))
     seconds = median_seconds(lambda: target.copy_(source), lab.device)
-    values = {"name": name, "bytes": size, "ms": seconds * 1e3, "bytes_per_s": size / seconds}
-    report.row(f"{name:24} {values['ms']:8.3f} ms for {size / 1e9:.2f} GB, {size / seconds / 1e12:.2f} TB/s", values)
+    values = {"name": name, "weights": bits, "bytes": size, "ms": seconds * 1e3, "bytes_per_s": size / seconds}
+    report.row(f"{name:31} {values['ms']:8.3f} ms for {size / 1e9:.2f} GB, {size / seconds / 1e12:.2f} TB/s", values)
 
 
 def generation(lab: Lab, model: Transformer, family: str, slots: int, active: int | None, graphs: bool) -> Engine:
@@ -95,10 +109,12 @@ def steps(lab: Lab, active: int | None) -> int:
     return min(STEPS, lab.new if active is None else active + 2)
 
 
-def step(lab: Lab, model: Transformer, family: str, slots: int, active: int | None, report: Report, name: str) -> None:
+def step(
+    lab: Lab, made: Made, family: str, slots: int, active: int | None, bits: str, report: Report, name: str
+) -> None:
     """One kind of step: launched as it comes, replayed, and its parts alone."""
-    values: dict[str, Any] = {"name": name, "slots": slots, "active": active}
-    make, count = partial(generation, lab, model, family, slots, active), steps(lab, active)
+    values: dict[str, Any] = {"name": name, "slots": slots, "active": active, "weights": bits}
+    make, count = partial(generation, lab, made(bits), family, slots, active), steps(lab, active)
     engine = make(graphs=False)
     shape = engine.shape()
     taken = [enqueued(partial(engine.advance, shape), lab.device) for _ in range(count - 1)][WARM:]
@@ -151,7 +167,7 @@ def _alone(name: str) -> Callable[[dict[str, Any]], str]:
 
 
 COLUMNS = {
-    "step": (18, "{name}"),
+    "step": (22, "{name}"),
     "host": (8, "{host_ms:.3f}"),
     "+ wait": (8, "{waited_ms:.3f}"),
     "replay": (8, "{replay_host_ms:.3f}"),
@@ -196,9 +212,11 @@ def _often(call: Callable[[], Any]) -> None:
         call()
 
 
-def table(lab: Lab, model: Transformer, family: str, slots: int, active: int | None, report: Report, name: str) -> None:
+def table(
+    lab: Lab, model: Callable[[], Transformer], family: str, slots: int, active: int | None, report: Report, name: str
+) -> None:
     """The kernels of a step that is launched as it comes, by the time that they take on the device."""
-    engine = generation(lab, model, family, slots, active, graphs=False)
+    engine = generation(lab, model(), family, slots, active, graphs=False)
     shape = engine.shape()
     for _ in range(WARM):
         engine.advance(shape)

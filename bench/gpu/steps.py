@@ -23,6 +23,7 @@ from dkv.bench.lineup import PLAIN
 from dkv.bench.report import fixed
 from dkv.bench.timing import in_turn, timed
 from dkv.models import Transformer
+from dkv.models.weight_only import BITS
 
 DECODE = "decode 8"
 # What computes a generation: the kernels in replayed steps; the kernels, each step launched as it comes; PyTorch; and
@@ -31,8 +32,11 @@ REPLAYED, STEPWISE, TORCH, PUBLISHED, EAGER, FLEX = (
     *("triton", "stepwise", "torch", "published"),
     *("published, eager attention", "published, flex"),
 )
+# Replayed as well, with weights of fewer bits.
+FEWER_BITS = {f"{bits} weights": bits for bits in BITS}
 # (policy, computed by), what decides most first. Those that decide take turns.
 DECIDING = ((PLAIN, REPLAYED), (DECODE, REPLAYED))
+ROUNDED = tuple((DECODE, way) for way in FEWER_BITS)
 OTHERS = (
     (DECODE, PUBLISHED),
     (PLAIN, PUBLISHED),
@@ -67,14 +71,15 @@ class Bench:
     """Generations of one model, of so many rows and slots.
 
     Attributes:
-        model: makes it, with joined products; plain_model: the same weights, one product each, for the published code.
+        model: makes it, with joined products, of weights of this kind ("" or a key of `BITS`); plain_model: the same
+            weights, one product each, for the published code.
     """
 
     lab: Lab
     family: str
     batch: int
     slots: int
-    model: Callable[[], Transformer]
+    model: Callable[[str], Transformer]
     plain_model: Callable[[], Transformer]
 
     @property
@@ -88,7 +93,8 @@ class Bench:
         if way in ATTENTION:
             call = partial(published.generate, self.plain_model(), ids, new=new, attend=ATTENTION[way], **settings)
         else:
-            call = partial(dkv.generate, self.model(), ids, max_new_tokens=new, schedule="blocks", seed=0, **settings)
+            model = self.model(FEWER_BITS.get(way, ""))
+            call = partial(dkv.generate, model, ids, max_new_tokens=new, schedule="blocks", seed=0, **settings)
         if lab.gpu:
             torch.cuda.reset_peak_memory_stats(lab.device)
         backend = way if way == TORCH else lab.backends[0]
@@ -157,15 +163,16 @@ def _measure(
     batch: int,
     lengths: Sequence[int],
     rounds: int,
+    deciding: Sequence[tuple[str, str]] = DECIDING,
     others: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Time the generations of a model: those that decide at all lengths, then the others, while there is time."""
     kernels_ = lab.backends[0]
-    model, plain_model = cache(lambda: lab.model(family)), cache(lambda: lab.plain_model(family))
+    model, plain_model = cache(partial(lab.model, family)), cache(lambda: lab.plain_model(family))
     plain: dict[int, list] = {slots: [] for slots in lengths}
 
     def named() -> Iterator[tuple[str, Callable[[], None]]]:
-        for contenders, often in ((DECIDING, rounds), *(((other,), FEWER) for other in others)):
+        for contenders, often in ((deciding, rounds), *(((other,), FEWER) for other in others)):
             for slots in lengths:
                 bench = Bench(lab, family, batch, slots, model, plain_model)
                 here = [(policy, kernels_ if way == REPLAYED else way) for policy, way in contenders]
@@ -185,9 +192,8 @@ def run(report: Report, lab: Lab) -> None:
     left_out |= set() if lab.gpu else {STEPWISE, FLEX}
     # The published code for models whose outputs are shifted is another.
     left_out |= set(ATTENTION) if spec.shifted else set()
-    _measure(
-        report, lab, family, 1, lab.slots, ROUNDS, [(policy, way) for policy, way in OTHERS if way not in left_out]
-    )
+    others = [(policy, way) for policy, way in OTHERS if way not in left_out]
+    _measure(report, lab, family, 1, lab.slots, ROUNDS, (*DECIDING, *ROUNDED), others)
     report.end()
 
 

@@ -24,15 +24,22 @@ def _rows(content: dict[str, Any], part: str, key: str) -> list[dict[str, Any]]:
     return [row for row in content["parts"].get(part, {}).get("rows", []) if key in row]
 
 
+def _steps(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return _rows(content, "profile", "device_ms")
+
+
 def bounds(content: dict[str, Any]) -> list[dict[str, Any]]:
     """By kind of step, its time on the device and what it is made of, and what bounds it where it is not replayed."""
     found, counted = [], {row["name"]: row["launches"] for row in _rows(content, "profile", "kernels")}
+    half = {(row["slots"], row["active"]): row["device_ms"] for row in _steps(content) if not row["weights"]}
     for row in _rows(content, "profile", "alone_ms"):
         took = {name: sum(row["alone_ms"].get(call, 0.0) for call in calls) for name, calls in ALONE.items()}
         device = row.get("device_ms")
         whole = {"step": row["name"], "host": row["host_ms"], "device": device, **took}
         whole["launches"] = counted.get(f"kernels, {row['name']}")
         if device is not None:
+            of_half = half.get((row["slots"], row["active"]))
+            whole["of bf16"] = device / of_half if row["weights"] and of_half else None
             whole["rest"] = device - sum(took.values())
             whole["bound"] = "host" if row["host_ms"] > device else max(ALONE, key=took.get)
         found.append(whole)
@@ -46,16 +53,16 @@ def goals(content: dict[str, Any]) -> list[dict[str, Any]]:
     def add(goal: str, value: float, wanted: float, met: bool) -> None:
         found.append({"goal": goal, "value": value, "wanted": wanted, "met": "met" if met else "missed"})
 
-    copy = next((row["ms"] for row in _rows(content, "profile", "bytes_per_s")), None)
-    for row in _rows(content, "profile", "device_ms"):
-        if copy is not None and row["active"] is not None and row["active"] <= FEW:
-            ratio = row["device_ms"] / copy
+    copied = {row["weights"]: row["ms"] for row in _rows(content, "profile", "bytes_per_s")}
+    for row in _steps(content):
+        if row["weights"] in copied and row["active"] is not None and row["active"] <= FEW:
+            ratio = row["device_ms"] / copied[row["weights"]]
             add(f"{row['name']} / weights at copy bandwidth, at most", ratio, SLACK, ratio <= SLACK)
     for row in _rows(content, "profile", "replay_host_ms"):
         if row["active"] is not None:
             host = row["replay_host_ms"]
             add(f"{row['name']} replayed, milliseconds of the host, at most", host, REPLAY_MS, host <= REPLAY_MS)
-    device = {row["name"]: row["device_ms"] for row in _rows(content, "profile", "device_ms")}
+    device = {row["name"]: row["device_ms"] for row in _steps(content)}
     for slots, wanted in SPEEDUPS.items():
         full, cached = device.get(f"S{slots} full"), device.get(f"S{slots} cached N36")
         if full and cached:
@@ -73,7 +80,7 @@ def _number(name: str, form: str = ".3f") -> Callable[[dict[str, Any]], str]:
     return lambda row: "" if row.get(name) is None else format(row[name], form)
 
 
-BOUNDS = {name: _number(name) for name in ("host", "device", *ALONE, "rest")}
+BOUNDS = {name: _number(name) for name in ("host", "device", "of bf16", *ALONE, "rest")}
 BOUNDS = {"step": "{step}", "launches": "{launches}", **BOUNDS, "bound by": "{bound}"}
 GENERATIONS = {"generation": "{name}", "by": "{way}", "ms a step": _number("ms_per_step", ".2f")}
 GENERATIONS |= {"to plain": "{ratio_to_plain:.2f}x", "GB": _number("peak_gb", ".1f")}

@@ -106,9 +106,8 @@ class GraphRunner:
     def _add(self, shape: Shape) -> str:
         """Capture the step of a shape; returns why it cannot be, or nothing."""
         engine = self.engine
-        # Of weights their memory, as a parameter takes other memory where its model is moved.
-        weights = (parameter.detach() for parameter in engine.model.parameters())
-        read = (*engine.workspace.memory(), *engine.model.rope_tables(engine.cache.slots), *weights)
+        tables = engine.model.rope_tables(engine.cache.slots)
+        read = (*engine.workspace.memory(), *tables, *weights_of(engine.model))
         before = self._reserved()
         try:
             with _capturing:
@@ -250,6 +249,15 @@ def state_of(engine: "Engine") -> Iterator[tuple[Any, str, Tensor]]:
                 yield holder, f"{prefix}.{name}", value
 
 
+def weights_of(model: Any) -> Iterator[Tensor]:
+    """The memory of all weights, as a parameter takes other memory where its model is moved; of those that torchao has
+    quantised that of their parts.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else None
+        yield from [weight.detach()] if names is None else (getattr(weight, name) for name in names)
+
+
 def key_of(engine: "Engine") -> Any:
     """What has to be equal for the graphs of one generation to be those of another."""
     device = engine.rows.tokens.device
@@ -262,5 +270,5 @@ def key_of(engine: "Engine") -> Any:
         # Another stream may not have seen what was written.
         torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
         (torch.is_autocast_enabled(), torch.get_float32_matmul_precision()),
-        tuple((x.data_ptr(), x.dtype) for x in engine.model.parameters()),
+        tuple((x.data_ptr(), x.dtype) for x in weights_of(engine.model)),
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dkv import kernels
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.ending import among, unwanted_ends
+from dkv.models.weight_only import WeightOnlyLinear
 
 LOGITS_AT_A_TIME = 1 << 24
 # As in transformers: (ids [n, length], scores [n, V]) -> scores
@@ -76,7 +77,7 @@ class Sampler:
         head = self.model.head
         if self.processor is not None:
             return self._processed(hidden, keys, counts(), texts())
-        if type(head) is nn.Linear or hasattr(head, "strips"):
+        if _is_product(head) or hasattr(head, "strips"):
             how = {**self.how, "row_keys": keys, "workspace": self.workspace}
             return self._with_late_ends(lambda gone: kernels.choose_token_fused(hidden, **self._head(gone), **how))
         rows = max(1, LOGITS_AT_A_TIME // self.model.spec.vocab_size)
@@ -118,7 +119,7 @@ class Sampler:
         """The head with the logits of some ids at -inf, as `choose_token_fused` takes it."""
         key = "head", tuple(gone)
         if key not in self.made:
-            self.made[key] = _without(self.model.head, gone)
+            self.made[key] = _without(self.model.head, gone, self.model.dtype)
         return self.made[key]
 
     def _of_logits(self, logits: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
@@ -161,15 +162,23 @@ class Sampler:
         return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
-def _without(head: Any, gone: Sequence[int]) -> dict[str, Any]:
-    """A head with the logits of some ids at -inf, as `choose_token_fused` takes it."""
-    if type(head) is not nn.Linear:
+def _is_product(head: Any) -> bool:
+    """Whether the logits are a product with the very weight of the layer; one that is quantised otherwise (torchao) is
+    multiplied by its layer alone.
+    """
+    fewer = isinstance(head, WeightOnlyLinear) and head.bits == "int8"
+    return fewer or (type(head) is nn.Linear and type(head.weight) in (Tensor, nn.Parameter))
+
+
+def _without(head: Any, gone: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """A head with the logits of some ids at -inf, as `choose_token_fused` takes it; they are of this dtype."""
+    if not _is_product(head):
         return {"head_weight": _Strips(head, gone) if gone else head}
     bias = head.bias
     if gone:
-        bias = head.weight.new_zeros(len(head.weight)) if bias is None else bias.clone()
+        bias = torch.zeros(len(head.weight), dtype=dtype, device=head.weight.device) if bias is None else bias.clone()
         bias[gone] = -torch.inf
-    return {"head_weight": head.weight, "head_bias": bias}
+    return {"head_weight": head.weight, "head_bias": bias, "head_scales": getattr(head, "scales", None)}
 
 
 class _Strips:

@@ -140,9 +140,8 @@ class _Described:
 
 
 def _spec(job: Job) -> Any:
-    return spec_of(
-        job.model, **{name: value for name, value in job.loading.items() if name not in ("dtype", "weights")}
-    )
+    of_weights = ("dtype", "weights", "keep_head")
+    return spec_of(job.model, **{name: value for name, value in job.loading.items() if name not in of_weights})
 
 
 def derived_seed(seed: int, line_id: Id) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dkv.kernels.common import operation
 from dkv.kernels.common.dtypes import wide
-from dkv.kernels.common.operation import readable
 from dkv.kernels.linear.four import unpacked4
 from dkv.kernels.linear.reference import experts_of
 
@@ -43,7 +43,7 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, ends
     out = rows.new_empty(len(rows), weight.shape[-2])
     if ends is None:
         _multiply(rows, weight, scales, bias, of, out)
-    elif readable(ends):
+    elif operation.readable(ends):
         cuts = ends[:-1].long()
         for entries, some, *matrix in zip(rows.tensor_split(cuts), out.tensor_split(cuts), weight, scales, strict=True):
             if len(entries):

@@ -100,7 +100,14 @@ def test_profile_takes_a_step_apart(measured, monkeypatch, capsys):
     # One layer of 64 wide, its MLP 96 wide, and a head of 256, float32: all but the embeddings.
     layer = 64 * (4 * 64 + 3 * 96) + 2 * 64
     assert rows["weights at copy bandwidth"]["bytes"] == 4 * (layer + 256 * 64 + 64)
-    for name, active in (("S48 full", None), ("S48 cached N8", 8), ("S48 cached N4", 4)):
+    # A byte a weight and a scale an output, or half a byte and a scale for 32 inputs, where it was four.
+    outputs, products = 3 * 64 + 64 + 2 * 96 + 64, 64 * (4 * 64 + 3 * 96)
+    rounded = products + 4 * outputs + 256 * (64 + 4) + 4 * 3 * 64
+    assert rows["int8 weights at copy bandwidth"]["bytes"] == rounded
+    assert rows["int4 weights at copy bandwidth"]["bytes"] < rounded
+    kinds = {"S48 full": None, "S48 cached N8": 8, "S48 cached N4": 4}
+    kinds |= {"S48 cached N8 int8": 8, "S48 cached N8 int4": 8, "S48 full int8": None}
+    for name, active in kinds.items():
         row = rows[name]
         assert row["active"] == active and {"host_ms", "waited_ms", "device_ms", "replay_host_ms"} <= set(row)
         # Queries, keys and values; the output; gate and up; down; and the head.
@@ -109,7 +116,7 @@ def test_profile_takes_a_step_apart(measured, monkeypatch, capsys):
     assert rows["kernels, S48 full"]["launches"] >= sum(k["launches"] for k in rows["kernels, S48 full"]["kernels"]) > 9
     assert set(rows["host, microseconds a call"]["us"]) == {"aten add_", "aten mm", *OPERATIONS}
     out = capsys.readouterr().out
-    assert "S48 cached N4 / weights at copy bandwidth, at most" in out and "bound by" in out
+    assert "S48 cached N4 / weights at copy bandwidth, at most" in out and "bound by" in out and "of bf16" in out
 
 
 def test_profile_says_why_steps_are_not_replayed(measured):
@@ -128,8 +135,9 @@ def test_recorder_leaves_operations_as_they_were():
 def test_steps_compare_with_the_published_method(measured):
     code, part = measured("steps", "--model", "llada")
     rows = {(row["policy"], row["way"]): row for row in part["rows"]}
-    ways = ("plain", "torch"), ("decode 8", "torch"), ("decode 8", "published"), ("plain", "published")
-    others = ("prefill", "torch"), ("greedy 4", "torch"), ("plain", "published, eager attention")
+    ways = ("plain", "torch"), ("decode 8", "torch"), ("decode 8", "int8 weights"), ("decode 8", "int4 weights")
+    others = ("decode 8", "published"), ("plain", "published")
+    others += ("prefill", "torch"), ("greedy 4", "torch"), ("plain", "published, eager attention")
     assert code == 0 and list(rows) == [*ways, *others]
     assert all(row["passes"] == 8 and row["new_tokens"] == 8 and row["warm"] for row in rows.values())
     full = [rows[policy, "torch"]["full_passes"] for policy in ("plain", "decode 8", "greedy 4", "prefill")]
@@ -204,7 +212,7 @@ def test_an_error_stays_in_its_row(measured, monkeypatch):
     code, part = measured("checks", "--only", "dream_decode")
     assert code == 1 and part["rows"][0]["verdict"] == "FAIL" and "broken" in part["rows"][0]["traceback"]
     code, part = measured("steps", "--only", "plain")
-    by_kernels, *published = part["rows"][1:]
+    by_kernels, *published = part["rows"][3:]
     assert code == 1 and "no such kernel" in by_kernels["error"] and "broken" in by_kernels["traceback"]
     assert {row["way"] for row in published} == {"published", "published, eager attention"}
     code, part = measured("profile")

@@ -55,7 +55,7 @@ def test_a_run_may_name_weights_and_is_compared_with_the_model_as_it_is():
     )
     rows = quality.measure(setting, chosen[::3], quality.Log(None, {}))
     assert [row["settings"]["weights"] for row in rows] == [None, "int8"] and rows[1]["problems"] == 4
-    with pytest.raises(ValueError, match="weights must be one of int8, bfloat16, got 'int3'"):
+    with pytest.raises(ValueError, match=r"weights must be one of int8, int4, .*, bfloat16, got 'int3'"):
         contenders(["weights=int3"])
 
 

@@ -136,7 +136,7 @@ def test_nothing_is_read_back(bits, ends, no_readback):
     operation = getattr(fallback, f"int{bits}_linear")
     expected = operation(x, weight.stored, weight.scales, None, cuts)
     with pytest.MonkeyPatch.context() as patch, no_readback():
-        patch.setattr(fallback, "readable", lambda ends: False)  # as on a GPU
+        patch.setattr("dkv.kernels.common.operation.readable", lambda ends: False)  # as on a GPU
         found = operation(x, weight.stored, weight.scales, None, cuts)
     torch.testing.assert_close(found, expected)
 

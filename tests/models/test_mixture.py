@@ -96,7 +96,7 @@ def test_forms_of_a_gpu_give_the_same(changes, monkeypatch):
     order = chosen.flatten().argsort(stable=True)
     entries = x.index_select(0, order // chosen.shape[1])
     counts = chosen.flatten().bincount(minlength=experts.mixture.experts)
-    grouped = module.grouped_product(entries, experts.gate_up.weight, counts.cumsum(0).int())
+    grouped = experts.gate_up.grouped(entries, counts.cumsum(0).int())
     torch.testing.assert_close(grouped, experts.gate_up.each(entries, counts.tolist()), atol=1e-5, rtol=1e-5)
 
 

@@ -107,31 +107,85 @@ def test_a_mixture(run):
 def test_a_model_for_programs(run):
     facts = json.loads(run("info", "--json", str(FAMILIES / "nemotron" / "nemotron_tiny"))[1])
     assert facts["spec"]["family"] == "nemotron" and facts["spec"]["rope"]["factor"] == 16.0
-    rounded = facts["weight_bytes"].pop("int8")
+    rounded = {name: facts["weight_bytes"].pop(name) for name in ("int8", "int4", "int8_cpu")}
     assert facts["weight_bytes"] == {"float32": 4 * facts["parameters"], "bfloat16": 2 * facts["parameters"]}
-    # Embeddings and norms stay in float32.
-    assert facts["parameters"] < rounded < facts["weight_bytes"]["float32"]
+    # Embeddings and norms stay in bfloat16, and on a CPU in float32.
+    assert facts["parameters"] < rounded["int8"] < rounded["int8_cpu"] < facts["weight_bytes"]["float32"]
+    assert rounded["int4"] < rounded["int8"] < facts["weight_bytes"]["bfloat16"]
     assert facts["kv_bytes"]["bfloat16"] == {"256": 256 * 2 * 2 * 3 * 2 * 24}
     assert facts["kv_bytes"]["int8"] == {"256": 256 * 2 * 3 * 2 * (24 + 2)}
     left = (8 << 30) - facts["weight_bytes"]["bfloat16"]
-    assert facts["slots_that_fit"]["int8"]["8"] == left // (2 * 3 * 2 * 26)
+    assert facts["slots_that_fit"]["bfloat16"]["int8"]["8"] == left // (2 * 3 * 2 * 26)
+    assert facts["slots_that_fit"]["int4"]["int8"]["8"] == ((8 << 30) - rounded["int4"]) // (2 * 3 * 2 * 26)
     loaded = load(FAMILIES / "nemotron" / "nemotron_tiny", device="cpu")
     assert facts["parameters"] == loaded.num_parameters
 
 
-def test_what_fits_where(run, tmp_path):
+@pytest.fixture
+def large(tmp_path):
     """A model shaped like LLaDA-8B, of which there is no weight."""
     config = {"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32}
     config |= {"mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "mask_token_id": 126336}
     config |= {"max_sequence_length": 4096, "rope_theta": 5e5, "weight_tying": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    code, out, err = run("info", str(tmp_path))
+    return tmp_path
+
+
+def test_what_fits_where(run, large):
+    code, out, err = run("info", str(large))
     assert (code, err) == (0, "")
     said = out.splitlines()
     assert "K/V 4096   4.00 GiB in float32, 2.00 GiB in bfloat16, 1.02 GiB in int8" in said
-    assert "in 8 GiB   the weights in bfloat16 do not fit" in said
+    assert "29.86 GiB in float32, 14.93 GiB in bfloat16, 7.95 GiB in int8, 4.90 GiB in int4" in line(out, "weights")
+    table = [
+        text.split()
+        for text in said[said.index("slots of K/V that fit beside the weights, by what they are in") + 2 :][:6]
+    ]
     # 24 GiB are 9.07 more than the weights, and a slot has 512 KiB, or 260.
-    assert any(x.startswith("in 24 GiB") and "18,574 slots of K/V in bfloat16, 36,578 in int8" in x for x in said), said
+    assert table[0] == ["bfloat16", "bfloat16", "0", "2,190", "18,574", "67,726", "133,262"]
+    assert table[1] == ["bfloat16", "int8", "0", "4,314", "36,578", "133,370", "262,425"]
+    assert [row[:2] for row in table[2:]] == [
+        [bits, kept] for bits in ("int8", "int4") for kept in ("bfloat16", "int8")
+    ]
+    assert table[5][4] == "77,024"
+    (start,) = (i for i, text in enumerate(said) if text.startswith("a cached step of batch 1 reads"))
+    assert said[start + 4].split() == ["int8", "bfloat16", "7.49", "GiB", "(0.518x)", "8.99", "GiB", "(0.563x)"]
+
+
+def test_what_a_cached_step_reads(run, large):
+    facts = json.loads(run("info", "--json", str(large))[1])
+    layers, head = 32 * (4 * 4096**2 + 3 * 4096 * 12288), 126464 * 4096
+    # Two norms a layer and the last one, 32 embeddings, and 512 KiB a slot.
+    others = (2 * 32 + 1) * 4096 * 2 + 32 * 4096 * 2
+    scales = 32 * (5 * 4096 + 2 * 12288) * 4 + 126464 * 4
+    groups = layers // 128 * 4
+    wanted = {
+        "bfloat16": 2 * (layers + head) + others,
+        "int8": layers + head + scales + others,
+        "int4": layers // 2 + groups + head + 126464 * 4 + others,
+    }
+    for slots in (1024, 4096):
+        found = facts["step_bytes"][str(slots)]
+        for bits, size in wanted.items():
+            assert found[bits]["bfloat16"] == [size + slots * 524288] * 2
+            assert found[bits]["int8"] == [size + slots * 266240] * 2
+    whole = facts["step_bytes"]["1024"]["bfloat16"]["bfloat16"][0]
+    assert facts["step_bytes"]["1024"]["int8"]["bfloat16"][0] / whole < 0.55
+    # Over 4,096 slots keys and values are as much as an eighth of the weights, and have to be in 8 bits, too.
+    long = facts["step_bytes"]["4096"]
+    assert (
+        long["int8"]["int8"][0] / long["bfloat16"]["bfloat16"][0]
+        < 0.55
+        < long["int8"]["bfloat16"][0] / (long["bfloat16"]["bfloat16"][0])
+    )
+
+
+def test_a_step_of_a_mixture_reads_some_experts_or_all(run):
+    facts = json.loads(run("info", "--json", str(FAMILIES / "llada2" / "llada2_tiny"))[1])
+    least, most = facts["step_bytes"]["512"]["bfloat16"]["bfloat16"]
+    # Two layers of 8 experts, of which one slot chooses 2, and 32 may choose all.
+    assert most - least == 2 * 6 * 3 * 64 * 24 * 2
+    assert "int4" not in facts["step_bytes"]["512"]
 
 
 def test_a_model_without_weights_that_needs_its_family(run, tmp_path):
