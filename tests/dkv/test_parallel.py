@@ -107,7 +107,7 @@ KILL, INTERRUPT = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), 
 FULL = "dkv: error: the disk is full\n"
 # Who does what, and then the codes and what is said.
 ENDS = [
-    (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: process 1 of 2 has failed: {FULL}", FULL)),
+    (1, 'raise ValueError("the disk is full")', (2, 2), ("dkv: error: process 1 of 2 has failed: the disk is full\n", "")),
     (1, KILL, (2, -9), ("dkv: error: " + WITHOUT.format(1), "")),
 ]
 OTHERS = [
