@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -124,7 +125,7 @@ class Ranks:
             raise ValueError("the processes were given different prompts or settings: give all of them the same")
 
     def fail(self, line: str) -> str | None:
-        """Leave a last word; the line if this process is to say it, None if the first one does or another has failed."""
+        """Leave a last word; the line if this process is to say it, None: the first one does, or another has failed."""
         with suppress(Exception):
             mine = f"{self.rank} {line}"
             is_first_word = self._store.compare_set(FAILED, "", mine).decode() == mine
@@ -203,8 +204,7 @@ def start(device: torch.device | str | None = None) -> Ranks:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     # Imported later, its functions would hold on to the group, and its connections would stay when it is destroyed.
-    import torch.distributed.nn.functional  # noqa: F401
-
+    import_module("torch.distributed.nn.functional")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
     _meet(store, size)
     # Objects go by gloo, whatever the tensors go by.

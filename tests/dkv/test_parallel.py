@@ -104,17 +104,17 @@ def work():
 process.run(work)
 """
 KILL, INTERRUPT = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGINT)"
-FULL = "dkv: error: the disk is full\n"
+FULL, OF_SECOND = "dkv: error: the disk is full\n", "process 1 of 2 has failed: "
 # Who does what, and then the codes and what is said.
 ENDS = [
-    (1, 'raise ValueError("the disk is full")', (2, 2), ("dkv: error: process 1 of 2 has failed: the disk is full\n", "")),
+    (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: {OF_SECOND}the disk is full\n", "")),
     (1, KILL, (2, -9), ("dkv: error: " + WITHOUT.format(1), "")),
 ]
 OTHERS = [
     (0, 'raise ValueError("the disk is full")', (2, 2), (FULL, "")),
     (0, KILL, (-9, 2), ("", "dkv: error: " + WITHOUT.format(0))),
     (0, INTERRUPT, (130, 2), ("dkv: interrupted\n", "")),
-    (1, INTERRUPT, (2, 130), ("dkv: error: process 1 of 2 has failed: interrupted\n", "")),
+    (1, INTERRUPT, (2, 130), (f"dkv: error: {OF_SECOND}interrupted\n", "")),
     (0, "raise BrokenPipeError", (141, 2), ("", "")),
 ]
 
@@ -142,7 +142,7 @@ def test_a_fault_of_one_process_shows_its_trace():
     (_, first), (_, second) = (
         run.communicate(timeout=60) for run in started(2, "-c", WORK.format(who=1, here="{}[9]"))
     )
-    assert first == "dkv: error: process 1 of 2 has failed: dkv: KeyError: 9\n"
+    assert first == f"dkv: error: {OF_SECOND}dkv: KeyError: 9\n"
     assert "Traceback" in second and second.endswith("KeyError: 9\n")
 
 
