@@ -6,7 +6,6 @@ put together in the order of the processes, so that all have the same bits, and 
 
 import hashlib
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -116,13 +115,16 @@ class Ranks:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def check_same(self, *values: Any) -> None:
-        """Raise ValueError in all processes if they were given different things: numbers, texts, tensors, settings."""
-        plain = [x.tolist() if isinstance(x, Tensor) else repr(x) for x in values]
-        digest = hashlib.sha256(pickle.dumps(plain)).digest()[:7]
-        found = self.gathered(torch.tensor([int.from_bytes(digest, "big")], device=self.device))
-        if bool((found != found[0]).any()):
-            raise ValueError("the processes were given different prompts or settings: give all of them the same")
+    def check_same(self, **values: Any) -> None:
+        """Raise ValueError in all processes if they were given different things: tensors, numbers, texts, settings.
+
+        All give the same names; the message has those that differ.
+        """
+        digests = [hashlib.sha256(repr(_plain(value)).encode()).digest()[:7] for value in values.values()]
+        found = self.gathered(torch.tensor([int.from_bytes(d, "big") for d in digests], device=self.device))
+        differ = [name for name, same in zip(values, (found == found[0]).all(0).tolist(), strict=True) if not same]
+        if differ:
+            raise ValueError(f"{', '.join(differ)}: the processes were given different ones: give all of them the same")
 
     def fail(self, line: str) -> str | None:
         """Leave a last word; the line if this process is to say it, None: the first one does, or another has failed."""
@@ -172,6 +174,13 @@ class Ranks:
         if self.rank and isinstance(error, Lost) and error.word is not None:
             return None
         return self.fail(line)
+
+
+def _plain(value: Any) -> Any:
+    """A value without tensors."""
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 _ranks: Ranks | None = None

@@ -49,7 +49,7 @@ class Shared:
     def __init__(self, family: str, count: int):
         self.team = Team(count)
         self.whole = dkv.load(ROOT / PLAIN[family], dtype="float64", device="cpu")
-        self.parts = [dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks) for ranks in self.team.ranks]
+        self.parts = self.team(lambda ranks: dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks))
 
     def same(self, *given, **call) -> bool:
         """Whether all threads give what the whole model gives, from as many slots."""
@@ -204,9 +204,9 @@ def test_torchrun_ends_within_seconds(number, tmp_path):
 
 def test_what_processes_were_given_is_compared():
     def call(ranks):
-        ranks.check_same(torch.tensor([1, 2]), {"a": 3}, "text")
-        with pytest.raises(ValueError, match="different prompts or settings"):
-            ranks.check_same(torch.tensor([1, 2 + (ranks.rank == 2)]))
+        ranks.check_same(input_ids=torch.tensor([1, 2]), cache={"a": 3})
+        with pytest.raises(ValueError, match=r"^input_ids, seed: the processes were given different ones"):
+            ranks.check_same(input_ids=(torch.tensor([1, 2 + (ranks.rank == 2)]),), steps=3, seed=ranks.rank)
         return ranks.from_first(lambda: ranks.rank + 7), ranks.first(torch.tensor([ranks.rank])).item()
 
     assert together(3, call) == [(7, 0)] * 3
