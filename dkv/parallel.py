@@ -115,15 +115,16 @@ class Ranks:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def check_same(self, **values: Any) -> None:
-        """Raise ValueError in all processes if they were given different things: tensors, numbers, texts, settings.
-
-        All give the same names; the message has those that differ.
-        """
-        digests = [hashlib.sha256(repr(_plain(value)).encode()).digest()[:7] for value in values.values()]
+    def same(self, *values: Any) -> list[bool]:
+        """Which of these values all processes have alike: tensors, numbers, texts, settings."""
+        digests = [hashlib.sha256(repr(_plain(value)).encode()).digest()[:7] for value in values]
         found = self.gathered(torch.tensor([int.from_bytes(d, "big") for d in digests], device=self.device))
-        differ = [name for name, same in zip(values, (found == found[0]).all(0).tolist(), strict=True) if not same]
-        if differ:
+        return (found == found[0]).all(0).tolist()
+
+    def check_same(self, **values: Any) -> None:
+        """Raise ValueError in all processes, with the names of what differs, if they were given different things."""
+        same = self.same(*values.values())
+        if differ := [name for name, alike in zip(values, same, strict=True) if not alike]:
             raise ValueError(f"{', '.join(differ)}: the processes were given different ones: give all of them the same")
 
     def fail(self, line: str) -> str | None:
@@ -248,9 +249,13 @@ def met() -> Ranks | None:
     return _ranks
 
 
-def check_common(model: Any, error: Exception) -> None:
-    """Raise an error of a model that several processes share, unless all of them meet it: of what they were given."""
-    if ranks_of(model) is not None and not isinstance(error, ValueError | TypeError | IndexError):
+def check_common(model: Any, error: Exception | None) -> None:
+    """Raise the error of a process that shares a model, unless all of them have met it: of what they were given.
+
+    All call this, also those without an error, which hear of another's when they need it next.
+    """
+    ranks = ranks_of(model)
+    if ranks is not None and not all(ranks.same(repr(error))) and error is not None:
         raise error
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dkv
+from dkv.engine.continuous import ContinuousBatch
 from dkv.parallel import Lost
 from dkv.serving import shared
 from dkv.serving.request import CANCELLED, FAILED, FINISHED
@@ -141,6 +142,21 @@ def test_an_error_of_one_process_alone_is_no_request_s(monkeypatch):
 
     monkeypatch.setattr("dkv.engine.continuous.ContinuousBatch.step", step)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
+        led(lambda llm: llm.generate(prompts(1), max_new_tokens=6, progress=False))
+
+
+@pytest.mark.parametrize("call", ["join", "step"])
+def test_any_error_of_one_process_ends_all(monkeypatch, call):
+    """In the middle of a step, or before it, where the others have none."""
+    made = getattr(ContinuousBatch, call)
+
+    def failing(batch, *given):
+        if batch.ranks.rank == 1:
+            raise ValueError("of this process alone")
+        return made(batch, *given)
+
+    monkeypatch.setattr(ContinuousBatch, call, failing)
+    with pytest.raises(ValueError, match="of this process alone"):
         led(lambda llm: llm.generate(prompts(1), max_new_tokens=6, progress=False))
 
 
