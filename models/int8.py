@@ -28,9 +28,11 @@ class Rounded(NamedTuple):
 
 def rounded(x: Tensor) -> Rounded:
     """Activations float32 [..., n], rounded to the nearest of 255 numbers, by token."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST).div_(MOST)
+    # Its memory is taken once more, as new memory costs more than the arithmetic.
+    size = x.abs()
+    scale = size.amax(-1, keepdim=True).clamp_min_(LEAST).div_(MOST)
     # A cast to int8 is several times as fast as one to uint8, and a byte that overflows begins anew.
-    numbers = (x / scale).round_().to(torch.int8).view(torch.uint8).add_(ZERO)
+    numbers = torch.div(x, scale, out=size).round_().to(torch.int8).view(torch.uint8).add_(ZERO)
     return Rounded(numbers, scale)
 
 
