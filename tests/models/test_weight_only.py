@@ -157,11 +157,12 @@ REFUSED = [
     (CPU, {"weights": "int4"}, 'weights="int4" is for GPUs: on a CPU take weights="int8"'),
     (CPU, {"weights": "int7"}, "weights must be one of int8, int4, or None, got 'int7'"),
     (CARD, {"weights": True}, "weights must be one of int8, int4, or None, got True"),
+    (CPU, {"weights": ["int8"]}, "weights must be one of int8, int4, or None"),
     (CARD, {"weights": "int8", "pack": False}, "weights='int8' have a layout of their own: leave out pack=False"),
     (CARD, {"weights": "int4", "pack": True}, "leave out pack=True"),
-    (CARD, {"keep_head": True}, "keep_head goes with weights= int8 or int4"),
-    (CARD, {"weights": "int8", "keep_head": 1}, "keep_head must be True, False, got 1"),
-    (CPU, {"pack": 0}, "pack must be True, False, None, got 0"),
+    (CARD, {"keep_head": True}, "keep_head goes with weights='int8' or 'int4'"),
+    (CARD, {"weights": "int8", "keep_head": 1}, "keep_head must be True or False, got 1"),
+    (CPU, {"pack": 0}, "pack must be True, False or None, got 0"),
 ]
 
 
