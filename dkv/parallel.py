@@ -6,11 +6,12 @@ put together in the order of the processes, so that all have the same bits, and 
 
 import hashlib
 import os
-import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +27,8 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 HOW = "torchrun --nproc-per-node 2 -m dkv generate ..."
 # Where the first process that fails leaves its last word.
 FAILED = "failed"
-# How many others have read it, and for how many seconds the first process, if it keeps it, waits for that.
-HEARD, LINGER = "heard", 3
+# How many others have read it, and that the first process has said it; for how many seconds that is waited for.
+HEARD, SAID, LINGER = "heard", "said", 3
 # A server may have nothing to do for long. That a process has gone is told by its connection, not by the clock.
 PATIENCE = timedelta(days=365)
 # For the others to come; and for a message from where last words are kept.
@@ -114,32 +115,43 @@ class Ranks:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def check_same(self, *values: Any) -> None:
-        """Raise ValueError in all processes if they were given different things: numbers, texts, tensors, settings."""
-        plain = [x.tolist() if isinstance(x, Tensor) else repr(x) for x in values]
-        digest = hashlib.sha256(pickle.dumps(plain)).digest()[:7]
-        found = self.gathered(torch.tensor([int.from_bytes(digest, "big")], device=self.device))
-        if bool((found != found[0]).any()):
-            raise ValueError("the processes were given different prompts or settings: give all of them the same")
+    def same(self, *values: Any) -> list[bool]:
+        """Which of these values all processes have alike: tensors, numbers, texts, settings."""
+        digests = [hashlib.sha256(repr(_plain(value)).encode()).digest()[:7] for value in values]
+        found = self.gathered(torch.tensor([int.from_bytes(d, "big") for d in digests], device=self.device))
+        return (found == found[0]).all(0).tolist()
+
+    def check_same(self, **values: Any) -> None:
+        """Raise ValueError in all processes, with the names of what differs, if they were given different things."""
+        same = self.same(*values.values())
+        if differ := [name for name, alike in zip(values, same, strict=True) if not alike]:
+            raise ValueError(f"{', '.join(differ)}: the processes were given different ones: give all of them the same")
 
     def fail(self, line: str) -> str | None:
-        """Leave a last word, unless another process has failed before; None then, else the line."""
+        """Leave a last word; the line if this process is to say it, None: the first one does, or another has failed."""
         with suppress(Exception):
             mine = f"{self.rank} {line}"
-            if self._store.compare_set(FAILED, "", mine).decode() != mine:
-                return None
-            self._linger()
+            is_first_word = self._store.compare_set(FAILED, "", mine).decode() == mine
+            if self.rank:
+                return line if is_first_word and not self._linger(lambda: self._store.check([SAID])) else None
+            self._store.set(SAID, "")
+            # Where this process keeps the last words itself, the others read them from it.
+            if is_first_word and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                self._linger(lambda: self._store.add(HEARD, 0) == self.size - 1)
         return line
 
-    def _linger(self) -> None:
-        """Where this process keeps the last words itself, wait until all others have heard its own, though not long."""
-        if self.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return
-        # The others notice that connections are gone.
+    def _linger(self, until: Callable[[], bool]) -> bool:
+        """Wait, though not long, for what others do when they notice that this process has gone; whether they did."""
+        with suppress(ValueError):  # not the main thread
+            # torchrun ends all others as soon as one is gone.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dist.destroy_process_group()
         end = time.monotonic() + LINGER
-        while self._store.add(HEARD, 0) < self.size - 1 and time.monotonic() < end:
+        while time.monotonic() < end:
+            if until():
+                return True
             time.sleep(0.01)
+        return False
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -153,15 +165,23 @@ class Ranks:
             if self._store.check([FAILED]):
                 who, _, word = self._store.get(FAILED).decode().partition(" ")
                 self._store.add(HEARD, 1)
-                return Lost(f"process {who} of {self.size} has failed: {word}", word)
+                said = word.removeprefix(f"{process.name()}: error: ")
+                return Lost(f"process {who} of {self.size} has failed: {said}", word)
         others = f"another of the {self.size} processes has" if self.size > 2 else f"process {1 - self.rank} of 2 has"
         return Lost(f"{others} ended without a word: it was killed, or its machine is gone", None)
 
     def last_word(self, error: BaseException, line: str) -> str | None:
-        """What this process says of the error that ends it, `line` by itself; None: another process has said it."""
-        if isinstance(error, Lost) and error.word is not None:
-            return line if self.rank == 0 else None
+        """What this process says of the error that ends it, `line` by itself; None: another process says it."""
+        if self.rank and isinstance(error, Lost) and error.word is not None:
+            return None
         return self.fail(line)
+
+
+def _plain(value: Any) -> Any:
+    """A value without tensors."""
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 _ranks: Ranks | None = None
@@ -193,6 +213,8 @@ def start(device: torch.device | str | None = None) -> Ranks:
     where = _device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    # Imported later, its functions would hold on to the group, and its connections would stay when it is destroyed.
+    import_module("torch.distributed.nn.functional")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
     _meet(store, size)
     # Objects go by gloo, whatever the tensors go by.
@@ -217,7 +239,7 @@ def end() -> None:
     """Part from the other processes."""
     global _ranks
     before, _ranks = _ranks, None
-    if before is not None and before.is_ours:
+    if before is not None and before.is_ours and dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -227,9 +249,13 @@ def met() -> Ranks | None:
     return _ranks
 
 
-def check_common(model: Any, error: Exception) -> None:
-    """Raise an error of a model that several processes share, unless all of them meet it: of what they were given."""
-    if ranks_of(model) is not None and not isinstance(error, ValueError | TypeError | IndexError):
+def check_common(model: Any, error: Exception | None) -> None:
+    """Raise the error of a process that shares a model, unless all of them have met it: of what they were given.
+
+    All call this, also those without an error, which hear of another's when they need it next.
+    """
+    ranks = ranks_of(model)
+    if ranks is not None and not all(ranks.same(repr(error))) and error is not None:
         raise error
 
 

@@ -115,8 +115,9 @@ class Experts(nn.Module):
 
     @staticmethod
     def _product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        # Before torch 2.10 there is none, and none of float64.
-        if hasattr(F, "grouped_mm") and x.dtype != torch.float64:
+        # Before torch 2.10 there is none, and none of float64, or of rows that do not begin at multiples of 16 bytes.
+        aligned = all(size * x.itemsize % 16 == 0 for size in weights.shape[1:])
+        if hasattr(F, "grouped_mm") and aligned and x.dtype != torch.float64:
             return F.grouped_mm(x, weights.transpose(-2, -1), offs=ends)
         parts = x.tensor_split(ends[:-1].cpu().long())
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)])

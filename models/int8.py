@@ -10,6 +10,8 @@ from dkv.models.packed import UNPACK, PackedProduct
 
 # The largest number of a weight or an activation; zero is this number of the bytes that a CPU multiplies.
 MOST, ZERO = 127, 128
+# The same as PyTorch's arithmetic takes them, which otherwise makes such tensors at every call.
+_MOST, _ZERO = torch.tensor(float(MOST), device="cpu"), torch.tensor(ZERO, dtype=torch.uint8, device="cpu")
 # Smaller than any activation or weight of use, and far from overflow when it divides.
 LEAST = 1e-30
 
@@ -28,16 +30,21 @@ class Rounded(NamedTuple):
 
 def rounded(x: Tensor) -> Rounded:
     """Activations float32 [..., n], rounded to the nearest of 255 numbers, by token."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST).div_(MOST)
-    # A cast to int8 is several times as fast as one to uint8.
-    numbers = (x / scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO)
+    # Its memory is taken once more, as new memory costs more than the arithmetic.
+    size = x.abs()
+    scale = size.amax(-1, keepdim=True).clamp_min_(LEAST).div_(_MOST)
+    # A cast to int8 is several times as fast as one to uint8, and a byte that overflows begins anew.
+    numbers = torch.div(x, scale, out=size).round_().to(torch.int8).view(torch.uint8).add_(_ZERO)
     return Rounded(numbers, scale)
 
 
 class Int8Linear(PackedProduct):
     """A product of weights of 8 bits, with a scale for each output, and activations that are rounded when it is called.
 
-    Bytes are multiplied and added up exactly, so what a token gets does not depend on how many there are.
+    Bytes are multiplied and added up exactly, so what a token gets does not depend on how many there are. It is off
+    the product of what was not rounded by no more than s * sum |w| + t * sum |x| + in_features * s * t, where
+    s = max |x| / 254 of the token and t = max |w| / 254 of the output, beside the rounding of float32. Where x, or the
+    weights of an output, hold NaN or infinity, so does what is computed of them.
     """
 
     def __init__(self, *linears: nn.Linear, silu: bool = False):
@@ -64,7 +71,10 @@ class Int8Linear(PackedProduct):
     def forward(self, x: Tensor | Rounded, *, add: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """x [..., in_features] float32 -> [..., out_features], plus `add` or times `times` of that shape."""
         numbers, scale = x if isinstance(x, Rounded) else self.taken(x)
-        out = self._product(numbers, self.scales).mul_(scale)
+        out = self._product(numbers, self.scales)
+        if add is not None and self.bias is None:
+            return torch.addcmul(add, out, scale, out=out)
+        out.mul_(scale)
         if self.bias is not None:
             out += self.bias
         if self.silu:
@@ -72,6 +82,15 @@ class Int8Linear(PackedProduct):
         if add is not None:
             return out.add_(add)
         return out if times is None else out.mul_(times)
+
+    def gates(self, up: "Int8Linear", x: Tensor) -> Rounded:
+        """This product of x, of which SiLU is taken, times another one of it: an input for a third."""
+        x = self.taken(x)
+        if up.bias is not None:
+            return rounded(up(x, times=self(x)))
+        # The same numbers come of a token that is not yet multiplied by its scale.
+        numbers, scale = rounded(self(x).mul_(up._product(x.numbers, up.scales)))
+        return Rounded(numbers, scale.mul_(x.scale))
 
     def _product(self, numbers: Tensor, scales: Tensor) -> Tensor:
         if numbers.numel() == 0:

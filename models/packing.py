@@ -68,8 +68,7 @@ class PackedShared(Packed):
         self.down_proj = kind(shared.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.gate_proj.taken(x)
-        return self.down_proj(self.up_proj(x, times=self.gate_proj(x)))
+        return self.down_proj(self.gate_proj.gates(self.up_proj, x))
 
     def unpacked(self) -> Shared:
         return Shared.of({name: part.unpacked() for name, part in self.named_children()}).train(self.training)
@@ -107,8 +106,7 @@ class PackedLayer(Packed):
         h = self.mlp_norm(x)
         if self.experts is not None:
             return x + self.experts(h), None
-        h = self.gate_proj.taken(h)
-        return self.down_proj(self.up_proj(h, times=self.gate_proj(h)), add=x), None
+        return self.down_proj(self.gate_proj.gates(self.up_proj, h), add=x), None
 
     def unpacked(self) -> Layer:
         projections = dict(zip(("q_proj", "k_proj", "v_proj"), self.qkv_proj.unpacked(), strict=True))

@@ -89,12 +89,15 @@ def run(args: argparse.Namespace) -> int:
             process.say("dkv serve: anybody who reaches this address may ask: --api-key asks for a key")
         # It handles the signals, and raises them again when it is done.
         server = server_of(app, args.drain_seconds)
-        # Where one of several processes has gone, no request can be answered any more.
-        llm.on_lost = lambda: setattr(server, "should_exit", True)
+
+        def failed(error: Exception) -> None:
+            # Now, as the signal that ends the others comes soon, and is raised again when the server has stopped.
+            process.tell(error)
+            server.should_exit = True
+
+        llm.on_failed = failed
         server.run([listening])
-        if ranks is not None and app.state.server.worker.error is not None:
-            raise app.state.server.worker.error
-    return 0
+    return 0 if ranks is None or app.state.server.worker.error is None else 2
 
 
 def bound(host: str, port: int) -> socket.socket:

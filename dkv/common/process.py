@@ -149,15 +149,19 @@ def ended(call: Callable[[], int | None], errors: tuple[type[Exception], ...] = 
             sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
             _judge(error, f"{_state.name}: {type(error).__name__}: {in_one_line(error)}")
             raise
-        where = "standard output: " if _abandon_output() or _unnamed(error) else ""
-        if said := _judge(error, f"{_state.name}: error: {where}{in_one_line(error)}"):
-            sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
-            say(said)
+        tell(error, "standard output: " if _abandon_output() or _unnamed(error) else "")
         return 2
     if isinstance(code, str):
         say(code)
         return 1
     return code or 0
+
+
+def tell(error: Exception, where: str = "") -> None:
+    """Say what ends this process, also where it goes on for a while."""
+    if said := _judge(error, f"{_state.name}: error: {where}{in_one_line(error)}"):
+        sys.stderr = sys.__stderr__ if _state.mute else sys.stderr
+        say(said)
 
 
 def _judge(error: BaseException, line: str) -> str | None:

@@ -101,7 +101,8 @@ class Run(Steps):
         self.seed = drawn_seeds(config.seed, batch, generator, ranks)
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * batch
         if ranks is not None:
-            ranks.check_same(rows.tokens, rows.masked, rows.lengths, config.settings(), config.seed)
+            ranks.check_same(**config.settings())
+            ranks.check_same(input_ids=(rows.tokens, rows.masked, rows.lengths))
         processor = listed_processors(processor)
         criteria = _listed("stopping_criteria", criteria, StoppingCriteriaList)
         eos = ends_of(model, config) if ends else []

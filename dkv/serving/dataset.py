@@ -12,6 +12,7 @@ from typing import Any
 from dkv.common import process
 from dkv.common.bar import Bar, counted
 from dkv.common.journal import Journal, Record
+from dkv.parallel import Lost
 from dkv.serving.devices import Answer, Here, Processes, Task
 from dkv.serving.filling import Asked
 from dkv.serving.job import Job, Questions
@@ -106,6 +107,7 @@ class Run:
 
         Raises:
             ChildProcessError: the process of a device has failed, or was killed.
+            Lost: so has one of several that share the model.
             Exception: of the device.
         """
         began = time.perf_counter()
@@ -119,8 +121,9 @@ class Run:
                     self._keep(one)
                 if devices:
                     self._answer(devices, asked)
-        except ChildProcessError as error:
-            raise ChildProcessError("; ".join(filter(None, [str(error), self._kept()]))) from None
+        except (ChildProcessError, Lost) as error:
+            error.args = ("; ".join(filter(None, [str(error), self._kept()])),)
+            raise
         self.counts.seconds = time.perf_counter() - began
         return self.counts
 

@@ -180,10 +180,13 @@ class LLM:
         if key not in self._batches:
             # With guidance a row has keys and values in two branches.
             cache = None if requests[0].config.cfg_scale else self._cache
+            error = None
             try:
                 self._batches[key] = Sharing(self.model, self.rows, self.max_length, requests[0], cache, self._free)
-            except Exception as error:
-                check_common(self.model, error)
+            except Exception as raised:
+                error = raised
+            check_common(self.model, error)
+            if error is not None:
                 # As of a device without memory for the state of other settings: those that run go on.
                 for request in requests:
                     request.end(FAILED, error=error)

@@ -5,15 +5,15 @@ in all: rows are given in the order of the requests, and nothing is decided by a
 """
 
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import config_of
-from dkv.parallel import Lost, Ranks, ranks_of
+from dkv.parallel import Ranks, ranks_of
 from dkv.serving import memory
 from dkv.serving.llm import LLM
 from dkv.serving.request import Request
@@ -25,7 +25,8 @@ class Leading(LLM):
     The others are in `follow` meanwhile.
     """
 
-    on_lost: Callable[[], None] = staticmethod(lambda: None)
+    # Called with the error that ends all of it.
+    on_failed: Callable[[Exception], None] = staticmethod(lambda error: None)
 
     def __init__(
         self,
@@ -55,12 +56,9 @@ class Leading(LLM):
         return super().add(input_ids, **how)
 
     def step(self) -> list[Request]:
-        """As `LLM.step`, in all processes; Lost: one of them has gone, and `on_lost` has been called."""
-        try:
+        """As `LLM.step`, in all processes; Lost: one of them has gone."""
+        with self._watched():
             return self._step()
-        except Lost:
-            self.on_lost()
-            raise
 
     def _step(self) -> list[Request]:
         come = [request for request in self._waiting if request not in self._told]
@@ -80,7 +78,16 @@ class Leading(LLM):
 
     def close(self) -> None:
         """Let the others go."""
-        self._ranks.told()
+        with self._watched():
+            self._ranks.told()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.on_failed(error)
+            raise
 
 
 def llm_of(model: Any, **how: Any) -> LLM:

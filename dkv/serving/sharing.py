@@ -13,7 +13,7 @@ from dkv.engine.continuous import ContinuousBatch
 from dkv.engine.engine import Engine
 from dkv.engine.records import RECORDS
 from dkv.engine.stages import StepResult
-from dkv.parallel import check_common
+from dkv.parallel import check_common, ranks_of
 from dkv.serving.request import FAILED, FINISHED, RUNNING, Request
 
 
@@ -59,10 +59,13 @@ class Sharing:
     def start(self, requests: Sequence[Request]) -> list[Request]:
         """Give each of them a free row; returns those that failed."""
         rows, now = [self._free.popleft() for _ in requests], time.perf_counter()
+        error = None
         try:
             self.batch.join(rows, [r.input_ids[0] for r in requests], [r.config for r in requests])
-        except Exception as error:
-            check_common(self.batch.model, error)
+        except Exception as raised:
+            error = raised
+        check_common(self.batch.model, error)
+        if error is not None:
             # Of one of them, or of a device without memory for all: others go on.
             self._free.extendleft(reversed(rows))
             if len(requests) > 1:
@@ -84,7 +87,9 @@ class Sharing:
             if batch.numbers:
                 batch.step()
         except Exception as raised:
-            check_common(batch.model, raised)
+            if ranks_of(batch.model) is not None:
+                # Others may be in the middle of the step.
+                raise
             # A processor's own, which has passes of its own; or a device's, which all meet.
             error = raised
         now, going, invalid = time.perf_counter(), set(batch.numbers), set(batch.invalid_rows)

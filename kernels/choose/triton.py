@@ -38,6 +38,8 @@ TABLE = LaunchTable(
     },
     [Launch((1, ids), warps) for ids, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16))],
 )
+# With half the bytes more of them are to be on their way.
+_INT8 = {("few int8", 2): Launch((16, 64, 128), 8, 4), ("many int8", 2): Launch((64, 128, 128), 8, 4)}
 _ROWS = {"few": 16, "many": 64}
 # Tile: (rows, ids, numbers of a hidden state). Regime: how many rows ("few" up to 16), whether the head has 8 bits, and
 # bytes of a number of x.
@@ -61,10 +63,11 @@ FUSED_TABLE = LaunchTable(
             ("few", 2): Launch((16, 64, 128), 8, 3),
             ("many", 2): Launch((64, 128, 64), 8, 3),
             ("many", 4): Launch((64, 64, 32), 8, 2),
+            **_INT8,
         },
         # Twice as many ids at a time leave no register free when tokens are drawn, on sm_90 neither: counted by ptxas,
         # not timed.
-        "sm_100": {("few", 2): Launch((16, 64, 128), 8, 3), ("many", 2): Launch((64, 128, 64), 8, 3)},
+        "sm_100": {("few", 2): Launch((16, 64, 128), 8, 3), ("many", 2): Launch((64, 128, 64), 8, 3), **_INT8},
         "gfx942": {("many", 4): Launch((64, 64, 32), 8, 2)},
         "interpreter": {
             (many + kind, number): Launch((_ROWS[many], 1024, 64), 4)

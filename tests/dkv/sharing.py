@@ -165,7 +165,7 @@ def main(kind: str, gemma: str) -> None:
     with dkv.parallel.start("cpu") as ranks:
         for case in cases(kind, Path(gemma)):
             result = found(case, ranks)
-            ranks.check_same(result)
+            ranks.check_same(result=result)
             if ranks.rank == 0:
                 print(json.dumps([case[0], result]), flush=True)
 

@@ -49,7 +49,7 @@ class Shared:
     def __init__(self, family: str, count: int):
         self.team = Team(count)
         self.whole = dkv.load(ROOT / PLAIN[family], dtype="float64", device="cpu")
-        self.parts = [dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks) for ranks in self.team.ranks]
+        self.parts = self.team(lambda ranks: dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks))
 
     def same(self, *given, **call) -> bool:
         """Whether all threads give what the whole model gives, from as many slots."""
@@ -104,17 +104,17 @@ def work():
 process.run(work)
 """
 KILL, INTERRUPT = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGINT)"
-FULL = "dkv: error: the disk is full\n"
+FULL, OF_SECOND = "dkv: error: the disk is full\n", "process 1 of 2 has failed: "
 # Who does what, and then the codes and what is said.
 ENDS = [
-    (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: process 1 of 2 has failed: {FULL}", FULL)),
+    (1, 'raise ValueError("the disk is full")', (2, 2), (f"dkv: error: {OF_SECOND}the disk is full\n", "")),
     (1, KILL, (2, -9), ("dkv: error: " + WITHOUT.format(1), "")),
 ]
 OTHERS = [
     (0, 'raise ValueError("the disk is full")', (2, 2), (FULL, "")),
     (0, KILL, (-9, 2), ("", "dkv: error: " + WITHOUT.format(0))),
     (0, INTERRUPT, (130, 2), ("dkv: interrupted\n", "")),
-    (1, INTERRUPT, (2, 130), ("dkv: error: process 1 of 2 has failed: interrupted\n", "")),
+    (1, INTERRUPT, (2, 130), (f"dkv: error: {OF_SECOND}interrupted\n", "")),
     (0, "raise BrokenPipeError", (141, 2), ("", "")),
 ]
 
@@ -142,7 +142,7 @@ def test_a_fault_of_one_process_shows_its_trace():
     (_, first), (_, second) = (
         run.communicate(timeout=60) for run in started(2, "-c", WORK.format(who=1, here="{}[9]"))
     )
-    assert first == "dkv: error: process 1 of 2 has failed: dkv: KeyError: 9\n"
+    assert first == f"dkv: error: {OF_SECOND}dkv: KeyError: 9\n"
     assert "Traceback" in second and second.endswith("KeyError: 9\n")
 
 
@@ -204,9 +204,9 @@ def test_torchrun_ends_within_seconds(number, tmp_path):
 
 def test_what_processes_were_given_is_compared():
     def call(ranks):
-        ranks.check_same(torch.tensor([1, 2]), {"a": 3}, "text")
-        with pytest.raises(ValueError, match="different prompts or settings"):
-            ranks.check_same(torch.tensor([1, 2 + (ranks.rank == 2)]))
+        ranks.check_same(input_ids=torch.tensor([1, 2]), cache={"a": 3})
+        with pytest.raises(ValueError, match=r"^input_ids, seed: the processes were given different ones"):
+            ranks.check_same(input_ids=(torch.tensor([1, 2 + (ranks.rank == 2)]),), steps=3, seed=ranks.rank)
         return ranks.from_first(lambda: ranks.rank + 7), ranks.first(torch.tensor([ranks.rank])).item()
 
     assert together(3, call) == [(7, 0)] * 3

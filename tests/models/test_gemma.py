@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import dkv
 from dkv.models.families import family_of
 from dkv.models.families.diffusion_gemma import FAMILY
+from dkv.models.gemma_layer import Experts
 from dkv.models.gemma_spec import GemmaLayer
 
 FOLDER = Path(__file__).parents[1] / "golden" / "families" / "diffusion_gemma" / "gemma_tiny"
@@ -161,3 +162,19 @@ def test_experts_one_by_one_where_torch_has_no_grouped_product(monkeypatch):
             hidden = torch.nn.functional.gelu(gate, approximate="tanh") * up
             by_hand[row] += weight[row, place] * (experts.down_proj[number] @ hidden)
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 12])
+def test_experts_of_any_size(dtype, size):
+    """What a process has of an expert may be any number of features."""
+    spec = FAMILY.spec(config_of({"moe_intermediate_size": size, "hidden_size": 20, "num_attention_heads": 2}))
+    experts = Experts(spec).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    x, weight, expert = torch.randn(6, 20), torch.rand(6, 2), torch.tensor([[0, 1], [3, 0]]).repeat(3, 1)
+    found = experts.to(dtype)(x.to(dtype), weight, expert)
+    exact = experts.double()(x.to(dtype).double(), weight.double(), expert)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.5}
+    torch.testing.assert_close(found.double(), exact, **close)

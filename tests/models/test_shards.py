@@ -13,14 +13,22 @@ from dkv.models.shards import SPLITS, _split_of, check_heads
 from dkv.parallel import Ranks
 from tests.dkv.sharing import FAMILIES as FOLDERS
 from tests.dkv.sharing import PLAIN, ROOT, small_gemma
+from tests.models.conftest import Checkpoint
 from tests.together import together
 
 CPU = torch.device("cpu")
 
 
+class Alone(Ranks):
+    """A process that does not ask whether the others load the same."""
+
+    def check_same(self, **values):
+        pass
+
+
 def part(folder, rank, size=2, **how):
-    """The model of one process; loading needs no other."""
-    return dkv.load(folder, ranks=Ranks(rank, size, CPU, store=None), **{"pack": False, **how})
+    """The model of one process."""
+    return dkv.load(folder, ranks=Alone(rank, size, CPU, store=None), **{"pack": False, **how})
 
 
 def put_together(name, parts):
@@ -127,6 +135,19 @@ def test_a_table_that_does_not_divide_and_three_processes(small):
 def test_what_cannot_be_split_is_refused_with_both_numbers(small, changes, size, message):
     with pytest.raises(ValueError, match=message):
         part(small(**changes).folder, 0, size)
+
+
+@pytest.mark.parametrize(
+    ("how", "other", "named"), [({}, {"n_layers": 3}, "model"), ({"dtype": "float64"}, {}, "dtype")]
+)
+def test_processes_with_different_models_are_told(tmp_path, how, other, named):
+    folders = [Checkpoint(tmp_path / str(i), "llada", **changes).folder for i, changes in enumerate(({}, other))]
+
+    def call(ranks):
+        with pytest.raises(ValueError, match=rf"^{named}: the processes were given different ones"):
+            dkv.load(folders[ranks.rank], ranks=ranks, **(how if ranks.rank else {}))
+
+    together(2, call)
 
 
 def test_a_layer_of_another_kind_counts_too():
