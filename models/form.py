@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from dkv.core.naming import instead
 from dkv.models.gemma import Gemma
 from dkv.models.int8 import Int8Linear, check_int8
 from dkv.models.joining import join_
@@ -49,7 +50,7 @@ class Asked:
                 )
             return
         if not isinstance(self.weights, str) or self.weights not in BITS:
-            raise ValueError(f"weights must be one of {', '.join(BITS)}, or None, got {self.weights!r}")
+            raise ValueError(f"weights={self.weights!r} is not known: {instead(self.weights, BITS)}")
         if self.device.type == "cpu":
             if self.weights != "int8":
                 raise ValueError(f'weights="{self.weights}" is for GPUs: on a CPU take weights="int8"')
