@@ -154,11 +154,8 @@ def described_model(facts: dict[str, Any]) -> str:
     out = [f"{name:10} {text}" for name, text in lines.items()]
     if facts["step_bytes"]:
         bounds = " (where all choose the same experts, to where each chooses others)" if mixture else ""
-        out += [
-            "",
-            f"a cached step of batch 1 with {COMPUTED} slots computed reads{bounds}, by what model and K/V are in",
-        ]
-        out += told_of_steps(facts["step_bytes"])
+        heading = f"a cached step of batch 1 with {COMPUTED} slots computed reads{bounds}, by what model and K/V are in"
+        out += ["", heading, *told_of_steps(facts["step_bytes"])]
     out += ["", "slots of K/V that fit beside the weights, by what they are in", *told_of_room(facts["slots_that_fit"])]
     out += ["", "policies"]
     return "\n".join([*out, *(f"  {name:14} {reason or 'applies'}" for name, reason in facts["policies"].items())])
