@@ -154,6 +154,21 @@ def test_a_folder_becomes_what_a_card_would_hold(name):
     assert any(isinstance(m, WeightOnlyBank) for m in made.modules()) == (model.spec.mixture is not None)
 
 
+@pytest.mark.parametrize(("weights", "dtype"), [("int8", "bfloat16"), ("int4", None)])
+def test_load_reads_to_the_host_and_moves_what_comes_of_it(weights, dtype, monkeypatch):
+    """A device without memory stands for a card."""
+    monkeypatch.setattr("dkv.models.loader.usable", lambda _: torch.device("meta"))
+    model = dkv.load("tiny", dtype, "cuda", weights=weights)
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"meta"}
+    # None is the dtype of the file on a card.
+    assert model.dtype == (torch.bfloat16 if dtype else torch.float32) and not model.training
+    assert model.layers[0].qkv_proj.bits == weights and isinstance(model.head, WeightOnlyLinear)
+    plain = dkv.load("tiny", device="cpu", pack=False)
+    assert model.num_parameters == plain.num_parameters
+    with pytest.raises(ValueError, match="DiffusionGemma computes with its weights as they are"):
+        dkv.load(GOLDEN / "families" / "diffusion_gemma" / "gemma_tiny", device="cuda", weights=weights)
+
+
 REFUSED = [
     (CPU, {"weights": "int4"}, 'weights="int4" is for GPUs: on a CPU take weights="int8"'),
     (CPU, {"weights": "int7"}, "weights='int7' is not known: did you mean 'int[48]'"),
