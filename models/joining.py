@@ -1,6 +1,6 @@
 """Blocks with one product where the published models have several: fewer launches, and larger ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -82,11 +82,27 @@ class JoinedLayer(Block):
 
 def join_(model: nn.Module) -> nn.Module:
     """Join the products of every frozen layer of a model, one layer after the other; the others stay as they are."""
-    for key, child in list(model.named_children()):
-        if type(child) is Layer and not any(p.requires_grad for p in child.parameters()):
-            setattr(model, key, JoinedLayer(child))
+
+    def joined(_: str, module: nn.Module) -> nn.Module:
+        is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        return JoinedLayer(module) if type(module) is Layer and is_frozen else module
+
+    return replace_(model, joined)
+
+
+def replace_(model: nn.Module, by: Callable[[str, nn.Module], nn.Module], prefix: str = "") -> nn.Module:
+    """Put `by(name, module)` in the place of each module of a model; where that is the module itself, of those in it.
+
+    One is gone before the next is asked for, so that there is no second copy of the model.
+    """
+    for key in [key for key, _ in model.named_children()]:
+        name, module = f"{prefix}{key}", getattr(model, key)
+        made = by(name, module)
+        if made is module:
+            replace_(module, by, f"{name}.")
         else:
-            join_(child)
+            setattr(model, key, made)
+        del module, made
     return model
 
 

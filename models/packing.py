@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dkv.kernels.choose import torch as torch_choice
 from dkv.models.int8 import Int8Linear
-from dkv.models.joining import JoinedLayer, linear_of, parts_of
+from dkv.models.joining import JoinedLayer, linear_of, parts_of, replace_
 from dkv.models.layers import Attend, Layer
 from dkv.models.mixture import Bank, Experts, Shared
 from dkv.models.packed import Packed, PackedLinear, why_not_packed
@@ -148,13 +148,27 @@ def pack_(model: nn.Module, kind: Kind = PackedLinear, keep_head: bool = False) 
     Raises:
         ValueError: a weight is on another device, of another dtype, or trainable; nothing is packed.
     """
+    names = _checked(model, kind, keep_head)
+
+    def packed(name: str, module: nn.Module) -> nn.Module:
+        if isinstance(module, Layer):
+            return PackedLayer(module, kind)
+        if name not in names or type(module) is not nn.Linear:
+            return module
+        return PackedHead(module, kind) if module.out_features > torch_choice.STRIP else kind(module)
+
+    replace_(model, packed)
+    return model.float() if kind is Int8Linear else model
+
+
+def _checked(model: nn.Module, kind: Kind, keep_head: bool) -> set[str]:
+    """Names of what is packed; ValueError: some of it cannot be."""
     found = {name: module for name, module in products(model).items() if not (keep_head and name == "head")}
     for name, module in found.items():
         # Weights that are rounded may be of any dtype before.
         dtype = torch.float32 if kind is Int8Linear else module.weight.dtype
         check_packable(name, dtype, module.weight.device, module.weight.requires_grad)
-    _replace(model, set(found.values()), kind)
-    return model.float() if kind is Int8Linear else model
+    return set(found)
 
 
 def int8_bytes(model: nn.Module) -> int:
@@ -193,17 +207,6 @@ def unpack(model: nn.Module) -> nn.Module:
         return model.unpacked()
     if isinstance(model, JoinedLayer):
         model = model.unpacked()
-    for key, child in list(model.named_children()):
-        setattr(model, key, unpack(child))
+    for key in [key for key, _ in model.named_children()]:
+        setattr(model, key, unpack(getattr(model, key)))
     return model
-
-
-def _replace(module: nn.Module, products: set[nn.Module], kind: Kind) -> None:
-    for key, child in list(module.named_children()):
-        if isinstance(child, Layer):
-            setattr(module, key, PackedLayer(child, kind))
-        elif child in products and type(child) is nn.Linear:
-            wide = child.out_features > torch_choice.STRIP
-            setattr(module, key, PackedHead(child, kind) if wide else kind(child))
-        else:
-            _replace(child, products, kind)

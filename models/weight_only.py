@@ -12,7 +12,7 @@ from dkv.kernels.common.operation import Operation
 from dkv.kernels.linear.four import group_of, packed4, unpacked4
 from dkv.kernels.linear.op import INT4_LINEAR, INT8_LINEAR
 from dkv.models.int8 import quantised
-from dkv.models.joining import join_, linear_of
+from dkv.models.joining import join_, linear_of, replace_
 from dkv.models.mixture import Bank
 from dkv.models.packed import Packed
 from dkv.models.packing import products
@@ -125,14 +125,15 @@ def weight_only_(model: nn.Module, bits: str, device: torch.device | None = None
             no device ever has to hold more than the result: a card that has room for it has none for the model before.
         keep_head: leave the head as it is.
     """
-    join_(model)
-    for name, module in products(model).items():
-        if not (keep_head and name == "head"):
-            kind = WeightOnlyBank if type(module) is Bank else WeightOnlyLinear
-            owner, _, leaf = name.rpartition(".")
-            made = kind(module, HEAD_BITS if name == "head" else bits)
-            setattr(model.get_submodule(owner), leaf, made.train(module.training).to(device))
-    return model.to(device)
+    names = set(products(join_(model))) - ({"head"} if keep_head else set())
+
+    def rounded(name: str, module: nn.Module) -> nn.Module:
+        if name not in names:
+            return module
+        kind = WeightOnlyBank if type(module) is Bank else WeightOnlyLinear
+        return kind(module, HEAD_BITS if name == "head" else bits).train(module.training).to(device)
+
+    return replace_(model, rounded).to(device)
 
 
 def check_groups(model: nn.Module, bits: str) -> None:
