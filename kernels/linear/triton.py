@@ -20,9 +20,9 @@ from dkv.kernels.linear import torch as fallback
 from dkv.kernels.linear.four import GROUPS
 from dkv.kernels.linear.kernel import add_kernel, linear_kernel
 
-# The launches. Regime: rows up to, and bytes of a number of x. None has been timed on a GPU; `dkv audit` finds no
-# spilled registers. Up to 32 rows weights go from shared memory through registers into `mma.sync`, from 64 on wgmma
-# takes them from shared memory again.
+# The launches. Regime: rows up to (with experts, those of one if all had as many), and bytes of a number of x. None has
+# been timed on a GPU; `dkv audit` finds no spilled registers. Up to 32 rows weights go from shared memory through
+# registers into `mma.sync`, from 64 on wgmma takes them from shared memory again.
 ROWS = (16, 32, 64, 128)
 _INTERPRETER = {(rows, number): Launch((rows, 256, 256), 4) for rows, number in product(ROWS, (2, 4))}
 # Where a program may have more than 100 KB of shared memory: twice the outputs for which a tile of rows is read.
@@ -134,7 +134,8 @@ def _plan(x, weight, scales, bias, ends, out, invariant):
             yield Call(add_kernel, grid, ADD, added | {"PARTS": parts, "BLOCK": block})
 
     # With DKV_BATCH_INVARIANT=1 the small tile is used for any number of rows: another may change the order of sums.
-    fit = next((most for most in ROWS if rows <= most or invariant), ROWS[-1])
+    of_weight = rows if ends is None else triton.cdiv(rows, len(ends))
+    fit = next((most for most in ROWS if of_weight <= most or invariant), ROWS[-1])
     return (fit, x.element_size()), calls
 
 
@@ -152,7 +153,12 @@ def audit_cases(arch: str) -> Iterator[Case]:
                 of = (experts, outputs) if experts else (outputs,)
                 bias = meta(outputs, dtype=number) if kind == " odd" else None
                 ends = meta(experts, dtype=torch.int32) if experts else None
-                sample = meta(most - 1, size, dtype=number), *_weights(table, *of, size=size), bias, ends
+                sample = (
+                    meta((most - 1) * max(experts, 1), size, dtype=number),
+                    *_weights(table, *of, size=size),
+                    bias,
+                    ends,
+                )
                 first, *added = calls_of(arch, regime, launch, operation, *sample)
                 yield Case(f"{table.name} {most} rows{kind} {number}", first, ("tensor core", "async copy"))
                 sums |= {f"sum of {call.arguments['PARTS']} parts{kind} {number}": call for call in added}

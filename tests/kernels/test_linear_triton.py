@@ -127,6 +127,15 @@ def test_another_number_of_rows_needs_no_other_kernel(bits, rows):
     assert kinds[1:] == kinds[:-1]
 
 
+def test_a_tile_of_experts_is_as_large_as_what_they_have():
+    """256 entries that 256 experts share are few for each."""
+    for entries, experts, rows in ((256, 256, 16), (256, 8, 32), (4096, 8, 128)):
+        weight = meta(experts, 1024, 2048, dtype=torch.int8), meta(experts, 1024, dtype="fp32")
+        with trial(chip=Chip("sm_90", 132)) as tried, use_backend("triton"):
+            int8_linear(meta(entries, 2048), *weight, ends=meta(experts, dtype=torch.int32))
+        assert tried.regimes == [(rows, 2)] and tried.calls[0].grid[0] == experts
+
+
 @bits
 def test_the_weight_is_read_once_for_few_rows(bits):
     """Up to a tile of rows there is one program for each tile of outputs and part."""
