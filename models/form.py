@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from dkv.core.naming import instead
 from dkv.models.gemma import Gemma
 from dkv.models.int8 import Int8Linear, check_int8
 from dkv.models.joining import join_
@@ -38,16 +39,18 @@ class Asked:
     shared: bool = False
 
     def __post_init__(self):
-        for name, known in (("pack", (True, False, None)), ("keep_head", (True, False))):
-            # Not by equality, as 0 and 1 are equal to these.
-            if not any(getattr(self, name) is value for value in known):
-                raise ValueError(f"{name} must be {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+        if not (self.pack is None or isinstance(self.pack, bool)):
+            raise ValueError(f"pack must be True, False or None, got {self.pack!r}")
+        if not isinstance(self.keep_head, bool):
+            raise ValueError(f"keep_head must be True or False, got {self.keep_head!r}")
         if self.weights is None:
             if self.keep_head:
-                raise ValueError(f"keep_head goes with weights= {' or '.join(BITS)}, whose head it leaves as it is")
+                raise ValueError(
+                    f"keep_head goes with weights={' or '.join(map(repr, BITS))}: it leaves their head as it is"
+                )
             return
-        if self.weights not in BITS:
-            raise ValueError(f"weights must be one of {', '.join(BITS)}, or None, got {self.weights!r}")
+        if not isinstance(self.weights, str) or self.weights not in BITS:
+            raise ValueError(f"weights={self.weights!r} is not known: {instead(self.weights, BITS)}")
         if self.device.type == "cpu":
             if self.weights != "int8":
                 raise ValueError(f'weights="{self.weights}" is for GPUs: on a CPU take weights="int8"')

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-_QUANTISE = "load with pack=False, and quantise the model that you get (torch.ao, torchao)"
+_QUANTISE = "pass weights='int8' or 'int4', or load with pack=False and quantise the model that you get (torchao)"
 _ATTENTION = "dkv computes attention with its own kernels (dkv.use_backend): leave it out"
 _ONE_DEVICE = "a model lies on one device: pass device='cuda:0', or another"
 _CONVERT = "only safetensors are read: convert the checkpoint with transformers"

@@ -30,8 +30,8 @@ from dkv.models.weight_only import BITS
 
 # By the weights, "" or a key of `BITS`, the model.
 Made = Callable[[str], Transformer]
-# Of these also a full step, whose many rows a kernel for few has to take as well.
-BEST = "int8"
+# With these weights a full step, too, whose many rows a kernel for few has to take as well.
+FULL_TOO = "int8"
 # Steps that are taken of each kind, the first of which compile, allocate and capture.
 STEPS, WARM = 14, 2
 # Calls in a row, fewer than a GPU's queue holds, and how often.
@@ -69,7 +69,7 @@ def items(lab: Lab, family: str) -> Iterator[tuple[str, Callable[[Report, str], 
         for active in (None, *lab.active[1:]):
             yield step_name(slots, active), partial(step, lab, made, family, slots, active, "")
         if slots == lab.slots[0]:
-            yield f"{step_name(slots, None)} {BEST}", partial(step, lab, made, family, slots, None, BEST)
+            yield f"{step_name(slots, None)} {FULL_TOO}", partial(step, lab, made, family, slots, None, FULL_TOO)
     yield "host, microseconds a call", partial(host, lab, family)
     middle = lab.slots[len(lab.slots) // 2]
     for active in (lab.active[0], None):

@@ -153,11 +153,9 @@ def described_model(facts: dict[str, Any]) -> str:
         lines[f"K/V {length}"] = per_dtype({name: sizes[length] for name, sizes in facts["kv_bytes"].items()})
     out = [f"{name:10} {text}" for name, text in lines.items()]
     if facts["step_bytes"]:
-        out += [
-            "",
-            f"a cached step of batch 1 reads, with {COMPUTED} slots computed, by what model and K/V are in",
-            *told_of_steps(facts["step_bytes"]),
-        ]
+        bounds = " (where all choose the same experts, to where each chooses others)" if mixture else ""
+        heading = f"a cached step of batch 1 with {COMPUTED} slots computed reads{bounds}, by what model and K/V are in"
+        out += ["", heading, *told_of_steps(facts["step_bytes"])]
     out += ["", "slots of K/V that fit beside the weights, by what they are in", *told_of_room(facts["slots_that_fit"])]
     out += ["", "policies"]
     return "\n".join([*out, *(f"  {name:14} {reason or 'applies'}" for name, reason in facts["policies"].items())])

@@ -166,8 +166,8 @@ def _is_product(head: Any) -> bool:
     """Whether the logits are a product with the very weight of the layer; one that is quantised otherwise (torchao) is
     multiplied by its layer alone.
     """
-    fewer = isinstance(head, WeightOnlyLinear) and head.bits == "int8"
-    return fewer or (type(head) is nn.Linear and type(head.weight) in (Tensor, nn.Parameter))
+    plain = type(head) is nn.Linear and type(head.weight) in (Tensor, nn.Parameter)
+    return plain or isinstance(head, WeightOnlyLinear)
 
 
 def _without(head: Any, gone: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dkv
 from dkv.bench.shapes import SHAPES, random_model, shape, tiny
+from dkv.models.export import save_model
 from dkv.models.form import Asked, form_of
 from dkv.models.mixture import Bank
 from dkv.models.packing import PackedHead, PackedLinear, can_pack
@@ -153,15 +154,31 @@ def test_a_folder_becomes_what_a_card_would_hold(name):
     assert any(isinstance(m, WeightOnlyBank) for m in made.modules()) == (model.spec.mixture is not None)
 
 
+@pytest.mark.parametrize(("weights", "dtype"), [("int8", "bfloat16"), ("int4", None)])
+def test_load_reads_to_the_host_and_moves_what_comes_of_it(weights, dtype, monkeypatch):
+    """A device without memory stands for a card."""
+    monkeypatch.setattr("dkv.models.loader.usable", lambda _: torch.device("meta"))
+    model = dkv.load("tiny", dtype, "cuda", weights=weights)
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"meta"}
+    # None is the dtype of the file on a card.
+    assert model.dtype == (torch.bfloat16 if dtype else torch.float32) and not model.training
+    assert model.layers[0].qkv_proj.bits == weights and isinstance(model.head, WeightOnlyLinear)
+    plain = dkv.load("tiny", device="cpu", pack=False)
+    assert model.num_parameters == plain.num_parameters
+    with pytest.raises(ValueError, match="DiffusionGemma computes with its weights as they are"):
+        dkv.load(GOLDEN / "families" / "diffusion_gemma" / "gemma_tiny", device="cuda", weights=weights)
+
+
 REFUSED = [
     (CPU, {"weights": "int4"}, 'weights="int4" is for GPUs: on a CPU take weights="int8"'),
-    (CPU, {"weights": "int7"}, "weights must be one of int8, int4, or None, got 'int7'"),
-    (CARD, {"weights": True}, "weights must be one of int8, int4, or None, got True"),
+    (CPU, {"weights": "int7"}, "weights='int7' is not known: did you mean 'int[48]'"),
+    (CARD, {"weights": True}, "weights=True is not known: known are int8, int4"),
+    (CPU, {"weights": ["int8"]}, r"weights=\['int8'\] is not known: did you mean 'int8'"),
     (CARD, {"weights": "int8", "pack": False}, "weights='int8' have a layout of their own: leave out pack=False"),
     (CARD, {"weights": "int4", "pack": True}, "leave out pack=True"),
-    (CARD, {"keep_head": True}, "keep_head goes with weights= int8 or int4"),
-    (CARD, {"weights": "int8", "keep_head": 1}, "keep_head must be True, False, got 1"),
-    (CPU, {"pack": 0}, "pack must be True, False, None, got 0"),
+    (CARD, {"keep_head": True}, "keep_head goes with weights='int8' or 'int4'"),
+    (CARD, {"weights": "int8", "keep_head": 1}, "keep_head must be True or False, got 1"),
+    (CPU, {"pack": 0}, "pack must be True, False or None, got 0"),
 ]
 
 
@@ -194,6 +211,14 @@ def test_the_head_of_a_model_on_a_cpu_is_kept(monkeypatch):
     assert type(found.head) in (PackedLinear, PackedHead) and found.head.dtype == torch.float32
     assert torch.equal(dkv.unpack(found).head.weight, plain.head.weight)
     assert type(made.head) is type(plain.head) or isinstance(made.head, PackedLinear)
+
+
+def test_what_is_saved_are_plain_weights_as_they_were_rounded(tmp_path):
+    model = weight_only_(dkv.load("tiny", device="cpu", pack=False), "int4")
+    save_model(model, tmp_path)
+    again = dkv.load(tmp_path, device="cpu", pack=False)
+    wanted = dkv.unpack(model).state_dict()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in again.state_dict().items())
 
 
 @pytest.mark.parametrize("name", SHAPES)

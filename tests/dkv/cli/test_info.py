@@ -148,7 +148,7 @@ def test_what_fits_where(run, large):
         [bits, kept] for bits in ("int8", "int4") for kept in ("bfloat16", "int8")
     ]
     assert table[5][4] == "77,024"
-    (start,) = (i for i, text in enumerate(said) if text.startswith("a cached step of batch 1 reads"))
+    (start,) = (i for i, text in enumerate(said) if text.startswith("a cached step of batch 1 with 32 slots"))
     assert said[start + 4].split() == ["int8", "bfloat16", "7.49", "GiB", "(0.518x)", "8.99", "GiB", "(0.563x)"]
 
 
@@ -181,7 +181,9 @@ def test_what_a_cached_step_reads(run, large):
 
 
 def test_a_step_of_a_mixture_reads_some_experts_or_all(run):
-    facts = json.loads(run("info", "--json", str(FAMILIES / "llada2" / "llada2_tiny"))[1])
+    folder = str(FAMILIES / "llada2" / "llada2_tiny")
+    assert "reads (where all choose the same experts, to where each chooses others)" in run("info", folder)[1]
+    facts = json.loads(run("info", "--json", folder)[1])
     least, most = facts["step_bytes"]["512"]["bfloat16"]["bfloat16"]
     # Two layers of 8 experts, of which one slot chooses 2, and 32 may choose all.
     assert most - least == 2 * 6 * 3 * 64 * 24 * 2
