@@ -200,6 +200,7 @@ def start(device: torch.device | str | None = None) -> Ranks:
 
     Raises:
         ValueError: the process is not one of several (`torchrun` starts them), or has no card to itself.
+        Lost: the others cannot be reached, or do not come.
 
     Example:
         >>> with dkv.parallel.start() as ranks:
@@ -219,7 +220,11 @@ def start(device: torch.device | str | None = None) -> Ranks:
         torch.cuda.set_device(where)
     # Imported later, its functions would hold on to the group, and its connections would stay when it is destroyed.
     import_module("torch.distributed.nn.functional")
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    except RuntimeError as error:
+        where_to = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        raise Lost(f"the processes cannot meet at {where_to}: {str(error).splitlines()[0]}", None) from error
     _meet(store, size)
     # Objects go by gloo, whatever the tensors go by.
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"

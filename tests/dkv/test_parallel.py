@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -260,3 +261,14 @@ def test_a_process_that_is_none_of_several_is_told_why(monkeypatch, changes, dev
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         dkv.parallel.start(device)
+
+
+def test_a_place_to_meet_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        where = "127.0.0.1", str(one.getsockname()[1])
+        for name, value in zip(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), ("0", "2", *where), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(dkv.parallel.Lost, match=f"cannot meet at {':'.join(where)}: .*EADDRINUSE"):
+            dkv.parallel.start("cpu")
