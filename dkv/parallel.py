@@ -23,7 +23,8 @@ from dkv.common import process
 T = TypeVar("T")
 
 # What torchrun tells each process that it starts.
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+NEEDED = (*NUMBERS, "MASTER_ADDR")
 HOW = "torchrun --nproc-per-node 2 -m dkv generate ..."
 # Where the first process that fails leaves its last word.
 FAILED = "failed"
@@ -147,11 +148,13 @@ class Ranks:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dist.destroy_process_group()
         end = time.monotonic() + LINGER
-        while time.monotonic() < end:
-            if until():
-                return True
-            time.sleep(0.01)
-        return False
+        # The process that keeps the words may have gone by now, which is when they are said.
+        with suppress(RuntimeError):
+            while not until():
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.01)
+        return True
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -197,6 +200,7 @@ def start(device: torch.device | str | None = None) -> Ranks:
 
     Raises:
         ValueError: the process is not one of several (`torchrun` starts them), or has no card to itself.
+        Lost: the others cannot be reached, or do not come.
 
     Example:
         >>> with dkv.parallel.start() as ranks:
@@ -210,12 +214,17 @@ def start(device: torch.device | str | None = None) -> Ranks:
         return _ranks
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise ValueError(f"this is not one of several processes ({missing[0]} is not set): start them by {HOW}")
+    _check_numbers()
     where = _device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     # Imported later, its functions would hold on to the group, and its connections would stay when it is destroyed.
     import_module("torch.distributed.nn.functional")
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    except RuntimeError as error:
+        where_to = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        raise Lost(f"the processes cannot meet at {where_to}: {str(error).splitlines()[0]}", None) from error
     _meet(store, size)
     # Objects go by gloo, whatever the tensors go by.
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
@@ -223,6 +232,15 @@ def start(device: torch.device | str | None = None) -> Ranks:
     _ranks = Ranks(rank, size, where, _own(store))
     process.judged_by(_ranks.last_word)
     return _ranks
+
+
+def _check_numbers() -> None:
+    """Raise ValueError if the environment numbers this process as none of so many."""
+    for name in NUMBERS:
+        if not os.environ[name].isdecimal():
+            raise ValueError(f"the variable {name} must be a whole number, got {os.environ[name]!r}: torchrun sets it")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise ValueError("RANK={RANK} must be below WORLD_SIZE={WORLD_SIZE}: torchrun sets them".format_map(os.environ))
 
 
 def _meet(store: Any, size: int) -> None:
@@ -249,16 +267,6 @@ def met() -> Ranks | None:
     return _ranks
 
 
-def check_common(model: Any, error: Exception | None) -> None:
-    """Raise the error of a process that shares a model, unless all of them have met it: of what they were given.
-
-    All call this, also those without an error, which hear of another's when they need it next.
-    """
-    ranks = ranks_of(model)
-    if ranks is not None and not all(ranks.same(repr(error))) and error is not None:
-        raise error
-
-
 def ranks_of(model: Any) -> Ranks | None:
     """The processes that share a model; None: it is whole here."""
     return getattr(model, "ranks", None)
@@ -279,6 +287,10 @@ def _device(wanted: torch.device | str | None) -> torch.device:
     if kind.type == "cpu":
         return kind
     here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if not there:
+        raise ValueError(
+            f"device={str(wanted)!r}: this machine has no GPU, or this PyTorch does not see it: give 'cpu'"
+        )
     if here >= there:
         raise ValueError(f"process {here} of this machine has no card: it has {there}; start no more processes")
     return torch.device(kind.type, here)

@@ -24,7 +24,11 @@ def ranks_of(device: str | None = None) -> Any:
         return None
     from dkv import parallel
 
-    return parallel.start(device)
+    are_new = parallel.met() is None
+    ranks = parallel.start(device)
+    if are_new:
+        ranks.check_same(command=process.name())
+    return ranks
 
 
 def of_first(call: Callable[[], T], device: str | None = None) -> T:

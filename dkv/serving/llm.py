@@ -22,11 +22,10 @@ from dkv.engine.generate import config_of, infill_config
 from dkv.engine.output import Stats
 from dkv.engine.run import circumstances, mask_id_of
 from dkv.models.gemma import Gemma
-from dkv.parallel import check_common
 from dkv.serving import memory
 from dkv.serving.checked import checked
 from dkv.serving.request import CANCELLED, FAILED, RUNNING, Request
-from dkv.serving.sharing import Sharing
+from dkv.serving.sharing import Sharing, check_common
 
 # Batches of other settings that are kept without a request, for the next ones like theirs.
 MOST_IDLE = 4

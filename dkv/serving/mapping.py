@@ -5,14 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import dkv
 from dkv.common.journal import Record
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import config_of
 from dkv.models.tokenizer import load_tokenizer
+from dkv.parallel import met, ranks_of
 from dkv.serving.dataset import Run
 from dkv.serving.devices import devices_of
 from dkv.serving.job import Job
 from dkv.serving.lines import from_rows
+from dkv.serving.shared import follow
 
 
 def map(
@@ -31,6 +34,8 @@ def map(
     **settings: Any,
 ) -> list[Record]:
     """Answer many prompts, as many of them at a time as there is room for; each gets the tokens that it gets alone.
+
+    Processes that share a model all call this, and all get the records; what is asked, and `out`, is the first one's.
 
     Args:
         model: a name, a folder or an id of the hub, as for `dkv.load`; or a model, on whose device it is done.
@@ -58,6 +63,7 @@ def map(
 
     Raises:
         BlockingIOError: another process is at work in `out`.
+        Lost: one of the processes that share the model has gone.
         ChildProcessError: the process of a device has failed, or was killed; what was answered stays in `out`.
         ValueError: a setting is impossible, or `out` has results of other rows or settings.
         OSError: the model cannot be read, or `out` not be written.
@@ -65,6 +71,12 @@ def map(
     chosen, loaded = devices_of(devices), hasattr(model, "spec")
     if loaded and (devices is not None or dtype is not None):
         raise ValueError("devices and dtype are for models that are given by name: this one is loaded already")
+    ranks = ranks_of(model) if loaded else met()
+    if ranks is not None and devices is not None:
+        raise ValueError("devices has a model on each, and processes that have met share one: leave it out")
+    if ranks is not None and ranks.rank:
+        follow(model if loaded else dkv.load(model, dtype=dtype, ranks=ranks))
+        return ranks.told()
     if tokenizer is None and not loaded:
         tokenizer = load_tokenizer(model)
     config = config_of(generation_config, settings)
@@ -80,4 +92,8 @@ def map(
     )
     with Run(from_rows(rows), job, None if out is None else Path(out), progress=progress) as run:
         run.go()
-        return run.records()
+        records = run.records()
+    if ranks is not None:
+        ranks.told()
+        ranks.told(records)
+    return records

@@ -95,18 +95,32 @@ def llm_of(model: Any, **how: Any) -> LLM:
     return LLM(model, **how) if ranks_of(model) is None else Leading(model, **how)
 
 
-@torch.no_grad()
 def follow(model: Any) -> None:
     """Do what the first process does with its `Leading`, until it tells None.
 
     Raises:
         Lost: another process has gone.
     """
-    ranks: Ranks = model.ranks
-    # Whoever stops the first one lets it answer what was asked, and that takes all.
+    with _unstopped():
+        _follow(model)
+
+
+@contextmanager
+def _unstopped() -> Iterator[None]:
+    """Whoever stops the first process lets it answer what was asked, and that takes all."""
+    before = {}
     with suppress(ValueError):  # not the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@torch.no_grad()
+def _follow(model: Any) -> None:
+    ranks: Ranks = model.ranks
     if (told := ranks.told()) is None:
         return
     length, config = told

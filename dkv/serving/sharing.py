@@ -13,7 +13,7 @@ from dkv.engine.continuous import ContinuousBatch
 from dkv.engine.engine import Engine
 from dkv.engine.records import RECORDS
 from dkv.engine.stages import StepResult
-from dkv.parallel import check_common, ranks_of
+from dkv.parallel import ranks_of
 from dkv.serving.request import FAILED, FINISHED, RUNNING, Request
 
 
@@ -132,3 +132,13 @@ class Sharing:
         del self.running[request.row]
         self._free.append(request.row)
         request.end(state, **how)
+
+
+def check_common(model: Any, error: Exception | None) -> None:
+    """Raise the error of a process that shares a model, unless all of them have met it: of what they were given.
+
+    All call this, also those without an error, which hear of another's when they need it next.
+    """
+    ranks = ranks_of(model)
+    if ranks is not None and not all(ranks.same(repr(error))) and error is not None:
+        raise error

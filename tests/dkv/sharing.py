@@ -20,8 +20,10 @@ from transformers import MaxLengthCriteria
 
 import dkv
 import dkv.parallel
+from dkv.models.families import FAMILIES as ALL
 from dkv.models.families.diffusion_gemma import FAMILY
 from dkv.models.gemma import Gemma
+from dkv.models.loader import spec_of
 from dkv.policies import POLICIES
 from tests.dkv.engine.test_families_in_company import OPTIONS
 
@@ -50,6 +52,8 @@ RULES = [
     {"certainty": 3.0, "steps": 4},
     {"kv_cache_dtype": "int8"},
 ]
+# Families that a configuration does not name.
+UNMARKED = {name: name for name, family in ALL.items() if family.unmarked}
 # What is said of a process that was killed.
 WITHOUT = "process {} of 2 has ended without a word: it was killed, or its machine is gone\n"
 # From a name to a folder, what is done there, and with which settings.
@@ -61,8 +65,27 @@ def policy(name: str) -> dict[str, Any]:
     return {"cache": {"name": name, **OPTIONS.get(name, {})}, "block_length": 4, **slides}
 
 
+def held_out(root: Path) -> Iterator[Case]:
+    """Every policy and some rules, with every model in a folder."""
+    new = {"max_new_tokens": [5, 7], "seed": [3, 4]}
+    for folder in sorted(root.iterdir()):
+        if folder.name == "diffusion_gemma":
+            steps = {"max_new_tokens": 12, "max_denoising_steps": 4, "entropy_bound": 1.0, "vocab_limit": None}
+            yield folder.name, folder, "canvas", {**steps, "seed": 6}
+            continue
+        full = spec_of(folder, UNMARKED.get(folder.name)).attention == "full"
+        for number, name in enumerate(POLICIES if full else ("none", "decode", "dual")):
+            for rule in ({}, RULES[(5 * number + len(folder.name)) % len(RULES)]):
+                call = {**policy(name), "block_length": None, **new, **rule}
+                yield f"{folder.name} {name} {rule}", folder, "generate", call
+        yield f"{folder.name} infill", folder, "infill", {"seed": 5}
+
+
 def cases(kind: str, gemma: Path) -> Iterator[Case]:
-    """The quick ones, or the sweep over all that goes together."""
+    """The quick ones, the sweep over all that goes together, or those of models of which there is a folder."""
+    if kind == "held out":
+        yield from held_out(gemma)
+        return
     new = {"max_new_tokens": [4, 5] if kind == "quick" else [6, 9], "seed": [3, 4]}
     for i, ((family, folder), name) in enumerate(product(PLAIN.items(), POLICIES)):
         if kind == "quick" and family == "dream" and name not in ("decode", "dual", "elastic", "skip"):
@@ -91,7 +114,8 @@ def cases(kind: str, gemma: Path) -> Iterator[Case]:
 
 @cache
 def loaded(folder: Path, ranks: Any) -> Any:
-    return dkv.load(ROOT / folder, dtype="float64", **({"device": "cpu"} if ranks is None else {"ranks": ranks}))
+    where = {"device": "cpu"} if ranks is None else {"ranks": ranks}
+    return dkv.load(ROOT / folder, dtype="float64", family=UNMARKED.get(folder.name), **where)
 
 
 def found(case: Case, ranks: Any = None) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,23 +16,30 @@ from hypothesis import strategies as st
 import dkv.parallel
 from dkv import cli
 from tests.dkv.engine.test_rows import decoding, prompts
+from tests.dkv.held_out import made
 from tests.dkv.sharing import PLAIN, ROOT, WITHOUT, cases, found, small_gemma, started
 from tests.together import Team, together
 
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
-def check(kind: str, gemma) -> None:
-    """Two processes with gloo give in every case what one gives."""
-    processes = started(2, "-m", "tests.dkv.sharing", kind, gemma)
+
+def check(kind: str, gemma, count: int = 2) -> None:
+    """Processes with gloo give in every case what one gives."""
+    processes = started(count, "-m", "tests.dkv.sharing", kind, gemma)
     # Worked out meanwhile.
     expected = {case[0]: found(case) for case in cases(kind, gemma)}
-    (out, errors), (_, others) = [process.communicate(timeout=1500) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors + others
+    said = [process.communicate(timeout=1500) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, said
+    out = said[0][0]
     told = dict(json.loads(line) for line in out.splitlines())
     assert told.keys() == expected.keys()
-    seeds = told.pop("seeds"), expected.pop("seeds")
-    assert len(seeds[0]) == len(seeds[1])
+    if kind != "held out":
+        seeds = told.pop("seeds"), expected.pop("seeds")
+        assert len(seeds[0]) == len(seeds[1])
     assert [name for name in told if told[name] != expected[name]] == []
-    assert sum(tokens is not None for tokens in expected.values()) > 0.8 * len(expected)
+    done = sum(tokens is not None for tokens in expected.values())
+    # Block-causal models refuse most policies.
+    assert done > (0.4 if kind == "held out" else 0.8) * len(expected)
 
 
 def test_two_processes_give_the_tokens_of_one(tmp_path):
@@ -41,6 +49,13 @@ def test_two_processes_give_the_tokens_of_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_tokens_of_one_broadly(tmp_path):
     check("sweep", small_gemma(tmp_path / "gemma"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "seed"), [(2, 11), (2, 12), (4, 13)])
+def test_held_out_models_of_every_family(tmp_path, count, seed):
+    made(tmp_path, seed, count)
+    check("held out", tmp_path, count)
 
 
 class Shared:
@@ -229,11 +244,31 @@ def test_a_group_that_is_there_is_used_and_left():
     assert [process.communicate(timeout=60) for process in started(2, "-c", OWN)] == [("3\n", "")] * 2
 
 
-def test_a_process_that_is_alone_is_told_how_to_start_several(monkeypatch):
-    for name in dkv.parallel.NEEDED:
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match=r"RANK is not set.*torchrun --nproc-per-node 2"):
-        dkv.parallel.start()
-    monkeypatch.setattr(os, "environ", {**os.environ, **dict.fromkeys(dkv.parallel.NEEDED, "1")})
-    with pytest.raises(ValueError, match="'cuda:1' is one for all processes: give 'cuda'"):
-        dkv.parallel.start("cuda:1")
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        ({"RANK": None}, None, r"RANK is not set.*torchrun --nproc-per-node 2"),
+        ({}, "cuda:1", "'cuda:1' is one for all processes: give 'cuda'"),
+        ({"WORLD_SIZE": "two"}, "cpu", "WORLD_SIZE must be a whole number, got 'two'"),
+        ({"MASTER_PORT": ""}, "cpu", "MASTER_PORT must be a whole number, got ''"),
+        ({"RANK": "2"}, "cpu", "RANK=2 must be below WORLD_SIZE=2"),
+        pytest.param({}, "cuda", "device='cuda': this machine has no GPU.*give 'cpu'", marks=WITHOUT_GPU),
+    ],
+)
+def test_a_process_that_is_none_of_several_is_told_why(monkeypatch, changes, device, message):
+    found = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **changes}
+    for name, value in found.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        dkv.parallel.start(device)
+
+
+def test_a_place_to_meet_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        where = "127.0.0.1", str(one.getsockname()[1])
+        for name, value in zip(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), ("0", "2", *where), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(dkv.parallel.Lost, match=f"cannot meet at {':'.join(where)}: .*EADDRINUSE"):
+            dkv.parallel.start("cpu")

@@ -18,7 +18,7 @@ from dkv.serving import shared
 from dkv.serving.request import CANCELLED, FAILED, FINISHED
 from dkv.tools.text import answer, end_ids
 from tests.dkv.sharing import PLAIN, ROOT, WITHOUT, started
-from tests.together import together
+from tests.together import Team, together
 
 FOLDER = ROOT / PLAIN["llada"]
 SETTINGS = {"cache": "dual", "block_length": 4, "temperature": 0.6}
@@ -143,6 +143,28 @@ def test_an_error_of_one_process_alone_is_no_request_s(monkeypatch):
     monkeypatch.setattr("dkv.engine.continuous.ContinuousBatch.step", step)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         led(lambda llm: llm.generate(prompts(1), max_new_tokens=6, progress=False))
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_map_gives_all_processes_the_records(rows, tmp_path):
+    """The first one alone reads what is asked and writes."""
+    asked = [{"id": i, "prompt": ids[0].tolist(), "max_new_tokens": 4 + i} for i, ids in enumerate(prompts(rows))]
+    how = {**SETTINGS, "seed": 7, "max_length": 24, "max_slots": 48, "progress": False}
+
+    def call(ranks):
+        model = dkv.load(FOLDER, dtype="float64", ranks=ranks)
+        return dkv.map(model, asked if ranks.rank == 0 else [], out=tmp_path, **how)
+
+    expected = dkv.map(dkv.load(FOLDER, dtype="float64", device="cpu"), asked, **how)
+    first, second = together(2, call)
+    assert first == second == together(2, call)[1] and len(first) == rows
+    assert [record["tokens"] for record in first] == [record["tokens"] for record in expected]
+
+
+def test_map_refuses_devices_of_processes_that_share_a_model(monkeypatch):
+    monkeypatch.setattr("dkv.serving.mapping.met", lambda: Team(2).ranks[0])
+    with pytest.raises(ValueError, match="devices has a model on each, and processes that have met share one"):
+        dkv.map("tiny", ["1+1="], devices="cpu,cpu")
 
 
 @pytest.mark.parametrize("call", ["join", "step"])
