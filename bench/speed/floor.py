@@ -179,6 +179,13 @@ def recorded(model: Any) -> Iterator[Counter]:
         yield seconds
 
 
+def by_part(model: Any, half_way: HalfWay) -> dict[str, float]:
+    """Seconds of a step, which is taken and taken back, by part."""
+    with recorded(model) as seconds:
+        total = half_way.seconds()
+    return {part: seconds[part] for part in PARTS} | {"Python": total - sum(seconds.values())}
+
+
 @torch.no_grad()
 def measure(options: Options) -> dict[str, Any]:
     """A full and a cached step, half-way through a generation.
@@ -198,12 +205,8 @@ def _row(options: Options, kind: str, bar: Bar) -> dict[str, Any]:
     floor = products(model, half_way)
     linear = products(options.eager, half_way) if options.eager not in (None, model) else {}
 
-    def by_part() -> dict[str, float]:
-        with recorded(model) as seconds:
-            total = half_way.seconds()
-        return {part: seconds[part] for part in PARTS} | {"Python": total - sum(seconds.values())}
-
-    calls = {"products": partial(seconds_of, floor, device), "step": half_way.seconds, "parts": by_part}
+    calls = {"products": partial(seconds_of, floor, device), "step": half_way.seconds}
+    calls["parts"] = partial(by_part, model, half_way)
     calls["linear"] = partial(seconds_of, linear, device)
     calls["products"](), calls["linear"]()
     found = in_turn(calls, ROUNDS, bar)
