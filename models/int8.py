@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dkv.models.packed import UNPACK, PackedProduct
+from dkv.models.packed import UNPACK, Packed, PackedProduct
 
 # The largest number of a weight or an activation; zero is this number of the bytes that a CPU multiplies.
 MOST, ZERO = 127, 128
@@ -47,8 +47,8 @@ class Int8Linear(PackedProduct):
     weights of an output, hold NaN or infinity, so does what is computed of them.
     """
 
-    def __init__(self, *linears: nn.Linear, silu: bool = False):
-        super().__init__(*linears, silu=silu)
+    def __init__(self, *linears: nn.Linear):
+        super().__init__(*linears)
         self.dtype = torch.float32
         weights = [quantised(linear.weight.detach()) for linear in linears]
         self.scales = torch.cat([scales for _, scales in weights])
@@ -68,34 +68,20 @@ class Int8Linear(PackedProduct):
             raise RuntimeError(f"no gradient flows through packed weights: {UNPACK}")
         return rounded(x)
 
-    def forward(self, x: Tensor | Rounded, *, add: Tensor | None = None, times: Tensor | None = None) -> Tensor:
-        """x [..., in_features] float32 -> [..., out_features], plus `add` or times `times` of that shape."""
-        numbers, scale = x if isinstance(x, Rounded) else self.taken(x)
-        out = self._product(numbers, self.scales)
-        if add is not None and self.bias is None:
-            return torch.addcmul(add, out, scale, out=out)
-        out.mul_(scale)
+    def forward(self, x: Tensor | Rounded, *, add: Tensor | None = None) -> Tensor:
+        """x [..., in_features] float32 -> [..., out_features], plus `add` of that shape."""
+        x = x if isinstance(x, Rounded) else self.taken(x)
+        out = self.product(x.numbers)
         if self.bias is not None:
-            out += self.bias
-        if self.silu:
-            out = nn.functional.silu(out, inplace=True)
-        if add is not None:
-            return out.add_(add)
-        return out if times is None else out.mul_(times)
+            out = torch.addcmul(self.bias, out, x.scale, out=out)
+            return out if add is None else out.add_(add)
+        return out.mul_(x.scale) if add is None else torch.addcmul(add, out, x.scale, out=out)
 
-    def gates(self, up: "Int8Linear", x: Tensor) -> Rounded:
-        """This product of x, of which SiLU is taken, times another one of it: an input for a third."""
-        x = self.taken(x)
-        if up.bias is not None:
-            return rounded(up(x, times=self(x)))
-        # The same numbers come of a token that is not yet multiplied by its scale.
-        numbers, scale = rounded(self(x).mul_(up._product(x.numbers, up.scales)))
-        return Rounded(numbers, scale.mul_(x.scale))
-
-    def _product(self, numbers: Tensor, scales: Tensor) -> Tensor:
+    def product(self, numbers: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Without the scale of the tokens and the bias; the scales of the outputs may be others."""
         if numbers.numel() == 0:
             return torch.zeros(*numbers.shape[:-1], self.out_features)
-        of = (self.packed, scales, self._zeros, None)
+        of = (self.packed, self.scales if scales is None else scales, self._zeros, None)
         return torch.ops.onednn.qlinear_pointwise(numbers, 1.0, ZERO, *of, 1.0, 0, torch.float32, "none", [], "")
 
     @staticmethod
@@ -103,12 +89,12 @@ class Int8Linear(PackedProduct):
         """x [N, inputs], so many entries for each part in turn -> [N, outputs]."""
         numbers, scale = parts[0].taken(x)
         every = zip(parts, numbers.split(counts), counts, strict=True)
-        return torch.cat([part._product(few, part.scales) for part, few, count in every if count]).mul_(scale)
+        return torch.cat([part.product(few) for part, few, count in every if count]).mul_(scale)
 
     def _numbers(self) -> Tensor:
         """The weight as int8; its layout is opaque, but a product with ones gives it exactly."""
         ones = torch.eye(self.in_features, dtype=torch.uint8) + ZERO
-        return self._product(ones, torch.ones(self.out_features)).to(torch.int8).T.contiguous()
+        return self.product(ones, torch.ones(self.out_features)).to(torch.int8).T.contiguous()
 
     def plain_weight(self) -> Tensor:
         return self._numbers().float().mul_(self.scales[:, None])
@@ -121,6 +107,28 @@ class Int8Linear(PackedProduct):
         if reason := why_not_int8():
             raise RuntimeError(f"int8 weights cannot be used here, as {reason}: save the model after dkv.unpack(model)")
         self._pack(self.packed)
+
+
+class Int8Gates(Packed):
+    """As `PackedGates`, in one product of bytes."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear):
+        super().__init__()
+        self.gate_up_proj = Int8Linear(gate, up)
+
+    def forward(self, x: Tensor) -> Rounded:
+        """x [..., in_features] -> [..., width], an input for the next product."""
+        x = self.gate_up_proj.taken(x)
+        if self.gate_up_proj.bias is not None:
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+            return rounded(nn.functional.silu(gate, inplace=True).mul_(up))
+        gate, up = self.gate_up_proj.product(x.numbers).chunk(2, -1)
+        # A token that is not multiplied by its scale has the same numbers.
+        numbers, scale = rounded(nn.functional.silu(gate.mul_(x.scale), inplace=True).mul_(up))
+        return Rounded(numbers, scale.mul_(x.scale))
+
+    def unpacked(self) -> nn.Module:
+        return self.gate_up_proj.unpacked()
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,13 +44,12 @@ class PackedProduct(Packed):
 
     Args:
         linears: the layer to stand in for, or several of the same input, whose outputs then stand side by side.
-        silu: apply SiLU to the output.
     """
 
-    def __init__(self, *linears: nn.Linear, silu: bool = False):
+    def __init__(self, *linears: nn.Linear):
         super().__init__()
         self.in_features, self.sizes = linears[0].in_features, [x.out_features for x in linears]
-        self.out_features, self.silu = sum(self.sizes), silu
+        self.out_features = sum(self.sizes)
         # Weights that are no parameters.
         self.num_packed = self.in_features * self.out_features
         self.dtype = linears[0].weight.dtype
@@ -95,13 +94,17 @@ class PackedLinear(PackedProduct):
 
     A plain one re-orders the weight at every call, which costs most where tokens are few: just where a cache leaves
     few. SiLU, and what is added or multiplied, are applied while the output is written.
+
+    Args:
+        silu: apply SiLU to the output.
     """
 
     # Tokens that the blocking is chosen for; any number can be multiplied.
     TOKENS = 64
 
     def __init__(self, *linears: nn.Linear, silu: bool = False):
-        super().__init__(*linears, silu=silu)
+        super().__init__(*linears)
+        self.silu = silu
         self._pack(linears[0].weight if len(linears) == 1 else torch.cat([x.weight for x in linears]))
 
     def _pack(self, weight: Tensor) -> None:
@@ -123,10 +126,6 @@ class PackedLinear(PackedProduct):
             return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, kind)
         kind = "swish" if self.silu else "none"
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, kind, [1.0] if self.silu else [], "")
-
-    def gates(self, up: "PackedLinear", x: Tensor) -> Tensor:
-        """This product of x, of which SiLU is taken, times another one of it: an input for a third."""
-        return up(x, times=self(x))
 
     @staticmethod
     def each(parts: Sequence["PackedLinear"], x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -152,6 +151,20 @@ class PackedLinear(PackedProduct):
         if why_not_packed(self.dtype):
             raise RuntimeError("PyTorch cannot pack the weights of this model here: save it after dkv.unpack(model)")
         self._pack(self.packed)
+
+
+class PackedGates(Packed):
+    """The first two products of a gated MLP: SiLU of one, times the other."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear):
+        super().__init__()
+        self.gate_proj, self.up_proj = PackedLinear(gate, silu=True), PackedLinear(up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up_proj(x, times=self.gate_proj(x))
+
+    def unpacked(self) -> nn.Module:
+        return nn.ModuleList([self.gate_proj.unpacked(), self.up_proj.unpacked()]).train(self.training)
 
 
 def why_not_packed(dtype: torch.dtype) -> str | None:

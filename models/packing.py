@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from dkv.kernels.choose import torch as torch_choice
-from dkv.models.int8 import Int8Linear
+from dkv.models.int8 import Int8Gates, Int8Linear
 from dkv.models.joining import JoinedLayer, linear_of, parts_of, replace_
 from dkv.models.layers import Attend, Layer
 from dkv.models.mixture import Bank, Experts, Shared
-from dkv.models.packed import Packed, PackedLinear, why_not_packed
+from dkv.models.packed import Packed, PackedGates, PackedLinear, why_not_packed
 
 # What stands in the place of `nn.Linear`.
 Kind = type[PackedLinear] | type[Int8Linear]
+# And in that of the two products whose outputs are multiplied.
+GATES = {PackedLinear: PackedGates, Int8Linear: Int8Gates}
 
 
 class PackedHead(Packed):
@@ -60,18 +62,19 @@ class PackedBank(Packed):
 
 
 class PackedShared(Packed):
-    """`Shared` in three products, of which two also apply the activation and the gate."""
+    """`Shared` in packed products."""
 
     def __init__(self, shared: Shared, kind: Kind):
         super().__init__()
-        self.gate_proj, self.up_proj = kind(shared.gate_proj, silu=True), kind(shared.up_proj)
-        self.down_proj = kind(shared.down_proj)
+        self.gates, self.down_proj = GATES[kind](shared.gate_proj, shared.up_proj), kind(shared.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_proj.gates(self.up_proj, x))
+        return self.down_proj(self.gates(x))
 
     def unpacked(self) -> Shared:
-        return Shared.of({name: part.unpacked() for name, part in self.named_children()}).train(self.training)
+        gate, up = self.gates.unpacked()
+        parts = {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj.unpacked()}
+        return Shared.of(parts).train(self.training)
 
 
 class PackedLayer(Packed):
@@ -87,8 +90,7 @@ class PackedLayer(Packed):
         self.qkv_proj, self.o_proj = kind(*projections), kind(layer.o_proj)
         self.experts = None if layer.experts is None else packed_experts(layer.experts, kind)
         if self.experts is None:
-            self.gate_proj, self.up_proj = kind(layer.gate_proj, silu=True), kind(layer.up_proj)
-            self.down_proj = kind(layer.down_proj)
+            self.gates, self.down_proj = GATES[kind](layer.gate_proj, layer.up_proj), kind(layer.down_proj)
 
     def forward(
         self, x: Tensor, delta: None, attend: Attend, rows: Tensor | None = None, every: bool = False
@@ -106,13 +108,14 @@ class PackedLayer(Packed):
         h = self.mlp_norm(x)
         if self.experts is not None:
             return x + self.experts(h), None
-        return self.down_proj(self.gate_proj.gates(self.up_proj, h), add=x), None
+        return self.down_proj(self.gates(h), add=x), None
 
     def unpacked(self) -> Layer:
         projections = dict(zip(("q_proj", "k_proj", "v_proj"), self.qkv_proj.unpacked(), strict=True))
-        others: dict[str, Any] = dict.fromkeys(("gate_proj", "up_proj", "down_proj", "experts"))
+        gate, up = (None, None) if self.experts is not None else self.gates.unpacked()
+        others: dict[str, Any] = dict.fromkeys(("down_proj", "experts"))
         others |= {name: getattr(self, name).unpacked() for name in ("o_proj", *others) if getattr(self, name, None)}
-        return Layer.of(self, **projections, **others)
+        return Layer.of(self, **projections, gate_proj=gate, up_proj=up, **others)
 
 
 def packed_experts(experts: Experts, kind: Kind = PackedLinear) -> Experts:

@@ -26,7 +26,8 @@ from dkv.common.bar import Bar
 from dkv.kernels.common.operation import Operation
 from dkv.models.layers import RMSNorm
 from dkv.models.mixture import Experts
-from dkv.models.packing import PackedHead, PackedLinear
+from dkv.models.packed import PackedGates, PackedLinear
+from dkv.models.packing import PackedHead
 
 ROUNDS = 25
 # What a step is divided into, which modules and operations belong to a part, and why it exceeds its products.
@@ -42,7 +43,7 @@ PARTS = {
 }
 LAYER_MODULES = {
     "norm + projection": ("attn_norm", "qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
-    "MLP": ("mlp_norm", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "experts"),
+    "MLP": ("mlp_norm", "gates", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "experts"),
 }
 OPERATIONS = {
     "rope_scatter_": "rope + scatter",
@@ -81,7 +82,7 @@ def products(model: Any, half_way: HalfWay) -> dict[str, Callable[[], Any]]:
         whole, rest = noise(through.entering, spec.hidden_size), noise(through.leaving, spec.hidden_size)
         inputs = {"qkv_proj": whole, "k_proj": whole, "v_proj": whole}
         inputs |= {"q_proj": noise(through.asking, spec.hidden_size)}
-        inputs |= dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), rest)
+        inputs |= dict.fromkeys(("gates", "gate_proj", "up_proj", "gate_up_proj"), rest)
         inputs |= {"o_proj": noise(through.leaving, spec.num_heads * spec.head_dim)}
         inputs |= {"down_proj": noise(through.leaving, spec.intermediate_size)}
         for part, names in LAYER_MODULES.items():
@@ -101,6 +102,8 @@ def product(module: nn.Module, x: Tensor) -> Any:
     """x through the weight of a linear layer, and nothing else."""
     if isinstance(module, PackedHead):
         return [product(part, x) for part in module.parts]
+    if isinstance(module, PackedGates):
+        return [product(part, x) for part in module.children()]
     if isinstance(module, PackedLinear):
         return torch.ops.mkldnn._linear_pointwise(x, module.packed, None, "none", [], "")
     return F.linear(x, module.weight)
@@ -119,8 +122,9 @@ def expert_products(experts: Experts, x: Tensor) -> list[Callable[[], Any]]:
                 calls.append(partial(product if packed else F.linear, *((weight, part) if packed else (part, weight))))
     if experts.shared is not None:
         wide = x.new_ones(len(x), mixture.shared_width)
-        for name, inputs in {"gate_proj": x, "up_proj": x, "down_proj": wide}.items():
-            calls.append(partial(product, getattr(experts.shared, name), inputs))
+        for name, inputs in {"gates": x, "gate_proj": x, "up_proj": x, "down_proj": wide}.items():
+            if hasattr(experts.shared, name):
+                calls.append(partial(product, getattr(experts.shared, name), inputs))
     return calls
 
 
@@ -175,6 +179,13 @@ def recorded(model: Any) -> Iterator[Counter]:
         yield seconds
 
 
+def by_part(model: Any, half_way: HalfWay) -> dict[str, float]:
+    """Seconds of a step, which is taken and taken back, by part."""
+    with recorded(model) as seconds:
+        total = half_way.seconds()
+    return {part: seconds[part] for part in PARTS} | {"Python": total - sum(seconds.values())}
+
+
 @torch.no_grad()
 def measure(options: Options) -> dict[str, Any]:
     """A full and a cached step, half-way through a generation.
@@ -194,12 +205,8 @@ def _row(options: Options, kind: str, bar: Bar) -> dict[str, Any]:
     floor = products(model, half_way)
     linear = products(options.eager, half_way) if options.eager not in (None, model) else {}
 
-    def by_part() -> dict[str, float]:
-        with recorded(model) as seconds:
-            total = half_way.seconds()
-        return {part: seconds[part] for part in PARTS} | {"Python": total - sum(seconds.values())}
-
-    calls = {"products": partial(seconds_of, floor, device), "step": half_way.seconds, "parts": by_part}
+    calls = {"products": partial(seconds_of, floor, device), "step": half_way.seconds}
+    calls["parts"] = partial(by_part, model, half_way)
     calls["linear"] = partial(seconds_of, linear, device)
     calls["products"](), calls["linear"]()
     found = in_turn(calls, ROUNDS, bar)

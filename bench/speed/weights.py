@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from dkv.bench.contenders import of_lineup
 from dkv.bench.lineup import COMPARED
 from dkv.bench.options import Options
 from dkv.bench.report import columns
+from dkv.bench.speed.floor import PARTS, ROUNDS, STEPS, by_part
+from dkv.bench.steps import HalfWay
 from dkv.bench.timing import in_turn, timed
 from dkv.common.bar import Bar
 from dkv.models.int8 import Int8Linear, why_not_int8
@@ -50,6 +53,7 @@ def measure(options: Options) -> dict[str, Any]:
         rows: one per policy and kind, with weight_mb; seconds (of every round), tokens_per_second (the median), over
         (the median of float32's seconds over its own, by round), and same_tokens (share of tokens equal to those of
         float32; of random weights it means little).
+        steps: one per kind, with its milliseconds in a cached step half-way, by part (medians of 25, in turn).
         missing: kinds that this machine has not, and why.
 
     Raises:
@@ -68,12 +72,27 @@ def measure(options: Options) -> dict[str, Any]:
 
     keys = [(policy, kind) for policy in policies for kind in models]
     calls = {(policy, kind): partial(run, kind, policy) for policy, kind in keys}
-    with Bar(len(calls) * (1 + options.rounds), "run") as bar:
+    with Bar(len(calls) * (1 + options.rounds) + (len(models) - 1) * ROUNDS, "run") as bar:
         for call in calls.values():
             call()
             bar.update()
         found = in_turn(calls, options.rounds, bar, lambda _, key: f"{key[1]}, {key[0]}")
-    return {"rows": [_row(options, key, models[key[1]], found) for key in keys], "missing": missing}
+        steps = _steps(options, models, bar)
+    rows = [_row(options, key, models[key[1]], found) for key in keys]
+    return {"rows": rows, "steps": steps, "missing": missing}
+
+
+@torch.no_grad()
+def _steps(options: Options, models: dict[str, nn.Module], bar: Bar) -> list[dict[str, Any]]:
+    """Where the time of a cached step goes, by kind of weights."""
+    ways = {kind: replace(options, model=model) for kind, model in models.items() if kind != ROUNDED}
+    settings = of_lineup(STEPS["cached"]).settings
+    calls = {kind: partial(by_part, way.model, HalfWay(way, settings)) for kind, way in ways.items()}
+    found = in_turn(calls, ROUNDS, bar, lambda _, kind: f"a step, {kind}")
+    return [
+        {"weights": kind} | {part: 1e3 * statistics.median(one[part] for one in taken) for part in PARTS}
+        for kind, taken in found.items()
+    ]
 
 
 def _row(options: Options, key: tuple[str, str], model: nn.Module, found: dict[Any, list[Any]]) -> dict[str, Any]:
@@ -102,4 +121,8 @@ def table(found: dict[str, Any]) -> str:
         )
         for row in found["rows"]
     ]
-    return "\n".join([columns(heads, cells), *(f"no {kind}: {why}" for kind, why in found["missing"].items())])
+    parts = [(part, *(f"{step[part]:.2f}" for step in found["steps"])) for part in PARTS]
+    steps = columns(("ms of a cached step", *(step["weights"] for step in found["steps"])), parts)
+    return "\n".join(
+        [columns(heads, cells), *(f"no {kind}: {why}" for kind, why in found["missing"].items()), "", steps]
+    )

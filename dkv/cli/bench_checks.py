@@ -29,7 +29,7 @@ USES = {
     "serve": ("prompt", "new", "rounds", "policies"),
 }
 # Of --new: what it must be a multiple of (`BLOCK` of `dkv.bench.speed.blocks`), and the least, which has a cached step.
-MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3, "mass": 3}
+MULTIPLE, LEAST = {"blocks": 32}, {"floor": 3, "mass": 3, "weights": 3}
 # By measurement, the names that --policies takes, and how many rows there are by default.
 POLICIES = {"blocks": IN_BLOCKS, "serve": SERVED}
 NAMES = tuple(dict.fromkeys((*COMPARED, *IN_BLOCKS, *SERVED)))

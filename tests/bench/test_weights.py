@@ -9,6 +9,7 @@ from dkv.bench.contenders import contenders
 from dkv.bench.options import of_shape
 from dkv.bench.problems import bundled
 from dkv.bench.speed import weights
+from dkv.bench.speed.floor import PARTS
 from dkv.models.int8 import why_not_int8
 from dkv.models.packed import why_not_packed
 
@@ -29,7 +30,9 @@ def test_every_kind_that_there_is_takes_its_turn(monkeypatch):
         packed = full["weight_mb"] - options.model.embed.weight.nbytes / 2**20
         saved = full["weight_mb"] - found["rows"][kinds.index("int8")]["weight_mb"]
         assert 0.7 < saved / packed < 0.75
-    assert weights.table(found).count("\n") == len(found["rows"]) + len(found["missing"])
+    assert [step["weights"] for step in found["steps"]] == [kind for kind in kinds if kind != weights.ROUNDED]
+    assert all(step[part] > 0 for step in found["steps"] for part in PARTS)
+    assert weights.table(found).count("\n") == len(found["rows"]) + len(found["missing"]) + len(PARTS) + 2
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     found = weights.measure(options)
     assert "no int8: this CPU has no VNNI instructions" in weights.table(found)

@@ -33,9 +33,6 @@ def test_a_product_is_that_of_the_rounded_numbers(tokens, inputs, outputs, bias)
     packed, close = Int8Linear(linear), {"atol": 1e-5, "rtol": 1e-5}
     torch.testing.assert_close(packed(x).double(), exact, **close)
     torch.testing.assert_close(packed(x, add=other).double(), exact + other, **close)
-    torch.testing.assert_close(packed(x, times=other).double(), exact * other, **close)
-    silu = Int8Linear(linear, silu=True)(x)
-    torch.testing.assert_close(silu.double(), nn.functional.silu(exact), **close)
     # Half a step for every activation and every weight, and both at once.
     if tokens:
         size, wide = x.abs().amax(-1, keepdim=True) / 254, linear.weight.abs().amax(1) / 254

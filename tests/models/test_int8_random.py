@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import dkv
 from dkv.kernels.choose import torch as torch_choice
-from dkv.models.int8 import ZERO, Int8Linear, Rounded, quantised, rounded, why_not_int8
+from dkv.models.int8 import ZERO, Int8Gates, Int8Linear, Rounded, quantised, rounded, why_not_int8
 from dkv.models.mixture import Bank, Shared
 from dkv.models.packing import PackedBank, PackedHead, PackedShared
 
@@ -75,11 +75,6 @@ def test_a_product_is_that_of_its_rounded_numbers_and_as_near_as_promised(seed):
     assert_within(found, exact, EPS * size)
     other = case.normal(*exact.shape) * (size.max().float() if size.numel() else 1)
     assert_within(packed(x, add=other), exact + other, EPS * (size + other.abs()))
-    times = case.normal(*exact.shape)
-    assert_within(packed(x, times=times), exact * times, EPS * size * times.abs())
-    silu = Int8Linear(linear, silu=True)(x)
-    # Its slope is at most 1.1, and float32's exponential has an error of its own.
-    assert_within(silu, nn.functional.silu(exact), 2 * EPS * size + 1e-37)
     # As the docstring has it.
     wide, weight = x.double(), linear.weight.double()
     step, steps = wide.abs().amax(-1, keepdim=True) / 254, weight.abs().amax(1) / 254
@@ -87,9 +82,8 @@ def test_a_product_is_that_of_its_rounded_numbers_and_as_near_as_promised(seed):
     assert_within(found, wide @ weight.T + bias, bound * (1 + EPS) + EPS * size)
     # In any company, to the bit.
     few = case.few()
-    for settings in ({}, {"add": other}, {"times": times}):
-        alone = packed(x[few], **{name: value[few] for name, value in settings.items()})
-        assert torch.equal(alone, packed(x, **settings)[few])
+    assert torch.equal(packed(x[few]), found[few])
+    assert torch.equal(packed(x[few], add=other[few]), packed(x, add=other)[few])
     assert torch.equal(dkv.unpack(packed).weight, quantised(linear.weight)[0].float() * packed.scales[:, None])
 
 
@@ -105,14 +99,16 @@ def test_a_gated_product_is_rounded_as_near_as_a_number_is(seed):
             linear.bias.copy_(case.normal(len(linear.bias)))
     parts = [exactly(x, linear) + (0 if linear.bias is None else linear.bias.double()) for linear in (gate, up)]
     exact = nn.functional.silu(parts[0]) * parts[1]
-    packed_gate, packed_up = Int8Linear(gate, silu=True), Int8Linear(up)
-    found = packed_gate.gates(packed_up, x)
+    gates = Int8Gates(gate, up)
+    found = gates(x)
     size = exact.abs().amax(-1, keepdim=True)
     assert isinstance(found, Rounded) and found.numbers.dtype == torch.uint8
     assert_within((found.numbers.double() - ZERO) * found.scale, exact, size * (0.5 / 127 + 1e-4) + 1e-12)
     few = case.few()
-    for whole, alone in zip(found, packed_gate.gates(packed_up, x[few]), strict=True):
+    for whole, alone in zip(found, gates(x[few]), strict=True):
         assert torch.equal(whole[few], alone)
+    for linear, plain in zip((gate, up), dkv.unpack(gates), strict=True):
+        assert torch.equal(plain.weight, dkv.unpack(Int8Linear(linear)).weight)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -154,12 +150,12 @@ def test_an_activation_that_is_no_number_never_becomes_one(value, bias):
     broken = x.clone()
     broken[[1, 6], [4, 20]] = value
     good = [0, 2, 3, 4, 5, 7, 8]
-    plain, silu = Int8Linear(linears[0]), Int8Linear(linears[1], silu=True)
+    plain, other_plain = (Int8Linear(linear) for linear in linears)
     shared = PackedShared(
         Shared.of({"gate_proj": linears[0], "up_proj": linears[1], "down_proj": case.layer(70, 33, bias)}), Int8Linear
     )
-    calls = [plain, silu, shared, lambda x: plain(x, add=other), lambda x: plain(x, times=other)]
-    calls += [lambda x: Int8Linear.each([plain, silu], x, [4, 5])] * (not bias)
+    calls = [plain, shared, lambda x: plain(x, add=other)]
+    calls += [lambda x: Int8Linear.each([plain, other_plain], x, [4, 5])] * (not bias)
     for call in calls:
         found, want = call(broken), call(x)
         assert not found[[1, 6]].isfinite().any() and torch.equal(found[good], want[good])
