@@ -29,7 +29,7 @@ def inputs(r: int = 7, v: int = 37, d: int = 8, dtype=torch.float32) -> tuple[Te
 
 
 @settings
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_as_choosing_from_the_logits(how, dtype, backend):
     hidden, head, logits = inputs(dtype=dtype)
     shift, keys = (torch.randint(-8, 9, (37,)) / 4).to(dtype), torch.arange(7)[:, None] * 5
