@@ -147,9 +147,6 @@ def load(
     if pack:
         check_packable("the model", target, device)
     fill(model, pieces, _read(entries, target, device, cuts))
-    if ranks is not None:
-        # What all have whole.
-        ranks.check_same(model=(model.spec, model.norm.weight), dtype=target)
     model.eval()
     if own:
         if pack is None:
