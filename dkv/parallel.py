@@ -267,6 +267,11 @@ def met() -> Ranks | None:
     return _ranks
 
 
+def facts_of(model: Any) -> dict[str, Any]:
+    """By what processes tell that they share one model: its spec, a sum of what all have whole, and its dtype."""
+    return {"model": (model.spec, model.norm.weight.double().sum()), "dtype": model.dtype}
+
+
 def ranks_of(model: Any) -> Ranks | None:
     """The processes that share a model; None: it is whole here."""
     return getattr(model, "ranks", None)

@@ -123,9 +123,6 @@ def load(
     entries = _needed(entries, pieces)
     form = form_of(asked, model, CODES[entries[kind.weight_name("embed")].dtype])
     fill(model, pieces, _read(entries, form.dtype, form.device, cuts))
-    if ranks is not None:
-        # What all have whole.
-        ranks.check_same(model=(model.spec, model.norm.weight), dtype=form.dtype)
     return form.made(model.eval())
 
 

@@ -23,6 +23,7 @@ from dkv.engine.output import DiffusionOutput, Stats
 from dkv.engine.reuse import shared_prefixes
 from dkv.engine.run import Steps, drawn_seeds
 from dkv.models.gemma import Gemma
+from dkv.parallel import facts_of
 from dkv.version import versions
 
 
@@ -82,7 +83,7 @@ class CanvasRun(Steps):
         self.buffer.seen = torch.zeros_like(self.buffer.tokens, dtype=torch.bool)
         self.seed = drawn_seeds(settings.seed, len(ids), generator, model.ranks)
         if model.ranks is not None:
-            model.ranks.check_same(input_ids=(ids, mask), **settings.to_dict())
+            model.ranks.check_same(**facts_of(model), input_ids=(ids, mask), **settings.to_dict())
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * len(ids)
         texts = [row[keep] for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
         keys, steps = text_keys(texts, seeds).to(ids.device), settings.max_denoising_steps

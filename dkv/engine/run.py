@@ -19,7 +19,7 @@ from dkv.engine.noise import Noise
 from dkv.engine.output import DiffusionOutput, Stats
 from dkv.engine.records import Recorder
 from dkv.engine.speculation import Speculation
-from dkv.parallel import Ranks, ranks_of
+from dkv.parallel import Ranks, facts_of, ranks_of
 from dkv.version import versions
 
 
@@ -101,7 +101,7 @@ class Run(Steps):
         self.seed = drawn_seeds(config.seed, batch, generator, ranks)
         seeds = self.seed if isinstance(self.seed, list) else [self.seed] * batch
         if ranks is not None:
-            ranks.check_same(**config.settings())
+            ranks.check_same(**facts_of(model), **config.settings())
             ranks.check_same(input_ids=(rows.tokens, rows.masked, rows.lengths))
         processor = listed_processors(processor)
         criteria = _listed("stopping_criteria", criteria, StoppingCriteriaList)

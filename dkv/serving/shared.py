@@ -13,7 +13,7 @@ import torch
 
 from dkv.engine.config import DiffusionConfig
 from dkv.engine.generate import config_of
-from dkv.parallel import Ranks, ranks_of
+from dkv.parallel import Ranks, facts_of, ranks_of
 from dkv.serving import memory
 from dkv.serving.llm import LLM
 from dkv.serving.request import Request
@@ -42,6 +42,7 @@ class Leading(LLM):
         config = config_of(generation_config, settings)
         length = min(2048, model.spec.max_positions) if max_length is None else max_length
         self._ranks.told((length, config))
+        self._ranks.check_same(**facts_of(model))
         fit = _slots_that_fit(model, length, config)
         how = {"max_slots": fit if max_slots is None else max_slots, "max_length": length}
         super().__init__(model, **how, generation_config=config, max_waiting=max_waiting)
@@ -124,6 +125,7 @@ def _follow(model: Any) -> None:
     if (told := ranks.told()) is None:
         return
     length, config = told
+    ranks.check_same(**facts_of(model))
     _slots_that_fit(model, length, config)
     llm, requests = LLM(model, **ranks.told(), generation_config=config), {}
     while (told := ranks.told()) is not None:

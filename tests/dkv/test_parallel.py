@@ -64,7 +64,7 @@ class Shared:
     def __init__(self, family: str, count: int):
         self.team = Team(count)
         self.whole = dkv.load(ROOT / PLAIN[family], dtype="float64", device="cpu")
-        self.parts = self.team(lambda ranks: dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks))
+        self.parts = [dkv.load(ROOT / PLAIN[family], dtype="float64", ranks=ranks) for ranks in self.team.ranks]
 
     def same(self, *given, **call) -> bool:
         """Whether all threads give what the whole model gives, from as many slots."""

@@ -19,16 +19,9 @@ from tests.together import together
 CPU = torch.device("cpu")
 
 
-class Alone(Ranks):
-    """A process that does not ask whether the others load the same."""
-
-    def check_same(self, **values):
-        pass
-
-
 def part(folder, rank, size=2, **how):
-    """The model of one process."""
-    return dkv.load(folder, ranks=Alone(rank, size, CPU, store=None), **{"pack": False, **how})
+    """The model of one process; loading needs no other."""
+    return dkv.load(folder, ranks=Ranks(rank, size, CPU, store=None), **{"pack": False, **how})
 
 
 def put_together(name, parts):
@@ -140,12 +133,16 @@ def test_what_cannot_be_split_is_refused_with_both_numbers(small, changes, size,
 @pytest.mark.parametrize(
     ("how", "other", "named"), [({}, {"n_layers": 3}, "model"), ({"dtype": "float64"}, {}, "dtype")]
 )
-def test_processes_with_different_models_are_told(tmp_path, how, other, named):
+@pytest.mark.parametrize("work", ["generate", "map"])
+def test_processes_with_different_models_are_told(tmp_path, how, other, named, work):
     folders = [Checkpoint(tmp_path / str(i), "llada", **changes).folder for i, changes in enumerate(({}, other))]
 
     def call(ranks):
+        model = dkv.load(folders[ranks.rank], ranks=ranks, **(how if ranks.rank else {}))
         with pytest.raises(ValueError, match=rf"^{named}: the processes were given different ones"):
-            dkv.load(folders[ranks.rank], ranks=ranks, **(how if ranks.rank else {}))
+            if work == "map":
+                dkv.map(model, [{"prompt": [1, 2]}], max_new_tokens=2, progress=False)
+            dkv.generate(model, torch.tensor([[1, 2]]), max_new_tokens=2)
 
     together(2, call)
 
