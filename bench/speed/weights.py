@@ -72,23 +72,23 @@ def measure(options: Options) -> dict[str, Any]:
 
     keys = [(policy, kind) for policy in policies for kind in models]
     calls = {(policy, kind): partial(run, kind, policy) for policy, kind in keys}
-    with Bar(len(calls) * (1 + options.rounds) + (len(models) - 1) * ROUNDS, "run") as bar:
+    with Bar(len(calls) * (1 + options.rounds), "run") as bar:
         for call in calls.values():
             call()
             bar.update()
         found = in_turn(calls, options.rounds, bar, lambda _, key: f"{key[1]}, {key[0]}")
-        steps = _steps(options, models, bar)
     rows = [_row(options, key, models[key[1]], found) for key in keys]
-    return {"rows": rows, "steps": steps, "missing": missing}
+    return {"rows": rows, "steps": _steps(options, models), "missing": missing}
 
 
 @torch.no_grad()
-def _steps(options: Options, models: dict[str, nn.Module], bar: Bar) -> list[dict[str, Any]]:
+def _steps(options: Options, models: dict[str, nn.Module]) -> list[dict[str, Any]]:
     """Where the time of a cached step goes, by kind of weights."""
     ways = {kind: replace(options, model=model) for kind, model in models.items() if kind != ROUNDED}
     settings = of_lineup(STEPS["cached"]).settings
     calls = {kind: partial(by_part, way.model, HalfWay(way, settings)) for kind, way in ways.items()}
-    found = in_turn(calls, ROUNDS, bar, lambda _, kind: f"a step, {kind}")
+    with Bar(len(calls) * ROUNDS, "step") as bar:
+        found = in_turn(calls, ROUNDS, bar, lambda _, kind: kind)
     return [
         {"weights": kind} | {part: 1e3 * statistics.median(one[part] for one in taken) for part in PARTS}
         for kind, taken in found.items()
