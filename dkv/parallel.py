@@ -229,7 +229,10 @@ def start(device: torch.device | str | None = None) -> Ranks:
     # Objects go by gloo, whatever the tensors go by.
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    _ranks = Ranks(rank, size, where, _own(store))
+    own = dist.PrefixStore("dkv", store)
+    # Less patience than the group has.
+    own.set_timeout(STORE_PATIENCE)
+    _ranks = Ranks(rank, size, where, own)
     process.judged_by(_ranks.last_word)
     return _ranks
 
@@ -275,14 +278,6 @@ def facts_of(model: Any) -> dict[str, Any]:
 def ranks_of(model: Any) -> Ranks | None:
     """The processes that share a model; None: it is whole here."""
     return getattr(model, "ranks", None)
-
-
-def _own(store: Any) -> Any:
-    """The store, with less patience than the group has."""
-    own = dist.PrefixStore("dkv", store)
-    with suppress(Exception):
-        own.set_timeout(STORE_PATIENCE)
-    return own
 
 
 def _device(wanted: torch.device | str | None) -> torch.device:
