@@ -143,6 +143,9 @@ class Ranks:
 
     def _linger(self, until: Callable[[], bool]) -> bool:
         """Wait, though not long, for what others do when they notice that this process has gone; whether they did."""
+        if self.device.type != "cpu":
+            # NCCL may wait for all to part.
+            return False
         with suppress(ValueError):  # not the main thread
             # torchrun ends all others as soon as one is gone.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -271,8 +274,8 @@ def met() -> Ranks | None:
 
 
 def facts_of(model: Any) -> dict[str, Any]:
-    """By what processes tell that they share one model: its spec, a sum of what all have whole, and its dtype."""
-    return {"model": (model.spec, model.norm.weight.double().sum()), "dtype": model.dtype}
+    """By what processes tell that they share one model: its spec, a few weights that all have, and its dtype."""
+    return {"model": (model.spec, model.norm.weight[:64]), "dtype": model.dtype}
 
 
 def ranks_of(model: Any) -> Ranks | None:
@@ -288,9 +291,7 @@ def _device(wanted: torch.device | str | None) -> torch.device:
         return kind
     here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not there:
-        raise ValueError(
-            f"device={str(wanted)!r}: this machine has no GPU, or this PyTorch does not see it: give 'cpu'"
-        )
+        raise ValueError(f"device={str(wanted)!r}: this machine has no GPU that PyTorch sees: give 'cpu'")
     if here >= there:
         raise ValueError(f"process {here} of this machine has no card: it has {there}; start no more processes")
     return torch.device(kind.type, here)
