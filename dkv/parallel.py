@@ -143,6 +143,9 @@ class Ranks:
 
     def _linger(self, until: Callable[[], bool]) -> bool:
         """Wait, though not long, for what others do when they notice that this process has gone; whether they did."""
+        if self.device.type != "cpu":
+            # NCCL may wait for all to part.
+            return False
         with suppress(ValueError):  # not the main thread
             # torchrun ends all others as soon as one is gone.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -229,7 +232,10 @@ def start(device: torch.device | str | None = None) -> Ranks:
     # Objects go by gloo, whatever the tensors go by.
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    _ranks = Ranks(rank, size, where, _own(store))
+    own = dist.PrefixStore("dkv", store)
+    # Less patience than the group has.
+    own.set_timeout(STORE_PATIENCE)
+    _ranks = Ranks(rank, size, where, own)
     process.judged_by(_ranks.last_word)
     return _ranks
 
@@ -268,21 +274,13 @@ def met() -> Ranks | None:
 
 
 def facts_of(model: Any) -> dict[str, Any]:
-    """By what processes tell that they share one model: its spec, a sum of what all have whole, and its dtype."""
-    return {"model": (model.spec, model.norm.weight.double().sum()), "dtype": model.dtype}
+    """By what processes tell that they share one model: its spec, a few weights that all have, and its dtype."""
+    return {"model": (model.spec, model.norm.weight[:64]), "dtype": model.dtype}
 
 
 def ranks_of(model: Any) -> Ranks | None:
     """The processes that share a model; None: it is whole here."""
     return getattr(model, "ranks", None)
-
-
-def _own(store: Any) -> Any:
-    """The store, with less patience than the group has."""
-    own = dist.PrefixStore("dkv", store)
-    with suppress(Exception):
-        own.set_timeout(STORE_PATIENCE)
-    return own
 
 
 def _device(wanted: torch.device | str | None) -> torch.device:
@@ -293,9 +291,7 @@ def _device(wanted: torch.device | str | None) -> torch.device:
         return kind
     here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not there:
-        raise ValueError(
-            f"device={str(wanted)!r}: this machine has no GPU, or this PyTorch does not see it: give 'cpu'"
-        )
+        raise ValueError(f"device={str(wanted)!r}: this machine has no GPU that PyTorch sees: give 'cpu'")
     if here >= there:
         raise ValueError(f"process {here} of this machine has no card: it has {there}; start no more processes")
     return torch.device(kind.type, here)
