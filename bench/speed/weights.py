@@ -83,15 +83,23 @@ def measure(options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def _steps(options: Options, models: dict[str, nn.Module]) -> list[dict[str, Any]]:
-    """Where the time of a cached step goes, by kind of weights."""
+    """Where the time of a cached step goes, by kind of weights.
+
+    Each is taken once before, so that caches hold of its weights what they hold in a generation.
+    """
+
+    def taken(model: nn.Module, half_way: HalfWay) -> dict[str, float]:
+        half_way.seconds()
+        return by_part(model, half_way)
+
     ways = {kind: replace(options, model=model) for kind, model in models.items() if kind != ROUNDED}
     settings = of_lineup(STEPS["cached"]).settings
-    calls = {kind: partial(by_part, way.model, HalfWay(way, settings)) for kind, way in ways.items()}
+    calls = {kind: partial(taken, way.model, HalfWay(way, settings)) for kind, way in ways.items()}
     with Bar(len(calls) * ROUNDS, "step") as bar:
         found = in_turn(calls, ROUNDS, bar, lambda _, kind: kind)
     return [
-        {"weights": kind} | {part: 1e3 * statistics.median(one[part] for one in taken) for part in PARTS}
-        for kind, taken in found.items()
+        {"weights": kind} | {part: 1e3 * statistics.median(one[part] for one in steps) for part in PARTS}
+        for kind, steps in found.items()
     ]
 
 
