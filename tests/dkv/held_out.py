@@ -101,7 +101,8 @@ def made(folder: Path, seed: int, processes: int) -> list[Path]:
         for name, parts in pieces.items():
             x = torch.randn(sum(part.shape[0] for part in parts), *parts[0].shape[1:], generator=noise)
             norm = x.dim() == 1 and "bias" not in name
-            tensors[name] = 1 + 0.1 * x if norm else 0.3 * x
+            # Larger ones make attention so sharp that states do not change, and policies that go by change have ties.
+            tensors[name] = 1 + 0.1 * x if norm else x * (0.3 if x.dim() == 1 else 1.5 * x.shape[-1] ** -0.5)
         place = folder / family
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))
