@@ -13,6 +13,9 @@ from dkv.policies.base import Cut, Policy, View, sources
 
 # What is added to the score of the surest two masks, and of slots that the last pass filled (published code).
 SUREST, FILLED = 2.0, 3.0
+# A change of no more than so many units of rounding is none: slots with none are alike, and the first of them go on,
+# whatever the last bits are that other company, or another device, gives them.
+NO_CHANGE = 64
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class SkipCache(Policy):
     After a layer at which the share falls, the slots go on that have the highest score: `alpha` times the confidence
     that they last had, and 1 - `alpha` times how far their hidden state is from the one that was kept when they last
     went on. What is about to be filled always goes on: the leftmost masks of the block, as many as the step fills at
-    least; and, as a rule, the two surest masks and what the last pass filled. A slot that stops keeps the keys and
+    least; and, as a rule, the two surest masks and what the last pass filled. A change within rounding counts as none,
+    and among slots that are alike the first go on (in the published code any). A slot that stops keeps the keys and
     values that it had in the layers after it. In the first pass of a later block what was filled last is computed once
     more. A slot counts as reached by the slot that predicts it, in a shifted model the one before it.
 
@@ -119,7 +123,7 @@ class SkipCache(Policy):
             bonus: [B, n].
             outside: bool [B, n], where there is no entry.
         """
-        change = change.masked_fill(outside, 0)
+        change = change.masked_fill(outside | (change <= NO_CHANGE * torch.finfo(change.dtype).eps), 0)
         score = confidence * self.alpha + change / change.amax(1, keepdim=True).clamp(min=1) * (1 - self.alpha)
         if self.alpha > 0:
             surest = confidence.masked_fill(outside, -1).sort(dim=1, descending=True, stable=True).indices[:, :2]

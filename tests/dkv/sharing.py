@@ -74,9 +74,7 @@ def held_out(root: Path) -> Iterator[Case]:
             yield folder.name, folder, "canvas", {**steps, "seed": 6}
             continue
         full = spec_of(folder, UNMARKED.get(folder.name)).attention == "full"
-        # Where the states of slots have not changed at all, "skip" leaves it to rounding which of them stop.
-        names = [name for name in POLICIES if name != "skip"]
-        for number, name in enumerate(names if full else ("none", "decode", "dual")):
+        for number, name in enumerate(POLICIES if full else ("none", "decode", "dual")):
             for rule in ({}, RULES[(5 * number + len(folder.name)) % len(RULES)]):
                 call = {**policy(name), "block_length": None, **new, **rule}
                 yield f"{folder.name} {name} {rule}", folder, "generate", call

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -266,3 +267,16 @@ def test_what_it_does_not_go_with():
         ValueError, match=r'cache SkipCache\(.* goes by blocks, which do not slide: give schedule="blocks"'
     ):
         DiffusionConfig(cache="skip", schedule="sliding", block_length=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_changes_within_rounding_are_none(dtype):
+    """What slots go on does not follow from the last bits of states that have not changed."""
+    noise = torch.rand(3, 7, dtype=dtype) * 30 * torch.finfo(dtype).eps
+    confidence, bonus = torch.rand(3, 7, dtype=dtype), torch.zeros(3, 7, dtype=dtype)
+    outside = torch.zeros(3, 7, dtype=torch.bool)
+    score = partial(dkv.SkipCache().score, confidence, bonus=bonus, outside=outside)
+    assert torch.equal(score(noise), score(torch.zeros_like(noise)))
+    real = noise + 1e-3
+    assert (score(real) > score(noise)).all()
+    assert score(noise.fill_(torch.nan)).isnan().all()
