@@ -11,7 +11,7 @@ from typing import Any
 from dkv.bench.lineup import ALL, COMPARED, IN_BLOCKS, SERVED
 from dkv.cli import bench_host
 from dkv.cli.bench_checks import BATCHES, NAMES, OTHERS, SETTINGS, USES, check, check_room
-from dkv.cli.measuring import add_json, add_machine, read, ready
+from dkv.cli.measuring import add_json, add_machine, ready, show
 from dkv.common import files, process
 
 SUMMARY = "Measure the cache policies on this machine: speed, work, memory, and where the time of a step goes."
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.show is not None:
-        return show(args.show)
+        return show(args.show, tables)
     if args.host:
         return bench_host.run(args)
     check(args)
@@ -185,12 +185,6 @@ def measured(kind: str, options: Any, batches: Sequence[int]) -> Iterator[dict[s
         print(module.refusals(found["refused"]))
 
 
-def show(path: Path) -> int:
-    """Print the tables of a file that `--json` or `--all` wrote."""
-    from dkv.bench import report
-
-    found = read(path, "facts")
-    print(report.machine_line(found["facts"]))
-    for kind in (kind for kind in USES if kind in found):
-        print("", module_of(kind).table(found[kind]), sep="\n")
-    return 0
+def tables(found: dict[str, Any]) -> list[str]:
+    """Those of all that was measured."""
+    return [line for kind in USES if kind in found for line in ("", module_of(kind).table(found[kind]))]

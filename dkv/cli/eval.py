@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dkv.cli.examining import add_problems, check_contenders, check_problems, loaded, with_other_weights
-from dkv.cli.measuring import add_json, add_machine, check_counts, read, ready
+from dkv.cli.measuring import add_json, add_machine, check_counts, ready, show
 from dkv.common import files, process
 
 SUMMARY = "Measure exact answers against speed, for any set of policies, schedules and sampling rules."
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.show is not None:
-        return show(args.show)
+        return show(args.show, tables)
     check(args)
     ready(args)
     return drift(args) if args.drift else compare(args)
@@ -142,15 +142,10 @@ def save(args: argparse.Namespace, found: dict[str, Any], name: str, draw: Any) 
     return 0
 
 
-def show(path: Path) -> int:
-    """Print the table of a file that `--json` or `--out` wrote."""
-    from dkv.bench import report
+def tables(found: dict[str, Any]) -> list[str]:
+    """That of what was measured, and what it means."""
     from dkv.bench.accuracy import drift, frontier
 
-    found = read(path, "facts")
-    print(report.machine_line(found["facts"]), "", sep="\n")
     if "rows" in found:
-        print(frontier.table(found["rows"]), "", frontier.verdict(found["rows"]), sep="\n")
-    else:
-        print(drift.table(found), "", drift.meaning(found), sep="\n")
-    return 0
+        return ["", frontier.table(found["rows"]), "", frontier.verdict(found["rows"])]
+    return ["", drift.table(found), "", drift.meaning(found)]

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,27 @@ def add_json(add: Any) -> None:
     add("--json", type=Path, metavar="FILE", help=what)
 
 
-def read(path: Path, *names: str) -> dict[str, Any]:
-    """What a command that measures has written.
+def show(path: Path, tables: Callable[[dict[str, Any]], list[str]]) -> int:
+    """Print once more what a command that measures has written, by the `tables` of it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no such file.
     """
+    from dkv.bench import report
+
     if not path.is_file():
         raise FileNotFoundError(f"--show: there is no file {path}")
     try:
         found = json.loads(path.read_text("utf-8"))
-        return {**found, **{name: found[name] for name in names}}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"--show: {path} has no figures of this command: give a file that it wrote") from error
+        lines = [report.machine_line(found["facts"]), *tables(found)]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"--show: {path} has no figures of this command, or those of another version: give a file that it wrote, "
+            "or measure anew"
+        ) from error
+    print(*lines, sep="\n")
+    return 0
 
 
 def check_counts(args: argparse.Namespace, names: Iterable[str]) -> None:

@@ -123,7 +123,9 @@ def test_tables_are_printed_again_from_their_files(run, tmp_path, monkeypatch):
     assert run("bench", "--show", path) == (0, out, "")
     _, out, _ = run("bench", *SIZES, *TWO, "--memory", "--no-eager", "--json", path)
     assert run("bench", "--show", path) == (0, out, "")
-    for text, message in (("[]", "has no figures"), ("{", "has no figures"), (None, "there is no file")):
+    older = json.dumps({"facts": json.loads(path.read_text())["facts"], "weights": {"rows": []}})
+    broken = [(text, "has no figures") for text in ("[]", "{", older)]
+    for text, message in (*broken, (None, "there is no file")):
         path.unlink() if text is None else path.write_text(text)
         code, out, err = run("bench", "--show", path)
         assert (code, out) == (2, "") and err.startswith("dkv bench: error: --show: ") and message in err
