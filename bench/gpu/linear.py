@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dkv import kernels
 from dkv.bench.gpu.cases import Case, Inputs, Sizes, nbytes, randn, tolerance
+from dkv.models.int8 import quantised
 
 
 def linear8(z: Sizes, device: torch.device, **how: Any) -> Case:
@@ -34,7 +35,7 @@ def _linear(
     size = (hidden, width) if down else (2 * width, hidden)
     if experts:
         size = (experts, *size)
-    weight, scales = (rounded8 if bits == 8 else kernels.packed4)(randn(device, *size) * size[-1] ** -0.5)
+    weight, scales = (quantised if bits == 8 else kernels.packed4)(randn(device, *size) * size[-1] ** -0.5)
     inputs: Inputs = {"x": randn(device, z.batch * z.active, size[-1], dtype=z.dtype)}
     inputs |= {"weight": weight, "scales": scales}
     if bias:
@@ -56,12 +57,6 @@ def _linear(
         # Its weights are rounded to the dtype.
         eager_tolerance=tolerance(z.dtype, 4, sums=64),
     )
-
-
-def rounded8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in 8 bits, and their scales in float32."""
-    numbers, scales = kernels.rounded(weight)
-    return numbers, scales.float()
 
 
 def _others(dtype: torch.dtype, bits: int, inputs: Inputs) -> dict[str, Callable[[Inputs], Tensor]]:

@@ -13,6 +13,7 @@ from dkv.bench.gpu import change, linear, state
 from dkv.bench.gpu.cases import Case, Inputs, Sizes, counts, distinct, heads, nbytes, randn, tolerance
 from dkv.bench.gpu.mass import mass
 from dkv.bench.gpu.ways import both_sides, compiled_flex, sdpa, seen
+from dkv.models.int8 import quantised
 
 MOST_LOGIT_ROWS = 4096
 
@@ -185,7 +186,7 @@ def choose_fused(
     inputs["head_weight"] *= 2 * d**-0.5
     inputs["head_weight"][z.spec.mask_token_id] = 0
     if eight:
-        inputs |= zip(("head_weight", "head_scales"), linear.rounded8(inputs["head_weight"]), strict=True)
+        inputs |= zip(("head_weight", "head_scales"), quantised(inputs["head_weight"]), strict=True)
     if bias:
         inputs["head_bias"] = randn(device, v, dtype=z.dtype)
     how = {"rule": rule, "banned": (z.spec.mask_token_id,), "entropy": entropy}
