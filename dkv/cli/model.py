@@ -74,6 +74,7 @@ def model_facts(path_or_id: str, told: dict[str, Any]) -> dict[str, Any]:
         for name, how in ways.items()
     }
     in_half = {name: slot[name] for name in ("bfloat16", "int8")}
+    reads = {name: read_bytes(model, COMPUTED) for name, model in held.items()} if masked else {}
     free = {name: {size: (size << 30) - of_weights[name] for size in DEVICES} for name in held}
     sums = {name: getattr(spec, name) for name in ("num_layers", "num_kv_heads", "head_dim", "eos_token_id")}
     return {
@@ -84,10 +85,8 @@ def model_facts(path_or_id: str, told: dict[str, Any]) -> dict[str, Any]:
         "kv_bytes": {name: {n: size * n for n in lengths} for name, size in slot.items()},
         "step_bytes": {
             n: {
-                name: {
-                    kept: [part + n * size for part in read_bytes(model, COMPUTED)] for kept, size in in_half.items()
-                }
-                for name, model in held.items()
+                name: {kept: [part + n * size for part in read] for kept, size in in_half.items()}
+                for name, read in reads.items()
             }
             for n in (lengths if masked else ())
         },
